@@ -1,0 +1,63 @@
+# One word per habit. Everything runs in a virtual environment that the first use makes.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+PROTO_TOOLS = .venv-protos
+PROTO = protos/ormo_protos/v1/parameter_server.proto
+PACKAGES = ormo_protos ormo_server ormo_worker
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list these words
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker,vision,dev]'
+	touch $@
+
+.PHONY: install
+install: $(INSTALLED)  ## make the virtual environment
+
+.PHONY: train
+train: $(INSTALLED)  ## train a small model with a server and four workers on this machine
+	$(BIN)/ormo-local --task digits --workers 4 --slow 1:4x
+
+.PHONY: test
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(INSTALLED)  ## check style, and the contract against the last commit's
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	git cat-file -e HEAD:$(PROTO) 2>/dev/null && $(BIN)/buf breaking --against '.git#ref=HEAD' || ! git cat-file -e HEAD:$(PROTO) 2>/dev/null
+
+.PHONY: format
+format: $(INSTALLED)  ## put code and contract in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+.PHONY: types
+types: $(INSTALLED)  ## check types
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+
+# An old generator on purpose: what it writes runs with every gRPC and protobuf since, newer ones refuse older runtimes.
+$(PROTO_TOOLS): protos/generator.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check -r protos/generator.txt
+	touch $@
+
+.PHONY: protos
+protos: $(PROTO_TOOLS)  ## generate the code of the contract
+	PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
+	    --python_out=protos --mypy_out=quiet:protos --grpc_python_out=protos --mypy_grpc_out=quiet:protos $(PROTO)
+
+.PHONY: clean
+clean:  ## remove what the other words made
+	rm -rf $(VENV) $(PROTO_TOOLS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,7 @@
+"""`python -m ormo_server` is `ormo-server`."""
+
+import sys
+
+from ormo_server.cli import main
+
+sys.exit(main())

@@ -1,0 +1,19 @@
+"""Walking long vectors in blocks that stay in the processor's cache."""
+
+from collections.abc import Iterator
+
+import torch
+
+# 1 MiB of float32. Measured at 45 and 400 MB: smaller blocks pay for dispatch, larger ones fall out of the cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def blocks(elements: int) -> Iterator[slice]:
+    """The slices that cover `elements` numbers, in order, none longer than `BLOCK_ELEMENTS`."""
+    for start in range(0, elements, BLOCK_ELEMENTS):
+        yield slice(start, min(start + BLOCK_ELEMENTS, elements))
+
+
+def all_finite(vector: torch.Tensor) -> bool:
+    """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
+    return all(bool(vector[block].isfinite().all()) for block in blocks(vector.numel()))

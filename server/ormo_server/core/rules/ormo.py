@@ -1,0 +1,42 @@
+"""Ordered momentum (Shi, Yang, Li: Ordered Momentum for Asynchronous SGD, NeurIPS 2024, arXiv 2407.19234)."""
+
+import torch
+
+from ormo_server.core.blocks import blocks
+from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
+
+
+class Ormo(UpdateRule):
+    """A gradient enters the momentum with the weight that its bucket has by now, however late it comes.
+
+    For a gradient of bucket j that moves the newest bucket by m and lags it by l (section 3 of the paper):
+
+        w ← w − β(1 − β^m)/(1 − β) · u,  u ← β^m · u         when buckets open: all older gradients age by m
+        u ← u + β^l · ηg                                     what the gradient's share of the momentum is by now
+        w ← w − (1 − β^(l+1))/(1 − β) · ηg                   what that share has moved the parameters by now
+
+    At any moment, over the applied gradients i:  u = Σ β^(b−j_i) η_i g_i  and
+    w = w_0 − Σ (1 − β^(b−j_i+1))/(1 − β) · η_i g_i, whatever the order in which they came. Keeps one vector, u.
+    """
+
+    vectors_per_run = 1
+
+    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
+        """See `UpdateRule.fresh_vectors`."""
+        return {"momentum": torch.zeros(elements)}
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        beta, opened, lag = self.momentum, landing.opened_buckets, landing.lag_buckets
+        aged, drift = beta**opened, beta * geometric_sum(beta, opened)
+        share = landing.step_size * beta**lag
+        moved = landing.step_size * geometric_sum(beta, lag + 1)
+        momentum = self.vectors["momentum"]
+        # One walk over the blocks: each is read from memory once for all steps.
+        for block in blocks(params.numel()):
+            w, u, g = params[block], momentum[block], gradient[block].to(params.dtype)
+            if opened:
+                w.sub_(u, alpha=drift)
+                u.mul_(aged)
+            u.add_(g, alpha=share)
+            w.sub_(g, alpha=moved)

@@ -1,0 +1,15 @@
+"""Plain stochastic gradient descent: w ← w − ηg."""
+
+import torch
+
+from ormo_server.core.blocks import blocks
+from ormo_server.core.rules.base import Landing, UpdateRule
+
+
+class Sgd(UpdateRule):
+    """w ← w − ηg. Under the asynchronous scheduler this is ASGD, under the synchronous one SSGD. Keeps no vector."""
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        for block in blocks(params.numel()):
+            params[block].sub_(gradient[block].to(params.dtype), alpha=landing.step_size)

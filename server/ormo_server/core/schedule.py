@@ -1,0 +1,65 @@
+"""Learning-rate schedules, as functions of the iteration."""
+
+import math
+from dataclasses import dataclass
+
+from ormo_server.core.errors import SettingsError
+
+KINDS = ("constant", "milestones", "cosine")
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """The learning rate η at every iteration; a linear warm-up may go before any kind.
+
+    Attributes:
+        peak: η after the warm-up, above 0.
+        kind: `constant`; `milestones`: times `factor` at each of `milestones`; `cosine`: down to `final` over
+            `cosine_gradients`.
+        warmup_gradients: η rises linearly from peak/warmup to peak over so many gradients; 0 for none.
+        milestones: rising iterations.
+        factor: in (0, 1] usually; above 0.
+        cosine_gradients: iteration at which the cosine ends; it stays at `final` after it.
+        final: where the cosine ends, at least 0.
+
+    Raises:
+        SettingsError: a value outside its limits.
+    """
+
+    peak: float
+    kind: str = "constant"
+    warmup_gradients: int = 0
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+    cosine_gradients: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.peak) and self.peak > 0):
+            raise SettingsError(f"learning rate {self.peak}: expected a finite number above 0")
+        if self.kind not in KINDS:
+            raise SettingsError(f"schedule {self.kind!r} is not known: choose one of {', '.join(KINDS)}")
+        if self.kind == "milestones" and list(self.milestones) != sorted(set(self.milestones)):
+            raise SettingsError(f"milestones {self.milestones}: expected rising iterations, each once")
+        if self.kind == "milestones" and not self.milestones:
+            raise SettingsError("schedule 'milestones' needs at least one milestone")
+        if self.kind == "cosine" and self.cosine_gradients <= self.warmup_gradients:
+            raise SettingsError(
+                f"a cosine over {self.cosine_gradients} gradients after a warm-up of {self.warmup_gradients}: the "
+                "cosine must end after the warm-up"
+            )
+
+    def at(self, iteration: int) -> float:
+        """η at iteration t ≥ 0."""
+        if iteration < self.warmup_gradients:
+            return self.peak * (iteration + 1) / self.warmup_gradients
+        if self.kind == "milestones":
+            return self.peak * self.factor ** sum(iteration >= milestone for milestone in self.milestones)
+        if self.kind == "cosine":
+            return self._cosine(iteration)
+        return self.peak
+
+    def _cosine(self, iteration: int) -> float:
+        span = self.cosine_gradients - self.warmup_gradients
+        progress = min(1.0, (iteration - self.warmup_gradients) / span)
+        return self.final + (self.peak - self.final) * (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -1,0 +1,12 @@
+"""The communication schedulers by name. A new one is one file and one row here."""
+
+from ormo_server.core.schedulers.asynchronous import Asynchronous
+from ormo_server.core.schedulers.base import Scheduler
+from ormo_server.core.schedulers.synchronous import Synchronous
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    "asynchronous": Asynchronous,
+    "synchronous": Synchronous,
+}
+
+__all__ = ["SCHEDULERS", "Scheduler"]

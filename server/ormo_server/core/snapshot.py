@@ -1,0 +1,123 @@
+"""A state as plain tensors and plain data, for checkpoints, and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ormo_server.core import tickets
+from ormo_server.core.errors import SettingsError
+from ormo_server.core.method import Run
+from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
+from ormo_server.core.state_machine import StateMachine
+
+_COUNTERS = (
+    "epoch",
+    "learning_rate",
+    "iteration",
+    "samples",
+    "newest_bucket",
+    "issue",
+    "filled",
+    "next_ticket",
+    "joins",
+    "started",
+    "finished",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All of a core's state.
+
+    Attributes:
+        tensors: `params`, `float_buffers`, `int_buffers`, `rule.NAME` for each vector of the rule, and
+            `round_params` if a round has undelivered tickets.
+        fields: everything else, as JSON can hold it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    fields: dict[str, Any]
+
+
+def take(machine: StateMachine) -> Snapshot:
+    """Copy the state; the machine may go on at once."""
+    state = machine.state
+    views = {"params": state.params, "float_buffers": state.float_buffers, "int_buffers": state.int_buffers}
+    views |= {f"rule.{name}": vector for name, vector in state.rule.vectors.items()}
+    if state.round_params is not None:
+        views["round_params"] = state.round_params
+    fields: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
+    fields["rule"] = machine.run.method.rule
+    fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
+    fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
+    fields["replaced"] = [list(key) for key in state.replaced]
+    return Snapshot({name: view.clone() for name, view in views.items()}, fields)
+
+
+def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> StateMachine:
+    """The machine that a snapshot was taken of.
+
+    Args:
+        run: the settings to go on with.
+        snapshot: taken over, not copied.
+        epoch: of the server from now on.
+        keep_tickets: nothing was applied after the snapshot (a drain, or a complete replay): tickets in flight and
+            kept results stay good. Otherwise all are void and the round is closed.
+
+    Raises:
+        SettingsError: the snapshot belongs to another update rule.
+    """
+    rule_name = snapshot.fields["rule"]
+    if rule_name != run.method.rule:
+        raise SettingsError(
+            f"the checkpoint was written with the update rule {rule_name!r} and the settings say "
+            f"{run.method.rule!r}: restore with the same rule, or start a new run from the checkpoint's model"
+        )
+    state = _state(run, snapshot)
+    machine = StateMachine(run, state)
+    if not keep_tickets:
+        _void_everything(state)
+    state.epoch = epoch
+    # Whoever was a member once has been waited for already.
+    state.started = True
+    return machine
+
+
+def _state(run: Run, snapshot: Snapshot) -> State:
+    tensors, fields = snapshot.tensors, snapshot.fields
+    rule = UPDATE_RULES[run.method.rule](0, run.momentum)
+    rule.vectors = {name.removeprefix("rule."): t for name, t in tensors.items() if name.startswith("rule.")}
+    state = State(tensors["params"], tensors["float_buffers"], tensors["int_buffers"], rule, fields["epoch"], 0.0)
+    for name in _COUNTERS:
+        setattr(state, name, fields[name])
+    state.members = {row["worker"]: _member(row) for row in fields["members"]}
+    restored = (Ticket(**{**row, "slot": tuple(row["slot"])}) for row in fields["tickets"])
+    state.tickets = {ticket.key: ticket for ticket in restored}
+    state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
+    state.round_params = tensors.get("round_params")
+    return state
+
+
+def _member(row: Mapping[str, Any]) -> Member:
+    return Member(**{**row, "slots": [_slot(slot) for slot in row["slots"]]})
+
+
+def _slot(row: Mapping[str, Any]) -> Slot:
+    ticket, result = row["ticket"], row["result"]
+    return Slot(
+        row["request"],
+        None if ticket is None else (ticket[0], ticket[1]),
+        None if result is None else PushResult(**result),
+    )
+
+
+def _void_everything(state: State) -> None:
+    for ticket in list(state.tickets.values()):
+        tickets.close(state, ticket)
+    for member in state.members.values():
+        for slot in member.slots:
+            slot.result = None

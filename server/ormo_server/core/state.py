@@ -1,0 +1,156 @@
+"""The state of a run, as plain data, and the questions that can be asked of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ormo_server.core.rules import UpdateRule
+
+# A worker id and the number of one of its slots.
+SlotKey = tuple[str, int]
+# An epoch of the server and a number within it.
+TicketKey = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Ticket:
+    """The right to push one gradient. Its key only identifies it.
+
+    Attributes:
+        epoch, number: the key.
+        slot: who may redeem it.
+        iteration: ite, the value of t when it was handed out.
+        bucket: where its gradient will count; stamped when it is handed out, never recomputed.
+        handed_out_seconds: when, by the clock that is passed in.
+        delivered: its parameters have been given to a request of its slot. Only the synchronous scheduler hands
+            tickets out before they are asked for.
+    """
+
+    epoch: int
+    number: int
+    slot: SlotKey
+    iteration: int
+    bucket: int
+    handed_out_seconds: float
+    delivered: bool
+
+    @property
+    def key(self) -> TicketKey:
+        """(epoch, number)."""
+        return (self.epoch, self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What became of a gradient.
+
+    Attributes:
+        request: the slot's request number that it answers.
+        epoch, iteration: where the run was after it.
+        delay: τ, gradients applied between the ticket's parameters and this gradient.
+        lag_buckets: newest bucket less the gradient's, never negative.
+        step_size: η times the step scale used; 0 if discarded.
+        discarded: counted, not applied.
+        repeated: an earlier result, given again to a retry.
+    """
+
+    request: int
+    epoch: int
+    iteration: int
+    delay: int
+    lag_buckets: int
+    step_size: float
+    discarded: bool = False
+    repeated: bool = False
+
+
+@dataclass(slots=True)
+class Slot:
+    """One in-flight place of a worker.
+
+    Attributes:
+        request: the highest request number that took effect; 0 before the first.
+        ticket: the one that it holds.
+        result: of its last redeemed ticket, kept until a new request confirms it.
+    """
+
+    request: int = 0
+    ticket: TicketKey | None = None
+    result: PushResult | None = None
+
+
+@dataclass(slots=True)
+class Member:
+    """A live worker.
+
+    Attributes:
+        worker: its id.
+        incarnation: which process of that id.
+        rank: the smallest number that was free when it joined.
+        data_seed: for its data order.
+        slots: its in-flight places.
+    """
+
+    worker: str
+    incarnation: int
+    rank: int
+    data_seed: int
+    slots: list[Slot]
+
+
+@dataclass(slots=True)
+class State:
+    """All that a checkpoint must hold, and nothing else.
+
+    Attributes:
+        params: w, shape (d,), float32.
+        float_buffers: shape (f,), float32, such as running means.
+        int_buffers: shape (i,), int64, such as counters.
+        rule: the update rule with its vectors.
+        epoch: of the server, for new tickets.
+        learning_rate: η in force, set when the newest bucket opened.
+        iteration: t, gradients applied so far.
+        samples: samples in them.
+        newest_bucket: b, the newest bucket of any applied gradient.
+        issue: the bucket being issued.
+        filled: gradients applied since `issue` opened.
+        next_ticket: number of the next ticket.
+        joins: how often workers have joined so far.
+        started: `min_workers` have been there once.
+        finished: the end of the run was reached.
+        members: live workers by id.
+        tickets: those in flight, in the order in which they were handed out.
+        waiting: slots that wait for a ticket, first come first; the values mean nothing.
+        replaced: incarnations that a newer one replaced, oldest first; bounded.
+        round_params: what all undelivered tickets of the open round carry, shape (d,); None if there are none.
+    """
+
+    params: torch.Tensor
+    float_buffers: torch.Tensor
+    int_buffers: torch.Tensor
+    rule: UpdateRule
+    epoch: int
+    learning_rate: float
+    iteration: int = 0
+    samples: int = 0
+    newest_bucket: int = 0
+    issue: int = 0
+    filled: int = 0
+    next_ticket: int = 1
+    joins: int = 0
+    started: bool = False
+    finished: bool = False
+    members: dict[str, Member] = field(default_factory=dict)
+    tickets: dict[TicketKey, Ticket] = field(default_factory=dict)
+    waiting: dict[SlotKey, None] = field(default_factory=dict)
+    replaced: dict[tuple[str, int], None] = field(default_factory=dict)
+    round_params: torch.Tensor | None = None
+
+    def slot(self, key: SlotKey) -> Slot:
+        """The slot with this key; its worker must be a member."""
+        worker, number = key
+        return self.members[worker].slots[number]
+
+    def live_slots(self) -> int:
+        """Slots of all live workers."""
+        return sum(len(member.slots) for member in self.members.values())

@@ -1,0 +1,415 @@
+"""The state machine of the parameter server: the inputs that move a run, and what follows from each.
+
+All checks of an input come before its first change, so a refusal leaves the state as it was. What an input makes
+possible for others (a ticket for a slot that waited, the end of a wait) comes out as events.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from ormo_server.core import tickets
+from ormo_server.core.errors import (
+    BadRequest,
+    Finished,
+    NotAMember,
+    OrmoError,
+    Replaced,
+    StaleRequest,
+    Superseded,
+    TooManyWorkers,
+)
+from ormo_server.core.method import Run
+from ormo_server.core.rules import UPDATE_RULES, Landing
+from ormo_server.core.scales import STEP_SCALES, Timing
+from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.core.state import Member, PushResult, Slot, SlotKey, State, Ticket, TicketKey
+
+# A replaced process either learns of it within its lease or is dead; this many are told apart, then the oldest go.
+REPLACED_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Requester:
+    """Who asks: a slot of an incarnation of a worker, with the slot's rising request number (from 1 up)."""
+
+    worker: str
+    incarnation: int
+    slot: int
+    request: int
+
+    @property
+    def slot_key(self) -> SlotKey:
+        """(worker, slot)."""
+        return (self.worker, self.slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A gradient as it came in, already known to be finite and of the model's size.
+
+    Attributes:
+        ticket: key of the ticket that it redeems.
+        values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
+        samples: in the mini-batch.
+        float_buffers: the worker's, shape (f,), float32; None if it sent none.
+        int_buffers: the worker's, shape (i,), int64; None if it sent none.
+    """
+
+    ticket: TicketKey
+    values: torch.Tensor
+    samples: int = 0
+    float_buffers: torch.Tensor | None = None
+    int_buffers: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A waiting slot has its ticket. `params` is what to send, or None: `StateMachine.write_delivery` at once."""
+
+    slot: SlotKey
+    ticket: Ticket
+    params: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A waiting slot will not get its ticket."""
+
+    slot: SlotKey
+    error: OrmoError
+
+
+Event = Granted | Released
+
+
+class StateMachine:
+    """Moves a `State` by inputs. Not thread-safe: whoever drives it gives it one input after the other.
+
+    Inputs that can hand out tickets take `now`, seconds on a clock of the driver's that never runs backwards in a run.
+    """
+
+    def __init__(self, run: Run, state: State) -> None:
+        self.run = run
+        self.state = state
+        self.scheduler = SCHEDULERS[run.method.scheduler]()
+        self._scale = STEP_SCALES[run.method.scale]
+        self._events: list[Event] = []
+
+    @classmethod
+    def fresh(
+        cls,
+        run: Run,
+        params: torch.Tensor,
+        float_buffers: torch.Tensor | None = None,
+        int_buffers: torch.Tensor | None = None,
+        *,
+        epoch: int = 0,
+    ) -> "StateMachine":
+        """A run at its start.
+
+        Args:
+            run: what decides how the state moves.
+            params: w_0, shape (d,), float32; taken over, not copied.
+            float_buffers: shape (f,), float32; None for none.
+            int_buffers: shape (i,), int64; None for none.
+            epoch: of the server.
+        """
+        rule = UPDATE_RULES[run.method.rule](params.numel(), run.momentum)
+        floats = torch.zeros(0) if float_buffers is None else float_buffers
+        ints = torch.zeros(0, dtype=torch.int64) if int_buffers is None else int_buffers
+        return cls(run, State(params, floats, ints, rule, epoch, run.learning_rate.at(0)))
+
+    @property
+    def bucket_size(self) -> int:
+        """K: fixed, or the number of slots of the live workers, at least 1."""
+        return self.run.bucket_size or max(1, self.state.live_slots())
+
+    def take_events(self) -> list[Event]:
+        """What followed from the inputs since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def member(self, worker: str, incarnation: int) -> Member:
+        """The live worker with this id and incarnation.
+
+        Raises:
+            Replaced: a newer incarnation of the worker has joined.
+            NotAMember: it never joined, has left, or its lease ran out.
+        """
+        self._refuse_replaced(worker, incarnation)
+        member = self.state.members.get(worker)
+        if member is None or member.incarnation != incarnation:
+            raise NotAMember(f"worker {worker!r} is not a member of this run: join first, or again")
+        return member
+
+    # Inputs: membership
+
+    def join(self, now: float, worker: str, incarnation: int, slots: int) -> Member:
+        """A worker introduces itself; repeated by the current incarnation, the answer is the same.
+
+        Raises:
+            Replaced: a newer incarnation of this id has joined.
+            Finished: the run is over.
+            BadRequest: a number of slots that the scheduler can't serve, or other than before.
+            TooManyWorkers: `max_workers` are here.
+        """
+        state = self.state
+        known = state.members.get(worker)
+        self._refuse_replaced(worker, incarnation)
+        if known is not None and known.incarnation == incarnation:
+            self._refuse_other_slots(known, slots)
+            return known
+        self._refuse_newcomer(worker, slots)
+        if known is not None:
+            self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
+            self._remember_replaced(known)
+        member = self._add(worker, incarnation, slots)
+        state.started = state.started or len(state.members) >= self.run.min_workers
+        self._hand_out(now)
+        return member
+
+    def leave(self, now: float, worker: str, incarnation: int) -> bool:
+        """A worker gives up its lease, or it ran out: its tickets are void and K follows.
+
+        Returns:
+            Whether it was a member.
+
+        Raises:
+            Replaced: a newer incarnation of this id has joined.
+        """
+        self._refuse_replaced(worker, incarnation)
+        member = self.state.members.get(worker)
+        if member is None or member.incarnation != incarnation:
+            return False
+        self._remove(member, NotAMember(f"worker {worker!r} has left or its lease ran out: join again"))
+        self._hand_out(now)
+        return True
+
+    # Inputs: tickets
+
+    def request_ticket(self, now: float, requester: Requester) -> None:
+        """A slot wants a ticket. It comes as a `Granted` event, at once or when the scheduler allows.
+
+        Whatever the slot held is void, and a result that was kept for an earlier request is confirmed.
+
+        Raises:
+            NotAMember, Replaced, BadRequest, StaleRequest: see `_requesting_slot`.
+            Finished: the run is over.
+        """
+        slot = self._requesting_slot(requester)
+        self._refuse_finished()
+        if requester.request > slot.request:
+            slot.request, slot.result = requester.request, None
+        ticket = tickets.held(self.state, requester.slot_key)
+        if ticket is not None and self.scheduler.voids_held_ticket(ticket):
+            tickets.close(self.state, ticket)
+        self.state.waiting[requester.slot_key] = None
+        self._hand_out(now)
+
+    def withdraw_request(self, slot: SlotKey) -> None:
+        """Nobody listens any more for the ticket that this slot waits for. It need not wait, nor exist."""
+        self.state.waiting.pop(slot, None)
+
+    def return_ticket(self, now: float, worker: str, incarnation: int, key: TicketKey) -> bool:
+        """A ticket comes back unused, or its time ran out: it is void.
+
+        Returns:
+            Whether it was in flight and this worker's.
+        """
+        ticket = self.state.tickets.get(key)
+        member = self.state.members.get(worker)
+        if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
+            return False
+        tickets.close(self.state, ticket)
+        self._hand_out(now)
+        return True
+
+    def write_delivery(self, granted: Granted, out: torch.Tensor) -> None:
+        """Write what the ticket's delivery carries into `out`, shape (d,), float32 or bfloat16.
+
+        Call it before the next input, so that these are the parameters of the ticket's iteration.
+        """
+        if granted.params is None:
+            self.state.rule.write_delivery(self.state.params, out)
+        else:
+            out.copy_(granted.params)
+        self.state.rule.ticket_delivered(granted.slot, out)
+
+    # Inputs: gradients
+
+    def push(self, now: float, requester: Requester, gradient: Gradient) -> PushResult:
+        """File one gradient in the bucket of its ticket, move the parameters, and use up the ticket.
+
+        Returns:
+            Where the gradient landed; for a retry of the slot's last redeemed ticket, the result kept.
+
+        Raises:
+            NotAMember, Replaced, BadRequest, StaleRequest: see `_requesting_slot`.
+            Finished: the run is over.
+            TicketUnknown: the slot does not hold this ticket.
+        """
+        slot = self._requesting_slot(requester)
+        if slot.result is not None and slot.result.request == requester.request:
+            return replace(slot.result, repeated=True)
+        self._refuse_finished()
+        ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
+        slot.result = self._count(requester, ticket, gradient)
+        slot.request = requester.request
+        tickets.close(self.state, ticket)
+        if self._reached_end():
+            self._finish()
+        self._hand_out(now)
+        return slot.result
+
+    def _count(self, requester: Requester, ticket: Ticket, gradient: Gradient) -> PushResult:
+        state = self.state
+        delay = state.iteration - ticket.iteration
+        counted_delay = self.scheduler.counted_delay(delay)
+        limit = self.run.method.discard_delay
+        if limit is not None and counted_delay >= limit:
+            lag = max(0, state.newest_bucket - ticket.bucket)
+            return PushResult(requester.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
+        landing = self._land(ticket, counted_delay)
+        state.rule.apply(state.params, gradient.values, landing)
+        self._merge_buffers(gradient)
+        state.iteration += 1
+        state.samples += gradient.samples
+        self.scheduler.count_applied(state, landing.bucket_size)
+        return PushResult(
+            requester.request, state.epoch, state.iteration, delay, landing.lag_buckets, landing.step_size
+        )
+
+    def _land(self, ticket: Ticket, counted_delay: int) -> Landing:
+        state = self.state
+        opened = max(0, ticket.bucket - state.newest_bucket)
+        if opened:
+            state.newest_bucket = ticket.bucket
+            state.learning_rate = self.run.learning_rate.at(state.iteration)
+        size = self.bucket_size
+        step_size = state.learning_rate * self._scale(Timing(counted_delay, size))
+        return Landing(step_size, opened, state.newest_bucket - ticket.bucket, size, ticket.slot)
+
+    def _merge_buffers(self, gradient: Gradient) -> None:
+        # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
+        if gradient.float_buffers is not None:
+            self.state.float_buffers.lerp_(gradient.float_buffers, 1.0 / self.bucket_size)
+        if gradient.int_buffers is not None:
+            torch.maximum(self.state.int_buffers, gradient.int_buffers, out=self.state.int_buffers)
+
+    # What follows from inputs
+
+    def _hand_out(self, now: float) -> None:
+        if self.state.finished or not self.state.started:
+            return
+        for ticket in self.scheduler.hand_out(self.state, now):
+            self._events.append(Granted(ticket.slot, ticket, self.state.round_params))
+
+    def _reached_end(self) -> bool:
+        gradients, samples = self.run.stop_after_gradients, self.run.stop_after_samples
+        return bool((gradients and self.state.iteration >= gradients) or (samples and self.state.samples >= samples))
+
+    def _finish(self) -> None:
+        state = self.state
+        state.finished = True
+        for ticket in list(state.tickets.values()):
+            tickets.close(state, ticket)
+        for slot in state.waiting:
+            self._events.append(Released(slot, self._over()))
+        state.waiting.clear()
+
+    def _add(self, worker: str, incarnation: int, slots: int) -> Member:
+        state = self.state
+        taken = {member.rank for member in state.members.values()}
+        rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
+        state.joins += 1
+        seed = data_seed(self.run.seed, state.epoch, state.joins)
+        member = Member(worker, incarnation, rank, seed, [Slot() for _ in range(slots)])
+        state.members[worker] = member
+        return member
+
+    def _remove(self, member: Member, why: OrmoError) -> None:
+        for number in range(len(member.slots)):
+            key = (member.worker, number)
+            ticket = tickets.held(self.state, key)
+            if ticket is not None:
+                tickets.close(self.state, ticket)
+            if key in self.state.waiting:
+                del self.state.waiting[key]
+                self._events.append(Released(key, why))
+            self.state.rule.slot_closed(key)
+        del self.state.members[member.worker]
+
+    def _remember_replaced(self, member: Member) -> None:
+        self.state.replaced[(member.worker, member.incarnation)] = None
+        while len(self.state.replaced) > REPLACED_REMEMBERED:
+            del self.state.replaced[next(iter(self.state.replaced))]
+
+    # Checks
+
+    def _requesting_slot(self, requester: Requester) -> Slot:
+        """The slot that asks.
+
+        Raises:
+            Replaced: a newer incarnation of the worker has joined.
+            NotAMember: the worker never joined, has left, or its lease ran out.
+            BadRequest: it joined with fewer slots, or the request number is below 1.
+            StaleRequest: the slot has used a higher request number.
+        """
+        member = self.member(requester.worker, requester.incarnation)
+        if not 0 <= requester.slot < len(member.slots) or requester.request < 1:
+            raise BadRequest(
+                f"slot {requester.slot}, request {requester.request} of worker {requester.worker!r}: it joined with "
+                f"{len(member.slots)} slots, counted from 0, and requests count from 1"
+            )
+        slot = member.slots[requester.slot]
+        if requester.request < slot.request:
+            raise StaleRequest(
+                f"request {requester.request} of slot {requester.slot} of worker {requester.worker!r} came after "
+                f"request {slot.request}: numbers rise, only the newest may be retried"
+            )
+        return slot
+
+    def _refuse_replaced(self, worker: str, incarnation: int) -> None:
+        if (worker, incarnation) in self.state.replaced:
+            raise Replaced(
+                f"a newer process has joined as worker {worker!r}: this one must stop; to run both, give them "
+                "different worker ids"
+            )
+
+    def _refuse_finished(self) -> None:
+        if self.state.finished:
+            raise self._over()
+
+    def _over(self) -> Finished:
+        state = self.state
+        return Finished(f"the run is over after {state.iteration} gradients and {state.samples} samples")
+
+    def _refuse_other_slots(self, member: Member, slots: int) -> None:
+        if slots != len(member.slots):
+            raise BadRequest(
+                f"worker {member.worker!r} joined with {len(member.slots)} slots and now asks for {slots}: leave first"
+            )
+
+    def _refuse_newcomer(self, worker: str, slots: int) -> None:
+        self._refuse_finished()
+        self.scheduler.check_slots(slots)
+        members = self.state.members
+        if worker not in members and len(members) >= self.run.max_workers:
+            raise TooManyWorkers(
+                f"{len(members)} workers have joined and max_workers is {self.run.max_workers}: raise it or wait until "
+                "one leaves",
+                retry_seconds=5.0,
+            )
+
+
+def superseded(slot: SlotKey) -> Superseded:
+    """The error for a wait that a newer request of the same slot took over."""
+    return Superseded(f"a newer stream of slot {slot[1]} of worker {slot[0]!r} took over")
+
+
+def data_seed(run_seed: int, epoch: int, joins: int) -> int:
+    """A 64-bit seed that differs for every join of a run, so that restarts do not repeat data."""
+    digest = hashlib.sha256(f"{run_seed}/{epoch}/{joins}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")

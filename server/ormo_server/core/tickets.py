@@ -1,0 +1,45 @@
+"""Handing tickets out, redeeming them and making them void. These functions never move `issue` or the parameters."""
+
+from ormo_server.core.errors import TicketUnknown
+from ormo_server.core.state import SlotKey, State, Ticket, TicketKey
+
+
+def hand_out(state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool) -> Ticket:
+    """Give a slot that has none a ticket at the current iteration."""
+    assert state.slot(slot).ticket is None, "a slot holds at most one ticket"
+    ticket = Ticket(state.epoch, state.next_ticket, slot, state.iteration, bucket, now, delivered)
+    state.next_ticket += 1
+    state.tickets[ticket.key] = ticket
+    state.slot(slot).ticket = ticket.key
+    return ticket
+
+
+def held(state: State, slot: SlotKey) -> Ticket | None:
+    """The ticket that the slot holds."""
+    key = state.slot(slot).ticket
+    return None if key is None else state.tickets[key]
+
+
+def in_flight(state: State, slot: SlotKey, key: TicketKey) -> Ticket:
+    """The ticket with this key, if this slot holds it.
+
+    Raises:
+        TicketUnknown: it was never handed out to the slot, is used up, or is void.
+    """
+    ticket = held(state, slot)
+    if ticket is None or ticket.key != key:
+        holds = "holds none" if ticket is None else f"holds ticket {ticket.number}"
+        raise TicketUnknown(
+            f"ticket {key[1]} of epoch {key[0]:016x} is not in flight: slot {slot[1]} of worker {slot[0]!r} {holds}. "
+            "It was used up, became void or never was; pull again, this gradient is lost"
+        )
+    return ticket
+
+
+def close(state: State, ticket: Ticket) -> None:
+    """The ticket is redeemed or void: it is not in flight any more."""
+    del state.tickets[ticket.key]
+    state.slot(ticket.slot).ticket = None
+    state.rule.ticket_closed(ticket.slot)
+    if not any(not other.delivered for other in state.tickets.values()):
+        state.round_params = None

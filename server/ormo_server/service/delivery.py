@@ -1,0 +1,66 @@
+"""Parameters on their way to a worker, and the wait for them."""
+
+import threading
+from dataclasses import dataclass
+
+from ormo_protos.tensors import Payload
+from ormo_server.core.errors import OrmoError
+from ormo_server.core.state import SlotKey, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What a request for parameters is answered with.
+
+    Attributes:
+        epoch, iteration: of the parameters.
+        samples: counted so far in the run.
+        ticket: None for readers.
+        payload: None if nothing is newer than what the reader has.
+    """
+
+    epoch: int
+    iteration: int
+    samples: int
+    ticket: Ticket | None
+    payload: Payload | None
+
+
+class Waiter:
+    """A slot's wait for its ticket: resolved once, from whichever thread makes the ticket possible.
+
+    Attributes:
+        slot: who waits.
+        payload: where the parameters will be written.
+    """
+
+    def __init__(self, slot: SlotKey, payload: Payload) -> None:
+        self.slot = slot
+        self.payload = payload
+        self._outcome: Delivery | OrmoError | None = None
+        self._settled = threading.Event()
+
+    def resolve(self, delivery: Delivery) -> None:
+        """The ticket is here and `payload` is filled."""
+        self._settle(delivery)
+
+    def fail(self, error: OrmoError) -> None:
+        """The ticket will not come."""
+        self._settle(error)
+
+    def _settle(self, outcome: Delivery | OrmoError) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+            self._settled.set()
+
+    def wait(self) -> Delivery:
+        """Block until the ticket is here.
+
+        Raises:
+            OrmoError: why it will not come.
+        """
+        self._settled.wait()
+        assert self._outcome is not None
+        if isinstance(self._outcome, OrmoError):
+            raise self._outcome
+        return self._outcome

@@ -1,0 +1,394 @@
+"""The engine: owns the one lock, gives the core its inputs one after the other, and hands on what follows.
+
+The lock is never held across a network or disk wait: gradients are in memory before it is taken, deliveries are
+copied under it and sent after it, checkpoints are copied under it and written after it.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ormo_protos.manifest import Manifest
+from ormo_protos.tensors import Payload
+from ormo_server.core.blocks import all_finite
+from ormo_server.core.deadlines import Leases, TicketTimeout
+from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.snapshot import Snapshot, take
+from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
+from ormo_server.core.state_machine import Gradient, Granted, Requester, StateMachine, superseded
+from ormo_server.metrics import Metrics
+from ormo_server.service.delivery import Delivery, Waiter
+from ormo_server.service.observations import Observations
+from ormo_server.service.streams import draining
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A gradient that has arrived whole.
+
+    Attributes:
+        ticket: that it redeems.
+        payload: its tensors.
+        samples: in the mini-batch.
+        loss: of the mini-batch, None if not told.
+        compute_seconds: as the worker measured; 0 if not told.
+    """
+
+    ticket: TicketKey
+    payload: Payload
+    samples: int
+    loss: float | None
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an exchange led to. Parts that were not asked for are None.
+
+    Attributes:
+        result: of the gradient, unless it was refused.
+        refusal: why the gradient was refused; the exchange goes on.
+        waiter: for the ticket that was asked for.
+        finished: instead of a ticket: the run is over.
+    """
+
+    result: PushResult | None = None
+    refusal: OrmoError | None = None
+    waiter: Waiter | None = None
+    finished: bool = False
+
+
+class Engine:
+    """One run being served.
+
+    Args:
+        machine: the core, which must not be touched by anyone else from now on.
+        manifest: of its model.
+        clock: the run's.
+        metrics: what to count in.
+        lease_seconds: how long a worker may be silent.
+        ticket_timeout: seconds that a live worker may keep a ticket; None: the scheduler's choice.
+    """
+
+    def __init__(
+        self,
+        machine: StateMachine,
+        manifest: Manifest,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        *,
+        lease_seconds: float,
+        ticket_timeout: float | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.observations = Observations()
+        self.finished = threading.Event()
+        self.broken = threading.Event()
+        self._machine = machine
+        self._clock = clock
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiters: dict[SlotKey, Waiter] = {}
+        self._leases = Leases(lease_seconds)
+        self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
+        for worker in machine.state.members:
+            self._leases.grant(worker, clock())
+        self._export_gauges()
+        self._note_end()
+
+    # Members
+
+    def join(self, worker: str, incarnation: int, slots: int) -> Member:
+        """See `StateMachine.join`."""
+        with self._hold() as machine:
+            known = machine.state.members.get(worker)
+            member = machine.join(self._clock(), worker, incarnation, slots)
+            self._leases.grant(worker, self._clock())
+            if member is not known:
+                self.observations.joined(worker)
+            self._pass_on()
+            return member
+
+    def check_member(self, worker: str, incarnation: int) -> None:
+        """Refuse early what would be refused after its tensors have come; see `StateMachine.member`."""
+        with self._hold() as machine:
+            machine.member(worker, incarnation)
+            self._leases.heard(worker, self._clock())
+
+    def heard(self, worker: str) -> None:
+        """Bytes came from, or went to, a worker. Takes no lock: it is called for every chunk."""
+        self._leases.heard(worker, self._clock())
+
+    def heartbeat(self, worker: str, incarnation: int, returned: Sequence[TicketKey]) -> None:
+        """Keep a lease, and take back tickets that will not be used."""
+        with self._hold() as machine:
+            machine.member(worker, incarnation)
+            self._leases.heard(worker, self._clock())
+            for key in returned:
+                machine.return_ticket(self._clock(), worker, incarnation, key)
+            self._pass_on()
+
+    def leave(self, worker: str, incarnation: int) -> None:
+        """A worker gives up its lease."""
+        with self._hold() as machine:
+            if machine.leave(self._clock(), worker, incarnation):
+                self._forget(worker)
+            self._pass_on()
+
+    def expire(self) -> list[tuple[str, int]]:
+        """Take silent workers for dead, and tickets that were out for too long for lost.
+
+        Returns:
+            (id, incarnation) of the workers that lost their lease.
+        """
+        with self._hold() as machine:
+            now = self._clock()
+            lapsed = [machine.state.members[worker] for worker in self._leases.lapsed(now)]
+            for member in lapsed:
+                machine.leave(now, member.worker, member.incarnation)
+                self._forget(member.worker)
+            overdue = self._ticket_timeout.overdue(machine.state, now)
+            for ticket in overdue:
+                holder = machine.state.members[ticket.slot[0]]
+                machine.return_ticket(now, holder.worker, holder.incarnation, ticket.key)
+            self._pass_on()
+        self._report_expired([member.worker for member in lapsed], [ticket.slot for ticket in overdue])
+        return [(member.worker, member.incarnation) for member in lapsed]
+
+    def _forget(self, worker: str) -> None:
+        self._leases.forget(worker)
+        self.observations.gone(worker)
+
+    def _report_expired(self, workers: list[str], slots: list[SlotKey]) -> None:
+        for worker in workers:
+            log.warning("worker %s was silent for %g s and lost its lease", worker, self._leases.lease_seconds)
+            self._metrics.expired_workers.inc()
+        for worker, _ in slots:
+            log.warning("a ticket of worker %s was out for too long and is void; the worker stays a member", worker)
+            self._metrics.expired_tickets.inc()
+
+    # Exchanges
+
+    def exchange(
+        self,
+        requester: Requester,
+        push: Push | None,
+        wish: Payload | None,
+        still_current: Callable[[], bool] = lambda: True,
+    ) -> Outcome:
+        """Apply a gradient, if there is one, and ask for the next ticket, if it is wanted.
+
+        Under the asynchronous scheduler both happen under one hold of the lock, so that the parameters that come with
+        the ticket are exactly those after this gradient.
+
+        Args:
+            requester: whose exchange it is.
+            push: the gradient; its payload may be the wish's.
+            wish: where the parameters of the next ticket go.
+            still_current: whether no newer stream of the slot has taken over.
+
+        Raises:
+            Superseded: a newer stream of the slot has taken over.
+            OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
+        """
+        finite = push is None or _is_finite(push.payload)
+        with self._hold():
+            if not still_current():
+                raise superseded(requester.slot_key)
+            result, refusal = self._push(requester, push, finite=finite) if push else (None, None)
+            try:
+                waiter = self._request(requester, wish) if wish else None
+            except Finished:
+                return Outcome(result, refusal, finished=True)
+            return Outcome(result, refusal, waiter)
+
+    def _push(self, requester: Requester, push: Push, *, finite: bool) -> tuple[PushResult | None, OrmoError | None]:
+        try:
+            if not finite:
+                raise _non_finite(requester, push)
+            return self._apply(requester, push), None
+        except (NonFinite, TicketUnknown, Finished) as refusal:
+            self._metrics.pushes.labels("refused").inc()
+            return None, refusal
+
+    def _apply(self, requester: Requester, push: Push) -> PushResult:
+        payload, layout = push.payload, push.payload.layout
+        gradient = Gradient(
+            push.ticket,
+            payload.parameters,
+            push.samples,
+            payload.float_buffers if layout.with_buffers else None,
+            payload.int_buffers if layout.with_buffers else None,
+        )
+        now = self._clock()
+        ticket = self._machine.state.tickets.get(push.ticket)
+        started = time.perf_counter()
+        result = self._machine.push(now, requester, gradient)
+        if not result.repeated:
+            self._metrics.update_seconds.observe(time.perf_counter() - started)
+            assert ticket is not None
+            self._ticket_timeout.redeemed(now - ticket.handed_out_seconds)
+        self._observe(requester.worker, push, result)
+        self._pass_on()
+        self._note_end()
+        return result
+
+    def _observe(self, worker: str, push: Push, result: PushResult) -> None:
+        if result.repeated:
+            self._metrics.pushes.labels("repeated").inc()
+            return
+        self._metrics.pushes.labels("discarded" if result.discarded else "applied").inc()
+        self._metrics.delay.observe(result.delay)
+        self._metrics.lag.observe(result.lag_buckets)
+        if not result.discarded:
+            self._metrics.samples.inc(push.samples)
+            self.observations.counted(worker, result, push.loss, push.compute_seconds)
+
+    def _request(self, requester: Requester, wish: Payload) -> Waiter:
+        waiter = Waiter(requester.slot_key, wish)
+        older = self._waiters.get(waiter.slot)
+        self._waiters[waiter.slot] = waiter
+        try:
+            self._machine.request_ticket(self._clock(), requester)
+        except OrmoError:
+            del self._waiters[waiter.slot]
+            if older is not None:
+                self._waiters[waiter.slot] = older
+            raise
+        if older is not None:
+            older.fail(superseded(waiter.slot))
+        self._pass_on()
+        return waiter
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Nobody listens any more: after this the waiter's payload is not written to."""
+        with self._lock:
+            if self._waiters.get(waiter.slot) is waiter:
+                del self._waiters[waiter.slot]
+                self._machine.withdraw_request(waiter.slot)
+
+    def pull(self, payload: Payload, newer_than: tuple[int, int] | None) -> Delivery:
+        """The newest parameters for a reader, copied into `payload`.
+
+        Args:
+            payload: where they go.
+            newer_than: (epoch, iteration) that the reader has; if nothing is newer, the answer has no payload.
+        """
+        with self._hold() as machine:
+            state = machine.state
+            if newer_than == (state.epoch, state.iteration):
+                self._metrics.pulls.labels("not_modified").inc()
+                return Delivery(state.epoch, state.iteration, state.samples, None, None)
+            payload.parameters.copy_(state.params)
+            self._copy_buffers(payload)
+            self._metrics.pulls.labels("reader").inc()
+            return Delivery(state.epoch, state.iteration, state.samples, None, payload)
+
+    # What follows from inputs
+
+    def _pass_on(self) -> None:
+        for event in self._machine.take_events():
+            waiter = self._waiters.pop(event.slot)
+            if isinstance(event, Granted):
+                self._fill(waiter, event)
+            else:
+                waiter.fail(event.error)
+
+    def _fill(self, waiter: Waiter, granted: Granted) -> None:
+        state, ticket = self._machine.state, granted.ticket
+        self._machine.write_delivery(granted, waiter.payload.parameters)
+        self._copy_buffers(waiter.payload)
+        self._metrics.pulls.labels("ticket").inc()
+        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, waiter.payload))
+
+    def _copy_buffers(self, payload: Payload) -> None:
+        if payload.layout.with_buffers:
+            payload.float_buffers.copy_(self._machine.state.float_buffers)
+            payload.int_buffers.copy_(self._machine.state.int_buffers)
+
+    def _note_end(self) -> None:
+        if self._machine.state.finished:
+            self.finished.set()
+
+    # The lock
+
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[StateMachine]:
+        asked = time.perf_counter()
+        with self._lock:
+            self._metrics.lock_wait_seconds.observe(time.perf_counter() - asked)
+            if self._closed:
+                raise draining()
+            try:
+                yield self._machine
+            except OrmoError:
+                raise
+            except BaseException:
+                # The state may be half changed: nothing may be served, or kept, from it.
+                self._closed = True
+                self.broken.set()
+                raise
+
+    def close(self) -> None:
+        """Refuse every input from now on."""
+        with self._lock:
+            self._closed = True
+
+    def snapshot(self) -> tuple[Snapshot, float]:
+        """A copy of the state, and the run's clock at that moment."""
+        with self._lock:
+            if self.broken.is_set():
+                raise NotReady("the state is broken and must not be kept; the server stops")
+            return take(self._machine), self._clock()
+
+    # What people see
+
+    def position(self) -> tuple[int, int]:
+        """(epoch, iteration) now."""
+        return (self._machine.state.epoch, self._machine.state.iteration)
+
+    @contextlib.contextmanager
+    def inspect(self) -> Iterator[StateMachine]:
+        """The machine to read from, held still; do not keep it."""
+        with self._lock:
+            yield self._machine
+
+    def silent_seconds(self, worker: str) -> float:
+        """Since anything was heard of the worker."""
+        return self._leases.silent_seconds(worker, self._clock())
+
+    def _export_gauges(self) -> None:
+        metrics, machine, state = self._metrics, self._machine, self._machine.state
+        metrics.model_parameters.set(state.params.numel())
+        metrics.iteration.set_function(lambda: state.iteration)
+        metrics.newest_bucket.set_function(lambda: state.newest_bucket)
+        metrics.bucket_size.set_function(lambda: machine.run.bucket_size or max(1, self._live_slots()))
+        metrics.learning_rate.set_function(lambda: state.learning_rate)
+        metrics.live_workers.set_function(lambda: len(state.members))
+        metrics.tickets_in_flight.set_function(lambda: len(state.tickets))
+        metrics.training_loss.set_function(
+            lambda: math.nan if self.observations.loss is None else self.observations.loss
+        )
+
+    def _live_slots(self) -> int:
+        with self._lock:
+            return self._machine.state.live_slots()
+
+
+def _is_finite(payload: Payload) -> bool:
+    return all_finite(payload.parameters) and all_finite(payload.float_buffers)
+
+
+def _non_finite(requester: Requester, push: Push) -> NonFinite:
+    where = "gradient" if not all_finite(push.payload.parameters) else "buffers"
+    return NonFinite(
+        f"the {where} of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
+        "not applied; its ticket stays valid. Lower the learning rate, or clip or rescale the gradient"
+    )

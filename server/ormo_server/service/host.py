@@ -1,0 +1,234 @@
+"""One run and its place on disk: restores it, finds it a model when it is new, and checkpoints it."""
+
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_server.config import ServerSettings
+from ormo_server.core import memory, snapshot
+from ormo_server.core.blocks import all_finite
+from ormo_server.core.errors import MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.metrics import Metrics
+from ormo_server.service.clock import RunClock
+from ormo_server.service.engine import Engine
+from ormo_server.service.model_offers import ModelOffers
+from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LastCheckpoint:
+    """Where the newest checkpoint is and what it holds."""
+
+    path: Path
+    epoch: int
+    iteration: int
+
+
+class RunHost:
+    """Holds the engine as soon as there is a model.
+
+    Args:
+        settings: of the server.
+        metrics: what to count in.
+
+    Raises:
+        StoreError: no checkpoint is whole, or the model file can't be used.
+        SettingsError: the checkpoint was written by another update rule.
+        MemoryLimit: the model needs more than `memory_limit`.
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.clock = RunClock()
+        self.offers = ModelOffers(settings.failure_timeout)
+        self.last_checkpoint: LastCheckpoint | None = None
+        self._run = settings.run()
+        self._epoch = secrets.randbits(64)
+        self._store = CheckpointStore(settings.directory, keep=settings.checkpoints_kept)
+        self._engine: Engine | None = None
+        self._building = threading.Lock()
+        self._writing = threading.Lock()
+        self._weights: ModelFile | None = None
+        self._restore_or_load()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether training can go on."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            NotReady: there is no model yet.
+        """
+        if self._engine is None:
+            raise NotReady("this server has no model yet: a worker that joins will be asked for one", retry_seconds=0.5)
+        return self._engine
+
+    # At the start
+
+    def _restore_or_load(self) -> None:
+        checkpoint = self._store.newest()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif self.settings.model is not None:
+            self._load(self.settings.model)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._check_memory(checkpoint.manifest)
+        self.clock = RunClock(checkpoint.clock_seconds)
+        machine = snapshot.restore(self._run, checkpoint.snapshot, epoch=self._epoch, keep_tickets=checkpoint.drained)
+        log.info(
+            "restored iteration %d from %s (%s)",
+            machine.state.iteration,
+            self.settings.directory,
+            "drained: tickets stay good" if checkpoint.drained else "not drained: all tickets are void",
+        )
+        self._serve(machine, checkpoint.manifest)
+
+    def _load(self, path: Path) -> None:
+        weights = ModelFile.load(path)
+        if weights.manifest is None:
+            # A plain state_dict does not say in which order the model has its tensors: the first worker will.
+            self._weights = weights
+            return
+        self._check_memory(weights.manifest)
+        self._start(weights.manifest, weights.arranged(weights.manifest))
+
+    # A new model
+
+    def begin_offer(self, worker: str, incarnation: int, manifest: Manifest) -> Payload:
+        """Where an offered model's bytes go.
+
+        Raises:
+            ModelExists: there is a model already.
+            NotWanted: this worker was not asked for it.
+            MemoryLimit: the model is too large.
+        """
+        self._refuse_second_model()
+        self.offers.renew(worker, incarnation, self.clock())
+        self._check_memory(manifest)
+        return Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True))
+
+    def accept_model(self, worker: str, incarnation: int, manifest: Manifest, payload: Payload) -> tuple[int, int]:
+        """Start the run from an offered model that has come whole; it is in a checkpoint when this returns.
+
+        Returns:
+            (epoch, iteration) at the start.
+
+        Raises:
+            ModelExists, NotWanted: as `begin_offer`.
+            NonFinite: NaN or infinity in the model.
+            NotReady: the checkpoint could not be written.
+        """
+        if not (all_finite(payload.parameters) and all_finite(payload.float_buffers)):
+            raise NonFinite(
+                f"the model that worker {worker!r} offers has NaN or infinite values: start from a sound one"
+            )
+        with self._building:
+            self._refuse_second_model()
+            self.offers.renew(worker, incarnation, self.clock())
+            model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers)
+            if self._weights is not None:
+                model = self._weights.arranged(manifest)
+            self._start(manifest, model)
+        return self.engine.position()
+
+    def _refuse_second_model(self) -> None:
+        if self._engine is not None:
+            raise ModelExists("this server has a model already: join again to get its manifest")
+
+    def _start(self, manifest: Manifest, model: FlatModel) -> None:
+        machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
+        try:
+            self._write(machine, manifest)
+        except StoreError as error:
+            raise NotReady(f"the model could not be stored: {error}", retry_seconds=5.0) from error
+        self._serve(machine, manifest)
+
+    def _write(self, machine: StateMachine, manifest: Manifest) -> None:
+        first = Checkpoint(
+            snapshot.take(machine), manifest, drained=True, clock_seconds=self.clock(), settings=self._told()
+        )
+        self._wrote(self._store.write(first), machine.state.epoch, machine.state.iteration)
+
+    def _serve(self, machine: StateMachine, manifest: Manifest) -> None:
+        self._engine = Engine(
+            machine,
+            manifest,
+            self.clock,
+            self.metrics,
+            lease_seconds=self.settings.failure_timeout,
+            ticket_timeout=self.settings.ticket_timeout,
+        )
+
+    def _check_memory(self, manifest: Manifest) -> None:
+        elements = manifest.sizes["parameters"]
+        need = memory.need(self._run, elements, self.settings.max_workers * self.settings.slots_per_worker)
+        log.info(
+            "a model of %s parameters: %.1f MB of state, up to %.1f MB for exchanges (all slots at once), %.1f MB for "
+            "a checkpoint",
+            f"{elements:,}",
+            need.state_bytes / 1e6,
+            need.exchange_bytes / 1e6,
+            need.checkpoint_bytes / 1e6,
+        )
+        limit = self.settings.memory_limit
+        if limit is not None and need.total_bytes > limit:
+            raise MemoryLimit(
+                f"a model of {elements:,} parameters needs up to {need.total_bytes:,} bytes with "
+                f"{self.settings.max_workers} workers of {self.settings.slots_per_worker} slots, and memory_limit is "
+                f"{int(limit):,}: raise it, or lower max_workers or slots_per_worker"
+            )
+
+    # Checkpoints
+
+    def checkpoint(self, *, drained: bool = False) -> bool:
+        """Write a checkpoint, unless the last one holds the same state.
+
+        Args:
+            drained: the engine is closed, so that nothing can be applied after it.
+
+        Returns:
+            Whether the newest state is on disk now.
+        """
+        if self._engine is None:
+            return True
+        with self._writing:
+            last = self.last_checkpoint
+            if not drained and last is not None and (last.epoch, last.iteration) == self._engine.position():
+                return True
+            return self._write_newest(self._engine, drained=drained)
+
+    def _write_newest(self, engine: Engine, *, drained: bool) -> bool:
+        started = time.perf_counter()
+        try:
+            state, clock_seconds = engine.snapshot()
+            checkpoint = Checkpoint(state, engine.manifest, drained, clock_seconds, self._told())
+            path = self._store.write(checkpoint)
+        except (StoreError, NotReady) as error:
+            self.metrics.checkpoint_failures.inc()
+            log.error("no checkpoint was written, the earlier ones stay: %s", error)
+            return False
+        self._wrote(path, state.fields["epoch"], state.fields["iteration"])
+        log.info("checkpoint %s in %.2f s", path, time.perf_counter() - started)
+        return True
+
+    def _wrote(self, path: Path, epoch: int, iteration: int) -> None:
+        self.last_checkpoint = LastCheckpoint(path, epoch, iteration)
+        self.metrics.checkpoint_timestamp.set_to_current_time()
+        self.metrics.checkpoint_iteration.set(iteration)
+
+    def _told(self) -> dict[str, object]:
+        return self.settings.model_dump(mode="json")

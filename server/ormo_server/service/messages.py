@@ -1,0 +1,115 @@
+"""Between the wire's messages and the core's words: checks of single fields, and nothing that needs state."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
+from ormo_server.core.state import PushResult, TicketKey
+from ormo_server.core.state_machine import Requester
+from ormo_server.service.delivery import Delivery
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def worker_id(text: str) -> str:
+    """A worker's id, checked.
+
+    Raises:
+        BadRequest: it is empty, too long or has other characters than the contract allows.
+    """
+    if not _WORKER_ID.fullmatch(text):
+        raise BadRequest(f"worker id {text[:160]!r}: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -")
+    return text
+
+
+def requester(message: pb.Requester) -> Requester:
+    """Who asks.
+
+    Raises:
+        BadRequest: a malformed worker id.
+    """
+    return Requester(worker_id(message.worker), message.incarnation, message.slot, message.request)
+
+
+def ticket_key(message: pb.Ticket) -> TicketKey:
+    """What identifies a ticket."""
+    return (message.epoch, message.number)
+
+
+def delivery_layout(manifest: Manifest, message: pb.DeliveryRequest) -> PayloadLayout:
+    """The layout in which parameters are wanted.
+
+    Raises:
+        PayloadError: a dtype that is not served.
+    """
+    return PayloadLayout.of(manifest, message.dtype or FLOAT32, with_buffers=message.with_buffers)
+
+
+def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
+    """The layout of the gradient that is about to come, after a check of its header.
+
+    Raises:
+        ManifestDigest: it was made for another model.
+        BadRequest: a number outside its limits, or a length that its dtype and the model do not give.
+        PayloadError: a dtype that is not served.
+    """
+    if message.manifest_digest != manifest.digest:
+        raise ManifestDigest(
+            f"the gradient is for the model with digest {message.manifest_digest.hex()[:16] or 'none'}…, this server "
+            f"holds {manifest.digest.hex()[:16]}…: join again and use the manifest of the answer"
+        )
+    layout = PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
+    if message.payload_bytes != layout.total_bytes:
+        raise BadRequest(
+            f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
+            f"{message.with_buffers} makes {layout.total_bytes} bytes for this model"
+        )
+    if message.samples < 0 or not 0 <= message.compute_seconds < math.inf:
+        raise BadRequest(
+            f"samples {message.samples}, compute seconds {message.compute_seconds}: expected finite, at least 0"
+        )
+    return layout
+
+
+def push_result(result: PushResult) -> pb.PushResult:
+    """The result of a gradient, as it travels."""
+    return pb.PushResult(
+        request=result.request,
+        iteration=pb.Iteration(epoch=result.epoch, number=result.iteration),
+        delay=result.delay,
+        lag_buckets=result.lag_buckets,
+        learning_rate=result.step_size,
+        discarded=result.discarded,
+        repeated=result.repeated,
+    )
+
+
+def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
+    """The result of a gradient that was refused."""
+    return pb.PushResult(request=request, refusal=refusal.reason, refusal_message=str(refusal))
+
+
+def delivery_header(delivery: Delivery) -> pb.Delivery:
+    """What is said about parameters before they follow."""
+    message = pb.Delivery(
+        iteration=pb.Iteration(epoch=delivery.epoch, number=delivery.iteration), samples=delivery.samples
+    )
+    if delivery.ticket is not None:
+        ticket = delivery.ticket
+        message.ticket.CopyFrom(
+            pb.Ticket(epoch=ticket.epoch, number=ticket.number, iteration=ticket.iteration, bucket=ticket.bucket)
+        )
+    if delivery.payload is not None:
+        message.dtype = delivery.payload.layout.dtype
+        message.with_buffers = delivery.payload.layout.with_buffers
+        message.payload_bytes = delivery.payload.layout.total_bytes
+    return message
+
+
+def delivered_chunks(payload: Payload | None) -> Iterator[pb.TensorChunk]:
+    """The parameters that follow."""
+    return iter(()) if payload is None else payload.chunks()

@@ -1,0 +1,178 @@
+"""The gRPC server round a run: its threads, its port, its upkeep, and how it starts and ends."""
+
+import logging
+import threading
+from concurrent import futures
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import add_ParameterServerServicer_to_server
+from ormo_server.config import ServerSettings
+from ormo_server.metrics import Metrics
+from ormo_server.service.host import RunHost
+from ormo_server.service.servicer import Servicer
+from ormo_server.service.streams import StreamRegistry
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+# Stays SERVING while the process works, also while it drains: a probe on it must not kill a busy server.
+LIVENESS_NAME = "liveness"
+
+# Calls that hold no thread for long (Join, heartbeats, health, status) share these.
+_RESERVE_THREADS = 16
+_PING_SECONDS = 10.0
+
+
+class AddressInUseError(OSError):
+    """The port can't be had; the sentence says which and what to do."""
+
+
+def stream_capacity(settings: ServerSettings) -> int:
+    """How many streams may be open at once.
+
+    Each slot counts twice: after a broken connection the new stream may come before the old one is known to be dead.
+    """
+    return 2 * settings.max_workers * settings.slots_per_worker + settings.max_readers
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    ping_ms = int(1000 * min(_PING_SECONDS, settings.failure_timeout))
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # By default a second server would share the port without an error.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", ping_ms),
+        ("grpc.keepalive_timeout_ms", int(1000 * settings.failure_timeout)),
+        ("grpc.http2.ping_timeout_ms", int(1000 * settings.failure_timeout)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Workers ping as often as every 10 s; the default would send them away for it.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", ping_ms // 2),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+class Server:
+    """A run, served.
+
+    Args:
+        settings: of the server.
+
+    Attributes:
+        address: host and port it listens on, once started.
+        metrics_address: the same for metrics; empty if none are served.
+
+    Raises:
+        StoreError, SettingsError, MemoryLimit: see `RunHost`.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.host = RunHost(settings, self.metrics)
+        self.streams = StreamRegistry(stream_capacity(settings))
+        self.address = ""
+        self.metrics_address = ""
+        self._stopping = threading.Event()
+        self._upkeep = threading.Thread(target=self._keep_up, name="upkeep", daemon=True)
+        self._checkpoints = threading.Thread(target=self._keep_checkpoints, name="checkpoints", daemon=True)
+        self._health = health.HealthServicer()
+        self._grpc = self._grpc_server()
+
+    def _grpc_server(self) -> grpc.Server:
+        threads = stream_capacity(self.settings) + _RESERVE_THREADS
+        pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
+        server = grpc.server(pool, options=_options(self.settings))
+        add_ParameterServerServicer_to_server(Servicer(self.host, self.streams), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self.settings.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        return server
+
+    def start(self) -> None:
+        """Listen, and begin upkeep.
+
+        Raises:
+            AddressInUseError: a port can't be had.
+        """
+        self.address = self._bind()
+        self._serve_metrics()
+        for name in ("", SERVICE_NAME, LIVENESS_NAME):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._grpc.start()
+        self._upkeep.start()
+        self._checkpoints.start()
+
+    def _bind(self) -> str:
+        host = self.settings.listen.rpartition(":")[0]
+        try:
+            port = self._grpc.add_insecure_port(self.settings.listen)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"can't listen on {self.settings.listen}: the port is in use or the address is not this machine's; "
+                "stop the other program or choose another --listen"
+            ) from error
+        return f"{host}:{port}"
+
+    def _serve_metrics(self) -> None:
+        if not self.settings.metrics_listen:
+            return
+        host, _, port = self.settings.metrics_listen.rpartition(":")
+        try:
+            server, _ = start_http_server(int(port), addr=host or "127.0.0.1", registry=self.metrics.registry)
+        except (OSError, ValueError) as error:
+            raise AddressInUseError(
+                f"can't serve metrics on {self.settings.metrics_listen}: {error}; choose another --metrics-listen, or "
+                "an empty one for none"
+            ) from error
+        self._metrics_server = server
+        self.metrics_address = f"{host}:{server.server_port}"
+
+    # While it runs
+
+    def _keep_up(self) -> None:
+        lease = self.settings.failure_timeout
+        while not self._stopping.wait(min(1.0, lease / 4)):
+            self.streams.end_unintroduced(lease)
+            if self.host.has_model and not self.host.engine.broken.is_set():
+                for worker, incarnation in self.host.engine.expire():
+                    self.streams.end_worker(worker, incarnation)
+
+    def _keep_checkpoints(self) -> None:
+        while not self._stopping.wait(self.settings.checkpoint_seconds):
+            self.host.checkpoint()
+
+    # At the end
+
+    def drain(self) -> bool:
+        """Stop without losing anything: let exchanges end, checkpoint, close.
+
+        Returns:
+            Whether the state is on disk.
+        """
+        self._stopping.set()
+        for name in ("", SERVICE_NAME):
+            self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        log.info("draining: %d streams are open", len(self.streams))
+        if not self.streams.drain(self.settings.drain_seconds):
+            log.warning("exchanges were cut off after %g s; their workers will retry", self.settings.drain_seconds)
+        if self.host.has_model:
+            self.host.engine.close()
+        kept = self.host.checkpoint(drained=True)
+        self.close()
+        return kept
+
+    def close(self) -> None:
+        """Stop at once, keeping nothing that is not on disk already."""
+        self._stopping.set()
+        self._grpc.stop(grace=0).wait()
+        if self.metrics_address:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()

@@ -1,0 +1,240 @@
+"""The open streams: how many there may be, whose they are, and how they end.
+
+Each open stream holds a thread of the synchronous server, so their number is bounded and the pool is sized by it.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+
+from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
+from ormo_server.core.state_machine import Requester, superseded
+from ormo_server.service.delivery import Delivery, Waiter
+
+_RETRY_SECONDS = 1.0
+_FAREWELL_SECONDS = 1.0
+
+
+def draining() -> Draining:
+    """The refusal of a server that is about to stop."""
+    return Draining("the server is about to stop: retry until it, or its successor, is back", retry_seconds=1.0)
+
+
+class OpenStream:
+    """One call that holds a thread.
+
+    Attributes:
+        requester: whose it is, from its first message on.
+        current: it may still act for its slot; no newer stream of the slot has taken over.
+    """
+
+    def __init__(self, context: grpc.ServicerContext, registry: "StreamRegistry") -> None:
+        self.requester: Requester | None = None
+        self.current = True
+        self.opened = time.monotonic()
+        self.busy = False
+        self._context = context
+        self._registry = registry
+        self._waiter: Waiter | None = None
+        context.add_callback(self._gone)
+
+    def introduce(self, requester: Requester) -> None:
+        """Say whose stream it is, at each exchange; an older stream of the same slot ends.
+
+        Raises:
+            BadRequest: it was another worker's or slot's before.
+        """
+        mine = self.requester
+        if mine is None:
+            self._registry.take_over(self, requester)
+        elif (mine.slot_key, mine.incarnation) != (requester.slot_key, requester.incarnation):
+            raise BadRequest(
+                f"this stream began as slot {mine.slot} of worker {mine.worker!r} and goes on as slot "
+                f"{requester.slot} of worker {requester.worker!r}: open a stream for each slot"
+            )
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """While inside, a drain waits for the stream.
+
+        Raises:
+            Draining: the server is about to stop.
+        """
+        self._registry.begin(self)
+        try:
+            yield
+        finally:
+            self._registry.finish(self)
+
+    def wait(self, waiter: Waiter) -> Delivery:
+        """Block until the ticket is here, the stream ends, or the server drains.
+
+        Raises:
+            OrmoError: why the ticket will not come.
+        """
+        self._waiter = waiter
+        try:
+            if not self._context.is_active():
+                self._gone()
+            self._registry.wake_if_draining(self)
+            return waiter.wait()
+        finally:
+            self._waiter = None
+
+    def wake(self, error: Draining) -> None:
+        """End a wait."""
+        if self._waiter is not None:
+            self._waiter.fail(error)
+
+    def end(self) -> None:
+        """End the stream from outside; the peer sees CANCELLED if it was reading."""
+        self.current = False
+        if self._waiter is not None and self.requester is not None:
+            self._waiter.fail(superseded(self.requester.slot_key))
+        else:
+            self._context.cancel()
+
+    def _gone(self) -> None:
+        self.current = False
+        if self._waiter is not None:
+            self._waiter.fail(draining())
+
+
+class StreamRegistry:
+    """Knows every open stream.
+
+    Args:
+        capacity: how many may be open at once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._open: set[OpenStream] = set()
+        self._by_slot: dict[tuple[str, int], OpenStream] = {}
+        self._draining = False
+        self._idle = threading.Condition(self._lock)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return self._draining
+
+    @contextlib.contextmanager
+    def open(self, context: grpc.ServicerContext) -> Iterator[OpenStream]:
+        """Admit a stream for as long as its handler is inside.
+
+        Raises:
+            TooManyStreams: as many are open as there are threads for.
+            Draining: the server is about to stop.
+        """
+        stream = OpenStream(context, self)
+        with self._lock:
+            if self._draining:
+                raise draining()
+            if len(self._open) >= self.capacity:
+                raise TooManyStreams(
+                    f"{len(self._open)} streams are open, which is as many as this server has threads for: come back "
+                    "later, or raise max_workers, slots_per_worker or max_readers",
+                    retry_seconds=_RETRY_SECONDS,
+                )
+            self._open.add(stream)
+        try:
+            yield stream
+        finally:
+            self._forget(stream)
+
+    def _forget(self, stream: OpenStream) -> None:
+        with self._lock:
+            stream.busy = False
+            self._open.discard(stream)
+            key = stream.requester.slot_key if stream.requester else None
+            if key is not None and self._by_slot.get(key) is stream:
+                del self._by_slot[key]
+            self._idle.notify_all()
+
+    def take_over(self, stream: OpenStream, requester: Requester) -> None:
+        """The stream is its slot's from now on; an older one ends."""
+        with self._lock:
+            stream.requester = requester
+            old = self._by_slot.get(requester.slot_key)
+            self._by_slot[requester.slot_key] = stream
+        if old is not None:
+            old.end()
+
+    def begin(self, stream: OpenStream) -> None:
+        """An exchange begins.
+
+        Raises:
+            Draining: the server is about to stop.
+        """
+        with self._lock:
+            if self._draining:
+                raise draining()
+            stream.busy = True
+
+    def finish(self, stream: OpenStream) -> None:
+        """An exchange is over."""
+        with self._lock:
+            stream.busy = False
+            self._idle.notify_all()
+
+    def refuse_if_draining(self) -> None:
+        """End a stream between two exchanges.
+
+        Raises:
+            Draining: the server is about to stop.
+        """
+        if self._draining:
+            raise draining()
+
+    def wake_if_draining(self, stream: OpenStream) -> None:
+        """A wait that begins in a drain ends at once."""
+        if self._draining:
+            stream.wake(draining())
+
+    def end_worker(self, worker: str, incarnation: int) -> None:
+        """End all streams of a worker that is no member any more."""
+        for stream in self._snapshot():
+            mine = stream.requester
+            if mine is not None and (mine.worker, mine.incarnation) == (worker, incarnation):
+                stream.end()
+
+    def end_unintroduced(self, patience_seconds: float) -> None:
+        """End streams that were opened and then said nothing."""
+        latest = time.monotonic() - patience_seconds
+        for stream in self._snapshot():
+            if stream.requester is None and not stream.busy and stream.opened < latest:
+                stream.end()
+
+    def drain(self, seconds: float) -> bool:
+        """Let exchanges under way end and end everything else at once.
+
+        Returns:
+            Whether all ended by themselves within `seconds`; those that did not have been cancelled.
+        """
+        with self._lock:
+            self._draining = True
+            streams = list(self._open)
+        for stream in streams:
+            if stream.busy:
+                stream.wake(draining())
+            else:
+                stream.end()
+        with self._lock:
+            done = self._idle.wait_for(lambda: not any(stream.busy for stream in self._open), seconds)
+            # What was sent last must reach its peer before the stream is cut.
+            self._idle.wait_for(lambda: not self._open, _FAREWELL_SECONDS)
+        for stream in self._snapshot():
+            stream.end()
+        return done
+
+    def _snapshot(self) -> list[OpenStream]:
+        with self._lock:
+            return list(self._open)

@@ -1,0 +1,171 @@
+"""A tiny driver: feeds a state machine as worker processes would, and remembers what each of their slots knows."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ormo_server.core.errors import OrmoError
+from ormo_server.core.method import Method, Run
+from ormo_server.core.schedule import LearningRate
+from ormo_server.core.snapshot import take
+from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
+from ormo_server.core.state_machine import Gradient, Granted, Requester, StateMachine
+
+
+@dataclass
+class Place:
+    """What a worker process knows of one of its slots."""
+
+    request: int = 0
+    granted: Granted | None = None
+    params: torch.Tensor | None = None  # as delivered with `granted`
+    result: PushResult | None = None  # of `request`, if that was a push
+    released: OrmoError | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A gradient that counted, with what a reference needs to know of it."""
+
+    values: torch.Tensor  # float64
+    step_size: float
+    bucket: int
+    ticket_iteration: int
+    delay: int
+    bucket_size: int
+
+
+@dataclass
+class Driver:
+    machine: StateMachine
+    now: float = 0.0
+    incarnations: dict[str, int] = field(default_factory=dict)
+    places: dict[SlotKey, Place] = field(default_factory=dict)
+    granted: list[Granted] = field(default_factory=list)
+    applied: list[Applied] = field(default_factory=list)
+
+    def join(self, worker: str, slots: int = 1, incarnation: int = 1) -> Member:
+        member = self.machine.join(self._tick(), worker, incarnation, slots)
+        if self.incarnations.get(worker) != incarnation:
+            self.forget(worker)
+            self.incarnations[worker] = incarnation
+            self.places |= {(worker, slot): Place() for slot in range(slots)}
+        self.collect()
+        return member
+
+    def leave(self, worker: str) -> None:
+        assert self.machine.leave(self._tick(), worker, self.incarnations[worker])
+        self.collect()
+        self.forget(worker)
+
+    def forget(self, worker: str) -> None:
+        self.incarnations.pop(worker, None)
+        self.places = {key: place for key, place in self.places.items() if key[0] != worker}
+
+    def request(self, worker: str, slot: int = 0, number: int | None = None) -> Granted | None:
+        """Ask for a ticket, with a new request number unless one is given; None if it has to be waited for."""
+        place = self.places[worker, slot]
+        requester = self.requester(worker, slot, number)
+        self.machine.request_ticket(self._tick(), requester)
+        if requester.request > place.request:
+            place.result = None
+        place.request, place.granted, place.params = requester.request, None, None
+        self.collect()
+        return place.granted
+
+    def push(self, worker: str, value: float | torch.Tensor, slot: int = 0, **details: Any) -> PushResult:
+        """Push for the ticket that the slot holds, with a new request number.
+
+        `number` and `ticket` may be given instead; so may all fields of a `Gradient`.
+        """
+        place = self.places[worker, slot]
+        requester = self.requester(worker, slot, details.pop("number", None))
+        key = details.pop("ticket", None) or self.ticket(worker, slot)
+        size = self.machine.bucket_size
+        values = value if isinstance(value, torch.Tensor) else torch.full_like(self.machine.state.params, value)
+        result = self.machine.push(self._tick(), requester, Gradient(key, values, **details))
+        if not result.repeated:
+            self._record(place, values, result, size)
+            place.request, place.granted, place.result = requester.request, None, result
+        self.collect()
+        return result
+
+    def exchange(self, worker: str, value: float | torch.Tensor, slot: int = 0) -> PushResult:
+        """Push and ask for the next ticket under one request number, as `PushPull` does."""
+        result = self.push(worker, value, slot)
+        self.request(worker, slot, number=result.request)
+        return result
+
+    def hand_back(self, worker: str, slot: int = 0) -> bool:
+        """Return the slot's ticket unused."""
+        returned = self.machine.return_ticket(
+            self._tick(), worker, self.incarnations[worker], self.ticket(worker, slot)
+        )
+        self.places[worker, slot].granted = None
+        self.collect()
+        return returned
+
+    def requester(self, worker: str, slot: int = 0, number: int | None = None) -> Requester:
+        request = self.places[worker, slot].request + 1 if number is None else number
+        return Requester(worker, self.incarnations[worker], slot, request)
+
+    def ticket(self, worker: str, slot: int = 0) -> TicketKey:
+        granted = self.places[worker, slot].granted
+        assert granted is not None, f"slot {slot} of {worker} has no ticket that it knows of"
+        return granted.ticket.key
+
+    def collect(self) -> None:
+        """Take in what the last input brought to others."""
+        for event in self.machine.take_events():
+            place = self.places.get(event.slot, Place())
+            if isinstance(event, Granted):
+                place.granted, place.params = event, torch.empty_like(self.machine.state.params)
+                self.machine.write_delivery(event, place.params)
+                self.granted.append(event)
+            else:
+                place.released = event.error
+
+    def _record(self, place: Place, values: torch.Tensor, result: PushResult, bucket_size: int) -> None:
+        assert place.granted is not None
+        ticket = place.granted.ticket
+        if not result.discarded:
+            self.applied.append(
+                Applied(
+                    values.double(), result.step_size, ticket.bucket, ticket.iteration, result.delay, bucket_size
+                )
+            )
+
+    def _tick(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def run_of(rule: str = "ormo", scheduler: str = "asynchronous", **choices: Any) -> Run:
+    """A run with learning rate 1 and momentum 1/2, so that small whole numbers stay exact in float32."""
+    of_the_method = {name: choices.pop(name) for name in ("scale", "discard_delay") if name in choices}
+    settings = {"learning_rate": LearningRate(1.0), "momentum": 0.5} | choices
+    return Run(method=Method(rule=rule, scheduler=scheduler, **of_the_method), **settings)
+
+
+def driver_of(run: Run, *workers: str, size: int = 1, slots: int = 1) -> Driver:
+    """A driver of a fresh run that starts at 0, with these workers joined."""
+    driver = Driver(StateMachine.fresh(run, torch.zeros(size)))
+    for worker in workers:
+        driver.join(worker, slots)
+    return driver
+
+
+def fingerprint(machine: StateMachine) -> tuple[str, dict[str, list[float]], list[SlotKey]]:
+    """All of the state, comparable with ==: a refusal must leave it as it was."""
+    snapshot = take(machine)
+    tensors = {name: tensor.tolist() for name, tensor in snapshot.tensors.items()}
+    return json.dumps(snapshot.fields), tensors, list(machine.state.waiting)
+
+
+def rows(table: str) -> Iterator[dict[str, float]]:
+    """The rows of a table whose first line names the columns."""
+    head, *body = (line.split() for line in table.strip().splitlines())
+    for cells in body:
+        yield dict(zip(head, map(float, cells), strict=True))

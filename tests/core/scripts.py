@@ -1,0 +1,144 @@
+"""Random stories of a run, for property tests: what workers do, in which order, and how some of them get lost."""
+
+from typing import NamedTuple
+
+import torch
+from core.driving import Driver
+from hypothesis import strategies as st
+from ormo_server.core.errors import TicketUnknown
+from ormo_server.core.method import Method, Run
+from ormo_server.core.schedule import LearningRate
+from ormo_server.core.state import SlotKey
+
+SIZE = 3
+START = torch.tensor([0.5, -3.0, 100.0])
+
+
+class Command(NamedTuple):
+    verb: str
+    who: int
+    value: int
+
+
+# Weighted so that a long story applies about 30 gradients and loses a few tickets in each possible way.
+VERBS = (*["exchange"] * 6, *["push"] * 3, "request", "everyone", "join", "leave", "replace", "return", "expire")
+WHO = st.sampled_from([*range(10), *[0] * 6])  # number 0 is fast, so that the others come late
+OPENING = [Command("join", 0, 0), Command("join", 1, 2), Command("join", 2, 1), Command("everyone", 0, 1)]
+
+
+def stories() -> st.SearchStrategy[list[Command]]:
+    """Short ones shrink to what matters; left to itself hypothesis would hardly draw a long one."""
+    command = st.builds(Command, st.sampled_from(VERBS), WHO, st.integers(-8, 8))
+    short, long = st.lists(command, max_size=10), st.lists(command, min_size=30, max_size=70)
+    return st.one_of(short, long, long).map(lambda story: OPENING + story)
+
+
+def learning_rates() -> st.SearchStrategy[LearningRate]:
+    return st.sampled_from(
+        [
+            LearningRate(0.25),
+            LearningRate(0.3, warmup_gradients=7),
+            LearningRate(0.5, kind="milestones", milestones=(4, 9), factor=0.1, warmup_gradients=2),
+            LearningRate(0.1, kind="cosine", cosine_gradients=20, final=0.01),
+        ]
+    )
+
+
+BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.99])
+
+
+@st.composite
+def runs(draw: st.DrawFn, scheduler: str | None = None, rule: str = "ormo") -> Run:
+    scheduler = scheduler or draw(st.sampled_from(["asynchronous", "synchronous"]))
+    method = Method(
+        rule=rule,
+        scheduler=scheduler,
+        scale=draw(st.sampled_from(["constant", "delay-adaptive", "inverse"])),
+        discard_delay=draw(st.sampled_from([None, None, None, 2, 6])),
+    )
+    fixed = draw(st.sampled_from([None, 1, 3])) if scheduler == "asynchronous" else None
+    return Run(draw(learning_rates()), method, draw(BETAS), fixed, max_workers=10)
+
+
+def carry_out(driver: Driver, command: Command) -> None:
+    """Do what the command says, as far as anybody is there who can."""
+    verb, who, value = command
+    if verb == "join":
+        _join(driver, f"w{who}", value)
+    elif driver.places:
+        key = list(driver.places)[who % len(driver.places)]
+        _DO[verb](driver, key, value)
+
+
+def fresh_incarnation(driver: Driver) -> int:
+    """A number that no process of the story has had: the clock moves with every input."""
+    return int(driver.now) + 1
+
+
+def _join(driver: Driver, worker: str, value: int) -> None:
+    if worker not in driver.incarnations:
+        most = 1 if driver.machine.run.method.scheduler == "synchronous" else 3
+        driver.join(worker, 1 + abs(value) % most, fresh_incarnation(driver))
+
+
+def gradient(value: int) -> torch.Tensor:
+    """A vector of SIZE numbers of different sizes and signs."""
+    return value * torch.tensor([0.1, -1.0, 7.0]) + torch.tensor([0.01, 0.3, -1.0])
+
+
+def _push(driver: Driver, key: SlotKey, value: int) -> None:
+    place = driver.places[key]
+    if place.granted is None:
+        return
+    try:
+        driver.push(key[0], gradient(value), key[1])
+    except TicketUnknown:  # it expired and the process did not know
+        place.granted = None
+
+
+def _request(driver: Driver, key: SlotKey, value: int) -> None:
+    driver.request(*key)
+
+
+def _exchange(driver: Driver, key: SlotKey, value: int) -> None:
+    _push(driver, key, value)
+    driver.request(*key)
+
+
+def _everyone(driver: Driver, key: SlotKey, value: int) -> None:
+    for each in list(driver.places):
+        _exchange(driver, each, value)
+
+
+def _leave(driver: Driver, key: SlotKey, value: int) -> None:
+    driver.leave(key[0])
+
+
+def _replace(driver: Driver, key: SlotKey, value: int) -> None:
+    driver.join(key[0], 1, fresh_incarnation(driver))
+
+
+def _return(driver: Driver, key: SlotKey, value: int) -> None:
+    if driver.places[key].granted is not None:
+        driver.hand_back(*key)
+
+
+def _expire(driver: Driver, key: SlotKey, value: int) -> None:
+    """The oldest ticket times out; its holder learns of it only when it pushes."""
+    state = driver.machine.state
+    for ticket in list(state.tickets.values())[:1]:
+        worker = ticket.slot[0]
+        assert driver.machine.return_ticket(driver.now, worker, driver.incarnations[worker], ticket.key)
+    driver.collect()
+
+
+_DO = {
+    "exchange": _exchange,
+    "push": _push,
+    "request": _request,
+    "everyone": _everyone,
+    "leave": _leave,
+    "replace": _replace,
+    "return": _return,
+    "expire": _expire,
+}

@@ -1,0 +1,230 @@
+"""Rounds, and that OrMo in rounds is SGD with momentum."""
+
+import pytest
+import torch
+from core.driving import Driver, driver_of, fingerprint, run_of
+from core.reference import closed_form, round_sums, rounding, torch_sgd
+from core.scripts import BETAS, START, Command, carry_out, learning_rates, stories
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ormo_server.core.errors import BadRequest, SettingsError, TicketUnknown
+from ormo_server.core.method import Method, Run
+from ormo_server.core.schedule import LearningRate
+from ormo_server.core.state_machine import StateMachine
+
+SSGDM = Method(rule="ormo", scheduler="synchronous")
+
+
+def rounds_of(*workers: str, **settings: object) -> Driver:
+    """A run in rounds whose first opens when all of these have joined; each has asked for its ticket."""
+    driver = driver_of(run_of(scheduler="synchronous", min_workers=len(workers), **settings), *workers)
+    for worker in workers:
+        driver.request(worker)
+    return driver
+
+
+# Equal to torch.optim.SGD. Both references are in float64, so all of the difference is the core's own rounding, for
+# which `rounding` is a bound.
+
+
+@settings(max_examples=100, deadline=None)
+@given(story=stories(), beta=BETAS, lr=st.sampled_from([0.01, 0.3, 1.0]))
+def test_rounds_are_torch_sgd_on_what_came_in_while_workers_die_and_join(
+    story: list[Command], beta: float, lr: float
+) -> None:
+    driver = Driver(StateMachine.fresh(Run(LearningRate(lr), SSGDM, beta), START.clone()))
+    for command in story:
+        carry_out(driver, command)
+        expected = torch_sgd(START, [total for _, total in round_sums(driver.applied)], lr, beta)
+        difference = (driver.machine.state.params.double() - expected).abs()
+        # As much again for the reference's own, far smaller, roundings.
+        assert bool((difference <= 2 * rounding(START, driver.applied, beta)).all()), (difference, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(story=stories(), beta=BETAS, schedule=learning_rates())
+def test_with_a_schedule_a_round_is_one_step_of_momentum_at_the_rate_of_its_opening(
+    story: list[Command], beta: float, schedule: LearningRate
+) -> None:
+    driver = Driver(StateMachine.fresh(Run(schedule, SSGDM, beta), START.clone()))
+    for command in story:
+        carry_out(driver, command)
+    params, momentum = START.double(), torch.zeros_like(START).double()
+    for opening, total in round_sums(driver.applied):
+        momentum = beta * momentum + schedule.at(opening) * total
+        params = params - momentum
+    allowed = rounding(START, driver.applied, beta)
+    assert bool(((driver.machine.state.params.double() - params).abs() <= allowed).all())
+    assert bool(((driver.machine.state.rule.vectors["momentum"].double() - momentum).abs() <= allowed).all())
+
+
+def test_three_rounds_by_hand_with_a_death_and_a_joiner() -> None:
+    driver = rounds_of("a", "b", "c")
+    for worker in "abc":
+        driver.push(worker, 1.0)
+    assert driver.machine.state.params == -3  # u = 3
+    driver.join("d")
+    for worker in "abc":
+        driver.request(worker)
+    driver.push("a", 1.0)
+    driver.leave("b")
+    driver.request("d")
+    driver.push("c", 1.0)
+    assert driver.machine.state.params == -3 - (1.5 + 2)  # u = 3.5; d did not belong to this round
+    for worker in "ac":
+        driver.request(worker)
+    for worker in "acd":
+        driver.push(worker, 2.0)
+    assert driver.machine.state.params == -6.5 - (1.75 + 6)
+
+
+def test_a_round_in_which_nothing_was_applied_is_no_bucket() -> None:
+    driver = rounds_of("a", "b")
+    for worker in "ab":
+        driver.hand_back(worker)
+        driver.request(worker)
+    assert [granted.ticket.bucket for granted in driver.granted] == [0, 0, 0, 0]
+    for worker in "ab":
+        driver.push(worker, 1.0)
+    for worker in "ab":
+        driver.request(worker)
+    for worker in "ab":
+        driver.hand_back(worker)
+    for worker in "ab":
+        driver.request(worker)
+    assert [granted.ticket.bucket for granted in driver.granted[4:]] == [1, 1, 1, 1]
+
+
+def test_a_round_closes_only_when_each_of_its_tickets_is_applied_returned_or_void() -> None:
+    driver = rounds_of("a", "b", "c", "d")
+    driver.push("a", 1.0)
+    assert driver.request("a") is None
+    driver.hand_back("b")
+    assert driver.request("b") is None
+    driver.leave("c")
+    assert driver.places["a", 0].granted is None
+    driver.push("d", 1.0)
+    assert {worker for (worker, _), place in driver.places.items() if place.granted} == {"a", "b"}
+    assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["a", "b", "d"]
+
+
+def test_a_joiner_waits_for_the_next_opening() -> None:
+    driver = rounds_of("a")
+    driver.join("b")
+    assert driver.request("b") is None
+    driver.push("a", 1.0)
+    granted = driver.places["b", 0].granted
+    assert granted is not None
+    assert (granted.ticket.bucket, granted.ticket.iteration) == (1, 1)
+
+
+def test_a_joiner_opens_a_round_at_once_when_none_is_open() -> None:
+    driver = rounds_of("a")
+    driver.leave("a")
+    assert not driver.machine.state.tickets
+    driver.join("b")
+    assert driver.request("b") is not None
+
+
+def test_a_new_process_takes_its_predecessors_place_in_the_next_round_not_in_this() -> None:
+    driver = rounds_of("a", "b")
+    driver.join("a", incarnation=2)
+    assert driver.request("a") is None
+    driver.push("b", 1.0)
+    assert driver.places["a", 0].granted is not None
+
+
+def test_all_of_a_round_get_the_parameters_of_its_opening_however_late_they_ask() -> None:
+    driver = rounds_of("a", "b", "c")
+    for worker in "abc":
+        driver.push(worker, 1.0)
+    driver.request("a")
+    driver.push("a", 5.0)
+    assert driver.request("b") is not None
+    driver.push("b", 5.0)
+    late = driver.request("c")
+    assert late is not None
+    assert [driver.places[worker, 0].params.item() for worker in "abc"] == [-3.0, -3.0, -3.0]
+    assert (late.ticket.iteration, late.ticket.bucket) == (3, 1)
+    assert driver.machine.state.params != -3.0
+
+
+def test_the_openings_parameters_are_kept_only_until_all_are_delivered() -> None:
+    driver = rounds_of("a", "b")
+    for worker in "ab":
+        driver.push(worker, 1.0)
+    driver.request("a")
+    assert driver.machine.state.round_params is not None
+    driver.request("b")
+    assert driver.machine.state.round_params is None
+
+
+def test_the_openings_parameters_are_dropped_with_the_last_undelivered_ticket() -> None:
+    driver = rounds_of("a", "b")
+    for worker in "ab":
+        driver.push(worker, 1.0)
+    driver.request("a")
+    driver.leave("b")
+    assert driver.machine.state.round_params is None
+
+
+def test_an_undelivered_ticket_answers_the_next_request_and_is_not_voided_by_it() -> None:
+    driver = rounds_of("a")
+    driver.push("a", 1.0)
+    (waiting,) = driver.machine.state.tickets.values()
+    granted = driver.request("a")
+    assert granted is not None
+    assert granted.ticket.key == waiting.key
+
+
+def test_a_delivered_ticket_is_voided_by_a_retry_which_waits_for_the_next_round() -> None:
+    driver = rounds_of("a", "b")
+    voided = driver.ticket("a")
+    assert driver.request("a", number=driver.places["a", 0].request) is None
+    with pytest.raises(TicketUnknown):
+        driver.push("a", 1.0, ticket=voided)
+    driver.push("b", 1.0)
+    assert driver.ticket("a") != voided
+
+
+def test_a_member_that_never_asks_holds_a_ticket_of_the_round_that_can_time_out() -> None:
+    driver = driver_of(run_of(scheduler="synchronous", min_workers=2), "a", "silent")
+    driver.request("a")
+    driver.push("a", 1.0)
+    assert driver.request("a") is None
+    (ticket,) = driver.machine.state.tickets.values()
+    assert driver.machine.return_ticket(9.0, "silent", 1, ticket.key)
+    driver.collect()
+    assert driver.places["a", 0].granted is not None
+    assert "silent" in driver.machine.state.members
+
+
+def test_step_scale_and_discard_see_no_delay_in_a_round() -> None:
+    driver = rounds_of("a", "b", "c", scale="inverse", discard_delay=1)
+    results = [driver.push(worker, 1.0) for worker in "abc"]
+    assert [(result.step_size, result.discarded) for result in results] == [(1.0, False)] * 3
+
+
+def test_rounds_serve_one_slot_a_worker() -> None:
+    driver = rounds_of("a")
+    before = fingerprint(driver.machine)
+    with pytest.raises(BadRequest, match="2 slots were asked for: this run's scheduler serves 1 to 1"):
+        driver.join("b", slots=2)
+    assert fingerprint(driver.machine) == before
+
+
+def test_rounds_refuse_a_fixed_bucket_size() -> None:
+    with pytest.raises(SettingsError, match="leave the bucket size out"):
+        run_of(scheduler="synchronous", bucket_size=4)
+
+
+def test_after_a_round_the_momentum_is_the_closed_form_with_one_bucket_a_round() -> None:
+    driver = rounds_of("a", "b")
+    for step in range(1, 5):
+        for worker in "ab":
+            driver.push(worker, step)
+        for worker in "ab":
+            driver.request(worker)
+    assert [each.bucket for each in driver.applied] == [0, 0, 1, 1, 2, 2, 3, 3]
+    params, momentum = closed_form(torch.zeros(1), driver.applied, 0.5)
+    assert (driver.machine.state.params, driver.machine.state.rule.vectors["momentum"]) == (params, momentum)

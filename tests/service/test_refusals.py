@@ -1,0 +1,259 @@
+"""What a server refuses, through the real socket: the status, the reason, one clear sentence, and an untouched state."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from ormo_protos.manifest import BFLOAT16
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.service.server import Server
+from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, state_of
+
+Serving = tuple[Server, ParameterServerStub, WireWorker]
+
+
+@pytest.fixture()
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    """A server with one worker that holds a ticket."""
+    with served(tmp_path, max_workers=2) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.join()
+        worker.pull()
+        yield server, stub, worker
+
+
+def chunk(offset: int, size: int) -> pb.TensorChunk:
+    return pb.TensorChunk(offset=offset, data=bytes(size))
+
+
+BAD_CHUNKS = {
+    "ended after 0 of 40 bytes": [],
+    "offset 8 came where offset 0": [chunk(8, 32)],
+    "offset 0 came where offset 16": [chunk(0, 16), chunk(0, 16)],
+    "1 to 24 bytes": [chunk(0, 16), chunk(16, 32)],
+    "chunk of 0 bytes": [chunk(0, 0)],
+    "ended after 16 of 40 bytes": [chunk(0, 16)],
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_CHUNKS)
+def test_payload_of_wrong_length_or_order_is_refused(serving: Serving, sentence: str) -> None:
+    server, _, worker = serving
+    before = state_of(server)
+    push = pb.Push(requester=worker.requester(), gradient=worker.header(payload(SMALL, 1.0)))
+    with pytest.raises(Refused, match=sentence) as refused:
+        worker.push_messages(push, iter(BAD_CHUNKS[sentence]))
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD")
+    assert state_of(server) == before
+    assert worker.push(payload(SMALL, 1.0)).iteration.number == 1
+
+
+BAD_HEADERS = [
+    ({"manifest_digest": b"x" * 32}, "MANIFEST_DIGEST", "join again"),
+    ({"manifest_digest": b""}, "MANIFEST_DIGEST", "digest none"),
+    ({"dtype": 3}, "BAD_PAYLOAD", "DTYPE_FLOAT32"),
+    ({"dtype": 0}, "BAD_PAYLOAD", "dtype 0"),
+    ({"dtype": BFLOAT16}, "BAD_REQUEST", "makes 24 bytes"),
+    ({"payload_bytes": 41}, "BAD_REQUEST", "41 bytes was announced"),
+    ({"samples": -1}, "BAD_REQUEST", "samples -1"),
+    ({"compute_seconds": float("nan")}, "BAD_REQUEST", "compute seconds nan"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason", "sentence"), BAD_HEADERS)
+def test_gradient_with_a_wrong_header_is_refused(
+    serving: Serving, change: dict[str, object], reason: str, sentence: str
+) -> None:
+    server, _, worker = serving
+    before = state_of(server)
+    with pytest.raises(Refused, match=sentence) as refused:
+        worker.push(payload(SMALL, 1.0), **change)
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+    assert state_of(server) == before
+    counted = serving[1].GetStatus(pb.GetStatusRequest()).refusals
+    assert counted == {reason: 1}
+
+
+def _stranger(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "stranger").pull()
+
+
+def _old_incarnation(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "a", incarnation=2).join()
+    worker.pull()
+
+
+def _old_request(worker: WireWorker) -> None:
+    worker.request = 5
+    worker.pull()
+    worker.request = 2
+    worker.push(payload(SMALL, 1.0))
+
+
+def _unknown_ticket(worker: WireWorker) -> None:
+    worker.push(payload(SMALL, 1.0), ticket=pb.Ticket(epoch=1, number=9))
+
+
+def _missing_slot(worker: WireWorker) -> None:
+    worker.stub.PullParams(pb.PullParamsRequest(requester=worker.requester(slot=1))).__next__()
+
+
+def _malformed_id(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "no spaces").join()
+
+
+def _other_version(worker: WireWorker) -> None:
+    worker.ask_to_join(version=2)
+
+
+def _too_many_slots(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "b").join(slots=3)
+
+
+def _no_slots(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "b").join(slots=0)
+
+
+def _third_worker(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "b").join()
+    WireWorker(worker.stub, "c").join()
+
+
+def _second_model(worker: WireWorker) -> None:
+    worker.offer()
+
+
+def _heartbeat_of_a_stranger(worker: WireWorker) -> None:
+    worker.stub.Heartbeat(pb.HeartbeatRequest(worker="stranger", incarnation=1))
+
+
+def _chunk_without_exchange(worker: WireWorker) -> None:
+    stream = worker.open()
+    stream.send(pb.PushPullRequest(chunk=chunk(0, 8)))
+    stream.receive()
+
+
+def _stream_of_two_slots(worker: WireWorker) -> None:
+    other = WireWorker(worker.stub, "b")
+    other.join()
+    stream = worker.open()
+    stream.begin(None)
+    stream.delivery()
+    stream.send(other.exchange(None))
+    stream.receive()
+
+
+PRECONDITION, ARGUMENT = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT
+REFUSED = [
+    (_stranger, PRECONDITION, "NOT_A_MEMBER", "join first"),
+    (_old_incarnation, PRECONDITION, "REPLACED", "different worker ids"),
+    (_old_request, PRECONDITION, "STALE_REQUEST", "numbers rise"),
+    (_unknown_ticket, PRECONDITION, "TICKET_UNKNOWN", "pull again"),
+    (_missing_slot, ARGUMENT, "BAD_REQUEST", "joined with 1 slots"),
+    (_malformed_id, ARGUMENT, "BAD_REQUEST", "1 to 128 of the characters"),
+    (_other_version, PRECONDITION, "PROTOCOL_VERSION", "same version"),
+    (_too_many_slots, ARGUMENT, "BAD_REQUEST", "slots_per_worker is 2"),
+    (_no_slots, ARGUMENT, "BAD_REQUEST", "serves 1 to"),
+    (_third_worker, grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS", "max_workers is 2"),
+    (_second_model, grpc.StatusCode.ALREADY_EXISTS, "MODEL_EXISTS", "join again"),
+    (_heartbeat_of_a_stranger, PRECONDITION, "NOT_A_MEMBER", "join first"),
+    (_chunk_without_exchange, ARGUMENT, "BAD_REQUEST", "'chunk' came where 'exchange'"),
+    (_stream_of_two_slots, ARGUMENT, "BAD_REQUEST", "open a stream for each slot"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "code", "reason", "sentence"), REFUSED)
+def test_wrong_caller_is_refused_with_a_reason_and_the_model_stays(
+    serving: Serving, attempt: Callable[[WireWorker], None], code: grpc.StatusCode, reason: str, sentence: str
+) -> None:
+    server, _, worker = serving
+    before = state_of(server)[:4]
+    with pytest.raises((Refused, grpc.RpcError)) as raised:
+        attempt(worker)
+    error = raised.value if isinstance(raised.value, Refused) else Refused(raised.value)
+    assert (error.code, error.reason) == (code, reason)
+    assert sentence in error.message
+    assert state_of(server)[:4] == before
+
+
+def test_calls_before_there_is_a_model_are_told_to_come_back(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        with pytest.raises(Refused, match="no model yet") as refused:
+            WireWorker(stub, "reader").pull(ticket=False)
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+        assert refused.value.retry_seconds is not None
+        assert stub.GetStatus(pb.GetStatusRequest()).phase == pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL
+
+
+def test_one_worker_at_a_time_is_asked_for_the_model(tmp_path: Path) -> None:
+    with served(tmp_path, failure_timeout=0.3) as server, connected(server) as stub:
+        a, b = WireWorker(stub, "a"), WireWorker(stub, "b")
+        assert a.ask_to_join().WhichOneof("answer") == "model_wanted"
+        assert b.ask_to_join().wait.retry_seconds > 0
+        with pytest.raises(Refused) as refused:
+            b.offer()
+        assert refused.value.reason == "NOT_WANTED"
+        eventually(lambda: b.ask_to_join().WhichOneof("answer") == "model_wanted")
+        with pytest.raises(Refused):
+            a.offer()
+        b.offer()
+        assert a.ask_to_join().WhichOneof("answer") == "welcome"
+        assert server.host.has_model
+
+
+def test_offer_that_stops_in_the_middle_makes_room_for_the_next(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        a, b = WireWorker(stub, "a", LARGE), WireWorker(stub, "b", LARGE)
+        a.ask_to_join()
+        with pytest.raises(Refused, match="send it whole"):
+            a.offer(iter([next(payload(LARGE, 0.0).chunks())]))
+        assert not server.host.has_model
+        b.join()
+        assert server.host.has_model
+
+
+def test_offered_model_must_be_finite_and_fit(tmp_path: Path) -> None:
+    with served(tmp_path / "a") as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", start=float("nan"))
+        with pytest.raises(Refused, match="NaN") as refused:
+            worker.join()
+        assert refused.value.reason == "NON_FINITE"
+        assert not server.host.has_model
+    with served(tmp_path / "b", memory_limit=1_000_000) as server, connected(server) as stub:
+        with pytest.raises(Refused, match="memory_limit") as refused:
+            WireWorker(stub, "a", LARGE).join()
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
+
+
+def test_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.ask_to_join()
+        manifest = SMALL.to_message()
+        manifest.tensors[0].shape[0] = 7
+        offer = pb.ModelOffer(worker="a", incarnation=1, manifest=manifest)
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.OfferModel(iter([pb.OfferModelRequest(offer=offer)]))
+        assert Refused(raised.value).reason == "BAD_MANIFEST"
+        assert not server.host.has_model
+
+
+def test_streams_beyond_the_threads_are_refused_at_once_and_others_are_still_served(tmp_path: Path) -> None:
+    with served(tmp_path, max_workers=1, slots_per_worker=1, max_readers=1) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.join()
+        silent = [worker.open() for _ in range(3)]
+        eventually(lambda: len(server.streams) == 3)
+        with pytest.raises(Refused) as refused:
+            WireWorker(stub, "reader").pull(ticket=False)
+        assert (refused.value.code, refused.value.reason) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "TOO_MANY_STREAMS",
+        )
+        assert refused.value.retry_seconds is not None
+        for stream in silent:
+            stream.drop()
+        eventually(lambda: len(server.streams) == 0)
+        WireWorker(stub, "reader").pull(ticket=False)

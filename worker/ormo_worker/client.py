@@ -1,0 +1,155 @@
+"""The worker's, or a reader's, side of `ormo.v1.ParameterServer`."""
+
+from collections.abc import Callable
+from typing import Self
+
+from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.tensors import Payload
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.connection import Connection, Patience, TryAgain
+from ormo_worker.errors import OrmoError
+from ormo_worker.identity import Identity
+from ormo_worker.membership import Membership
+from ormo_worker.slot import Slot
+from ormo_worker.wire import Delivered, DeliveryReceiver, Wire
+
+
+class ParameterClient:
+    """A connection to a parameter server, which mends itself.
+
+    As a reader it pulls parameters without a ticket. As a worker it joins the run, has a thread that keeps
+    its lease, and exchanges gradients for parameters in its slots.
+
+    Args:
+        server: HOST:PORT.
+        manifest: of the model; checked against the server's at every join.
+        model: makes the payload of the model as it is now, float32 with buffers: asked for if the server
+            has no model. None for readers, and for workers that should not offer theirs.
+        worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
+            process and chance.
+        slots: in-flight places, 1 to 16.
+        wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
+        pin_memory: whether payloads are received into page-locked memory.
+        patience: how long to wait for the server.
+
+    Raises:
+        OptionRefused: the worker id can't be used.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        manifest: Manifest,
+        *,
+        model: Callable[[], Payload] | None = None,
+        worker_id: str | None = None,
+        slots: int = 1,
+        wire_dtype: pb.Dtype.ValueType = FLOAT32,
+        pin_memory: bool = False,
+        patience: Patience | None = None,
+    ) -> None:
+        self.identity = Identity() if worker_id is None else Identity(worker_id)
+        self._wire = Wire(manifest, wire_dtype, pin_memory)
+        self._connection = Connection(server, Patience() if patience is None else patience)
+        self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
+        self.slots = tuple(
+            Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)
+        )
+        self._receiver = DeliveryReceiver(self._wire)
+
+    @property
+    def welcome(self) -> pb.Welcome:
+        """The server's answer to the last join.
+
+        Raises:
+            OrmoError: this client has not joined.
+        """
+        if self._membership.welcome is None:
+            raise OrmoError("this client has not joined the run: call join() first")
+        return self._membership.welcome
+
+    def join(self) -> pb.Welcome:
+        """Join the run, and offer the model if the server asks for it; later joins happen by themselves.
+
+        Raises:
+            ServerUnreachable: nobody answered within the connect timeout.
+            ModelMismatch: the server trains another model.
+            RunFinished: the run is over.
+            Refused: the server won't have this worker.
+        """
+        self._membership.ensure()
+        return self.welcome
+
+    def pull(
+        self,
+        *,
+        newer_than: pb.Iteration | None = None,
+        with_buffers: bool = True,
+    ) -> Delivered | None:
+        """The newest parameters, without a ticket.
+
+        Args:
+            newer_than: an iteration that is known already.
+            with_buffers: whether to get the model's buffers, too.
+
+        Returns:
+            None if there is nothing newer. The payload is overwritten by the next pull.
+
+        Raises:
+            ServerUnreachable: patience is at its end.
+            Refused: the server won't send parameters.
+        """
+        request = pb.PullParamsRequest(
+            delivery=self._wire.delivery_request(with_buffers=with_buffers), newer_than=newer_than
+        )
+        return self._connection.retrying(lambda: self._pull(request), "pulling parameters")
+
+    def status(self) -> pb.GetStatusResponse:
+        """How the run is.
+
+        Raises:
+            ServerUnreachable: patience is at its end.
+            Refused: the server won't tell.
+        """
+        get_status = self._connection.stub.GetStatus
+        return self._connection.retrying(
+            lambda: self._connection.unary(get_status, pb.GetStatusRequest()), "asking for the status"
+        )
+
+    def close(self) -> None:
+        """Leave the run, and end all calls and threads; may be called again, and from another thread."""
+        for slot in self.slots:
+            slot.close()
+        self._membership.leave()
+        self._connection.close()
+        self._membership.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pull(self, request: pb.PullParamsRequest) -> Delivered | None:
+        complete = False
+        with self._connection.watched():
+            call = self._connection.stub.PullParams(request)
+            with self._connection.guarded(call):
+                for answer in call:
+                    self._connection.heard()
+                    if answer.WhichOneof("part") == "chunk":
+                        complete = self._receiver.accept(answer.chunk)
+                    elif answer.delivery.payload_bytes == 0 and request.HasField("newer_than"):
+                        return None
+                    else:
+                        self._receiver.begin(answer.delivery, request.delivery)
+        if not complete:
+            raise TryAgain("the server ended the stream before the last parameter")
+        return self._receiver.delivered()
+
+
+def _no_model() -> Payload:
+    raise OrmoError(
+        "the server has no model yet and asked this client for one, which has none to offer: start the "
+        "server with a model, or a worker that trains it"
+    )

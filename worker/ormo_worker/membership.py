@@ -1,0 +1,173 @@
+"""A worker's place in the run: joining, offering the model if the server has none, coming back, leaving."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from ormo_protos.manifest import Manifest, ManifestError
+from ormo_protos.tensors import Payload
+from ormo_protos.v1 import PROTOCOL_VERSION
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.connection import Connection, TryAgain, Waiting
+from ormo_worker.errors import ModelMismatch, ProtocolBroken
+from ormo_worker.heartbeat import Heartbeat
+from ormo_worker.identity import Identity
+from ormo_worker.refusal import CallEnded
+from ormo_worker.session import Step
+from ormo_worker.wire import Wire
+
+_LOG = logging.getLogger(__name__)
+_SHOWN_DIFFERENCES = 3
+_LEAVE_SECONDS = 2.0  # a server that can't be reached finds out by itself
+
+
+class Membership:
+    """Joins when needed, and keeps the lease meanwhile.
+
+    Args:
+        connection: to the server.
+        identity: of this worker.
+        wire: of its model.
+        slots: in-flight places wanted.
+        model: makes the payload of the model as it is now, float32 with buffers, for a server without one.
+
+    Attributes:
+        welcome: the server's answer to the last join; None before the first.
+        joins: how often the worker has joined.
+        finished: whether the server has said that the run is over.
+    """
+
+    def __init__(
+        self, connection: Connection, identity: Identity, wire: Wire, slots: int, model: Callable[[], Payload]
+    ) -> None:
+        self.welcome: pb.Welcome | None = None
+        self.joins = 0
+        self.finished = False
+        self._connection = connection
+        self._identity = identity
+        self._wire = wire
+        self._model = model
+        self._request = pb.JoinRequest(
+            worker=identity.worker,
+            incarnation=identity.incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            slots=slots,
+        )
+        self._is_member = False
+        self._lock = threading.Lock()
+        self._heartbeat = Heartbeat(connection, identity, self._on_lost, self._on_finished)
+
+    def ensure(self) -> int:
+        """Join unless that is done; any number of slots may call it at once.
+
+        Returns:
+            How often the worker has joined by now: what another number was true for is void.
+
+        Raises:
+            ModelMismatch: the server trains another model.
+            RunFinished: the run is over.
+            OrmoError: any other reason why joining can't succeed.
+        """
+        with self._lock:
+            if not self._is_member:
+                self.welcome = self._connection.retrying(self._join, "joining the run")
+                self.joins += 1
+                self._is_member = True
+                self._heartbeat.start(self.welcome.lease_seconds)
+                self._log_welcome(self.welcome)
+            return self.joins
+
+    def lose(self, joins: int) -> None:
+        """Note that the membership of that join is void, so that `ensure` joins again."""
+        if joins == self.joins:
+            self._is_member = False
+
+    def leave(self) -> None:
+        """Give the lease up, if there is one, as far as the server can be reached."""
+        if not self._is_member or self._connection.closed:
+            return
+        self._is_member = False
+        request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
+        try:
+            self._connection.unary(self._connection.stub.Leave, request, _LEAVE_SECONDS)
+        except CallEnded as end:
+            _LOG.info("leaving the run failed (%s): the lease runs out by itself", end)
+
+    def stop(self) -> None:
+        """End the heartbeats; the connection is closed before."""
+        self._heartbeat.stop()
+
+    def _join(self) -> pb.Welcome:
+        answer = self._connection.unary(self._connection.stub.Join, self._request)
+        match answer.WhichOneof("answer"):
+            case "welcome":
+                self._check_model(answer.welcome)
+                return answer.welcome
+            case "model_wanted":
+                self._offer()
+                raise Waiting("the server has its model now")
+            case "wait":
+                raise Waiting("the server waits for its model from another worker", answer.wait.retry_seconds)
+            case _:
+                raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
+
+    def _check_model(self, welcome: pb.Welcome) -> None:
+        if welcome.manifest.digest == self._wire.manifest.digest:
+            return
+        try:
+            differences = self._wire.manifest.differences(Manifest.from_message(welcome.manifest))
+        except ManifestError as error:
+            raise ProtocolBroken(f"the server's model can't be understood: {error}") from None
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        more = len(differences) - _SHOWN_DIFFERENCES
+        raise ModelMismatch(
+            f"the server at {self._connection.server} trains another model than this worker has ({shown}"
+            f"{f'; and {more} more' if more > 0 else ''}): start this worker with the server's task, or name "
+            "another server"
+        )
+
+    def _offer(self) -> None:
+        payload = self._model()
+        elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
+        _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
+        try:
+            with self._connection.watched():
+                call = self._connection.stub.OfferModel.future(self._wire.offer(self._identity, payload))
+                self._connection.add(call)
+                try:
+                    call.result()
+                finally:
+                    call.cancel()  # if anything but the answer ended the wait
+                    self._connection.remove(call)
+            self._connection.heard()
+        except CallEnded as end:
+            if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
+                raise TryAgain(f"offering the model: {end}", end.retry_seconds) from None
+            raise end.error("the model that this worker offered") from None
+
+    def _log_welcome(self, welcome: pb.Welcome) -> None:
+        settings = welcome.settings
+        _LOG.info(
+            "joined the run at %s as %s (rank %d) at iteration %d: method %s, learning rate %g, momentum %g, "
+            "weight decay %g",
+            self._connection.server,
+            self._identity.worker,
+            welcome.rank,
+            welcome.iteration.number,
+            settings.method,
+            settings.learning_rate,
+            settings.momentum,
+            settings.weight_decay,
+        )
+
+    def _on_lost(self) -> None:
+        # An answer that was late may undo a join that came before it; joining twice does no harm.
+        if self._is_member:
+            _LOG.warning("the server no longer knows this worker: joining again")
+            self._is_member = False
+            self._connection.cancel_open()
+
+    def _on_finished(self, iteration: pb.Iteration) -> None:
+        if not self.finished:
+            _LOG.info("the run is over at iteration %d", iteration.number)
+        self.finished = True

@@ -1,0 +1,160 @@
+"""A PyTorch module as the server sees it: its manifest and its distinct tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ormo_protos.manifest import (
+    BFLOAT16,
+    BUFFER,
+    FLOAT32,
+    INT64,
+    PARAMETER,
+    Manifest,
+    ManifestError,
+    TensorSpec,
+)
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.errors import ModelUnusable
+
+_PARAMETER_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+def manifest_of(model: nn.Module) -> Manifest:
+    """The model's manifest: the entries of its `state_dict`, in order, parameters before buffers.
+
+    Frozen parameters count as parameters. A tensor that has several names is an alias in all but the first.
+
+    Raises:
+        ModelUnusable: a parameter is neither float32 nor bfloat16, or an entry is no tensor that can be
+            sent; the sentence names it.
+    """
+    return ModelTensors(model).manifest
+
+
+class ModelTensors:
+    """The model's distinct tensors, without aliases, in the order of the payload's sections.
+
+    Attributes:
+        manifest: what the server must agree to.
+        parameters: the module's own parameter objects; they stay the same ones throughout.
+
+    Raises:
+        ModelUnusable: as for `manifest_of`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        entries = _entries(model)
+        _check_usable(entries)
+        try:
+            self.manifest = Manifest.laid_out(_spec(name, entry) for name, entry in entries.items())
+        except ManifestError as error:
+            raise ModelUnusable(str(error)) from None
+        own = [(spec.section, entries[spec.name]) for spec in self.manifest.tensors if not spec.alias_of]
+        self.parameters = [entry.tensor for section, entry in own if section == "parameters"]
+        # Looked up each time: a module may put a new tensor in the place of a buffer.
+        self._float_buffers = [entry for section, entry in own if section == "float_buffers"]
+        self._int_buffers = [entry for section, entry in own if section == "int_buffers"]
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether any buffer travels."""
+        return bool(self._float_buffers or self._int_buffers)
+
+    @property
+    def float_buffers(self) -> list[Tensor]:
+        """The floating-point buffers as they are now."""
+        return [entry.current() for entry in self._float_buffers]
+
+    @property
+    def int_buffers(self) -> list[Tensor]:
+        """The integer and boolean buffers as they are now."""
+        return [entry.current() for entry in self._int_buffers]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of the state_dict, where it lives, and which earlier entry is the same tensor."""
+
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor
+    alias_of: str
+
+    def current(self) -> Tensor:
+        tensor = getattr(self.owner, self.attribute)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def _entries(model: nn.Module) -> dict[str, _Entry]:
+    # A compiled module names its tensors after the plain one, which other workers may well have.
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    entries: dict[str, _Entry] = {}
+    first_names: dict[int, str] = {}
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        owner_name, _, attribute = name.rpartition(".")
+        owner = plain.get_submodule(owner_name)
+        held = getattr(owner, attribute, None)
+        if not isinstance(held, Tensor) or held is not tensor:
+            raise ModelUnusable(
+                f"the model's state_dict has {name!r}, which is neither a parameter nor a buffer: only those "
+                "can be kept on the server"
+            )
+        first = first_names.setdefault(id(held), name)
+        entries[name] = _Entry(owner, attribute, held, alias_of="" if first == name else first)
+    for name, parameter in plain.named_parameters():
+        if id(parameter) not in first_names:
+            raise ModelUnusable(
+                f"the parameter {name!r} is not in the model's state_dict, and so would not be in the server's "
+                "checkpoint either: leave the state_dict complete"
+            )
+    return entries
+
+
+def _check_usable(entries: dict[str, _Entry]) -> None:
+    places: dict[tuple[torch.device, int], str] = {}
+    for name, entry in entries.items():
+        tensor = entry.tensor
+        if nn.parameter.is_lazy(tensor):
+            raise ModelUnusable(f"the tensor {name!r} has no shape yet: run one batch through the model first")
+        if tensor.is_meta:
+            raise ModelUnusable(f"the tensor {name!r} is on the meta device and has no values: load them first")
+        if entry.alias_of or not tensor.numel():
+            continue
+        other = places.setdefault((tensor.device, tensor.data_ptr()), name)
+        if other != name:  # each delivery would write the one memory twice, with different values
+            raise ModelUnusable(
+                f"{name!r} and {other!r} are two tensors in the same memory: to tie weights, assign the one "
+                "parameter object to both places"
+            )
+
+
+def _spec(name: str, entry: _Entry) -> TensorSpec:
+    shape = tuple(entry.tensor.shape)
+    if isinstance(entry.tensor, nn.Parameter):
+        dtype = _parameter_dtype(name, entry.tensor)
+        return TensorSpec(name, shape, dtype, PARAMETER, alias_of=entry.alias_of)
+    return TensorSpec(name, shape, _buffer_dtype(name, entry.tensor), BUFFER, alias_of=entry.alias_of)
+
+
+def _parameter_dtype(name: str, tensor: Tensor) -> pb.Dtype.ValueType:
+    if tensor.dtype not in _PARAMETER_DTYPES:
+        raise ModelUnusable(
+            f"the parameter {name!r} is {tensor.dtype}, but parameters must be torch.float32 or "
+            "torch.bfloat16: convert the model first (for mixed precision keep it in float32 and use "
+            "torch.autocast)"
+        )
+    return _PARAMETER_DTYPES[tensor.dtype]
+
+
+def _buffer_dtype(name: str, tensor: Tensor) -> pb.Dtype.ValueType:
+    if tensor.is_complex() or tensor.is_quantized:
+        raise ModelUnusable(
+            f"the buffer {name!r} is {tensor.dtype}, but buffers must be real floating-point, integer or "
+            "boolean: register it with persistent=False if it need not be kept"
+        )
+    if not tensor.is_floating_point():
+        return INT64
+    return BFLOAT16 if tensor.dtype == torch.bfloat16 else FLOAT32

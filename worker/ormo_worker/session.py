@@ -1,0 +1,184 @@
+"""What a slot does next, given what happened: the rules of an exchange, without I/O, clocks or threads.
+
+A shell (`slot.py`, a test, a simulation) sends what `SlotSession.ask` describes, reports each event and does
+the `Step` that it is told. Gradients and parameters pass by outside.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ormo_protos.reasons import Reason
+from ormo_protos.v1 import parameter_server_pb2 as pb
+
+
+class Step(Enum):
+    """What to do next."""
+
+    READ = "read the next answer"
+    DONE = "the exchange is complete"
+    SEND_AGAIN = "send the same request again, on a new stream, after a pause"
+    PULL = "send the new request, which has no gradient, on a new stream"
+    JOIN = "join again, then send the same request again"
+    FINISHED = "the run is over"
+    REPLACED = "stop: a newer process has this worker's place"
+    FAIL = "give up with an error"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an exchange sends.
+
+    Attributes:
+        request: its number in the slot; a retry has the same.
+        ticket: of the gradient that goes with it; None for no gradient.
+        wants_next: whether it asks for the next ticket and its parameters.
+        wants_buffers: whether these come with the model's buffers.
+    """
+
+    request: int
+    ticket: pb.Ticket | None
+    wants_next: bool
+    wants_buffers: bool
+
+
+# By reason, for calls that the server ended; its words are exact, so they go before the status code.
+AFTER_REASON = {
+    Reason.BAD_MANIFEST: Step.FAIL,
+    Reason.BAD_PAYLOAD: Step.FAIL,
+    Reason.BAD_REQUEST: Step.FAIL,
+    Reason.DRAINING: Step.SEND_AGAIN,
+    Reason.FINISHED: Step.FINISHED,
+    Reason.INTERNAL: Step.SEND_AGAIN,  # what stopped on a bug or a full disk restores itself and answers again
+    Reason.MANIFEST_DIGEST: Step.FAIL,
+    Reason.MEMORY_LIMIT: Step.FAIL,
+    Reason.MODEL_EXISTS: Step.JOIN,
+    Reason.NON_FINITE: Step.FAIL,  # only of an offered model: a gradient's comes as a result
+    Reason.NOT_A_MEMBER: Step.JOIN,
+    Reason.NOT_READY: Step.SEND_AGAIN,
+    Reason.NOT_WANTED: Step.JOIN,
+    Reason.PROTOCOL_VERSION: Step.FAIL,
+    Reason.REPLACED: Step.REPLACED,
+    Reason.STALE_REQUEST: Step.FAIL,
+    Reason.SUPERSEDED: Step.SEND_AGAIN,
+    Reason.TICKET_UNKNOWN: Step.PULL,
+    Reason.TOO_MANY_STREAMS: Step.SEND_AGAIN,
+    Reason.TOO_MANY_WORKERS: Step.SEND_AGAIN,
+}
+
+# Without a reason the connection, a proxy or gRPC itself ended the call. These would do so every time.
+HOPELESS_CODES = frozenset(
+    {
+        "DATA_LOSS",
+        "FAILED_PRECONDITION",
+        "INVALID_ARGUMENT",
+        "NOT_FOUND",
+        "OUT_OF_RANGE",
+        "PERMISSION_DENIED",
+        "UNAUTHENTICATED",
+        "UNIMPLEMENTED",
+    }
+)
+
+
+def step_after(code: str, reason: str) -> Step:
+    """What a call that ended with this status code and reason (empty for none) leads to, in any RPC."""
+    if reason in AFTER_REASON:
+        return AFTER_REASON[Reason(reason)]
+    return Step.FAIL if code in HOPELESS_CODES else Step.SEND_AGAIN
+
+
+class SlotSession:
+    """One slot's side of the protocol: request numbers, the ticket it holds and the exchange in hand.
+
+    Attributes:
+        ticket: of the parameters last delivered; None if the next exchange can have no gradient.
+        result: of this exchange's gradient, once it came; None if there was none, or it was refused.
+        refusal: the refused result, once it came.
+        iteration: where the run ended, once it has, if the server said so.
+    """
+
+    def __init__(self) -> None:
+        self.ticket: pb.Ticket | None = None
+        self.result: pb.PushResult | None = None
+        self.refusal: pb.PushResult | None = None
+        self.iteration: pb.Iteration | None = None
+        self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False)
+        self._wants_buffers = True
+
+    @property
+    def ask(self) -> Ask:
+        """What to send now: the exchange in hand, or what became of it."""
+        return self._ask
+
+    def begin(self, *, with_gradient: bool, wants_next: bool) -> Ask:
+        """Start an exchange; one that was given up earlier is forgotten.
+
+        Raises:
+            ValueError: there is no ticket for a gradient, or nothing is given and nothing wanted.
+        """
+        if with_gradient and self.ticket is None:
+            raise ValueError("this slot holds no ticket, so it can't push: pull first (an exchange without gradient)")
+        if not with_gradient and not wants_next:
+            raise ValueError("an exchange without a gradient must want a ticket")
+        self.result = self.refusal = None
+        self._next_request(self.ticket if with_gradient else None, wants_next=wants_next)
+        return self._ask
+
+    def on_result(self, result: pb.PushResult) -> Step:
+        """The gradient was applied or refused; parameters follow if they were wanted."""
+        if result.request != self._ask.request or self._settled:
+            return Step.FAIL
+        if result.refusal:
+            self.refusal = result
+            if result.refusal == Reason.FINISHED:
+                return Step.FINISHED
+        else:
+            self.result = result
+        if not self._ask.wants_next:
+            # NON_FINITE alone leaves the ticket valid: another gradient may use it.
+            self.ticket = self.ticket if result.refusal == Reason.NON_FINITE else None
+            return Step.DONE
+        return Step.READ
+
+    def on_delivery(self, ticket: pb.Ticket | None) -> Step:
+        """The next ticket is here and all bytes of its parameters."""
+        if ticket is None or not self._ask.wants_next or not self._settled:
+            return Step.FAIL
+        self.ticket = ticket
+        self._wants_buffers = False  # from now on the worker keeps its own
+        return Step.DONE
+
+    def on_finished(self, iteration: pb.Iteration | None) -> Step:
+        """The run is over: by a message on the stream, or known from elsewhere."""
+        self.iteration = iteration
+        self.ticket = None
+        return Step.FINISHED
+
+    def on_end(self, code: str, reason: str) -> Step:
+        """The stream ended with this status: by the server, the network or a time limit, not by us.
+
+        Args:
+            code: the status code's name; "OK" for a stream that the server ended in mid-exchange.
+            reason: as in `ormo_protos.reasons`; empty for none.
+        """
+        step = step_after(code, reason)
+        if step is Step.FINISHED:
+            return self.on_finished(None)
+        if step is Step.PULL or (self._settled and self._ask.ticket and step in (Step.SEND_AGAIN, Step.JOIN)):
+            # The gradient is applied or lost; what is missing are the parameters.
+            self._next_request(None, wants_next=True)
+            return Step.JOIN if step is Step.JOIN else Step.PULL
+        return step
+
+    def on_joined(self) -> None:
+        """The worker has joined, or joined again; the exchange in hand stays as it is."""
+        self._wants_buffers = True
+        self._ask = Ask(self._ask.request, self._ask.ticket, self._ask.wants_next, self._ask.wants_next)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the exchange has no gradient whose result is still to come."""
+        return self._ask.ticket is None or self.result is not None or self.refusal is not None
+
+    def _next_request(self, ticket: pb.Ticket | None, *, wants_next: bool) -> None:
+        self._ask = Ask(self._ask.request + 1, ticket, wants_next, wants_next and self._wants_buffers)

@@ -1,0 +1,203 @@
+"""One of a worker's in-flight places: exchanges a gradient for the next parameters, whatever happens meanwhile."""
+
+import queue
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.connection import Connection, TryAgain
+from ormo_worker.errors import ProtocolBroken, RunFinished
+from ormo_worker.identity import Identity
+from ormo_worker.membership import Membership
+from ormo_worker.refusal import CallEnded
+from ormo_worker.session import SlotSession, Step
+from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Wire
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeOutcome:
+    """What came of an exchange.
+
+    Attributes:
+        result: of the gradient; None if there was none, if it was refused, or if its result was lost with
+            the end of the run.
+        refusal: why the gradient was refused (NON_FINITE, TICKET_UNKNOWN or FINISHED), with a sentence for
+            people; None if it was not.
+        delivered: the next parameters; None if none were wanted, or the run is over.
+        finished: whether the run is over.
+    """
+
+    result: pb.PushResult | None
+    refusal: pb.PushResult | None
+    delivered: Delivered | None
+    finished: bool
+
+
+class Slot:
+    """Holds at most one ticket, and carries out one exchange at a time; for one thread.
+
+    Args:
+        number: from 0 up.
+        connection: to the server.
+        identity: of the worker.
+        wire: of its model.
+        membership: of the worker, shared by its slots.
+    """
+
+    def __init__(
+        self, number: int, connection: Connection, identity: Identity, wire: Wire, membership: Membership
+    ) -> None:
+        self.number = number
+        self._connection = connection
+        self._identity = identity
+        self._wire = wire
+        self._membership = membership
+        self._session = SlotSession()
+        self._receiver = DeliveryReceiver(wire)
+        self._stream: _Stream | None = None
+        self._joins = 0
+
+    @property
+    def holds_ticket(self) -> bool:
+        """Whether the next exchange can have a gradient."""
+        return self._session.ticket is not None
+
+    def exchange(self, gradient: Gradient | None, *, wants_next: bool = True) -> ExchangeOutcome:
+        """Push a gradient, or nothing, and wait for its result and the next parameters.
+
+        Connections that break, servers that restart and memberships that run out are mended on the way.
+
+        Args:
+            gradient: computed at the parameters last delivered; its payload is free again afterwards.
+            wants_next: whether to ask for the next ticket and its parameters.
+
+        Raises:
+            ValueError: a gradient without a ticket, or neither a gradient nor a wish.
+            OrmoError: what waiting and trying again can't mend; the exchange is given up.
+        """
+        self._session.begin(with_gradient=gradient is not None, wants_next=wants_next)
+        if self._membership.finished:
+            self._session.on_finished(None)
+            return self._outcome(None, finished=True)
+        try:
+            return self._connection.retrying(lambda: self._attempt(gradient), "exchanging with the server")
+        except BaseException:
+            self._drop_stream()  # answers that are still to come belong to an exchange that nobody waits for
+            raise
+
+    def close(self) -> None:
+        """Let the stream end; an exchange that is under way ends with the connection."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._connection.remove(stream)
+            stream.half_close()
+
+    def _attempt(self, gradient: Gradient | None) -> ExchangeOutcome:
+        try:
+            self._rejoin()
+            step = self._converse(gradient)
+        except RunFinished:
+            step = self._session.on_finished(None)
+        except CallEnded as end:
+            self._drop_stream()
+            step = self._session.on_end(end.code, end.reason)
+            if step is Step.JOIN:
+                self._membership.lose(self._joins)
+            if step in (Step.SEND_AGAIN, Step.PULL, Step.JOIN):
+                raise TryAgain(str(end), end.retry_seconds) from None
+            if step is not Step.FINISHED:
+                raise
+        if step is Step.FINISHED:
+            self.close()
+            return self._outcome(None, finished=True)
+        delivered = self._receiver.delivered() if self._session.ask.wants_next else None
+        return self._outcome(delivered, finished=False)
+
+    def _rejoin(self) -> None:
+        joins = self._membership.ensure()
+        if joins != self._joins:
+            self._joins = joins
+            self._session.on_joined()
+            self._drop_stream()  # a server that did not know the worker does not know its stream
+
+    def _converse(self, gradient: Gradient | None) -> Step:
+        stream, ask = self._opened(), self._session.ask
+        stream.send(self._wire.exchange(self._identity, self.number, ask, gradient))
+        step = Step.READ
+        while step is Step.READ:
+            step = self._take(stream.receive())
+        if step is Step.FAIL:
+            raise ProtocolBroken(
+                f"the server answered request {ask.request} of slot {self.number} with what the protocol does not "
+                "allow there: are server and worker of the same version?"
+            )
+        return step
+
+    def _take(self, answer: pb.PushPullResponse) -> Step:
+        match answer.WhichOneof("part"):
+            case "result":
+                return self._session.on_result(answer.result)
+            case "delivery":
+                asked = self._wire.delivery_request(with_buffers=self._session.ask.wants_buffers)
+                self._receiver.begin(answer.delivery, asked)
+                return Step.READ
+            case "chunk":
+                complete = self._receiver.accept(answer.chunk)
+                return self._session.on_delivery(self._receiver.ticket) if complete else Step.READ
+            case "finished":
+                return self._session.on_finished(answer.finished.iteration)
+            case _:
+                return Step.FAIL
+
+    def _outcome(self, delivered: Delivered | None, *, finished: bool) -> ExchangeOutcome:
+        return ExchangeOutcome(self._session.result, self._session.refusal, delivered, finished)
+
+    def _opened(self) -> "_Stream":
+        if self._stream is None:
+            self._stream = _Stream(self._connection)
+            self._connection.add(self._stream)
+        return self._stream
+
+    def _drop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._connection.remove(stream)
+            stream.cancel()
+
+
+class _Stream:
+    """One open PushPull call. A thread of gRPC's takes the requests from here as fast as they can be sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._exchanges: queue.SimpleQueue[Iterable[pb.PushPullRequest] | None] = queue.SimpleQueue()
+        with connection.watched():
+            self._call = connection.stub.PushPull(self._requests())
+
+    def send(self, requests: Iterable[pb.PushPullRequest]) -> None:
+        self._exchanges.put(requests)
+
+    def receive(self) -> pb.PushPullResponse:
+        """The next answer.
+
+        Raises:
+            CallEnded: there is none.
+        """
+        with self._connection.watched():
+            answer = next(self._call, None)
+        if answer is None:
+            raise CallEnded("OK", "", "the server ended the stream in the middle of an exchange")
+        self._connection.heard()
+        return answer
+
+    def half_close(self) -> None:
+        """Say that no more exchanges will come."""
+        self._exchanges.put(None)
+
+    def cancel(self) -> None:
+        self._exchanges.put(None)  # or gRPC's thread would wait for ever
+        self._call.cancel()
+
+    def _requests(self) -> Iterator[pb.PushPullRequest]:
+        while (exchange := self._exchanges.get()) is not None:
+            yield from exchange

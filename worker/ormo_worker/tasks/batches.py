@@ -1,0 +1,134 @@
+"""Streams of batches from data sets, reproducible from one seed.
+
+A data set may offer two methods of its own, both optional: `batch_at`, where it can give a whole batch at
+once, and `augment`, where training changes samples at random.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from ormo_worker.tasks.task import Batch, TaskError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+
+@runtime_checkable
+class InMemory(Protocol):
+    """A data set that gives a whole batch in a few tensor operations, without a loader."""
+
+    def batch_at(self, indices: Tensor) -> Batch:
+        """Return the samples at the indices (int64, shape (N,)), stacked."""
+
+
+@runtime_checkable
+class Augmented(Protocol):
+    """A data set whose training batches are changed at random, whole batches at a time."""
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Return the changed batch; every random number comes from the (CPU) generator."""
+
+
+def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_processes: int = 0) -> Iterator[Batch]:
+    """Return an endless stream of shuffled training batches, in pinned memory where CUDA is available.
+
+    Each pass is a new permutation; its last, incomplete batch is dropped, except where the set is smaller
+    than one batch: then the batch is the whole set. The same seed gives the same stream, augmentation
+    included, with any number of processes; what `__getitem__` draws from global generators is outside it.
+
+    Args:
+        dataset: map-style. A `TensorDataset`, or one with `batch_at`, is read without loader processes.
+        batch_size: samples in a batch.
+        seed: any integer from -2**63 to 2**64 - 1; the server gives each worker its own.
+        loader_processes: processes that read samples ahead, 0 to read in this one. They are spawned, not
+            forked (a fork would inherit gRPC's threads): the data set must be picklable.
+
+    Raises:
+        TaskError: the data set is empty or has no length.
+    """
+    size = _size(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    # Augmentation draws from a generator of its own: how far a loader reads ahead must not matter.
+    augmenting = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    stream = _read(dataset, _endless_indices(size, min(batch_size, size), generator), seed, loader_processes)
+    if isinstance(dataset, Augmented):
+        stream = (dataset.augment(batch, augmenting) for batch in stream)
+    return map(_pinned, stream)
+
+
+def evaluation_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[Batch]:
+    """Return every sample once, in order and not augmented; the last batch may be smaller.
+
+    Raises:
+        TaskError: the data set is empty or has no length.
+    """
+    order = torch.split(torch.arange(_size(dataset)), batch_size)
+    return map(_pinned, _read(dataset, order, seed=0, loader_processes=0))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy every tensor of nested tuples, lists and mappings; copies of pinned tensors do not block.
+
+    What is no tensor, such as a string, stays as it is; a mapping comes back as a dict.
+    """
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _size(dataset: Dataset[Any]) -> int:
+    if not isinstance(dataset, Sized):
+        raise TaskError(
+            f"The data set {type(dataset).__name__} has no length: a task's data sets are map-style, so "
+            "give it __len__ and __getitem__."
+        )
+    if len(dataset) == 0:
+        raise TaskError(f"The data set {type(dataset).__name__} is empty, which makes no batch: check the data folder.")
+    return len(dataset)
+
+
+def _endless_indices(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        order = torch.randperm(size, generator=generator)
+        yield from torch.split(order[: size - size % batch_size], batch_size)
+
+
+def _read(dataset: Dataset[Any], order: Iterable[Tensor], seed: int, loader_processes: int) -> Iterator[Batch]:
+    batch_at = _batch_reader(dataset)
+    if batch_at is not None:
+        return map(batch_at, order)
+    loader = DataLoader(
+        dataset,
+        # With an endless order the processes start once, and read ahead across the ends of passes.
+        batch_sampler=(indices.tolist() for indices in order),
+        num_workers=loader_processes,
+        multiprocessing_context="spawn" if loader_processes else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
+    )
+    return iter(loader)
+
+
+def _batch_reader(dataset: Dataset[Any]) -> Callable[[Tensor], Batch] | None:
+    if isinstance(dataset, InMemory):
+        return dataset.batch_at
+    if type(dataset) is TensorDataset:  # a subclass may well have a __getitem__ of its own
+        tensors = dataset.tensors
+        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    return None
+
+
+def _pinned(batch: Batch) -> Batch:
+    if not torch.cuda.is_available():
+        return batch
+    return _mapped(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+
+def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple takes its fields one by one
+        return type(batch)(*(_mapped(value, change) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(_mapped(value, change) for value in batch)
+    return batch

@@ -1,0 +1,83 @@
+"""Data sets of coloured images: uint8 at rest, normalised when read, cropped and flipped for training."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+CROP_PADDING_PIXELS = 4  # of the ResNet paper, for 32 x 32 images
+
+
+@dataclass(frozen=True, slots=True)
+class Colours:
+    """Mean and standard deviation of red, green and blue, where 1 is full brightness."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Map uint8 images of shape (..., 3, H, W) to float32 of the same shape, about 0 with spread 1."""
+        mean = torch.tensor(self.mean).mul_(255).view(3, 1, 1)
+        std = torch.tensor(self.std).mul_(255).view(3, 1, 1)
+        return images.float().sub_(mean).div_(std)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Normalised images, float32 of shape (3, H, W), with their labels; training crops and flips them."""
+
+    def augment(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Crop and flip each image of a batch at random; `batches` calls this for training."""
+        images, labels = batch
+        return crop_and_flip(images, generator), labels
+
+
+class ImageTensors(Images):
+    """Images in memory, a quarter the size of float32: CIFAR-10's training set takes 154 MB.
+
+    Args:
+        images: uint8, shape (N, 3, H, W).
+        labels: int64, shape (N,).
+        colours: to normalise with.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, colours: Colours) -> None:
+        self.images = images
+        self.labels = labels
+        self.colours = colours
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.colours.normalise(self.images[index]), int(self.labels[index])
+
+    def batch_at(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images, float32 of shape (N, 3, H, W), and labels at the indices, int64 of shape (N,)."""
+        return self.colours.normalise(self.images[indices]), self.labels[indices]
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to 4 pixels along each axis, and mirror half of them.
+
+    Args:
+        images: normalised, shape (N, C, H, W); what moves in from outside is 0, the mean colour.
+        generator: on the CPU.
+
+    Returns:
+        Images of the same shape, copied.
+    """
+    count, channels, height, width = images.shape
+    pad = CROP_PADDING_PIXELS
+    top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return F.pad(images, (pad, pad, pad, pad))[
+        torch.arange(count).view(-1, 1, 1, 1),
+        torch.arange(channels).view(1, -1, 1, 1),
+        rows.view(count, 1, height, 1),
+        columns.view(count, 1, 1, width),
+    ]

@@ -1,0 +1,73 @@
+"""The residual networks for small images of He, Zhang, Ren, Sun 2016, section 4.2."""
+
+import torch.nn.functional as F
+from ormo_worker.tasks.task import TaskError
+from torch import Tensor, nn
+
+
+class ResNet(nn.Module):
+    """A residual network of depth 6n + 2, without parameters in its shortcuts (the paper's option A).
+
+    Three stages of n blocks with 16, 32 and 64 channels. Takes float32 images of shape (N, 3, H, W), made
+    for 32 x 32; gives logits of shape (N, num_classes). ResNet-20 for 10 classes has 269,722 parameters.
+
+    Args:
+        depth: 20, 32, 44, 56, 110 in the paper.
+        num_classes: how many classes there are.
+
+    Raises:
+        TaskError: the depth is not 6n + 2.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise TaskError(f"A ResNet of depth {depth} cannot be built: take 6n + 2, such as 20, 32 or 44.")
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.stages = nn.Sequential(*_blocks(blocks_per_stage=depth // 6))
+        self.head = nn.Linear(64, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the images."""
+        features: Tensor = self.stages(F.relu(self.norm(self.stem(images))))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut; a stride of 2 halves the image."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features of shape (N, channels, H / stride, W / stride)."""
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        # Option A: every second pixel, and zeros for the channels that the input does not have.
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(out + shortcut)
+
+
+def _blocks(blocks_per_stage: int) -> list[Block]:
+    blocks: list[Block] = []
+    channels_in = 16
+    for channels in (16, 32, 64):
+        for _ in range(blocks_per_stage):
+            blocks.append(Block(channels_in, channels, stride=channels // channels_in))
+            channels_in = channels
+    return blocks
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,172 @@
+"""From tensors to messages and back: the one place where a faster codec would go."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.tensors import Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.errors import ProtocolBroken
+from ormo_worker.identity import Identity
+from ormo_worker.session import Ask
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A gradient on its way out; its ticket is the slot's.
+
+    Attributes:
+        payload: the mean over the mini-batch with weight decay added, and the buffers if the model has any.
+        samples: in the mini-batch.
+        loss: the mini-batch's mean; None if not known.
+        compute_seconds: from having the parameters to having the gradient.
+    """
+
+    payload: Payload
+    samples: int
+    loss: float | None = None
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Parameters that have arrived.
+
+    Attributes:
+        payload: overwritten by the next delivery of the same slot or reader.
+        iteration: of the parameters.
+        ticket: the right to push one gradient computed at them; None for readers.
+        samples: that the run has counted so far.
+    """
+
+    payload: Payload
+    iteration: pb.Iteration
+    ticket: pb.Ticket | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """The messages of one model.
+
+    Attributes:
+        manifest: the model's.
+        dtype: in which parameters and gradients travel.
+        pin_memory: whether received payloads lie in page-locked memory.
+    """
+
+    manifest: Manifest
+    dtype: pb.Dtype.ValueType = FLOAT32
+    pin_memory: bool = False
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has buffers that travel."""
+        return self.manifest.sizes["float_buffers"] + self.manifest.sizes["int_buffers"] > 0
+
+    def delivery_request(self, *, with_buffers: bool) -> pb.DeliveryRequest:
+        """How parameters are wanted; buffers only if the model has any."""
+        return pb.DeliveryRequest(dtype=self.dtype, with_buffers=with_buffers and self.has_buffers)
+
+    def exchange(
+        self, identity: Identity, slot: int, ask: Ask, gradient: Gradient | None
+    ) -> Iterator[pb.PushPullRequest]:
+        """The messages of an exchange, each made when it is about to be sent.
+
+        Args:
+            identity: of the worker.
+            slot: its number.
+            ask: what to send; the gradient goes along only if it names a ticket.
+            gradient: must not change until the exchange is over.
+        """
+        exchange = pb.Exchange(requester=identity.requester(slot, ask.request))
+        if ask.wants_next:
+            exchange.next.CopyFrom(self.delivery_request(with_buffers=ask.wants_buffers))
+        if ask.ticket is None or gradient is None:
+            yield pb.PushPullRequest(exchange=exchange)
+            return
+        exchange.gradient.CopyFrom(self._announced(gradient, ask.ticket))
+        yield pb.PushPullRequest(exchange=exchange)
+        for chunk in gradient.payload.chunks():
+            yield pb.PushPullRequest(chunk=chunk)
+
+    def offer(self, identity: Identity, payload: Payload) -> Iterator[pb.OfferModelRequest]:
+        """The messages that hand the server its model; the payload is float32 with buffers."""
+        offer = pb.ModelOffer(
+            worker=identity.worker, incarnation=identity.incarnation, manifest=self.manifest.to_message()
+        )
+        yield pb.OfferModelRequest(offer=offer)
+        for chunk in payload.chunks():
+            yield pb.OfferModelRequest(chunk=chunk)
+
+    def _announced(self, gradient: Gradient, ticket: pb.Ticket) -> pb.Gradient:
+        layout = gradient.payload.layout
+        return pb.Gradient(
+            ticket=ticket,
+            manifest_digest=self.manifest.digest,
+            dtype=layout.dtype,
+            with_buffers=layout.with_buffers,
+            payload_bytes=layout.total_bytes,
+            samples=gradient.samples,
+            loss=gradient.loss,
+            compute_seconds=gradient.compute_seconds,
+        )
+
+
+class DeliveryReceiver:
+    """Takes deliveries in, one after the other, into memory that is used again."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._payload: Payload | None = None
+        self._delivery = pb.Delivery()
+        self._receiver: PayloadReceiver | None = None
+
+    def begin(self, delivery: pb.Delivery, asked: pb.DeliveryRequest) -> None:
+        """Take the first message of a delivery.
+
+        Raises:
+            ProtocolBroken: it is not what was asked for, or not of this model.
+        """
+        layout = PayloadLayout.of(self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers)
+        came = (delivery.dtype, delivery.with_buffers, delivery.payload_bytes)
+        wanted = (asked.dtype, asked.with_buffers, layout.total_bytes)
+        if came != wanted:
+            raise ProtocolBroken(
+                f"the server announced parameters as (dtype, with buffers, bytes) = {came}, but this model's are "
+                f"{wanted}: give the server and this program the same model"
+            )
+        self._delivery = delivery
+        self._receiver = PayloadReceiver(self._reused(layout))
+
+    def accept(self, chunk: pb.TensorChunk) -> bool:
+        """Take a piece; True if it was the last one.
+
+        Raises:
+            ProtocolBroken: it is not the next piece of a delivery that has begun.
+        """
+        if self._receiver is None:
+            raise ProtocolBroken("the server sent a chunk of parameters without announcing any")
+        try:
+            return self._receiver.accept(chunk).complete
+        except PayloadError as error:
+            raise ProtocolBroken(f"the server sent parameters that can't be used: {error}") from None
+
+    @property
+    def ticket(self) -> pb.Ticket | None:
+        """Of the delivery that has begun; None for one without."""
+        return self._delivery.ticket if self._delivery.HasField("ticket") else None
+
+    def delivered(self) -> Delivered:
+        """What has arrived, once `accept` has said that it is complete."""
+        receiver, self._receiver = self._receiver, None
+        assert receiver is not None
+        assert receiver.complete
+        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples)
+
+    def _reused(self, layout: PayloadLayout) -> Payload:
+        # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.
+        if self._payload is None or self._payload.layout != layout:
+            self._payload = None
+            self._payload = Payload(layout, pin_memory=self._wire.pin_memory)
+        return self._payload
