@@ -67,6 +67,9 @@ def serve(settings: ServerSettings) -> int:
     except (StoreError, AddressInUseError, OrmoError, SettingsError) as error:
         sys.stderr.write(f"ormo-server: {error}\n")
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError) else 1
+    # One line that programs read: with port 0 nobody else knows where we are.
+    sys.stdout.write(f"serving address={server.address} metrics={server.metrics_address}\n")
+    sys.stdout.flush()
     log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, _stop_signal())
 

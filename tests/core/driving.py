@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate
@@ -132,9 +133,7 @@ class Driver:
         ticket = place.granted.ticket
         if not result.discarded:
             self.applied.append(
-                Applied(
-                    values.double(), result.step_size, ticket.bucket, ticket.iteration, result.delay, bucket_size
-                )
+                Applied(values.double(), result.step_size, ticket.bucket, ticket.iteration, result.delay, bucket_size)
             )
 
     def _tick(self) -> float:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+
 from core.driving import Applied
 from ormo_server.core.method import Run
 

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from core.driving import Driver
 from hypothesis import strategies as st
+
+from core.driving import Driver
 from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate

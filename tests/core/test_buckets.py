@@ -1,14 +1,14 @@
-"""Which bucket a ticket gets: for a constant K the paper's ceil(ite / K), and moved by nothing but applied gradients."""
+"""Which bucket a ticket gets: for constant K the paper's ceil(ite / K), moved by nothing but applied gradients."""
 
 from collections.abc import Callable
 
 import torch
-from core.driving import Driver, driver_of, rows, run_of
-from core.scripts import START, Command, carry_out, gradient, stories
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ormo_server.core.state_machine import StateMachine
 
+from core.driving import Driver, driver_of, rows, run_of
+from core.scripts import START, Command, carry_out, gradient, stories
+from ormo_server.core.state_machine import StateMachine
 
 TURNS = st.lists(
     st.tuples(st.integers(0, 5), st.sampled_from(["exchange", "exchange", "request", "return"])),

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from core.driving import Applied, Driver, driver_of, run_of
-from core.reference import UNIT_ROUNDOFF, closed_form, rounding, step_sizes
-from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from core.driving import Applied, Driver, driver_of, run_of
+from core.reference import closed_form, rounding, step_sizes
+from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.blocks import BLOCK_ELEMENTS
 from ormo_server.core.method import Run
@@ -64,9 +65,7 @@ def filed_in_order(triples: list[tuple[int, float, int]], beta: float) -> tuple[
     return params, rule.vectors["momentum"]
 
 
-TRIPLES = st.lists(
-    st.tuples(st.integers(-8, 8), st.floats(0.001, 1.0), st.integers(0, 12)), min_size=1, max_size=20
-)
+TRIPLES = st.lists(st.tuples(st.integers(-8, 8), st.floats(0.001, 1.0), st.integers(0, 12)), min_size=1, max_size=20)
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import Finished, NotAMember
 from ormo_server.core.state_machine import Gradient, Released, Requester

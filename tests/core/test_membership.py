@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from core.driving import driver_of, fingerprint, run_of
 from ormo_server.core import state_machine
 from ormo_server.core.errors import BadRequest, NotAMember, Replaced, TicketUnknown, TooManyWorkers

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from core.driving import Driver, driver_of, fingerprint, run_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import Finished, NotAMember, Replaced, StaleRequest, TicketUnknown, TooManyWorkers
 from ormo_server.core.state import SlotKey, TicketKey
 from ormo_server.core.state_machine import Gradient, Released, Requester

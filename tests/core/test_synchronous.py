@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from core.driving import Driver, driver_of, fingerprint, run_of
 from core.reference import closed_form, round_sums, rounding, torch_sgd
 from core.scripts import BETAS, START, Command, carry_out, learning_rates, stories
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ormo_server.core.errors import BadRequest, SettingsError, TicketUnknown
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from core.driving import Driver, driver_of, rows, run_of
 
 # Every gradient is 1. Ticket by ticket: u ages by 1/2 when a bucket opens, a gradient one bucket late counts 1/2 in u

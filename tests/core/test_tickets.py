@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import BadRequest, OrmoError, StaleRequest, TicketUnknown
 from ormo_server.core.state_machine import Gradient, Requester, StateMachine, superseded
@@ -43,7 +44,9 @@ def test_a_ticket_is_redeemed_once() -> None:
     driver = one_worker()
     ticket = driver.ticket("a")
     driver.push("a", 1.0)
-    refused(driver, TicketUnknown, r"ticket 1 of epoch 0{16} is not in flight: .* holds none", driver.requester("a"), ticket)
+    refused(
+        driver, TicketUnknown, r"ticket 1 of epoch 0{16} is not in flight: .* holds none", driver.requester("a"), ticket
+    )
 
 
 def test_a_retry_gets_the_same_result_marked_as_repeated_and_changes_nothing() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ormo_protos.manifest import BFLOAT16
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, state_of

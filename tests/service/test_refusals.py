@@ -1,10 +1,11 @@
-"""What a server refuses, through the real socket: the status, the reason, one clear sentence, and an untouched state."""
+"""What a server refuses, through the real socket: status, reason, one clear sentence, and an untouched state."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+
 from ormo_protos.manifest import BFLOAT16
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -14,7 +15,7 @@ from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventuall
 Serving = tuple[Server, ParameterServerStub, WireWorker]
 
 
-@pytest.fixture()
+@pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Serving]:
     """A server with one worker that holds a ticket."""
     with served(tmp_path, max_workers=2) as server, connected(server) as stub:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import grpc
 import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from ormo_protos.manifest import BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -66,7 +68,7 @@ def payload(manifest: Manifest, value: float, *, buffers: bool = False, dtype: i
     made = Payload(PayloadLayout.of(manifest, dtype, with_buffers=buffers))  # type: ignore[arg-type]
     made.parameters.fill_(value)
     made.float_buffers.fill_(value)
-    made.int_buffers.fill_(int(value) if value == value else 0)
+    made.int_buffers.fill_(int(value) if math.isfinite(value) else 0)
     return made
 
 
@@ -168,9 +170,7 @@ class WireWorker:
         return answer.welcome
 
     def ask_to_join(self, slots: int = 1, version: int = 1) -> pb.JoinResponse:
-        request = pb.JoinRequest(
-            worker=self.name, incarnation=self.incarnation, protocol_version=version, slots=slots
-        )
+        request = pb.JoinRequest(worker=self.name, incarnation=self.incarnation, protocol_version=version, slots=slots)
         with refusals():
             return self.stub.Join(request)
 

@@ -85,12 +85,14 @@ class ParameterClient:
         *,
         newer_than: pb.Iteration | None = None,
         with_buffers: bool = True,
+        within: float | None = None,
     ) -> Delivered | None:
         """The newest parameters, without a ticket.
 
         Args:
             newer_than: an iteration that is known already.
             with_buffers: whether to get the model's buffers, too.
+            within: seconds after which to give up; None to go by the client's patience.
 
         Returns:
             None if there is nothing newer. The payload is overwritten by the next pull.
@@ -102,7 +104,7 @@ class ParameterClient:
         request = pb.PullParamsRequest(
             delivery=self._wire.delivery_request(with_buffers=with_buffers), newer_than=newer_than
         )
-        return self._connection.retrying(lambda: self._pull(request), "pulling parameters")
+        return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
 
     def status(self) -> pb.GetStatusResponse:
         """How the run is.

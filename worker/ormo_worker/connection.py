@@ -126,6 +126,8 @@ class Connection:
             CallEnded: it ended without its answer.
         """
         limit = self.patience.failure_timeout if seconds is None else seconds
+        if not self._contacted:
+            limit = min(limit, self.patience.connect_timeout)
         with self.watched():
             answer = method(request, timeout=limit)
         self.heard()
@@ -197,15 +199,17 @@ class Connection:
         self._fatal = error
         self.cancel_open()
 
-    def retrying(self, attempt: Callable[[], T], what: str) -> T:
+    def retrying(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
         """Call `attempt` until it succeeds, with growing pauses.
 
         Args:
             attempt: raises `TryAgain` or `CallEnded` to be called again, where that can help.
             what: what it does, for logs and errors, as in "joining the run".
+            within: seconds that all of it may take, for what is not worth more; None to go by patience.
 
         Raises:
-            ServerUnreachable: nothing was heard of the server for as long as patience lasts.
+            ServerUnreachable: nothing was heard of the server for as long as patience lasts, or `within`
+                is over.
             ClientClosed: `close` was called meanwhile.
             RunFinished: the server says that the run is over.
             Refused: the server won't do it, now or later.
@@ -217,11 +221,11 @@ class Connection:
 
         loop = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_helps),
-            stop=self._out_of_patience,
+            stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
             wait=_pause,
             sleep=self._sleep,
             before_sleep=lambda state: self._warn(what, state),
-            retry_error_callback=lambda state: self._give_up(what, state),
+            retry_error_callback=lambda state: self._give_up(what, state, within),
         )
         try:
             return loop(checked)
@@ -245,7 +249,7 @@ class Connection:
     def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
         # A client that has just begun to ask can't blame the server for the silence before.
         silent = min(self.silent_seconds, time.monotonic() - state.start_time)
-        return not self.closed and silent >= self._patience_seconds()
+        return self.closed or silent >= self._patience_seconds()
 
     def _warn(self, what: str, state: tenacity.RetryCallState) -> None:
         now = time.monotonic()
@@ -256,16 +260,17 @@ class Connection:
             else:
                 _LOG.warning("%s at %s failed (%s): trying again", what, self.server, _cause(state))
 
-    def _give_up(self, what: str, state: tenacity.RetryCallState) -> Any:
-        seconds = f"{self._patience_seconds():g} seconds"
-        if self._contacted:
+    def _give_up(self, what: str, state: tenacity.RetryCallState, within: float | None) -> Any:
+        self.check()
+        seconds = f"{self._patience_seconds() if within is None else within:g} seconds"
+        if not self._contacted:
             raise ServerUnreachable(
-                f"{what} failed, for the server at {self.server} has been silent for {seconds} ({_cause(state)}): "
-                "look at its log and at the network, then start this program again"
+                f"no parameter server answered at {self.server} within {seconds} ({_cause(state)}): start "
+                "ormo-server there, or correct the address"
             )
         raise ServerUnreachable(
-            f"no parameter server answered at {self.server} within {seconds} ({_cause(state)}): start "
-            "ormo-server there, or correct the address"
+            f"{what} at {self.server} did not succeed for {seconds} ({_cause(state)}): look at the server's log "
+            "and at the network, then start this program again"
         )
 
 

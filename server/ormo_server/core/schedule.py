@@ -48,6 +48,12 @@ class LearningRate:
                 f"a cosine over {self.cosine_gradients} gradients after a warm-up of {self.warmup_gradients}: the "
                 "cosine must end after the warm-up"
             )
+        if self.warmup_gradients < 0:
+            raise SettingsError(f"a warm-up of {self.warmup_gradients} gradients: expected at least 0")
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise SettingsError(f"milestone factor {self.factor}: expected a finite number above 0")
+        if not (math.isfinite(self.final) and self.final >= 0):
+            raise SettingsError(f"final learning rate {self.final}: expected a finite number of at least 0")
 
     def at(self, iteration: int) -> float:
         """η at iteration t ≥ 0."""

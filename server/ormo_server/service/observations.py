@@ -24,6 +24,7 @@ class Observations:
         self.applied = 0
         self.delay_sum = 0
         self.delay_max = 0
+        self._last_loss: float | None = None
 
     def joined(self, worker: str) -> None:
         """Start a worker's record, or start it anew."""
@@ -31,6 +32,7 @@ class Observations:
 
     def gone(self, worker: str) -> None:
         """Drop a worker's record."""
+        self._last_loss = self.loss
         self.workers.pop(worker, None)
 
     def counted(self, worker: str, result: PushResult, loss: float | None, compute_seconds: float) -> None:
@@ -52,6 +54,6 @@ class Observations:
 
     @property
     def loss(self) -> float | None:
-        """Mean of the live workers' last losses; None if none was reported."""
+        """Mean of the live workers' last losses; what it was when the last one left; None if none was reported."""
         losses = [record.last_loss for record in list(self.workers.values()) if record.last_loss is not None]
-        return sum(losses) / len(losses) if losses else None
+        return sum(losses) / len(losses) if losses else self._last_loss

@@ -1,0 +1,18 @@
+"""What a run keeps on disk: its checkpoints, and the model file that it may start from.
+
+directory/
+    checkpoint-00000007-iteration-1200/     written aside, then renamed; the first number is the order of writing
+        model.safetensors                   the model's state_dict, for anybody: `load_state_dict(..., strict=True)`
+        state.safetensors                   all tensors of the core's state
+        checkpoint.json                     everything else
+        SHA256SUMS                          of the three; `sha256sum --check SHA256SUMS` verifies them by hand
+    latest -> checkpoint-00000007-iteration-1200
+"""
+
+from ormo_server.store.checkpoint import Checkpoint
+from ormo_server.store.checkpoints import CheckpointStore
+from ormo_server.store.errors import StoreError
+from ormo_server.store.flat_model import FlatModel
+from ormo_server.store.model_file import ModelFile
+
+__all__ = ["Checkpoint", "CheckpointStore", "FlatModel", "ModelFile", "StoreError"]

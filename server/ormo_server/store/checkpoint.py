@@ -1,0 +1,149 @@
+"""One checkpoint: what it holds, and its files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ormo_protos.manifest import Manifest
+from ormo_server.core.snapshot import Snapshot
+from ormo_server.store.errors import StoreError, listed
+from ormo_server.store.files import (
+    SUMS_FILE,
+    check_sums,
+    load_tensors,
+    non_finite,
+    reading,
+    save_tensors,
+    sync,
+    write_sums,
+)
+from ormo_server.store.flat_model import FlatModel
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.safetensors"
+DOCUMENT_FILE = "checkpoint.json"
+# Where a model file carries its manifest, as JSON.
+MANIFEST_KEY = "ormo_manifest"
+
+_FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
+_MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
+
+
+def _torch_version() -> str:
+    return str(torch.__version__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run at one moment. The last three say what wrote it, and need not be given.
+
+    Attributes:
+        snapshot: the core's state.
+        manifest: the model's.
+        drained: nothing was applied after it, so tickets in flight and kept results stay good.
+        clock_seconds: the run's clock.
+        settings: of the server, as JSON holds them; they inform, a restore does not use them.
+        format_version: of the files.
+        torch_version: a replay gives the same bits on the same build only.
+        cpu_capability: which vector instructions torch used, for the same reason.
+    """
+
+    snapshot: Snapshot
+    manifest: Manifest
+    drained: bool
+    clock_seconds: float
+    settings: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+    torch_version: str = field(default_factory=_torch_version)
+    cpu_capability: str = field(default_factory=torch.backends.cpu.get_cpu_capability)
+
+
+def write_files(directory: Path, checkpoint: Checkpoint) -> None:
+    """Write the files of a checkpoint into an empty directory; they are on the disk when this returns.
+
+    Raises:
+        StoreError: the model or its momentum has NaN or infinite values.
+        OSError: the disk is full, or does not take it for another reason.
+    """
+    tensors = checkpoint.snapshot.tensors
+    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(checkpoint.manifest)
+    _refuse_non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
+    document = _document_text(checkpoint)
+    rows = json.dumps(checkpoint.manifest.to_json(), separators=(",", ":"))
+    save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
+    save_tensors(directory / STATE_FILE, tensors, {"format": "pt"})
+    (directory / DOCUMENT_FILE).write_text(document)
+    write_sums(directory, _FILES)
+    for name in (*_FILES, SUMS_FILE):
+        sync(directory / name)
+    sync(directory)
+
+
+def read_files(directory: Path) -> Checkpoint:
+    """The checkpoint that `write_files` wrote, its tensors in memory of their own.
+
+    Raises:
+        StoreError: a file is missing, changed, cut short, or of an unknown format version.
+    """
+    check_sums(directory, _FILES)
+    document = _read_document(directory / DOCUMENT_FILE)
+    with reading(directory / DOCUMENT_FILE):
+        manifest = Manifest.from_json(document.pop("manifest"))
+        fields = document.pop("fields")
+        tensors, _ = load_tensors(directory / STATE_FILE)
+        return Checkpoint(Snapshot(tensors, fields), manifest, **document)
+
+
+def model_of(directory: Path) -> Path:
+    """The model file of a checkpoint, checked.
+
+    Raises:
+        StoreError: this is no checkpoint, or the file is not what was written.
+    """
+    if not (directory / DOCUMENT_FILE).exists():
+        raise StoreError(f"{directory} is a directory, but no checkpoint: there is no {DOCUMENT_FILE} in it")
+    check_sums(directory, (MODEL_FILE,))
+    return directory / MODEL_FILE
+
+
+def _document_text(checkpoint: Checkpoint) -> str:
+    document = {
+        "format_version": checkpoint.format_version,
+        "torch_version": checkpoint.torch_version,
+        "cpu_capability": checkpoint.cpu_capability,
+        "drained": checkpoint.drained,
+        "clock_seconds": checkpoint.clock_seconds,
+        "settings": dict(checkpoint.settings),
+        "fields": checkpoint.snapshot.fields,
+        "manifest": checkpoint.manifest.to_json(),
+    }
+    try:
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise StoreError(f"the run's counters or settings can't be written as JSON ({error})") from error
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    with reading(path):
+        document: dict[str, Any] = json.loads(path.read_bytes())
+        version = document["format_version"]
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version!r}, and this server reads {FORMAT_VERSION}: use the server that "
+            "wrote it"
+        )
+    return document
+
+
+def _refuse_non_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    bad = non_finite(tensors)
+    if bad:
+        raise StoreError(
+            f"{listed(bad)} would be written with NaN or infinite values: restart from an earlier checkpoint, with a "
+            "lower learning rate"
+        )

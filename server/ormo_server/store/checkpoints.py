@@ -1,0 +1,154 @@
+"""The checkpoints of a run in their directory: written aside and renamed, the last few kept, the newest whole one read.
+
+They are in the order of writing, not of iterations: after a fall-back to an older one, or when a drain writes the
+iteration that is there already, the one that was written last is the newest.
+"""
+
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ormo_server.core.errors import SettingsError
+from ormo_server.store.checkpoint import Checkpoint, read_files, write_files
+from ormo_server.store.errors import StoreError
+from ormo_server.store.files import make_directory, reading, sync
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
+_ASIDE = ".writing-"
+_LATEST = "latest"
+
+
+class CheckpointStore:
+    """The checkpoints in one directory, which is made when the first one is written. One process writes there.
+
+    Args:
+        directory: where they are.
+        keep: how many of the last whole ones stay, at least 1. Corrupt ones do not count; they go with their elders.
+
+    Raises:
+        SettingsError: `keep` is below 1.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        if keep < 1:
+            raise SettingsError(f"checkpoints kept {keep}: expected at least 1")
+        self._directory = directory
+        self._keep = keep
+        self._corrupt: set[Path] = set()
+        self._writing = threading.Lock()
+
+    def paths(self) -> list[Path]:
+        """The checkpoints that are there, whole or not, oldest first.
+
+        Raises:
+            StoreError: the directory can't be read.
+        """
+        found = [path for path in self._entries() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=_serial)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None if there is none at all.
+
+        Each newer one that is not whole is logged as an error. `drained` is false then, whatever was written: the
+        lost ones may have applied gradients after it.
+
+        Raises:
+            StoreError: there are checkpoints and all are corrupt, or the directory can't be read.
+        """
+        failures: list[StoreError] = []
+        for path in reversed(self.paths()):
+            try:
+                checkpoint = read_files(path)
+            except StoreError as error:
+                failures.append(error)
+                self._corrupt.add(path)
+                continue
+            for failure in failures:
+                log.error("corrupt checkpoint: %s; %s is used instead, what came after it is lost", failure, path)
+            return replace(checkpoint, drained=False) if failures else checkpoint
+        if failures:
+            raise StoreError(
+                f"none of the {len(failures)} checkpoints in {self._directory} is whole (the newest: {failures[0]}): "
+                "bring one back from a backup, or move them away to start a new run"
+            )
+        return None
+
+    def write(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint; it is on the disk when this returns. One write at a time, others wait.
+
+        Returns:
+            Its directory.
+
+        Raises:
+            StoreError: the disk is full or does not take it, or the model has non-finite values. No trace is left of
+                it, and the earlier ones are untouched.
+        """
+        with self._writing:
+            try:
+                path = self._write_whole(checkpoint)
+            except OSError as error:
+                raise StoreError(
+                    f"the checkpoint of iteration {checkpoint.snapshot.fields['iteration']} can't be written to "
+                    f"{self._directory} ({error}): make room there or mend the disk; the earlier ones are untouched"
+                ) from error
+            self._point_latest(path)
+            self._tidy()
+            return path
+
+    def _write_whole(self, checkpoint: Checkpoint) -> Path:
+        make_directory(self._directory)
+        name = f"checkpoint-{self._next_serial():08d}-iteration-{checkpoint.snapshot.fields['iteration']}"
+        aside, path = self._directory / (_ASIDE + name), self._directory / name
+        try:
+            aside.mkdir()
+            write_files(aside, checkpoint)
+            aside.rename(path)
+            sync(self._directory)
+        except BaseException:
+            # Both names are this call's own, so that nothing older can go with them.
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        return path
+
+    def _next_serial(self) -> int:
+        # Stale ones count: a server that was killed while it wrote must not find its directory taken.
+        return 1 + max((_serial(path) for path in (*self.paths(), *self._stale())), default=0)
+
+    def _point_latest(self, path: Path) -> None:
+        # A convenience for people and scripts: where a file system has no links, there is none.
+        with suppress(OSError):
+            link = self._directory / f".{_LATEST}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name, target_is_directory=True)
+            link.replace(self._directory / _LATEST)
+
+    def _tidy(self) -> None:
+        paths = self.paths()
+        oldest_kept = [path for path in paths if path not in self._corrupt][-self._keep :][0]
+        for path in (*paths[: paths.index(oldest_kept)], *self._stale()):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("the checkpoint is written, but %s can't be removed (%s): remove it by hand", path, error)
+
+    def _stale(self) -> list[Path]:
+        names = (path for path in self._entries() if path.name.startswith(_ASIDE))
+        return [path for path in names if _NAME.fullmatch(path.name.removeprefix(_ASIDE))]
+
+    def _entries(self) -> Iterator[Path]:
+        with reading(self._directory):
+            yield from self._directory.iterdir() if self._directory.exists() else ()
+
+
+def _serial(path: Path) -> int:
+    name = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
+    assert name is not None
+    return int(name[1])

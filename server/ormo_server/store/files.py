@@ -1,0 +1,110 @@
+"""Files that are whole and on the disk, or not there: syncing, checksums, tensors in and out."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ormo_server.core.blocks import all_finite
+from ormo_server.store.errors import StoreError, listed
+
+SUMS_FILE = "SHA256SUMS"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong with the content of `path` into a `StoreError` that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing") from error
+    except OSError as error:
+        raise StoreError(f"{path} can't be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise StoreError(f"{path} is no whole safetensors file ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is malformed ({type(error).__name__}: {error})") from error
+
+
+def sync(path: Path) -> None:
+    """Return when this file's content, or this directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents, so that a power cut does not take them away again."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in made:
+        sync(directory.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write contiguous tensors that do not overlap (slices of one vector may be among them); no copy is made.
+
+    Raises:
+        OSError: the disk is full, or does not take it for another reason.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
+    # safetensors gives its files to the owner alone, whatever the umask says: others may want to load the model.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata.
+
+    Raises:
+        StoreError: it is missing, or no safetensors file.
+    """
+    with reading(path), safe_open(path, framework="pt") as file:
+        # What comes is mapped memory: without a copy, the process would die of a file that is cut short later.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return tensors, dict(file.metadata() or {})
+
+
+def non_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return [repr(name) for name, tensor in floating if not all_finite(tensor.reshape(-1))]
+
+
+def write_sums(directory: Path, names: Sequence[str]) -> None:
+    """Write the checksums of these files beside them, in the format of `sha256sum`."""
+    lines = [f"{_sha256(directory / name)}  {name}\n" for name in names]
+    (directory / SUMS_FILE).write_text("".join(lines))
+
+
+def check_sums(directory: Path, names: Sequence[str]) -> None:
+    """Compare these files with their checksums.
+
+    Raises:
+        StoreError: one is missing, or not what was written.
+    """
+    path = directory / SUMS_FILE
+    with reading(path):
+        expected = {name: digest for digest, name in map(str.split, path.read_text().splitlines())}
+        missing = [name for name in names if name not in expected]
+    if missing:
+        raise StoreError(f"{path} is malformed: it has no checksum of {listed(missing)}")
+    for name in names:
+        with reading(directory / name):
+            found = _sha256(directory / name)
+        if found != expected[name]:
+            raise StoreError(f"{directory / name} has the SHA-256 {found}, and {expected[name]} was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,103 @@
+"""The model that a run starts from, given as a file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ormo_protos.manifest import INT64, Manifest, TensorSpec
+from ormo_server.store.checkpoint import MANIFEST_KEY, model_of
+from ormo_server.store.errors import StoreError, listed
+from ormo_server.store.files import load_tensors, non_finite, reading
+from ormo_server.store.flat_model import FlatModel
+
+_SERVED = (torch.float32, torch.bfloat16, torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """The tensors of a model by name.
+
+    Attributes:
+        path: the file.
+        weights: by name; float32, bfloat16 or int64, all finite.
+        manifest: the model's, if the file says it. A plain state_dict does not: safetensors sorts the tensors, so their
+            order is lost, and so is what is a parameter and what a buffer. The first worker knows both.
+    """
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    manifest: Manifest | None
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelFile":
+        """Read a state_dict in safetensors format, or the model of a checkpoint, given as its directory.
+
+        Raises:
+            StoreError: it is missing, not safetensors, damaged, or has values that are not served.
+        """
+        try:
+            file = model_of(path) if path.is_dir() else path
+            weights, metadata = load_tensors(file)
+        except StoreError as error:
+            raise StoreError(
+                f"no model to start from: {error}; expected a file that safetensors.torch.save_file or save_model "
+                "wrote, or the directory of a checkpoint"
+            ) from error
+        _refuse_values(file, weights)
+        with reading(file):
+            rows = metadata.get(MANIFEST_KEY)
+            return cls(file, weights, None if rows is None else Manifest.from_json(json.loads(rows)))
+
+    def arranged(self, manifest: Manifest) -> FlatModel:
+        """The values in the order of this manifest, in memory of their own.
+
+        Names and shapes must be the manifest's. Of several names for one tensor the file needs only one. float32 and
+        bfloat16 pass for each other: the server computes in float32.
+
+        Raises:
+            StoreError: the file is of another model.
+        """
+        found = list(self._differences(manifest))
+        if found:
+            raise StoreError(
+                f"{self.path} is not the model that is to be trained: {listed(found)}; give the file of this model, or "
+                "none to start from the first worker's"
+            )
+        flat = FlatModel.empty(manifest)
+        for spec in manifest.tensors:
+            if spec.name in self.weights:
+                flat.view(spec).copy_(self.weights[spec.name])
+        return flat
+
+    def _differences(self, manifest: Manifest) -> Iterator[str]:
+        there = {spec.alias_of or spec.name: spec.name for spec in manifest.tensors if spec.name in self.weights}
+        for spec in manifest.tensors:
+            if spec.name in self.weights:
+                yield from self._difference(spec, there[spec.alias_of or spec.name])
+            elif not spec.alias_of and spec.name not in there:
+                yield f"{spec.name!r} is missing in the file"
+        names = {spec.name for spec in manifest.tensors}
+        yield from (f"{name!r} is in the file, but not in the model" for name in self.weights if name not in names)
+
+    def _difference(self, spec: TensorSpec, other_name: str) -> Iterator[str]:
+        weight, other = self.weights[spec.name], self.weights[other_name]
+        if tuple(weight.shape) != spec.shape or (weight.dtype == torch.int64) != (spec.dtype == INT64):
+            came = f"{str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}"
+            yield f"{spec.name!r} is {came} in the file and {spec.described()} in the model"
+        elif weight.dtype != other.dtype or not torch.equal(weight, other):
+            yield f"{spec.name!r} and {other_name!r} differ in the file and are one tensor in the model"
+
+
+def _refuse_values(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    other = [f"{name!r} ({tensor.dtype})" for name, tensor in weights.items() if tensor.dtype not in _SERVED]
+    if other:
+        raise StoreError(
+            f"{path} has tensors that are not served: {listed(other)}; convert floating ones to float32 or bfloat16, "
+            "integer ones to int64, and save it again"
+        )
+    bad = non_finite(weights)
+    if bad:
+        raise StoreError(f"{path} has NaN or infinite values in {listed(bad)}: start from a sound model")

@@ -1,0 +1,192 @@
+"""A state goes to plain data and back, and the run goes on as if nothing had been."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from core.driving import Driver, driver_of, fingerprint, run_of
+from core.scripts import START, Command, carry_out, runs, stories
+from ormo_server.core import snapshot
+from ormo_server.core.errors import Replaced, SettingsError, TicketUnknown
+from ormo_server.core.method import Run
+from ormo_server.core.snapshot import Snapshot
+from ormo_server.core.state_machine import Requester, StateMachine
+
+
+def through_json(taken: Snapshot) -> Snapshot:
+    return Snapshot(taken.tensors, json.loads(json.dumps(taken.fields)))
+
+
+def restarted(driver: Driver, *, keep_tickets: bool, epoch: int | None = None, run: Run | None = None) -> Driver:
+    """The driver of a machine restored from what would be on disk; workers know what they knew."""
+    other = copy.copy(driver)
+    other.machine = snapshot.restore(
+        run or driver.machine.run,
+        through_json(snapshot.take(driver.machine)),
+        epoch=driver.machine.state.epoch if epoch is None else epoch,
+        keep_tickets=keep_tickets,
+    )
+    other.incarnations, other.places = dict(driver.incarnations), copy.deepcopy(driver.places)
+    other.granted, other.applied = [], []
+    return other
+
+
+def ask_again(driver: Driver, waiting: list[tuple[str, int]]) -> None:
+    """Streams do not outlive their server: who waited asks again, with the same number."""
+    for key in waiting:
+        driver.request(*key, number=driver.places[key].request)
+
+
+@settings(max_examples=80, deadline=None)
+@given(run=runs(), before=stories(), after=stories())
+def test_a_restored_run_continues_bit_for_bit_like_the_uninterrupted_one(
+    run: Run, before: list[Command], after: list[Command]
+) -> None:
+    driver = Driver(StateMachine.fresh(run, START.clone(), torch.zeros(2), torch.zeros(1, dtype=torch.int64)))
+    for command in before:
+        carry_out(driver, command)
+    other, waiting = restarted(driver, keep_tickets=True), list(driver.machine.state.waiting)
+    for each in (driver, other):
+        ask_again(each, waiting)
+    assert fingerprint(other.machine) == fingerprint(driver.machine)
+    for command in after[4:]:  # without its joins
+        for each in (driver, other):
+            carry_out(each, command)
+        assert fingerprint(other.machine) == fingerprint(driver.machine)
+
+
+def busy_run(**settings: object) -> Driver:
+    """a has a kept result, b holds a ticket, c was replaced; there are buffers."""
+    floats, ints = torch.tensor([0.5]), torch.tensor([3])
+    machine = StateMachine.fresh(run_of(**settings), torch.zeros(2), floats, ints, epoch=2**64 - 1)
+    driver = Driver(machine)
+    for worker in "abc":
+        driver.join(worker)
+        driver.request(worker)
+    driver.join("c", incarnation=2)
+    driver.exchange("b", 1.0)
+    driver.push("a", 1.0, samples=3)
+    return driver
+
+
+def test_a_snapshot_is_a_copy_that_the_running_machine_does_not_change() -> None:
+    driver = busy_run()
+    taken = snapshot.take(driver.machine)
+    before = copy.deepcopy((taken.fields, {name: tensor.tolist() for name, tensor in taken.tensors.items()}))
+    driver.exchange("b", 5.0)
+    driver.leave("a")
+    assert (taken.fields, {name: tensor.tolist() for name, tensor in taken.tensors.items()}) == before
+
+
+def test_a_snapshots_tensors_have_the_names_that_a_checkpoint_documents() -> None:
+    assert set(snapshot.take(busy_run().machine).tensors) == {"params", "float_buffers", "int_buffers", "rule.momentum"}
+
+
+def test_fields_survive_json() -> None:
+    driver = busy_run()
+    taken = snapshot.take(driver.machine)
+    back = snapshot.restore(driver.machine.run, through_json(taken), epoch=2**64 - 1, keep_tickets=True)
+    assert fingerprint(back) == fingerprint(driver.machine)
+    assert back.state.members == driver.machine.state.members
+    assert back.state.tickets == driver.machine.state.tickets
+    assert back.state.replaced == driver.machine.state.replaced
+
+
+def test_with_tickets_kept_a_ticket_of_the_old_epoch_is_redeemed_and_new_ones_are_of_the_new() -> None:
+    other = restarted(busy_run(), keep_tickets=True, epoch=7)
+    result = other.push("b", 1.0)
+    assert (result.epoch, result.iteration) == (7, 3)
+    other.request("b")
+    assert other.ticket("b")[0] == 7
+
+
+def test_with_tickets_kept_a_result_is_still_repeated() -> None:
+    driver = busy_run()
+    other = restarted(driver, keep_tickets=True, epoch=7)
+    again = other.push("a", 1.0, number=driver.places["a", 0].request, ticket=(0, 1))
+    assert again.repeated
+    assert (again.epoch, again.iteration) == (2**64 - 1, 2)
+
+
+def test_without_tickets_all_are_void_results_are_dropped_and_members_stay() -> None:
+    driver = busy_run()
+    other = restarted(driver, keep_tickets=False, epoch=7)
+    state = other.machine.state
+    assert state.tickets == {}
+    assert all(slot.ticket is None and slot.result is None for m in state.members.values() for slot in m.slots)
+    assert list(state.members) == ["a", "b", "c"]
+    assert [member.data_seed for member in state.members.values()] == [
+        member.data_seed for member in driver.machine.state.members.values()
+    ]
+    with pytest.raises(TicketUnknown):
+        other.push("b", 1.0)
+    assert other.request("b") is not None
+
+
+def test_without_tickets_parameters_momentum_buffers_and_counters_stay() -> None:
+    driver = busy_run()
+    old, new = driver.machine.state, restarted(driver, keep_tickets=False, epoch=7).machine.state
+    for name in ("params", "float_buffers", "int_buffers"):
+        assert torch.equal(getattr(old, name), getattr(new, name))
+    assert torch.equal(old.rule.vectors["momentum"], new.rule.vectors["momentum"])
+    counters = ("iteration", "samples", "newest_bucket", "issue", "filled", "next_ticket", "joins", "learning_rate")
+    assert [getattr(new, name) for name in counters] == [getattr(old, name) for name in counters]
+
+
+def test_a_replaced_process_is_refused_after_a_restart_too() -> None:
+    other = restarted(busy_run(), keep_tickets=False, epoch=7)
+    with pytest.raises(Replaced):
+        other.machine.request_ticket(0.0, Requester("c", 1, 0, 5))
+
+
+def half_a_round() -> Driver:
+    """Round 1 is open: a has pushed, b has a ticket that was not delivered yet."""
+    driver = driver_of(run_of(scheduler="synchronous", min_workers=2), "a", "b")
+    for worker in "ab":
+        driver.request(worker)
+        driver.push(worker, 1.0) if worker == "a" else None
+    driver.push("b", 1.0)
+    driver.request("a")
+    driver.push("a", 4.0)
+    return driver
+
+
+def test_with_tickets_kept_an_undelivered_ticket_still_carries_its_rounds_parameters() -> None:
+    driver = half_a_round()
+    other = restarted(driver, keep_tickets=True)
+    assert other.request("b") is not None
+    assert other.places["b", 0].params == -2.0
+    assert driver.machine.state.params != -2.0
+
+
+def test_without_tickets_the_round_is_closed_and_the_next_has_all_members_and_the_next_bucket() -> None:
+    other = restarted(half_a_round(), keep_tickets=False, epoch=7)
+    assert other.machine.state.round_params is None
+    granted = other.request("a")
+    assert granted is not None
+    assert (granted.ticket.bucket, granted.ticket.iteration) == (2, 3)
+    assert {ticket.slot[0] for ticket in other.machine.state.tickets.values()} == {"a", "b"}
+
+
+def test_after_a_restore_min_workers_do_not_matter() -> None:
+    driver = driver_of(run_of(min_workers=3), "a")
+    assert driver.request("a") is None
+    assert restarted(driver, keep_tickets=False).request("a") is not None
+
+
+def test_another_update_rule_than_the_snapshots_is_refused() -> None:
+    taken = snapshot.take(busy_run().machine)
+    with pytest.raises(SettingsError, match="written with the update rule 'ormo' and the settings say 'sgd'"):
+        snapshot.restore(run_of("sgd"), taken, epoch=1, keep_tickets=False)
+
+
+def test_a_finished_run_stays_finished_and_repeats_its_results() -> None:
+    driver = driver_of(run_of(stop_after_gradients=1), "a")
+    driver.request("a")
+    driver.push("a", 1.0)
+    other = restarted(driver, keep_tickets=True)
+    assert other.machine.state.finished
+    assert other.push("a", 1.0, number=driver.places["a", 0].request, ticket=(0, 1)).repeated

@@ -1,0 +1,139 @@
+"""A corrupt checkpoint is never used: the one before is, loudly."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ormo_server.store import CheckpointStore, StoreError
+from store.building import at, iterations, reseal
+
+Damage = Callable[[Path], None]
+
+
+def truncate(name: str) -> Damage:
+    def damage(directory: Path) -> None:
+        path = directory / name
+        path.write_bytes(path.read_bytes()[:-10])
+
+    return damage
+
+
+def flip_a_bit(name: str) -> Damage:
+    def damage(directory: Path) -> None:
+        path = directory / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def remove(name: str) -> Damage:
+    return lambda directory: (directory / name).unlink()
+
+
+def empty(name: str) -> Damage:
+    return lambda directory: (directory / name).write_bytes(b"")
+
+
+def sealed(damage: Damage) -> Damage:
+    """The damage with checksums that fit, so that what lies behind them is met."""
+
+    def damage_and_seal(directory: Path) -> None:
+        damage(directory)
+        reseal(directory)
+
+    return damage_and_seal
+
+
+def document(**changes: object) -> Damage:
+    def damage(directory: Path) -> None:
+        path = directory / "checkpoint.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def replace_document(text: str) -> Damage:
+    return lambda directory: bool((directory / "checkpoint.json").write_text(text)) and None
+
+
+DAMAGES = {
+    "a tensor file cut short": (truncate("state.safetensors"), "state.safetensors has the SHA-256"),
+    "a model file cut short": (truncate("model.safetensors"), "model.safetensors has the SHA-256"),
+    "a flipped bit in the state": (flip_a_bit("state.safetensors"), "state.safetensors has the SHA-256"),
+    "a flipped bit in the model": (flip_a_bit("model.safetensors"), "model.safetensors has the SHA-256"),
+    "a flipped bit in the JSON": (flip_a_bit("checkpoint.json"), "checkpoint.json has the SHA-256"),
+    "a flipped bit in the sums": (flip_a_bit("SHA256SUMS"), "SHA256SUMS is malformed"),
+    "no state": (remove("state.safetensors"), "state.safetensors is missing"),
+    "no model": (remove("model.safetensors"), "model.safetensors is missing"),
+    "no JSON": (remove("checkpoint.json"), "checkpoint.json is missing"),
+    "no sums": (remove("SHA256SUMS"), "SHA256SUMS is missing"),
+    "empty JSON": (empty("checkpoint.json"), "checkpoint.json has the SHA-256"),
+    "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum of"),
+    "no JSON in the JSON": (sealed(replace_document("{")), "checkpoint.json is malformed"),
+    "a list in the JSON": (sealed(replace_document("[]")), "checkpoint.json is malformed"),
+    "an unknown version": (sealed(document(format_version=99)), "has format version 99, and this server reads 1"),
+    "an unknown field": (sealed(document(surprise=1)), "checkpoint.json is malformed"),
+    "a manifest that contradicts itself": (sealed(document(manifest=[])), "checkpoint.json is malformed"),
+    "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is no whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_the_one_before_is_used_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Damage, told: str
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    good, bad = store.write(at(1)), store.write(at(2))
+    damage(bad)
+    newest = CheckpointStore(tmp_path, keep=3).newest()
+    assert newest is not None
+    assert newest.snapshot.fields["iteration"] == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert told in record.getMessage()
+    assert f"{good} is used instead" in record.getMessage()
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_if_all_are_corrupt_no_new_run_is_started(tmp_path: Path, damage: Damage, told: str) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for iteration in (1, 2):
+        damage(store.write(at(iteration)))
+    with pytest.raises(StoreError) as caught:
+        store.newest()
+    assert "none of the 2 checkpoints" in str(caught.value)
+    assert told in str(caught.value)
+
+
+def test_an_older_one_no_longer_counts_as_drained(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    assert at(1).drained
+    store.write(at(1))
+    remove("checkpoint.json")(store.write(at(2)))
+    newest = store.newest()
+    assert newest is not None
+    assert not newest.drained
+
+
+def test_corrupt_ones_do_not_count_among_those_kept_and_go_with_their_elders(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.write(at(1))
+    truncate("state.safetensors")(store.write(at(2)))
+    store.newest()
+    store.write(at(3))
+    assert iterations(store) == [1, 2, 3]
+    store.write(at(4))
+    assert iterations(store) == [3, 4]
+
+
+def test_a_corrupt_one_is_neither_changed_nor_removed_by_reading(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    remove("checkpoint.json")(store.write(at(2)))
+    with pytest.raises(StoreError, match="or move them away to start a new run"):
+        store.newest()
+    assert iterations(store) == [2]

@@ -1,0 +1,168 @@
+"""The model to start from: a checkpoint, its model file, or anybody's state_dict."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
+
+from ormo_server.store import CheckpointStore, FlatModel, ModelFile, StoreError
+from store.building import Net, checkpoint_of, flat_of, manifest_of
+
+
+def saved(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def plain(path: Path, model: nn.Module) -> Path:
+    """The state_dict with every name, as people save it."""
+    return saved(path, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+
+def refusal(path: Path, model: nn.Module | None = None) -> str:
+    with pytest.raises(StoreError) as caught:
+        ModelFile.load(path).arranged(manifest_of(model or Net()))
+    return str(caught.value)
+
+
+def assert_equal(one: FlatModel, other: FlatModel) -> None:
+    for name in ("params", "float_buffers", "int_buffers"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+def test_a_plain_state_dict_waits_for_the_manifest_of_a_worker(tmp_path: Path) -> None:
+    model = Net()
+    file = ModelFile.load(plain(tmp_path / "model.safetensors", model))
+    assert file.manifest is None
+    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+
+
+def test_the_model_file_of_a_checkpoint_says_its_manifest(tmp_path: Path) -> None:
+    model = Net()
+    path = CheckpointStore(tmp_path, keep=1).write(checkpoint_of(model))
+    file = ModelFile.load(path / "model.safetensors")
+    assert file.manifest == manifest_of(model)
+    expected = flat_of(model)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        spec = next(spec for spec in file.manifest.tensors if spec.name == name)
+        expected.view(spec).copy_(tensor)
+    assert_equal(file.arranged(file.manifest), expected)
+
+
+def test_the_directory_of_a_checkpoint_is_its_model(tmp_path: Path) -> None:
+    path = CheckpointStore(tmp_path, keep=1).write(checkpoint_of(Net()))
+    by_directory, by_link = ModelFile.load(path), ModelFile.load(tmp_path / "latest")
+    assert by_directory.path == path / "model.safetensors"
+    assert by_directory.manifest == by_link.manifest == manifest_of(Net())
+
+
+def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
+    model = nn.Linear(300, 300)
+    path = plain(tmp_path / "model.safetensors", model)
+    file = ModelFile.load(path)
+    path.write_bytes(b"")
+    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+
+
+@pytest.mark.parametrize("left_out", ["head.weight", "embedding.weight"])
+def test_of_tied_weights_one_name_is_enough(tmp_path: Path, left_out: str) -> None:
+    model = Net()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != left_out}
+    path = saved(tmp_path / "model.safetensors", tensors)
+    assert_equal(ModelFile.load(path).arranged(manifest_of(model)), flat_of(model))
+
+
+def test_what_save_model_wrote_is_taken(tmp_path: Path) -> None:
+    model = Net()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    file = ModelFile.load(tmp_path / "model.safetensors")
+    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+
+
+def test_float32_and_bfloat16_pass_for_each_other(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    path = plain(tmp_path / "model.safetensors", nn.Linear(3, 2).to(torch.bfloat16))
+    flat = ModelFile.load(path).arranged(manifest_of(model))
+    assert flat.params.dtype == torch.float32
+    assert torch.equal(flat.params[:6], load_file(path)["weight"].float().reshape(-1))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "nowhere.safetensors is missing; expected a file that" in refusal(tmp_path / "nowhere.safetensors")
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"weight": [1.0]}))
+    assert "model.pt is no whole safetensors file" in refusal(path)
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    path = plain(tmp_path / "model.safetensors", Net())
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "is no whole safetensors file" in refusal(path)
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert "is a directory, but no checkpoint" in refusal(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = CheckpointStore(tmp_path, keep=1).write(checkpoint_of(Net()))
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    assert "model.safetensors has the SHA-256" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '[{"name": "weight"}]', "7"])
+def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> None:
+    path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2)}, {"ormo_manifest": text})
+    assert "is malformed" in refusal(path)
+
+
+def test_a_manifest_that_is_not_the_tensors_is_refused(tmp_path: Path) -> None:
+    rows = json.dumps(manifest_of(nn.Linear(3, 2)).to_json())
+    path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 3)}, {"ormo_manifest": rows})
+    assert "'bias' is missing in the file" in refusal(path, nn.Linear(3, 2))
+
+
+def test_another_model_is_refused_with_the_first_differences_and_their_number(tmp_path: Path) -> None:
+    tensors = {"weight": torch.zeros(2, 2), "step": torch.tensor(0)} | {f"extra{i}": torch.zeros(1) for i in range(4)}
+    told = refusal(saved(tmp_path / "model.safetensors", tensors), nn.Linear(3, 2))
+    assert "'weight' is float32 of shape (2, 2) in the file and a float32 parameter of shape (2, 3)" in told
+    assert "'bias' is missing in the file" in told
+    assert "'extra0' is in the file, but not in the model and 4 more" in told
+
+
+def test_integers_in_place_of_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = {"weight": torch.zeros(2, 3, dtype=torch.int64), "bias": torch.zeros(2)}
+    told = refusal(saved(tmp_path / "model.safetensors", tensors), nn.Linear(3, 2))
+    assert "'weight' is int64 of shape (2, 3) in the file and a float32 parameter" in told
+
+
+@pytest.mark.parametrize("other", [torch.ones(5, 3), torch.ones(5, 3, dtype=torch.bfloat16)])
+def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path, other: torch.Tensor) -> None:
+    tensors = {name: tensor.clone() for name, tensor in Net().state_dict().items()} | {"head.weight": other}
+    told = refusal(saved(tmp_path / "model.safetensors", tensors))
+    assert "'embedding.weight' and 'head.weight' differ in the file and are one tensor in the model" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.bool])
+def test_other_dtypes_are_refused_with_the_way_out(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 3).to(dtype), "bias": torch.zeros(2)})
+    told = refusal(path, nn.Linear(3, 2))
+    assert f"'weight' ({dtype})" in told
+    assert "convert floating ones to float32 or bfloat16, integer ones to int64" in told
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, bad])})
+    assert "has NaN or infinite values in 'bias'" in refusal(path, nn.Linear(3, 2))

@@ -1,0 +1,138 @@
+"""Tensors between a model and a payload, straight and through a mirror of the payload on their device."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_worker.transfer import Staging
+from worker.models import Tied
+
+
+def staging_of(model: nn.Module, way: str) -> Staging:
+    staging = Staging(model)
+    assert staging.device is None
+    if way == "mirror":  # what happens on CUDA, but for page-locked memory and events
+        staging.device = torch.device("cpu")
+    return staging
+
+
+@pytest.fixture(params=["direct", "mirror"])
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+
+
+def test_gradients_come_in_the_order_of_the_manifest_with_decay(way: str) -> None:
+    model = Tied()
+    staging = staging_of(model, way)
+    model(torch.randn(5, 3)).sum().backward()
+    model.norm.bias.grad = None
+    transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=False))
+    transfer.payload.parameters.fill_(7.0)  # what an earlier gradient left
+    transfer.gather_gradients([0.5, 0.0, 0.5, 0.5, None])
+    expected = [
+        model.embedding.weight.grad + 0.5 * model.embedding.weight,
+        model.norm.weight.grad,
+        torch.zeros(4),  # without a gradient: zero, without decay
+        torch.zeros(16),  # frozen
+        torch.zeros(4),  # frozen, and left out
+    ]
+    assert torch.equal(transfer.payload.parameters, flat(expected))
+
+
+def test_parameters_that_are_left_out_count_as_zero_although_they_have_a_gradient(way: str) -> None:
+    model = nn.Linear(2, 1)
+    staging = staging_of(model, way)
+    model(torch.ones(1, 2)).sum().backward()
+    transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=False))
+    transfer.gather_gradients([None, 0.0])
+    assert transfer.payload.parameters.tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_bfloat16_gradients_are_rounded_once(way: str, decay: float) -> None:
+    model = nn.Linear(50, 50)
+    staging = staging_of(model, way)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    transfer = staging.transfer(staging.payload(BFLOAT16, with_buffers=False))
+    transfer.gather_gradients([decay, decay])
+    exact = flat([parameter.grad + decay * parameter for parameter in model.parameters()])
+    assert torch.equal(transfer.payload.parameters, exact.to(torch.bfloat16))
+
+
+def test_gradients_of_a_bfloat16_model_are_summed_with_their_decay_in_float32(way: str) -> None:
+    model = nn.Linear(50, 50).to(torch.bfloat16)
+    staging = staging_of(model, way)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=False))
+    transfer.gather_gradients([0.1, 0.1])
+    exact = flat([parameter.grad.float() + 0.1 * parameter.float() for parameter in model.parameters()])
+    torch.testing.assert_close(transfer.payload.parameters, exact)
+
+
+def test_gradients_in_another_memory_format_and_sparse_ones_are_written_row_by_row(way: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.Embedding(4, 2, sparse=True))
+    staging = staging_of(model, way)
+    model[0].weight.grad = torch.randn(3, 2, 2, 2).to(memory_format=torch.channels_last)
+    model[1](torch.tensor([2, 2])).sum().backward()
+    transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=False))
+    transfer.gather_gradients([0.0, 0.0])
+    expected = [model[0].weight.grad.contiguous(), torch.tensor([[0, 0], [0, 0], [2, 2], [0, 0]])]
+    assert torch.equal(transfer.payload.parameters, flat(expected))
+
+
+def test_a_model_survives_the_way_to_a_payload_and_into_another_model(way: str) -> None:
+    source, target = Tied(), Tied()
+    source(torch.randn(5, 3))  # moves the batch statistics
+    source.mask.logical_not_()
+    source.small.fill_(5)
+    there, here = staging_of(source, way), staging_of(target, way)
+    payload = there.payload(FLOAT32, with_buffers=True)
+    there.transfer(payload).gather_parameters()
+    before = dict(target.named_parameters())
+    here.transfer(payload).load()
+    assert all(before[name] is parameter for name, parameter in target.named_parameters())
+    assert target.head.weight is target.embedding.weight
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, target.state_dict()[name]), name
+        assert tensor.dtype == target.state_dict()[name].dtype
+
+
+def test_without_buffers_in_the_payload_the_models_own_stay(way: str) -> None:
+    model = nn.BatchNorm1d(2)
+    staging = staging_of(model, way)
+    payload = staging.payload(FLOAT32, with_buffers=False)
+    payload.parameters.copy_(torch.arange(4.0))
+    model.running_mean.fill_(3.0)
+    staging.transfer(payload).load()
+    assert model.running_mean.tolist() == [3.0, 3.0]
+    assert [model.weight.tolist(), model.bias.tolist()] == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_buffers_travel_with_the_gradient(way: str) -> None:
+    model = nn.BatchNorm1d(2)
+    staging = staging_of(model, way)
+    transfer = staging.transfer(staging.payload(BFLOAT16, with_buffers=True))
+    model.running_mean.fill_(3.0)
+    model.num_batches_tracked.fill_(2**40)
+    transfer.gather_gradients([0.0, 0.0])
+    assert transfer.payload.float_buffers.tolist() == [3.0, 3.0, 1.0, 1.0]
+    assert transfer.payload.int_buffers.tolist() == [2**40]
+
+
+def test_loading_needs_no_gradient_history(way: str) -> None:
+    model = nn.Linear(2, 1)
+    staging = staging_of(model, way)
+    payload = staging.payload(FLOAT32, with_buffers=False)
+    payload.parameters.fill_(1.0)
+    model(torch.ones(1, 2)).sum().backward()
+    staging.transfer(payload).load()
+    assert model.weight.requires_grad
+    assert model.weight.is_leaf
+    assert model(torch.ones(1, 2)).item() == 3.0

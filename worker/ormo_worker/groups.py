@@ -1,0 +1,65 @@
+"""The parameter groups of a `RemoteOptimizer`: they can scale the weight decay, and nothing else."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ormo_worker.errors import OptionRefused
+
+SCALE = "weight_decay_scale"
+_ALLOWED = ("params", "param_names", SCALE)
+_NO_SCHEDULER = "start ormo-server with --learning-rate and --schedule, and use no learning-rate scheduler of torch"
+# For those who bring a group, or a scheduler, from another optimizer.
+_INSTEAD = {
+    "lr": _NO_SCHEDULER,
+    "initial_lr": _NO_SCHEDULER,
+    "momentum": "start ormo-server with --momentum",
+    "weight_decay": f"start ormo-server with --weight-decay, which a group may scale by {SCALE!r}, 0 for none",
+}
+
+
+class ParameterGroup(dict[str, Any]):
+    """One of an optimizer's `param_groups`, which has a sentence for options that the server decides.
+
+    Raises:
+        OptionRefused: on reading, setting or bringing along any other option.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.update(options)
+
+    def __missing__(self, option: str) -> Any:
+        raise _refused(option)
+
+    def __setitem__(self, option: str, value: Any) -> None:
+        if option not in _ALLOWED:
+            raise _refused(option)
+        super().__setitem__(option, _checked_scale(value) if option == SCALE else value)
+
+    def setdefault(self, option: str, default: Any = None) -> Any:
+        """As for any dict, for an allowed option."""
+        if option not in self:
+            self[option] = default
+        return self[option]
+
+    def update(self, *options: Any, **more: Any) -> None:
+        """As for any dict, for allowed options."""
+        for option, value in dict(*options, **more).items():
+            self[option] = value
+
+
+def _refused(option: str) -> OptionRefused:
+    if option in _INSTEAD:
+        return OptionRefused(f"the option {option!r} is the server's, the same for all workers: {_INSTEAD[option]}")
+    return OptionRefused(
+        f"a parameter group has no option {option!r}: the server updates the parameters, and a group may set "
+        f"{SCALE!r} alone"
+    )
+
+
+def _checked_scale(value: Any) -> float:
+    scale = float(value)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise OptionRefused(f"{SCALE!r} is {value!r}: expected a finite number, at least 0")
+    return scale

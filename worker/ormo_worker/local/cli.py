@@ -1,0 +1,124 @@
+"""The command `ormo-local`."""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+import grpc
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ormo_protos.settings import load_settings
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_worker.local.cluster import Cluster, ClusterError
+from ormo_worker.local.config import LocalSettings
+
+_POLL_SECONDS = 0.25
+_INTERRUPTED_EXIT_CODE = 130
+
+
+@dataclass
+class Progress:
+    """What the live line and the summary show."""
+
+    status: pb.GetStatusResponse = field(default_factory=pb.GetStatusResponse)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    first: tuple[float, int, int] | None = None
+
+    def observe(self, status: pb.GetStatusResponse) -> None:
+        """Take a newer status; the first one with a gradient starts the clock of the rates."""
+        self.status = status
+        if self.first is None and status.applied:
+            self.first = (time.monotonic(), status.applied, status.samples)
+        self.last = time.monotonic()
+
+    def rates(self) -> tuple[float, float]:
+        """Gradients and samples per second since the first gradient was seen."""
+        if self.first is None or self.last <= self.first[0]:
+            return 0.0, 0.0
+        seconds = self.last - self.first[0]
+        return (self.status.applied - self.first[1]) / seconds, (self.status.samples - self.first[2]) / seconds
+
+    def line(self) -> Text:
+        """The live line."""
+        status, (pushes, samples) = self.status, self.rates()
+        end = f"/{status.settings.stop_after_gradients}" if status.settings.stop_after_gradients else ""
+        loss = f"{status.loss:.4f}" if status.HasField("loss") else "-"
+        accuracy = f"{self.evaluation['accuracy']:.1%}" if self.evaluation else "-"
+        return Text(
+            f"iteration {status.iteration.number}{end} · {pushes:.0f} gradients/s · {samples:.0f} samples/s · "
+            f"loss {loss} · delay mean {status.delay_mean:.1f} max {status.delay_max} · accuracy {accuracy} · "
+            f"{len(status.workers)} workers",
+            no_wrap=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a local training; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
+    settings = load_settings(LocalSettings, sys.argv[1:] if argv is None else argv, program="ormo-local")
+    console = Console()
+    cluster, progress = Cluster(settings), Progress()
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 0
+    try:
+        cluster.start(progress.evaluation.update)
+        console.print(f"server on {cluster.address}, metrics on http://{cluster.metrics_address}/metrics")
+        console.print(f"training {settings.task} by {settings.method} with {settings.workers} workers")
+        _watch(cluster, progress, console)
+    except ClusterError as error:
+        console.print(f"ormo-local: {error}", style="red")
+        code = 1
+    except KeyboardInterrupt:
+        console.print("stopping: the server writes a checkpoint")
+        code = _INTERRUPTED_EXIT_CODE
+    finally:
+        cluster.stop()
+    _summarize(cluster, progress, console)
+    return code
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
+    with grpc.insecure_channel(cluster.address) as channel, Live(console=console, refresh_per_second=4) as live:
+        stub = ParameterServerStub(channel)
+        reported: set[str] = set()
+        while True:
+            cluster.check()
+            for worker in cluster.failed_workers():
+                if worker.name not in reported:
+                    reported.add(worker.name)
+                    live.console.print(f"{worker.name} ended with code {worker.ended()}: {worker.last_words(1)}")
+            progress.observe(stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True))
+            live.update(progress.line())
+            if cluster.all_done():
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
+    status, (pushes, samples) = progress.status, progress.rates()
+    rows = {
+        "gradients": f"{status.iteration.number} in {time.monotonic() - progress.started:.1f} s "
+        f"({pushes:.1f} gradients/s, {samples:.0f} samples/s while training)",
+        "delay": f"mean {status.delay_mean:.2f}, largest {status.delay_max}",
+        "training loss": f"{status.loss:.4f}" if status.HasField("loss") else "not reported",
+    }
+    if progress.evaluation:
+        rows["test loss"] = f"{progress.evaluation['loss']:.4f}"
+        rows["test accuracy"] = f"{progress.evaluation['accuracy']:.2%}"
+    server = cluster.server.peak_bytes if cluster.server else 0
+    workers = max((worker.peak_bytes for worker in cluster.workers), default=0)
+    rows["peak memory"] = f"server {server / 1e6:.0f} MB, largest worker {workers / 1e6:.0f} MB"
+    rows["logs"] = str(cluster.settings.directory / "logs")
+    rows["model"] = str(cluster.newest_checkpoint() or "no checkpoint")
+    for name, value in rows.items():
+        console.print(f"{name:>14}  {value}", highlight=False, soft_wrap=True)

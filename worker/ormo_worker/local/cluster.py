@@ -1,0 +1,154 @@
+"""The processes of one local run: started in order, watched, stopped in order."""
+
+import os
+import shlex
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.processes import Child
+
+
+class ClusterError(RuntimeError):
+    """A process that the run can't do without has ended; the sentence says which and what it last said."""
+
+
+class Cluster:
+    """A server, workers and an evaluator on this machine.
+
+    Attributes:
+        address: of the server.
+        metrics_address: of its metrics; empty if there are none.
+        workers: the worker processes.
+    """
+
+    def __init__(self, settings: LocalSettings) -> None:
+        self.settings = settings
+        self.address = ""
+        self.metrics_address = ""
+        self.workers: list[Child] = []
+        self.server: Child | None = None
+        self.evaluator: Child | None = None
+        self._logs = settings.directory / "logs"
+
+    def start(self, evaluated: Callable[[dict[str, float]], None]) -> None:
+        """Start everything.
+
+        Args:
+            evaluated: told of each evaluation: iteration, loss, accuracy and seconds.
+
+        Raises:
+            ClusterError: the server did not come up.
+        """
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self.server = Child("server", "ormo_server", self._server_arguments(), self._logs)
+        self._await_server(self.server)
+        for number, factor in enumerate(self.settings.slow_factors()):
+            arguments = self._worker_arguments(number, factor)
+            self.workers.append(Child(f"worker-{number}", "ormo_worker", arguments, self._logs))
+        for worker in self.workers:
+            _in_background(lambda worker=worker: [None for _ in worker.output])  # type: ignore[misc]
+        evaluator = Child("evaluator", "ormo_worker", self._evaluator_arguments(), self._logs)
+        self.evaluator = evaluator
+        _in_background(lambda: _report(evaluator, evaluated))
+
+    def _await_server(self, server: Child) -> None:
+        ready = _fields(server.output.readline())
+        if "address" not in ready:
+            server.stop()
+            raise ClusterError(f"the server did not start: {server.last_words(1)}")
+        self.address, self.metrics_address = str(ready["address"]), str(ready.get("metrics", ""))
+        _in_background(lambda: [None for _ in server.output])
+
+    def check(self) -> None:
+        """Look after the processes.
+
+        Raises:
+            ClusterError: the server, or the last worker, has ended before the run.
+        """
+        assert self.server is not None
+        if self.server.ended() is not None:
+            raise ClusterError(f"the server ended with code {self.server.ended()}:\n{self.server.last_words()}")
+        failed = [worker for worker in self.workers if worker.ended() not in (None, 0)]
+        if len(failed) == len(self.workers):
+            last = failed[-1]
+            raise ClusterError(f"all workers failed; {last.name} with code {last.ended()}:\n{last.last_words()}")
+
+    def failed_workers(self) -> list[Child]:
+        """Workers that ended with an error."""
+        return [worker for worker in self.workers if worker.ended() not in (None, 0)]
+
+    def all_done(self) -> bool:
+        """Whether workers and evaluator have come to their end by themselves."""
+        children = [*self.workers, *([self.evaluator] if self.evaluator else [])]
+        return all(child.ended() is not None for child in children)
+
+    def stop(self) -> None:
+        """Stop workers and evaluator together, then the server, which writes its checkpoint."""
+        children = [*self.workers, *([self.evaluator] if self.evaluator else [])]
+        for child in children:
+            child.ask_to_stop()
+        for child in children:
+            child.stop()
+        if self.server is not None:
+            self.server.stop()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The model of the run's last checkpoint."""
+        return max(self.settings.directory.glob("checkpoint-*/model.safetensors"), default=None)
+
+    def _server_arguments(self) -> list[str]:
+        settings = self.settings
+        flags = {
+            "--listen": "127.0.0.1:0",
+            "--metrics-listen": settings.metrics_listen,
+            "--directory": settings.directory,
+            "--method": settings.method,
+            "--learning-rate": settings.learning_rate,
+            "--momentum": settings.momentum,
+            "--weight-decay": settings.weight_decay,
+            "--min-workers": settings.workers,
+            "--max-workers": max(64, settings.workers),
+            "--stop-after-gradients": settings.stop_after_gradients,
+            "--stop-after-samples": settings.stop_after_samples,
+        }
+        return ["serve", *_flags(flags), *shlex.split(settings.server_flags)]
+
+    def _worker_arguments(self, number: int, factor: float) -> list[str]:
+        settings = self.settings
+        flags = {
+            "--worker-id": f"worker-{number}",
+            "--batch-size": settings.batch_size,
+            "--slow-factor": factor,
+            "--threads": max(1, (os.cpu_count() or 1) // settings.workers),
+        }
+        return ["run", *_flags(flags), *self._task_arguments(), *shlex.split(settings.worker_flags)]
+
+    def _evaluator_arguments(self) -> list[str]:
+        return ["evaluate", *_flags({"--every-seconds": self.settings.evaluate_every}), *self._task_arguments()]
+
+    def _task_arguments(self) -> list[str]:
+        settings = self.settings
+        flags = {"--server": self.address, "--task": settings.task, "--device": settings.device}
+        return _flags(flags) + ([] if settings.data_dir is None else ["--data-dir", str(settings.data_dir)])
+
+
+def _flags(values: Mapping[str, object]) -> list[str]:
+    return [word for flag, value in values.items() for word in (flag, str(value))]
+
+
+def _in_background(work: Callable[[], object]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
+def _report(evaluator: Child, evaluated: Callable[[dict[str, float]], None]) -> None:
+    for line in evaluator.output:
+        fields = _fields(line)
+        if "accuracy" in fields:
+            evaluated({name: float(value) for name, value in fields.items()})
+
+
+def _fields(line: str) -> dict[str, str]:
+    """`a=1 b=2` in a line of output, as a dictionary."""
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)

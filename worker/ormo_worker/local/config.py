@@ -1,0 +1,61 @@
+"""The settings of `ormo-local`."""
+
+import re
+import time
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from ormo_protos.settings import Settings
+
+_SLOW = re.compile(r"(\d+):(\d+(?:\.\d+)?)x")
+
+
+class LocalSettings(Settings):
+    """Train on this machine: a server, some workers, an evaluator, and a line that shows how it goes."""
+
+    task: str = Field("digits", description="what to train: a built-in task or an import path, as for `ormo-worker`")
+    data_dir: Path | None = Field(None, description="where the task's data is")
+    workers: int = Field(4, ge=1, le=256, description="worker processes")
+    slow: str = Field("", description="make some slower: `1:10x` is one worker ten times slower, `1:10x,2:3x` three")
+    batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
+    device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
+    stop_after_gradients: int = Field(1500, ge=0, description="end the run after so many gradients; 0 for no such end")
+    stop_after_samples: int = Field(0, ge=0, description="end the run after so many samples; 0 for no such end")
+    method: str = Field("ormo", description="the server's preset to train by")
+    learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
+    momentum: float = Field(0.9, ge=0, lt=1, description="β")
+    weight_decay: float = Field(0.0, ge=0, description="λ")
+    evaluate_every: float = Field(2.0, gt=0, description="seconds between evaluations on the test set")
+    directory: Path = Field(
+        default_factory=lambda: Path(time.strftime("runs/local-%Y%m%d-%H%M%S")),
+        description="where checkpoints and logs go; an earlier run's directory goes on with that run",
+    )
+    metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
+    server_flags: str = Field("", description="more flags for `ormo-server serve`, in one string")
+    worker_flags: str = Field("", description="more flags for `ormo-worker run`, in one string")
+
+    @field_validator("slow")
+    @classmethod
+    def _slow_is_counts_and_factors(cls, value: str) -> str:
+        for part in filter(None, value.split(",")):
+            match = _SLOW.fullmatch(part.strip())
+            if match is None or float(match[2]) < 1:
+                raise ValueError(f"{part!r} came, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
+        return value
+
+    @model_validator(mode="after")
+    def _slow_workers_exist(self) -> "LocalSettings":
+        slow = sum(factor > 1 for factor in self.slow_factors())
+        if len(self.slow_factors()) > self.workers:
+            raise ValueError(f"--slow {self.slow} makes {slow} workers slower, but there are only {self.workers}")
+        return self
+
+    def slow_factors(self) -> list[float]:
+        """How much slower each worker is made; 1 for not at all. The slow ones come last."""
+        slowed = [
+            float(factor)
+            for count, factor in (match.groups() for match in _SLOW.finditer(self.slow))
+            for _ in range(int(count))
+        ]
+        return [1.0] * (self.workers - len(slowed)) + slowed

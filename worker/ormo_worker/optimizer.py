@@ -1,0 +1,266 @@
+"""A `torch.optim.Optimizer` whose parameters live on a parameter server."""
+
+import logging
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.reasons import Reason
+from ormo_protos.tensors import Payload
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.client import ParameterClient
+from ormo_worker.connection import Patience
+from ormo_worker.errors import OptionRefused, OrmoError, RunFinished
+from ormo_worker.groups import SCALE, ParameterGroup
+from ormo_worker.slot import ExchangeOutcome
+from ormo_worker.transfer import Staging, Transfer
+from ormo_worker.wire import Delivered, Gradient
+
+_LOG = logging.getLogger(__name__)
+_WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
+_SECONDS_BETWEEN_WARNINGS = 10.0
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
+
+    It takes the place of the optimizer in a training loop. Making it joins the run and loads the server's
+    parameters and buffers into the model (or hands the server this model, if it has none); `step` pushes the
+    gradients and loads newer parameters. Learning rate, momentum and weight decay are the server's.
+
+    Closures, gradient clipping, gradient accumulation, `torch.amp.GradScaler`, frozen parameters, tied
+    weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
+    it after the model is on its device. It leaves the run when closed, or at the end of the program.
+
+    Args:
+        model: parameters float32 or bfloat16; updated in place.
+        server: HOST:PORT.
+        params: parameters, named parameters or groups, as for any optimizer; all of the model's by default.
+            Those left out are not trained by this worker. A group may set `weight_decay_scale`.
+        batch_size: samples that a step counts if it is not told; 1 by default.
+        worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
+        wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way.
+        connect_timeout: seconds to wait for the server at first.
+        failure_timeout: seconds without a byte after which the connection is made anew.
+        give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
+
+    Attributes:
+        last_result: what the server said to the last gradient; None before the first, and for one that was
+            refused.
+        iteration: gradients that the server had applied when it sent the parameters that the model has.
+        finished: whether the run is over. The model then has the parameters and buffers that it ended with,
+            if the server could still be asked for them.
+        refusals: how many gradients were refused, by reason.
+
+    Raises:
+        ModelUnusable: the model can't be trained this way; the sentence names the tensor.
+        OptionRefused: an option that the server decides, a parameter of another model, or a bad id or dtype.
+        ServerUnreachable: nobody answered within the connect timeout.
+        ModelMismatch: the server trains another model.
+        Refused: the server won't have this worker.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        server: str,
+        *,
+        params: Iterable[Any] | None = None,
+        batch_size: int = 1,
+        worker_id: str | None = None,
+        wire_dtype: torch.dtype = torch.float32,
+        connect_timeout: float = 60.0,
+        failure_timeout: float = 30.0,
+        give_up_after: float | None = None,
+    ) -> None:
+        self._staging = Staging(model)
+        self._own = set(self._staging.tensors.parameters)
+        super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
+        self._batch_size = batch_size
+        self.last_result: pb.PushResult | None = None
+        self.iteration = 0
+        self.finished = False
+        self.refusals: Counter[str] = Counter()
+        self._warned_at = float("-inf")
+        self._loaded_at = 0.0
+        dtype = _wire_dtype(wire_dtype)
+        self._outgoing = self._transfer(dtype, with_buffers=self._staging.tensors.has_buffers)
+        self._incoming: Transfer | None = None
+        self._client = ParameterClient(
+            server,
+            self._staging.tensors.manifest,
+            model=partial(_model_payload, self._staging),  # not a method: the client must not keep `self` alive
+            worker_id=worker_id,
+            wire_dtype=dtype,
+            pin_memory=self._staging.device is not None,
+            patience=Patience(connect_timeout, failure_timeout, give_up_after),
+        )
+        self._close = weakref.finalize(self, self._client.close)  # also at the end of the program
+        self._slot = self._client.slots[0]
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rank(self) -> int:
+        """The smallest number from 0 up that no other worker had when this one joined."""
+        return self._client.welcome.rank
+
+    @property
+    def data_seed(self) -> int:
+        """A number from 0 to 2**64 - 1 for the order of this worker's data: no other join has the same."""
+        return self._client.welcome.data_seed
+
+    @property
+    def settings(self) -> pb.RunSettings:
+        """How the server trains."""
+        return self._client.welcome.settings
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        samples: int | None = None,
+        loss: float | Tensor | None = None,
+    ) -> Any:
+        """Push the gradients, wait, and load the parameters that come back.
+
+        A gradient with values that are not finite is refused by the server: it is counted in `refusals`, and
+        training goes on with newer parameters. So it does if the server has restarted or the network failed.
+
+        Args:
+            closure: computes the loss and its gradients, and returns the loss.
+            samples: in the mini-batch or, after accumulation, in all of them; `batch_size` by default.
+            loss: the mini-batch's mean, to be shown; by default what the closure returned.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RunFinished: the run was over before this step; the step that finds out only sets `finished`.
+            OrmoError: what waiting and trying again can't mend.
+        """
+        if self.finished:
+            raise RunFinished(
+                f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
+            )
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+        gradient = self._gather(samples, returned if loss is None else loss)
+        self._take(self._slot.exchange(gradient))
+        return returned
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more of the model's parameters.
+
+        Raises:
+            OptionRefused: the group has an option that the server decides, or a parameter that is not the
+                model's.
+        """
+        super().add_param_group(ParameterGroup(param_group))
+        strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
+        if strangers:
+            self.param_groups.pop()
+            raise OptionRefused(
+                f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
+                "the model that it belongs to"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the groups' options; there is no other state, for momentum and iterations are the server's."""
+        super().load_state_dict(state_dict)
+        self.param_groups = [ParameterGroup(group) for group in self.param_groups]
+
+    def close(self) -> None:
+        """Leave the run; may be called again, also after the run is over."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        try:
+            self._client.join()
+        except RunFinished:
+            self._finish()
+        else:
+            self._take(self._slot.exchange(None))
+
+    def _gather(self, samples: int | None, loss: float | Tensor | None) -> Gradient:
+        self._outgoing.gather_gradients(self._decays())
+        compute_seconds = time.monotonic() - self._loaded_at
+        # Read only now: the gradients have waited for the device already.
+        mean = float(loss.detach() if isinstance(loss, Tensor) else loss) if loss is not None else None
+        count = self._batch_size if samples is None else samples
+        return Gradient(self._outgoing.payload, count, mean, compute_seconds)
+
+    def _decays(self) -> list[float | None]:
+        weight_decay = self.settings.weight_decay
+        scales = {p: group[SCALE] * weight_decay for group in self.param_groups for p in group["params"]}
+        return [scales.get(parameter) for parameter in self._staging.tensors.parameters]
+
+    def _take(self, outcome: ExchangeOutcome) -> None:
+        self.last_result = outcome.result
+        if outcome.refusal is not None:
+            self._note_refusal(outcome.refusal)
+        if outcome.delivered is not None:
+            self._load(outcome.delivered)
+        if outcome.finished:
+            self._finish()
+
+    def _load(self, delivered: Delivered) -> None:
+        if self._incoming is None or self._incoming.payload is not delivered.payload:
+            self._incoming = self._staging.transfer(delivered.payload)
+        self._incoming.load()
+        self.iteration = delivered.iteration.number
+        self._loaded_at = time.monotonic()
+
+    def _finish(self) -> None:
+        self.finished = True
+        try:
+            delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
+        except OrmoError as error:
+            _LOG.warning("the run is over, but its last parameters could not be loaded: %s", error)
+            return
+        if delivered is not None:
+            self._load(delivered)
+
+    def _note_refusal(self, refusal: pb.PushResult) -> None:
+        self.refusals[refusal.refusal] += 1
+        now = time.monotonic()
+        if refusal.refusal == Reason.NON_FINITE and now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:
+            self._warned_at = now
+            count = self.refusals[refusal.refusal]
+            _LOG.warning("the server refused a gradient, %d so far: %s", count, refusal.refusal_message)
+        else:
+            _LOG.info("a gradient was lost: %s: %s", refusal.refusal, refusal.refusal_message)
+
+    def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
+        return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
+
+
+def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:
+    if dtype not in _WIRE_DTYPES:
+        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16")
+    return _WIRE_DTYPES[dtype]
+
+
+def _model_payload(staging: Staging) -> Payload:
+    payload = staging.payload(FLOAT32, with_buffers=True)
+    staging.transfer(payload).gather_parameters()
+    return payload
