@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 PROTO_TOOLS = .venv-protos
 PROTO = protos/ormo_protos/v1/parameter_server.proto
+GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
+    --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 PACKAGES = ormo_protos ormo_server ormo_worker
 
 .DEFAULT_GOAL := help
@@ -30,12 +32,12 @@ test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
 
 .PHONY: lint
-lint: $(INSTALLED)  ## check style, and the contract against the last commit's
+lint: $(INSTALLED)  ## check style, and that the contract only grew since its release
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	git cat-file -e HEAD:$(PROTO) 2>/dev/null && $(BIN)/buf breaking --against '.git#ref=HEAD' || ! git cat-file -e HEAD:$(PROTO) 2>/dev/null
+	$(BIN)/buf breaking --against protos/released.binpb
 
 .PHONY: format
 format: $(INSTALLED)  ## put code and contract in shape
@@ -55,8 +57,17 @@ $(PROTO_TOOLS): protos/generator.txt
 
 .PHONY: protos
 protos: $(PROTO_TOOLS)  ## generate the code of the contract
-	PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
-	    --python_out=protos --mypy_out=quiet:protos --grpc_python_out=protos --mypy_grpc_out=quiet:protos $(PROTO)
+	$(call GENERATE,protos)
+
+.PHONY: drift
+drift: $(PROTO_TOOLS)  ## check that the generated code is the contract's
+	rm -rf build/protos && mkdir -p build/protos
+	$(call GENERATE,build/protos)
+	cd build/protos && for file in $$(find . -type f); do diff "$$file" "$(CURDIR)/protos/$$file"; done
+
+.PHONY: release-protos
+release-protos: $(INSTALLED)  ## take the contract as it is for released: from now on it may only grow
+	$(BIN)/buf build -o protos/released.binpb
 
 .PHONY: clean
 clean:  ## remove what the other words made
