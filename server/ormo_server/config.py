@@ -13,6 +13,8 @@ from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import KINDS, LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
 
+_ADDRESS = r"(\S+:\d{1,5})"
+
 
 def _choices(names: object) -> str:
     assert isinstance(names, dict | tuple)
@@ -23,9 +25,13 @@ class ServerSettings(Settings):
     """Serve the parameters of one model and train them with what workers push."""
 
     # Where
-    listen: str = Field("127.0.0.1:50051", description="host and port to serve gRPC on; port 0 picks a free one")
+    listen: str = Field(
+        "127.0.0.1:50051", pattern=f"^{_ADDRESS}$", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
+    )
     metrics_listen: str = Field(
-        "127.0.0.1:9464", description="host and port to serve Prometheus metrics on; empty for none"
+        "127.0.0.1:9464",
+        pattern=f"^{_ADDRESS}?$",
+        description="HOST:PORT to serve Prometheus metrics on; empty for none",
     )
     directory: Path = Field(
         Path("runs/default"), description="where the run's checkpoints are written and restored from"

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from ormo_protos.settings import Settings, SettingsProblemsError, load_settings, read_settings, settings_table
 from pydantic import Field, SecretStr, ValidationError, model_validator
+
+from ormo_protos.settings import Settings, SettingsProblemsError, load_settings, read_settings, settings_table
 
 
 class Baker(Settings):

@@ -10,6 +10,7 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import SettingsError
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME, AddressInUseError, Server
@@ -222,7 +223,7 @@ def test_checkpoint_of_another_rule_is_refused_with_what_to_do(tmp_path: Path) -
     with served(tmp_path) as server, connected(server) as stub:
         WireWorker(stub, "a").join()
         server.drain()
-    with pytest.raises(SettingsError, match="'ormo'.*'sgd'.*same rule"):
+    with pytest.raises(SettingsError, match=r"'ormo'.*'sgd'.*same rule"):
         Server(settings(tmp_path, method="asgd"))
 
 

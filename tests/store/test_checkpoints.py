@@ -1,6 +1,7 @@
 """Which checkpoints stay, and what a write that fails leaves behind."""
 
 import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from torch import nn
 
 from ormo_server.core.errors import SettingsError
 from ormo_server.store import Checkpoint, CheckpointStore, StoreError
-from ormo_server.store import files as store_files
 from store.building import Net, at, checkpoint_of, iterations
 
 
@@ -96,7 +96,7 @@ def test_a_place_without_links_goes_without_latest(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_stale_directories_go_after_the_next_write_and_nothing_else_does(tmp_path: Path) -> None:
+def test_stale_directories_go_with_the_next_write_and_nothing_else_does(tmp_path: Path) -> None:
     stale = tmp_path / ".writing-checkpoint-00000001-iteration-5"
     stale.mkdir()
     (stale / "model.safetensors").write_bytes(b"coarse")
@@ -106,6 +106,17 @@ def test_stale_directories_go_after_the_next_write_and_nothing_else_does(tmp_pat
     assert stale.exists()
     path = store.write(at(5))
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "latest", "notes.txt"}
+
+
+def test_stale_directories_go_even_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / ".writing-checkpoint-00000001-iteration-5").mkdir()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError):
+        CheckpointStore(tmp_path, keep=1).write(at(5))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_old_one_that_can_not_be_removed_is_a_warning(
@@ -119,7 +130,7 @@ def test_an_old_one_that_can_not_be_removed_is_a_warning(
     monkeypatch.setattr("shutil.rmtree", refuse)
     new = store.write(at(2))
     assert store.paths() == [old, new]
-    assert f"{old} can't be removed" in caplog.text
+    assert f"{old} is no longer needed and can't be removed" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -168,7 +179,7 @@ def test_a_disk_that_is_full_at_any_sync_leaves_all_as_it_was(
         if next(calls) >= calls_before:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match=r"iteration 2 can't be written .*No space left on device.*make room"):
         store.write(at(2))
     assert content(tmp_path) == before
@@ -182,7 +193,7 @@ def test_all_files_and_directories_are_synced_before_the_rename_and_the_parent_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(store_files.os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
     path = CheckpointStore(tmp_path, keep=1).write(at(3))
     aside = f"{tmp_path}/.writing-{path.name}"
     assert set(synced[:-2]) == {f"{aside}/{file.name}" for file in path.iterdir()}

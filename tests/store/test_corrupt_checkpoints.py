@@ -35,8 +35,15 @@ def remove(name: str) -> Damage:
     return lambda directory: (directory / name).unlink()
 
 
+def replace(name: str, text: str) -> Damage:
+    def damage(directory: Path) -> None:
+        (directory / name).write_text(text)
+
+    return damage
+
+
 def empty(name: str) -> Damage:
-    return lambda directory: (directory / name).write_bytes(b"")
+    return replace(name, "")
 
 
 def sealed(damage: Damage) -> Damage:
@@ -57,10 +64,6 @@ def document(**changes: object) -> Damage:
     return damage
 
 
-def replace_document(text: str) -> Damage:
-    return lambda directory: bool((directory / "checkpoint.json").write_text(text)) and None
-
-
 DAMAGES = {
     "a tensor file cut short": (truncate("state.safetensors"), "state.safetensors has the SHA-256"),
     "a model file cut short": (truncate("model.safetensors"), "model.safetensors has the SHA-256"),
@@ -74,8 +77,8 @@ DAMAGES = {
     "no sums": (remove("SHA256SUMS"), "SHA256SUMS is missing"),
     "empty JSON": (empty("checkpoint.json"), "checkpoint.json has the SHA-256"),
     "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum of"),
-    "no JSON in the JSON": (sealed(replace_document("{")), "checkpoint.json is malformed"),
-    "a list in the JSON": (sealed(replace_document("[]")), "checkpoint.json is malformed"),
+    "no JSON in the JSON": (sealed(replace("checkpoint.json", "{")), "checkpoint.json is malformed"),
+    "a list in the JSON": (sealed(replace("checkpoint.json", "[]")), "checkpoint.json is malformed"),
     "an unknown version": (sealed(document(format_version=99)), "has format version 99, and this server reads 1"),
     "an unknown field": (sealed(document(surprise=1)), "checkpoint.json is malformed"),
     "a manifest that contradicts itself": (sealed(document(manifest=[])), "checkpoint.json is malformed"),

@@ -80,12 +80,14 @@ class FakeServer(ParameterServerServicer):
     # What only the shell around the state needs.
     port: int = 0
     server: Any = None
+    pool: Any = None
     lock: Any = field(default_factory=threading.Lock)
     tickets: int = 0
 
     def start(self) -> "FakeServer":
+        self.pool = futures.ThreadPoolExecutor(8)
         self.server = grpc.server(
-            futures.ThreadPoolExecutor(8),
+            self.pool,
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
         )
         add_ParameterServerServicer_to_server(self, self.server)
@@ -95,6 +97,7 @@ class FakeServer(ParameterServerServicer):
 
     def stop(self) -> None:
         self.server.stop(None).wait()
+        self.pool.shutdown()
 
     @property
     def address(self) -> str:

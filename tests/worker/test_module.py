@@ -59,7 +59,7 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
 
 def test_a_compiled_module_has_the_names_of_the_plain_one() -> None:
     model = nn.Linear(2, 2)
-    assert manifest_of(torch.compile(model)).digest == manifest_of(model).digest
+    assert manifest_of(torch.compile(model, backend="eager")).digest == manifest_of(model).digest
 
 
 def test_buffers_are_found_again_after_the_module_has_replaced_them() -> None:

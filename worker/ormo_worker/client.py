@@ -68,6 +68,11 @@ class ParameterClient:
             raise OrmoError("this client has not joined the run: call join() first")
         return self._membership.welcome
 
+    @property
+    def finished(self) -> bool:
+        """Whether a heartbeat's answer said that the run is over."""
+        return self._membership.finished
+
     def join(self) -> pb.Welcome:
         """Join the run, and offer the model if the server asks for it; later joins happen by themselves.
 

@@ -25,7 +25,7 @@ _KEEPALIVE_SECONDS = 10.0
 # A restarted server should not be met by all its workers in the same moment, nor wait long for any.
 _LONGEST_PAUSE_SECONDS = 2.0
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, min=0.05, max=_LONGEST_PAUSE_SECONDS)
-_SECONDS_BETWEEN_WARNINGS = 15.0
+_SECONDS_BETWEEN_LOGS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Connection:
         self._fatal: OrmoError | None = None
         self._contacted = False
         self._heard_at = time.monotonic()
-        self._warned_at = float("-inf")
+        self._logged_at: dict[int, float] = {}
 
     @property
     def closed(self) -> bool:
@@ -224,7 +224,7 @@ class Connection:
             stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
             wait=_pause,
             sleep=self._sleep,
-            before_sleep=lambda state: self._warn(what, state),
+            before_sleep=lambda state: self._log(what, state),
             retry_error_callback=lambda state: self._give_up(what, state, within),
         )
         try:
@@ -251,14 +251,15 @@ class Connection:
         silent = min(self.silent_seconds, time.monotonic() - state.start_time)
         return self.closed or silent >= self._patience_seconds()
 
-    def _warn(self, what: str, state: tenacity.RetryCallState) -> None:
+    def _log(self, what: str, state: tenacity.RetryCallState) -> None:
+        """Say why another attempt follows, but not for each of them."""
+        waiting = state.outcome is not None and isinstance(state.outcome.exception(), Waiting)
+        level = logging.INFO if waiting else logging.WARNING
         now = time.monotonic()
-        if not self.closed and now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:
-            self._warned_at = now
-            if state.outcome is not None and isinstance(state.outcome.exception(), Waiting):
-                _LOG.info("%s at %s: %s", what, self.server, _cause(state))
-            else:
-                _LOG.warning("%s at %s failed (%s): trying again", what, self.server, _cause(state))
+        if not self.closed and now - self._logged_at.get(level, float("-inf")) >= _SECONDS_BETWEEN_LOGS:
+            self._logged_at[level] = now
+            sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
+            _LOG.log(level, sentence, what, self.server, _cause(state))
 
     def _give_up(self, what: str, state: tenacity.RetryCallState, within: float | None) -> Any:
         self.check()

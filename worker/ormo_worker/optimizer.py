@@ -179,7 +179,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the groups' options; there is no other state, for momentum and iterations are the server's."""
+        """Take over the groups' options; there is no other state, for momentum and iterations are the server's.
+
+        Raises:
+            OptionRefused: the state is that of another optimizer.
+        """
+        for group in state_dict["param_groups"]:
+            ParameterGroup(group)  # complains before anything changes
         super().load_state_dict(state_dict)
         self.param_groups = [ParameterGroup(group) for group in self.param_groups]
 

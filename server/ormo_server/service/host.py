@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch.backends.cpu import get_cpu_capability as cpu_capability
+
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
@@ -18,7 +21,7 @@ from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
 from ormo_server.service.model_offers import ModelOffers
-from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
+from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +56,21 @@ class RunHost:
         self.last_checkpoint: LastCheckpoint | None = None
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
+        self._directory_lock = DirectoryLock(settings.directory)
         self._store = CheckpointStore(settings.directory, keep=settings.checkpoints_kept)
         self._engine: Engine | None = None
         self._building = threading.Lock()
         self._writing = threading.Lock()
         self._weights: ModelFile | None = None
-        self._restore_or_load()
+        try:
+            self._restore_or_load()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another server have the directory."""
+        self._directory_lock.release()
 
     @property
     def has_model(self) -> bool:
@@ -88,14 +100,24 @@ class RunHost:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._check_memory(checkpoint.manifest)
         self.clock = RunClock(checkpoint.clock_seconds)
-        machine = snapshot.restore(self._run, checkpoint.snapshot, epoch=self._epoch, keep_tickets=checkpoint.drained)
+        _warn_if_bits_may_differ(checkpoint)
+        machine = self._restored(checkpoint, keep_tickets=checkpoint.drained)
+        try:
+            self._write(machine, checkpoint.manifest)
+        except StoreError as error:
+            log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
+            machine = self._restored(checkpoint, keep_tickets=False)
+        self._serve(machine, checkpoint.manifest)
+
+    def _restored(self, checkpoint: Checkpoint, *, keep_tickets: bool) -> StateMachine:
+        machine = snapshot.restore(self._run, checkpoint.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
         log.info(
             "restored iteration %d from %s (%s)",
             machine.state.iteration,
             self.settings.directory,
-            "drained: tickets stay good" if checkpoint.drained else "not drained: all tickets are void",
+            "drained: tickets stay good" if keep_tickets else "not drained: all tickets are void",
         )
-        self._serve(machine, checkpoint.manifest)
+        return machine
 
     def _load(self, path: Path) -> None:
         weights = ModelFile.load(path)
@@ -158,8 +180,10 @@ class RunHost:
         self._serve(machine, manifest)
 
     def _write(self, machine: StateMachine, manifest: Manifest) -> None:
+        # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
+        # not be good a second time.
         first = Checkpoint(
-            snapshot.take(machine), manifest, drained=True, clock_seconds=self.clock(), settings=self._told()
+            snapshot.take(machine), manifest, drained=False, clock_seconds=self.clock(), settings=self._told()
         )
         self._wrote(self._store.write(first), machine.state.epoch, machine.state.iteration)
 
@@ -232,3 +256,13 @@ class RunHost:
 
     def _told(self) -> dict[str, object]:
         return self.settings.model_dump(mode="json")
+
+
+def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:
+    written, here = (checkpoint.torch_version, checkpoint.cpu_capability), (torch.__version__, cpu_capability())
+    if written != here:
+        log.warning(
+            "the checkpoint was written by torch %s on %s, this is torch %s on %s: results may differ in the last bits",
+            *written,
+            *here,
+        )

@@ -173,6 +173,7 @@ class Server:
         """Stop at once, keeping nothing that is not on disk already."""
         self._stopping.set()
         self._grpc.stop(grace=0).wait()
+        self.host.close()
         if self.metrics_address:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +91,8 @@ class CheckpointStore:
                 it, and the earlier ones are untouched.
         """
         with self._writing:
+            # At once, since they may be what fills the disk; nothing whole is among them.
+            self._remove(self._stale())
             try:
                 path = self._write_whole(checkpoint)
             except OSError as error:
@@ -99,27 +101,25 @@ class CheckpointStore:
                     f"{self._directory} ({error}): make room there or mend the disk; the earlier ones are untouched"
                 ) from error
             self._point_latest(path)
-            self._tidy()
+            self._remove(self._outdated())
             return path
 
     def _write_whole(self, checkpoint: Checkpoint) -> Path:
         make_directory(self._directory)
         name = f"checkpoint-{self._next_serial():08d}-iteration-{checkpoint.snapshot.fields['iteration']}"
-        aside, path = self._directory / (_ASIDE + name), self._directory / name
+        path = self._directory / (_ASIDE + name)
+        path.mkdir()
         try:
-            aside.mkdir()
-            write_files(aside, checkpoint)
-            aside.rename(path)
+            write_files(path, checkpoint)
+            path = path.rename(self._directory / name)
             sync(self._directory)
         except BaseException:
-            # Both names are this call's own, so that nothing older can go with them.
-            shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(path, ignore_errors=True)
             raise
         return path
 
     def _next_serial(self) -> int:
-        # Stale ones count: a server that was killed while it wrote must not find its directory taken.
+        # Stale ones that can't be removed count: their names are taken.
         return 1 + max((_serial(path) for path in (*self.paths(), *self._stale())), default=0)
 
     def _point_latest(self, path: Path) -> None:
@@ -130,16 +130,20 @@ class CheckpointStore:
             link.symlink_to(path.name, target_is_directory=True)
             link.replace(self._directory / _LATEST)
 
-    def _tidy(self) -> None:
-        paths = self.paths()
-        oldest_kept = [path for path in paths if path not in self._corrupt][-self._keep :][0]
-        for path in (*paths[: paths.index(oldest_kept)], *self._stale()):
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                log.warning("the checkpoint is written, but %s can't be removed (%s): remove it by hand", path, error)
+                log.warning("%s is no longer needed and can't be removed (%s): remove it by hand", path, error)
+
+    def _outdated(self) -> list[Path]:
+        paths = self.paths()
+        oldest_kept = [path for path in paths if path not in self._corrupt][-self._keep :][0]
+        return paths[: paths.index(oldest_kept)]
 
     def _stale(self) -> list[Path]:
+        # What a server left that died while it wrote.
         names = (path for path in self._entries() if path.name.startswith(_ASIDE))
         return [path for path in names if _NAME.fullmatch(path.name.removeprefix(_ASIDE))]
 

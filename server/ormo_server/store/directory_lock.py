@@ -1,0 +1,46 @@
+"""One server at a time for a directory: two would write over each other's checkpoints."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from ormo_server.store.errors import StoreError
+
+
+class DirectoryLock:
+    """Held from its making to `release`, or to the end of the process however it ends.
+
+    Args:
+        directory: made if it is missing.
+
+    Raises:
+        StoreError: another process holds it, or the directory can't be written to.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = (directory / ".lock").open("a+")
+        except OSError as error:
+            raise StoreError(
+                f"can't write to {directory}: {error.strerror}; make it writable or choose another --directory"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self._holder()
+            self._file.close()
+            raise StoreError(
+                f"{directory} is in use by another server (process {holder}): stop it or choose another --directory"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read() or "unknown"
+
+    def release(self) -> None:
+        """Let another server have the directory."""
+        self._file.close()

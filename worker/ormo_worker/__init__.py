@@ -1,0 +1,48 @@
+"""The worker's side of a parameter server with ordered momentum.
+
+`RemoteOptimizer` turns a PyTorch training loop into a worker; `ParameterClient` is what it talks through;
+a `Task` is what `ormo-worker run` trains.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ormo_worker.client import ParameterClient
+    from ormo_worker.errors import OrmoError, RunFinished
+    from ormo_worker.module import manifest_of
+    from ormo_worker.optimizer import RemoteOptimizer
+    from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
+
+__all__ = [
+    "ClassificationTask",
+    "OrmoError",
+    "ParameterClient",
+    "RemoteOptimizer",
+    "RunFinished",
+    "Score",
+    "Task",
+    "TaskError",
+    "load_task",
+    "manifest_of",
+]
+
+# Imported when first used: `ormo-worker --help` need not wait for PyTorch.
+_HOMES = {
+    "ClassificationTask": "ormo_worker.tasks",
+    "OrmoError": "ormo_worker.errors",
+    "ParameterClient": "ormo_worker.client",
+    "RemoteOptimizer": "ormo_worker.optimizer",
+    "RunFinished": "ormo_worker.errors",
+    "Score": "ormo_worker.tasks",
+    "Task": "ormo_worker.tasks",
+    "TaskError": "ormo_worker.tasks",
+    "load_task": "ormo_worker.tasks",
+    "manifest_of": "ormo_worker.module",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ormo_worker' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

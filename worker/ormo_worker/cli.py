@@ -1,0 +1,94 @@
+"""The command line: `ormo-worker run` and `ormo-worker evaluate`."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
+from ormo_worker.config import EvaluateSettings, RunSettings
+
+USAGE = """usage: ormo-worker COMMAND [FLAGS]
+
+commands:
+  run        train a task as one of a parameter server's workers
+  evaluate   evaluate a run's parameters on the test set while it goes on
+
+`ormo-worker COMMAND --help` lists the flags.
+
+exit codes: 0 the run is over, or the worker left it on SIGINT or SIGTERM; 1 failed; 2 settings or task can't be used;
+3 another process has taken this worker's place. All but 0 come with a sentence on stderr.
+"""
+FAILED_EXIT_CODE = 1
+REPLACED_EXIT_CODE = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else ""
+    if command == "run":
+        return _run(load_settings(RunSettings, arguments, program="ormo-worker run"))
+    if command == "evaluate":
+        return _evaluate(load_settings(EvaluateSettings, arguments, program="ormo-worker evaluate"))
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    sys.stderr.write(f"ormo-worker: {command or 'no command'!r} came, expected run or evaluate\n{USAGE}")
+    return BAD_SETTINGS_EXIT_CODE
+
+
+def _run(settings: RunSettings) -> int:
+    def command() -> None:
+        from ormo_worker.training import run  # with PyTorch, which `--help` need not wait for
+
+        run(settings)
+
+    return _guarded(command, "ormo-worker run", settings.log_level)
+
+
+def _evaluate(settings: EvaluateSettings) -> int:
+    def command() -> None:
+        from ormo_worker.evaluation import run
+
+        run(settings)
+
+    return _guarded(command, "ormo-worker evaluate", settings.log_level)
+
+
+def _guarded(command: Callable[[], None], program: str, log_level: str) -> int:
+    """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
+    form = "%(asctime)s %(levelname)-7s %(message)s"
+    logging.basicConfig(level=log_level.upper(), format=form, stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).info("interrupted: left the run")
+        return 0
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        sys.stderr.write(f"{program}: {error}\n")
+        return code
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code for an error whose sentence says it all; None for one that needs its traceback."""
+    from ormo_worker.errors import ModelUnusable, OptionRefused, OrmoError, Replaced
+    from ormo_worker.tasks import TaskError
+
+    if isinstance(error, TaskError | ModelUnusable | OptionRefused):
+        return BAD_SETTINGS_EXIT_CODE
+    if isinstance(error, Replaced):
+        return REPLACED_EXIT_CODE
+    return FAILED_EXIT_CODE if isinstance(error, OrmoError) else None

@@ -1,0 +1,96 @@
+"""The settings of `ormo-worker run` and `ormo-worker evaluate`."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ormo_protos.settings import Settings
+
+_HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class _Common(Settings):
+    """What both commands need."""
+
+    server: str = Field("127.0.0.1:50051", description="host and port of the parameter server")
+    task: str = Field(
+        "digits",
+        description="model and data: `digits`, `cifar10`, `image-folder`, or the import path of your own, as in "
+        "`package.module:MyTask` or `file.py:MyTask`",
+    )
+    data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one")
+    threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU")
+    connect_timeout: float = Field(60.0, gt=0, description="seconds to wait for the server at first")
+    failure_timeout: float = Field(
+        30.0, gt=0, description="seconds of silence after which the connection to the server is made anew"
+    )
+    give_up_after: float | None = Field(
+        None, gt=0, description="seconds without the server, once it was there, after which to fail; none: go on trying"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least important log lines shown"
+    )
+
+    @field_validator("server")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        return _checked_address(value, lowest_port=1)
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("expected auto, cpu, cuda, or cuda:N with N the number of a GPU, from 0 up")
+        return value
+
+
+class RunSettings(_Common):
+    """Train a task as one of a parameter server's workers."""
+
+    batch_size: int = Field(32, ge=1, description="samples in each mini-batch")
+    worker_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        description="name of this worker: 1 to 128 of the characters A-Z a-z 0-9 . _ -; none: made up from host, "
+        "process and chance",
+    )
+    wire_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"
+    )
+    amp: Literal["off", "bfloat16", "float16"] = Field(
+        "off", description="automatic mixed precision: the dtype to compute in where PyTorch thinks it safe"
+    )
+    slow_factor: float = Field(
+        1.0, ge=1, description="take so many times as long for each gradient, to stand in for a slower machine"
+    )
+    stop_after: int = Field(0, ge=0, description="leave after so many gradients of this worker; 0: at the run's end")
+    seed: int = Field(
+        0, ge=0, description="where the initial parameters come from, if it is this worker's model that is trained"
+    )
+
+
+class EvaluateSettings(_Common):
+    """Evaluate a run's parameters on its task's test set while it goes on."""
+
+    batch_size: int = Field(256, ge=1, description="samples in each batch of the test set")
+    every_seconds: float = Field(10.0, gt=0, description="seconds between evaluations; skipped if nothing is newer")
+    once: bool = Field(False, description="evaluate once and exit")
+    metrics_listen: str = Field(
+        "", description="host and port to serve loss and accuracy on, for Prometheus; empty for none"
+    )
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _is_address_or_empty(cls, value: str) -> str:
+        return _checked_address(value, lowest_port=0) if value else value
+
+
+def _checked_address(value: str, *, lowest_port: int) -> str:
+    match = _HOST_AND_PORT.fullmatch(value)
+    if match is None or not lowest_port <= int(match.group(1)) <= 65535:
+        raise ValueError(f"expected HOST:PORT with a port from {lowest_port} to 65535, as in 127.0.0.1:50051")
+    return value

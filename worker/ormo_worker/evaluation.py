@@ -1,0 +1,171 @@
+"""`ormo-worker evaluate`: how good a run's parameters are, while it goes on."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from torch import nn
+
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.client import ParameterClient
+from ormo_worker.config import EvaluateSettings
+from ormo_worker.connection import Patience
+from ormo_worker.devices import resolve_device
+from ormo_worker.errors import OptionRefused
+from ormo_worker.tasks import Score, Task, load_task
+from ormo_worker.tasks.batches import evaluation_batches, to_device
+from ormo_worker.transfer import Staging
+from ormo_worker.wire import Delivered
+
+_LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LOOKS = 1.0  # so that the end of a run is noticed soon, however rare the evaluations
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The test set's verdict on one iteration's parameters.
+
+    Attributes:
+        iteration: of the parameters.
+        score: of the whole test set.
+        seconds: that it took to compute.
+    """
+
+    iteration: int
+    score: Score
+    seconds: float
+
+    def line(self) -> str:
+        """The evaluation in one line, for people and programs."""
+        return (
+            f"evaluation iteration={self.iteration} loss={self.score.mean_loss:.4f} "
+            f"accuracy={self.score.accuracy:.4f} seconds={self.seconds:.2f}"
+        )
+
+
+def run(settings: EvaluateSettings) -> None:
+    """Print a line, and set the metrics, for each evaluation until the run is over.
+
+    Raises:
+        TaskError: the task or its data can't be used.
+        OptionRefused: the device is not there, or the metrics' port is not free.
+        OrmoError: the server can't be reached, or trains another model.
+    """
+    torch.set_num_threads(settings.threads)
+    task = load_task(settings.task, settings.data_dir)
+    evaluator = Evaluator(task, resolve_device(settings.device), settings.batch_size)
+    metrics = Metrics(settings.metrics_listen)
+    patience = Patience(settings.connect_timeout, settings.failure_timeout, settings.give_up_after)
+    try:
+        with evaluator.client(settings.server, patience) as client:
+            for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
+                metrics.show(evaluation)
+                sys.stdout.write(evaluation.line() + "\n")
+                sys.stdout.flush()
+    finally:
+        metrics.close()
+
+
+def evaluations(
+    evaluator: "Evaluator", client: ParameterClient, every_seconds: float, *, once: bool = False
+) -> Iterator[Evaluation]:
+    """Evaluate each time that there is something newer, and for the last time when the run is over.
+
+    Args:
+        evaluator: of the run's task.
+        client: of the run's server.
+        every_seconds: from the beginning of an evaluation to that of the next.
+        once: whether the first evaluation is the last.
+    """
+    known: pb.Iteration | None = None
+    due_at = time.monotonic()
+    while True:
+        status = client.status()
+        over = status.phase == pb.GetStatusResponse.PHASE_FINISHED
+        if (over or time.monotonic() >= due_at) and status.phase != pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL:
+            due_at = time.monotonic() + every_seconds
+            delivered = client.pull(newer_than=known)
+            if delivered is not None:
+                known = delivered.iteration
+                yield evaluator.evaluate(delivered)
+            if over or once:
+                return
+        time.sleep(max(0.0, min(_SECONDS_BETWEEN_LOOKS, due_at - time.monotonic())))
+
+
+class Evaluator:
+    """A task's model and test set.
+
+    Raises:
+        TaskError: the data can't be used.
+    """
+
+    def __init__(self, task: Task, device: torch.device, batch_size: int) -> None:
+        self._task = task
+        self._device = device
+        self._batch_size = batch_size
+        self._model: nn.Module = task.build_model().to(device).eval()
+        self._test_set = task.test_set()
+        self._staging = Staging(self._model)
+
+    def client(self, server: str, patience: Patience) -> ParameterClient:
+        """A reader of this model's parameters."""
+        manifest, pin_memory = self._staging.tensors.manifest, self._staging.device is not None
+        return ParameterClient(server, manifest, pin_memory=pin_memory, patience=patience)
+
+    @torch.no_grad()
+    def evaluate(self, delivered: Delivered) -> Evaluation:
+        """Score these parameters on the whole test set."""
+        started = time.monotonic()
+        self._staging.transfer(delivered.payload).load()
+        score = Score()
+        for batch in evaluation_batches(self._test_set, self._batch_size):
+            score += self._task.score(self._model, to_device(batch, self._device))
+        return Evaluation(delivered.iteration.number, score, time.monotonic() - started)
+
+
+class Metrics:
+    """The last evaluation, for Prometheus.
+
+    Args:
+        listen: HOST:PORT to serve them on; empty for nowhere.
+
+    Raises:
+        OptionRefused: that address can't be had.
+    """
+
+    def __init__(self, listen: str) -> None:
+        registry = CollectorRegistry()
+        self._loss = Gauge("ormo_test_loss", "Mean loss over the test set.", registry=registry)
+        self._accuracy = Gauge(
+            "ormo_test_accuracy", "Share of the test set predicted right, 0 to 1.", registry=registry
+        )
+        self._iteration = Gauge("ormo_test_iteration", "Iteration of the evaluated parameters.", registry=registry)
+        self._server = None
+        if listen:
+            host, _, port = listen.rpartition(":")
+            try:
+                self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+            except OSError as error:
+                raise OptionRefused(
+                    f"--metrics-listen is {listen}, but that can't be listened on ({error.strerror or error}): "
+                    "name another port, or end the program that has it"
+                ) from None
+            _LOG.info("metrics on %s:%d", host, self._server.server_port)
+
+    def show(self, evaluation: Evaluation) -> None:
+        """Set the metrics."""
+        self._loss.set(evaluation.score.mean_loss)
+        self._accuracy.set(evaluation.score.accuracy)
+        self._iteration.set(evaluation.iteration)
+
+    def close(self) -> None:
+        """Stop serving them."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()

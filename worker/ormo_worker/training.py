@@ -1,0 +1,174 @@
+"""`ormo-worker run`: the training loop for a task."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ormo_worker.config import RunSettings
+from ormo_worker.devices import resolve_device
+from ormo_worker.optimizer import RemoteOptimizer
+from ormo_worker.tasks import Task, load_task
+from ormo_worker.tasks.batches import batches, to_device
+
+_LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def run(settings: RunSettings) -> None:
+    """Train until the server says that the run is over, or for `stop_after` gradients.
+
+    Raises:
+        TaskError: the task or its data can't be used.
+        OptionRefused: the device is not there.
+        OrmoError: the run can't be joined, or not be kept up.
+    """
+    torch.set_num_threads(settings.threads)
+    device = resolve_device(settings.device)
+    task = load_task(settings.task, settings.data_dir)
+    torch.manual_seed(settings.seed)
+    model = task.build_model().to(device)
+    dataset: Any = task.train_set()  # before joining: a worker without data should not be counted on
+    samples = min(settings.batch_size, len(dataset))
+    with RemoteOptimizer(
+        model,
+        settings.server,
+        params=decay_groups(task, model),
+        batch_size=samples,
+        worker_id=settings.worker_id,
+        wire_dtype=getattr(torch, settings.wire_dtype),
+        connect_timeout=settings.connect_timeout,
+        failure_timeout=settings.failure_timeout,
+        give_up_after=settings.give_up_after,
+    ) as optimizer:
+        if not optimizer.finished:
+            stream = batches(dataset, samples, optimizer.data_seed)
+            Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
+                stream, settings.stop_after
+            )
+
+
+def decay_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
+    """The model's parameters in groups with the same factor on the weight decay, as the task wants it."""
+
+    def scale(item: tuple[str, nn.Parameter]) -> float:
+        return task.weight_decay_scale(*item)
+
+    ordered = sorted(model.named_parameters(), key=scale)
+    return [{"params": list(alike), "weight_decay_scale": factor} for factor, alike in groupby(ordered, key=scale)]
+
+
+@dataclass
+class Training:
+    """One worker's loop over its batches.
+
+    Attributes:
+        task: for its loss.
+        model: on the device.
+        optimizer: of the model.
+        device: where batches go.
+        amp: the dtype of mixed precision, or "off".
+        slow_factor: how many times as long a gradient takes as it would.
+    """
+
+    task: Task
+    model: nn.Module
+    optimizer: RemoteOptimizer
+    device: torch.device
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    slow_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        # float16 alone has so narrow a range that gradients vanish without scaling.
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
+        self._progress = _Progress(self.optimizer)
+
+    def run(self, stream: Iterator[Any], stop_after: int = 0) -> None:
+        """Train until the run is over, the stream ends, or `stop_after` gradients (if not 0) were applied."""
+        self.model.train()
+        for batch in stream:
+            started = time.monotonic()
+            loss = self._backward(to_device(batch, self.device))
+            self._dawdle(started)
+            self._scaler.step(self.optimizer, loss=loss)
+            self._scaler.update()
+            self._progress.step(loss)
+            if self.optimizer.finished or 0 < stop_after <= self._progress.applied:
+                break
+        self._progress.end()
+
+    def _backward(self, batch: Any) -> Tensor:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            loss = self.task.loss(self.model, batch)
+        self._scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.amp == "off":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.amp))
+
+    def _dawdle(self, started: float) -> None:
+        if self.slow_factor > 1:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # or there would be nothing to multiply yet
+            time.sleep((self.slow_factor - 1) * (time.monotonic() - started))
+
+
+class _Progress:
+    """Counts gradients, and writes a line to the log every few seconds.
+
+    Attributes:
+        applied: gradients of this worker that the server has counted.
+    """
+
+    def __init__(self, optimizer: RemoteOptimizer) -> None:
+        self.applied = 0
+        self._optimizer = optimizer
+        self._result: object = None
+        self._delays: list[int] = []
+        self._started = self._line_at = time.monotonic()
+        self._line_applied = 0
+
+    def step(self, loss: Tensor) -> None:
+        result = self._optimizer.last_result
+        if result is not None and result is not self._result:  # a scaler may have skipped the step
+            self._result = result
+            self.applied += 1
+            self._delays.append(result.delay)
+        now = time.monotonic()
+        if now - self._line_at >= _SECONDS_BETWEEN_LINES and self._delays:
+            self._line(now, loss)
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self._started
+        state = "the run is over" if self._optimizer.finished else "leaving the run"
+        iteration, applied, refused = self._optimizer.iteration, self.applied, self._optimizer.refusals.total()
+        line = "%s at iteration %d: %d gradients from here in %.1f s, %d refused"
+        _LOG.info(line, state, iteration, applied, seconds, refused)
+
+    def _line(self, now: float, loss: Tensor) -> None:
+        gradients = self.applied - self._line_applied
+        _LOG.info(
+            "iteration %d: %d gradients from here, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
+            self._optimizer.iteration,
+            self.applied,
+            gradients / (now - self._line_at),
+            loss.item(),
+            _mean(self._delays),
+            max(self._delays),
+        )
+        self._line_at, self._line_applied = now, self.applied
+        self._delays.clear()
+
+
+def _mean(values: Iterable[int]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
