@@ -141,9 +141,7 @@ class Metrics:
     def __init__(self, listen: str) -> None:
         registry = CollectorRegistry()
         self._loss = Gauge("ormo_test_loss", "Mean loss over the test set.", registry=registry)
-        self._accuracy = Gauge(
-            "ormo_test_accuracy", "Share of the test set predicted right, 0 to 1.", registry=registry
-        )
+        self._accuracy = Gauge("ormo_test_accuracy", "Share of the test set predicted right.", registry=registry)
         self._iteration = Gauge("ormo_test_iteration", "Iteration of the evaluated parameters.", registry=registry)
         self._server = None
         if listen:

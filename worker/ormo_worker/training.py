@@ -34,7 +34,8 @@ def run(settings: RunSettings) -> None:
     task = load_task(settings.task, settings.data_dir)
     torch.manual_seed(settings.seed)
     model = task.build_model().to(device)
-    dataset: Any = task.train_set()  # before joining: a worker without data should not be counted on
+    dataset: Any = task.train_set()
+    batches(dataset, settings.batch_size, seed=0)  # complains of a useless set before the run counts on this worker
     samples = min(settings.batch_size, len(dataset))
     with RemoteOptimizer(
         model,
@@ -107,7 +108,7 @@ class Training:
         self.optimizer.zero_grad()
         with self._autocast():
             loss = self.task.loss(self.model, batch)
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:
