@@ -32,12 +32,13 @@ def closed_form(start: torch.Tensor, applied: Sequence[Applied], beta: float) ->
 def rounding(start: torch.Tensor, applied: Sequence[Applied], beta: float) -> torch.Tensor:
     """How far float32 may be from the closed form, per element.
 
-    A gradient costs at most four float32 multiply-adds on u and w, each with two roundings of numbers no larger than
-    |w_0| + Σ η|g| / (1 − β); an error of u moves w by at most β/(1 − β) times as much later, which the 1/(1 − β) on
-    top covers. 1e-30 keeps exact zeros comparable.
+    With h = 1 + β + … + β^b, |w| stays below |w_0| + h Σ η|g| and |u| below Σ η|g|. A gradient changes w twice (three
+    roundings each: coefficient, product, sum) and u twice, and an error of u later moves w by at most h times as much:
+    at most 6 + 6 roundings a gradient, of numbers no larger than that. 1e-30 keeps exact zeros comparable.
     """
     size = sum((each.step_size * each.values.abs() for each in applied), torch.zeros_like(start).double())
-    return 8 * UNIT_ROUNDOFF * len(applied) * (start.double().abs() + size / (1 - beta)) / (1 - beta) + 1e-30
+    history = sum(beta**k for k in range(max((each.bucket for each in applied), default=0) + 1))
+    return 12 * UNIT_ROUNDOFF * len(applied) * (start.double().abs() + history * size) + 1e-30
 
 
 def step_sizes(run: Run, applied: Sequence[Applied]) -> list[float]:

@@ -6,10 +6,11 @@ from typing import Self
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.connection import Connection, Patience, TryAgain
+from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
 from ormo_worker.identity import Identity
 from ormo_worker.membership import Membership
+from ormo_worker.retries import Patience, TryAgain
 from ormo_worker.slot import Slot
 from ormo_worker.wire import Delivered, DeliveryReceiver, Wire
 

@@ -52,6 +52,9 @@ class RunSettings(_Common):
     """Train a task as one of a parameter server's workers."""
 
     batch_size: int = Field(32, ge=1, description="samples in each mini-batch")
+    loader_processes: int = Field(
+        0, ge=0, description="processes that read samples ahead, for data sets that are not kept in memory"
+    )
     worker_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,128}$",

@@ -1,59 +1,23 @@
-"""The channel to the server, and the loop in which calls are tried again."""
+"""The channel to the server, and the calls that are under way on it."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc
-import tenacity
 
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_worker.errors import ClientClosed, OrmoError, ServerUnreachable
-from ormo_worker.refusal import CallEnded, ended
-from ormo_worker.session import Step
+from ormo_worker.errors import ClientClosed, OrmoError
+from ormo_worker.refusal import ended
+from ormo_worker.retries import LONGEST_PAUSE_SECONDS, Patience, RetryLoop, SignsOfLife
 
-_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # gRPC allows no client to ping more often.
 _KEEPALIVE_SECONDS = 10.0
-# A restarted server should not be met by all its workers in the same moment, nor wait long for any.
-_LONGEST_PAUSE_SECONDS = 2.0
-_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, min=0.05, max=_LONGEST_PAUSE_SECONDS)
-_SECONDS_BETWEEN_LOGS = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to wait for the server.
-
-    Attributes:
-        connect_timeout: seconds until the first sign of life, after which a caller's call fails.
-        failure_timeout: seconds without a byte after which the connection counts as dead and is made anew.
-        give_up_after: seconds without a sign of life after the first one, after which a call fails; None
-            to try for ever.
-    """
-
-    connect_timeout: float = 60.0
-    failure_timeout: float = 30.0
-    give_up_after: float | None = None
-
-
-class TryAgain(Exception):
-    """Raised in an attempt: the same call is to be made again, after a pause of at least these seconds."""
-
-    def __init__(self, message: str, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_seconds = seconds
-
-
-class Waiting(TryAgain):
-    """As `TryAgain`, where nothing has failed: it is not yet time."""
 
 
 class Cancellable(Protocol):
@@ -81,9 +45,8 @@ class Connection:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._fatal: OrmoError | None = None
-        self._contacted = False
-        self._heard_at = time.monotonic()
-        self._logged_at: dict[int, float] = {}
+        self._signs = SignsOfLife()
+        self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check)
 
     @property
     def closed(self) -> bool:
@@ -93,14 +56,11 @@ class Connection:
     @property
     def silent_seconds(self) -> float:
         """Seconds since anything came from the server."""
-        return time.monotonic() - self._heard_at
+        return self._signs.silent_seconds
 
     def heard(self) -> None:
         """Note that the server is alive."""
-        self._heard_at = time.monotonic()
-        if not self._contacted:
-            self._contacted = True
-            _LOG.debug("the server at %s answers", self.server)
+        self._signs.heard()
 
     def check(self) -> None:
         """Raise what stands against any further call.
@@ -114,6 +74,10 @@ class Connection:
         if self.closed:
             raise ClientClosed("this client was closed: make a new one to go on")
 
+    def retrying(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
+        """Call `attempt` until it succeeds; arguments and errors as for `RetryLoop.run`."""
+        return self._loop.run(attempt, what, within=within)
+
     def unary(self, method: Callable[..., T], request: Any, seconds: float | None = None) -> T:
         """Make one call with one answer, without retries.
 
@@ -126,7 +90,7 @@ class Connection:
             CallEnded: it ended without its answer.
         """
         limit = self.patience.failure_timeout if seconds is None else seconds
-        if not self._contacted:
+        if not self._signs.any:
             limit = min(limit, self.patience.connect_timeout)
         with self.watched():
             answer = method(request, timeout=limit)
@@ -199,80 +163,11 @@ class Connection:
         self._fatal = error
         self.cancel_open()
 
-    def retrying(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
-        """Call `attempt` until it succeeds, with growing pauses.
-
-        Args:
-            attempt: raises `TryAgain` or `CallEnded` to be called again, where that can help.
-            what: what it does, for logs and errors, as in "joining the run".
-            within: seconds that all of it may take, for what is not worth more; None to go by patience.
-
-        Raises:
-            ServerUnreachable: nothing was heard of the server for as long as patience lasts, or `within`
-                is over.
-            ClientClosed: `close` was called meanwhile.
-            RunFinished: the server says that the run is over.
-            Refused: the server won't do it, now or later.
-        """
-
-        def checked() -> T:
-            self.check()
-            return attempt()
-
-        loop = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_helps),
-            stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
-            wait=_pause,
-            sleep=self._sleep,
-            before_sleep=lambda state: self._log(what, state),
-            retry_error_callback=lambda state: self._give_up(what, state, within),
-        )
-        try:
-            return loop(checked)
-        except CallEnded as end:
-            raise end.error(what) from None
-
     def close(self) -> None:
         """End all calls and the channel; may be called from any thread, and again."""
         self._closed.set()
         self.cancel_open()
         self._channel.close()
-
-    def _sleep(self, seconds: float) -> None:
-        self._closed.wait(seconds)
-
-    def _patience_seconds(self) -> float:
-        if not self._contacted:
-            return self.patience.connect_timeout
-        return float("inf") if self.patience.give_up_after is None else self.patience.give_up_after
-
-    def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
-        # A client that has just begun to ask can't blame the server for the silence before.
-        silent = min(self.silent_seconds, time.monotonic() - state.start_time)
-        return self.closed or silent >= self._patience_seconds()
-
-    def _log(self, what: str, state: tenacity.RetryCallState) -> None:
-        """Say why another attempt follows, but not for each of them."""
-        waiting = state.outcome is not None and isinstance(state.outcome.exception(), Waiting)
-        level = logging.INFO if waiting else logging.WARNING
-        now = time.monotonic()
-        if not self.closed and now - self._logged_at.get(level, float("-inf")) >= _SECONDS_BETWEEN_LOGS:
-            self._logged_at[level] = now
-            sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
-            _LOG.log(level, sentence, what, self.server, _cause(state))
-
-    def _give_up(self, what: str, state: tenacity.RetryCallState, within: float | None) -> Any:
-        self.check()
-        seconds = f"{self._patience_seconds() if within is None else within:g} seconds"
-        if not self._contacted:
-            raise ServerUnreachable(
-                f"no parameter server answered at {self.server} within {seconds} ({_cause(state)}): start "
-                "ormo-server there, or correct the address"
-            )
-        raise ServerUnreachable(
-            f"{what} at {self.server} did not succeed for {seconds} ({_cause(state)}): look at the server's log "
-            "and at the network, then start this program again"
-        )
 
 
 def _channel_options(patience: Patience) -> list[tuple[str, int]]:
@@ -289,23 +184,7 @@ def _channel_options(patience: Patience) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 5000),  # also the time that one attempt to connect may take
-        ("grpc.max_reconnect_backoff_ms", int(_LONGEST_PAUSE_SECONDS * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(LONGEST_PAUSE_SECONDS * 1000)),
         # Else clients of one process share a connection, and one's backoff holds up another.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-
-
-def _helps(error: BaseException) -> bool:
-    """Whether the attempt that raised this may succeed later."""
-    return isinstance(error, TryAgain) or (isinstance(error, CallEnded) and error.step is Step.SEND_AGAIN)
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
-    return max(_BACKOFF(state), asked_for)
-
-
-def _cause(state: tenacity.RetryCallState) -> str:
-    return str(state.outcome.exception()) if state.outcome is not None else "no attempt was made"

@@ -13,9 +13,9 @@ from torch import nn
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
-from ormo_worker.connection import Patience
 from ormo_worker.devices import resolve_device
 from ormo_worker.errors import OptionRefused
+from ormo_worker.retries import Patience
 from ormo_worker.tasks import Score, Task, load_task
 from ormo_worker.tasks.batches import evaluation_batches, to_device
 from ormo_worker.transfer import Staging

@@ -50,7 +50,8 @@ class Heartbeat:
     def stop(self) -> None:
         """End the thread; its last call must not be in the way, so the connection is closed before."""
         self._stopped.set()
-        if self._thread is not None:
+        # The garbage collector may close a client from any thread, this one included.
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:

@@ -8,11 +8,12 @@ from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.connection import Connection, TryAgain, Waiting
+from ormo_worker.connection import Connection
 from ormo_worker.errors import ModelMismatch, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
+from ormo_worker.retries import TryAgain, Waiting
 from ormo_worker.session import Step
 from ormo_worker.wire import Wire
 

@@ -5,7 +5,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import Reason
-from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
-from ormo_worker.connection import Patience
 from ormo_worker.errors import OptionRefused, OrmoError, RunFinished
 from ormo_worker.groups import SCALE, ParameterGroup
+from ormo_worker.retries import Patience
 from ormo_worker.slot import ExchangeOutcome
 from ormo_worker.transfer import Staging, Transfer
 from ormo_worker.wire import Delivered, Gradient
@@ -97,7 +95,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._client = ParameterClient(
             server,
             self._staging.tensors.manifest,
-            model=partial(_model_payload, self._staging),  # not a method: the client must not keep `self` alive
+            model=self._staging.snapshot,
             worker_id=worker_id,
             wire_dtype=dtype,
             pin_memory=self._staging.device is not None,
@@ -222,7 +220,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _take(self, outcome: ExchangeOutcome) -> None:
         self.last_result = outcome.result
-        if outcome.refusal is not None:
+        if outcome.refusal is not None and not outcome.finished:
             self._note_refusal(outcome.refusal)
         if outcome.delivered is not None:
             self._load(outcome.delivered)
@@ -264,9 +262,3 @@ def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:
     if dtype not in _WIRE_DTYPES:
         raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16")
     return _WIRE_DTYPES[dtype]
-
-
-def _model_payload(staging: Staging) -> Payload:
-    payload = staging.payload(FLOAT32, with_buffers=True)
-    staging.transfer(payload).gather_parameters()
-    return payload

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.connection import Connection, TryAgain
+from ormo_worker.connection import Connection
 from ormo_worker.errors import ProtocolBroken, RunFinished
 from ormo_worker.identity import Identity
 from ormo_worker.membership import Membership
 from ormo_worker.refusal import CallEnded
+from ormo_worker.retries import TryAgain
 from ormo_worker.session import SlotSession, Step
 from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Wire
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.module import ModelTensors
@@ -45,6 +46,13 @@ class Staging:
         if dtype not in self._mirrors:  # one serves all payloads of a dtype: only one is under way at a time
             self._mirrors[dtype] = self._mirror(dtype, self.device)
         return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[dtype], self.device))
+
+    def snapshot(self) -> Payload:
+        """The model as it is now, float32 with buffers: what a server without a model is offered."""
+        layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True)
+        payload = Payload(layout)  # wanted once or twice in a run: not worth page-locked memory, nor a mirror
+        Transfer(self.tensors, payload, _Direct(payload)).gather_parameters()
+        return payload
 
     def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device) -> "_Mirror":
         sizes = self.tensors.manifest.sizes

@@ -1,0 +1,183 @@
+"""The loop in which calls are tried again: how often, how long, and what is said about it."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import tenacity
+
+from ormo_worker.errors import ServerUnreachable
+from ormo_worker.refusal import CallEnded
+from ormo_worker.session import Step
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# A restarted server should not be met by all its workers in the same moment, nor wait long for any.
+LONGEST_PAUSE_SECONDS = 2.0
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, min=0.05, max=LONGEST_PAUSE_SECONDS)
+_SECONDS_BETWEEN_LOGS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for the server.
+
+    Attributes:
+        connect_timeout: seconds until the first sign of life, after which a caller's call fails.
+        failure_timeout: seconds without a byte after which the connection counts as dead and is made anew.
+        give_up_after: seconds without a sign of life after the first one, after which a call fails; None
+            to try for ever.
+    """
+
+    connect_timeout: float = 60.0
+    failure_timeout: float = 30.0
+    give_up_after: float | None = None
+
+
+class TryAgain(Exception):
+    """Raised in an attempt: the same call is to be made again, after a pause of at least these seconds."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_seconds = seconds
+
+
+class Waiting(TryAgain):
+    """As `TryAgain`, where nothing has failed: it is not yet time."""
+
+
+class SignsOfLife:
+    """When the server was last heard.
+
+    Attributes:
+        any: whether it ever was.
+    """
+
+    def __init__(self) -> None:
+        self.any = False
+        self._heard_at = time.monotonic()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since anything came from the server, or since there was somebody to hear it."""
+        return time.monotonic() - self._heard_at
+
+    def heard(self) -> None:
+        """Note that the server is alive."""
+        self._heard_at = time.monotonic()
+        self.any = True
+
+
+class RetryLoop:
+    """Makes attempts until one succeeds.
+
+    Args:
+        server: its address, for logs and errors.
+        patience: how long to go on.
+        signs: of the server's life.
+        closed: ends all pauses.
+        check: raises what stands against another attempt.
+    """
+
+    def __init__(
+        self, server: str, patience: Patience, signs: SignsOfLife, closed: threading.Event, check: Callable[[], None]
+    ) -> None:
+        self._server = server
+        self._patience = patience
+        self._signs = signs
+        self._closed = closed
+        self._check = check
+        self._logged_at: dict[int, float] = {}
+
+    def run(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
+        """Call `attempt` until it succeeds, with growing pauses.
+
+        Args:
+            attempt: raises `TryAgain` or `CallEnded` to be called again, where that can help.
+            what: what it does, for logs and errors, as in "joining the run".
+            within: seconds that all of it may take, for what is not worth more; None to go by patience.
+
+        Raises:
+            ServerUnreachable: nothing was heard of the server for as long as patience lasts, or `within`
+                is over.
+            OrmoError: what `check` raises.
+            RunFinished: the server says that the run is over.
+            Refused: the server won't do it, now or later.
+        """
+
+        def checked() -> T:
+            self._check()
+            return attempt()
+
+        loop = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_helps),
+            stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
+            wait=_pause,
+            sleep=self._sleep,
+            before_sleep=lambda state: self._log(what, state),
+            retry_error_callback=lambda state: self._give_up(what, state, within),
+        )
+        began = time.monotonic()
+        try:
+            outcome = loop(checked)
+        except CallEnded as end:
+            raise end.error(what) from None
+        if self._logged_at.get(logging.WARNING, float("-inf")) >= began:
+            _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
+        return outcome
+
+    def _sleep(self, seconds: float) -> None:
+        self._closed.wait(seconds)
+
+    def _patience_seconds(self) -> float:
+        if not self._signs.any:
+            return self._patience.connect_timeout
+        return float("inf") if self._patience.give_up_after is None else self._patience.give_up_after
+
+    def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
+        # A client that has just begun to ask can't blame the server for the silence before.
+        silent = min(self._signs.silent_seconds, time.monotonic() - state.start_time)
+        return self._closed.is_set() or silent >= self._patience_seconds()
+
+    def _log(self, what: str, state: tenacity.RetryCallState) -> None:
+        """Say why another attempt follows, but not for each of them."""
+        waiting = state.outcome is not None and isinstance(state.outcome.exception(), Waiting)
+        level = logging.INFO if waiting else logging.WARNING
+        now = time.monotonic()
+        if not self._closed.is_set() and now - self._logged_at.get(level, float("-inf")) >= _SECONDS_BETWEEN_LOGS:
+            self._logged_at[level] = now
+            sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
+            _LOG.log(level, sentence, what, self._server, _cause(state))
+
+    def _give_up(self, what: str, state: tenacity.RetryCallState, within: float | None) -> Any:
+        self._check()
+        seconds = f"{self._patience_seconds() if within is None else within:g} seconds"
+        if not self._signs.any:
+            raise ServerUnreachable(
+                f"no parameter server answered at {self._server} within {seconds} ({_cause(state)}): start "
+                "ormo-server there, or correct the address"
+            )
+        raise ServerUnreachable(
+            f"{what} at {self._server} did not succeed for {seconds} ({_cause(state)}): look at the server's log "
+            "and at the network, then start this program again"
+        )
+
+
+def _helps(error: BaseException) -> bool:
+    """Whether the attempt that raised this may succeed later."""
+    return isinstance(error, TryAgain) or (isinstance(error, CallEnded) and error.step is Step.SEND_AGAIN)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
+    return max(_BACKOFF(state), asked_for)
+
+
+def _cause(state: tenacity.RetryCallState) -> str:
+    return str(state.outcome.exception()) if state.outcome is not None else "no attempt was made"
