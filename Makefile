@@ -72,3 +72,7 @@ release-protos: $(INSTALLED)  ## take the contract as it is for released: from n
 .PHONY: clean
 clean:  ## remove what the other words made
 	rm -rf $(VENV) $(PROTO_TOOLS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: readme
+readme: $(INSTALLED)  ## write the README's settings tables anew
+	$(BIN)/python tests/readme.py

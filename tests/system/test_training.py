@@ -5,6 +5,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.tasks.digits import Digits
 from system import linear_task

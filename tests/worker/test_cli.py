@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import ormo_worker
 from ormo_protos.reasons import Reason
 from ormo_protos.settings import settings_table
 from ormo_worker import cli
@@ -123,3 +124,17 @@ def test_a_signal_makes_a_worker_leave_and_exit_with_0(server: FakeServer, numbe
     assert "interrupted: left the run" in error
     assert "Traceback" not in error
     assert server.asked[-1] == "leave"
+
+
+def test_the_package_and_its_command_line_import_without_pytorch() -> None:
+    script = "import sys, ormo_worker.cli; sys.exit('torch' in sys.modules or 'grpc' in sys.modules)"
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
+
+
+def test_what_the_package_exports_is_there() -> None:
+    for name in ormo_worker.__all__:
+        assert getattr(ormo_worker, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Optimizer'"):
+        _ = ormo_worker.Optimizer

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.module import manifest_of
     from ormo_worker.optimizer import RemoteOptimizer
+    from ormo_worker.retries import Patience
     from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
 
 __all__ = [
     "ClassificationTask",
     "OrmoError",
     "ParameterClient",
+    "Patience",
     "RemoteOptimizer",
     "RunFinished",
     "Score",
@@ -32,6 +34,7 @@ _HOMES = {
     "ClassificationTask": "ormo_worker.tasks",
     "OrmoError": "ormo_worker.errors",
     "ParameterClient": "ormo_worker.client",
+    "Patience": "ormo_worker.retries",
     "RemoteOptimizer": "ormo_worker.optimizer",
     "RunFinished": "ormo_worker.errors",
     "Score": "ormo_worker.tasks",

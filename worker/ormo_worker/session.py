@@ -94,14 +94,12 @@ class SlotSession:
         ticket: of the parameters last delivered; None if the next exchange can have no gradient.
         result: of this exchange's gradient, once it came; None if there was none, or it was refused.
         refusal: the refused result, once it came.
-        iteration: where the run ended, once it has, if the server said so.
     """
 
     def __init__(self) -> None:
         self.ticket: pb.Ticket | None = None
         self.result: pb.PushResult | None = None
         self.refusal: pb.PushResult | None = None
-        self.iteration: pb.Iteration | None = None
         self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False)
         self._wants_buffers = True
 
@@ -131,7 +129,7 @@ class SlotSession:
         if result.refusal:
             self.refusal = result
             if result.refusal == Reason.FINISHED:
-                return Step.FINISHED
+                return self.on_finished()
         else:
             self.result = result
         if not self._ask.wants_next:
@@ -148,9 +146,8 @@ class SlotSession:
         self._wants_buffers = False  # from now on the worker keeps its own
         return Step.DONE
 
-    def on_finished(self, iteration: pb.Iteration | None) -> Step:
+    def on_finished(self) -> Step:
         """The run is over: by a message on the stream, or known from elsewhere."""
-        self.iteration = iteration
         self.ticket = None
         return Step.FINISHED
 
@@ -163,7 +160,7 @@ class SlotSession:
         """
         step = step_after(code, reason)
         if step is Step.FINISHED:
-            return self.on_finished(None)
+            return self.on_finished()
         if step is Step.PULL or (self._settled and self._ask.ticket and step in (Step.SEND_AGAIN, Step.JOIN)):
             # The gradient is applied or lost; what is missing are the parameters.
             self._next_request(None, wants_next=True)

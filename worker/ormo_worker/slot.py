@@ -78,7 +78,7 @@ class Slot:
         """
         self._session.begin(with_gradient=gradient is not None, wants_next=wants_next)
         if self._membership.finished:
-            self._session.on_finished(None)
+            self._session.on_finished()
             return self._outcome(None, finished=True)
         try:
             return self._connection.retrying(lambda: self._attempt(gradient), "exchanging with the server")
@@ -98,7 +98,7 @@ class Slot:
             self._rejoin()
             step = self._converse(gradient)
         except RunFinished:
-            step = self._session.on_finished(None)
+            step = self._session.on_finished()
         except CallEnded as end:
             self._drop_stream()
             step = self._session.on_end(end.code, end.reason)
@@ -146,7 +146,7 @@ class Slot:
                 complete = self._receiver.accept(answer.chunk)
                 return self._session.on_delivery(self._receiver.ticket) if complete else Step.READ
             case "finished":
-                return self._session.on_finished(answer.finished.iteration)
+                return self._session.on_finished()
             case _:
                 return Step.FAIL
 

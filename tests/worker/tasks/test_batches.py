@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from ormo_worker.tasks import TaskError
-from ormo_worker.tasks.batches import batches, evaluation_batches, to_device
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+
+from ormo_worker.tasks import TaskError
+from ormo_worker.tasks.batches import batches, evaluation_batches, to_device
 
 SIZE = 10
 

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+
 from ormo_worker.tasks import Task, TaskError, load_task
 from ormo_worker.tasks.batches import batches
 from ormo_worker.tasks.cifar10 import FOLDER

@@ -1,8 +1,9 @@
 import torch
+from torch.utils.data import TensorDataset
+
 from ormo_worker.tasks import Score
 from ormo_worker.tasks.batches import batches, evaluation_batches
 from ormo_worker.tasks.digits import Digits
-from torch.utils.data import TensorDataset
 
 
 def test_the_split_holds_back_a_fifth_of_each_digit_and_never_changes() -> None:

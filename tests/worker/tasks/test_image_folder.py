@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
 from ormo_worker.tasks import TaskError, load_task
 from ormo_worker.tasks import image_folder as module
 from ormo_worker.tasks.batches import batches, evaluation_batches
 from ormo_worker.tasks.image_folder import ImageFiles, ImageFolder
 from ormo_worker.tasks.images import ImageTensors
-from PIL import Image
 
 CLASSES = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 LAYOUT = "it must hold images as train/CLASS/*.jpg and test/CLASS/*.jpg (or val/), or *.png and the like."

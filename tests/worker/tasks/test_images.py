@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ormo_worker.tasks.images import Colours, ImageTensors, crop_and_flip
 from torch import Tensor
+
+from ormo_worker.tasks.images import Colours, ImageTensors, crop_and_flip
 
 COLOURS = Colours(mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.5))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from ormo_worker.tasks import TaskError, load_task
 from ormo_worker.tasks.digits import Digits
 

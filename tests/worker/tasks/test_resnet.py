@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.resnet import Block, ResNet
 

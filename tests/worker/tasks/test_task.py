@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from ormo_worker.tasks import ClassificationTask, Score
 from ormo_worker.tasks.digits import Digits
-from torch import Tensor, nn
 
 LABELS = torch.tensor([0, 1, 1, 1])
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])  # the third is wrong

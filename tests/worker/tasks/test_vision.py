@@ -4,6 +4,7 @@ import sys
 from types import ModuleType
 
 import pytest
+
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.vision import import_torchvision
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from ormo_worker.tasks.task import Batch, TaskError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ormo_worker.tasks.task import Batch, TaskError
 
 
 @runtime_checkable

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from ormo_worker.tasks.task import ClassificationTask
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+
+from ormo_worker.tasks.task import ClassificationTask
 
 
 class Digits(ClassificationTask):

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
 from ormo_worker.tasks.images import Colours, Images, ImageTensors
 from ormo_worker.tasks.resnet import ResNet
 from ormo_worker.tasks.task import ClassificationTask, TaskError
 from ormo_worker.tasks.vision import import_torchvision
-from PIL import Image, ImageOps
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 # ImageNet's, the customary ones. The folder's own would differ between workers with data of their own.
 COLOURS = Colours(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -1,8 +1,9 @@
 """The residual networks for small images of He, Zhang, Ren, Sun 2016, section 4.2."""
 
 import torch.nn.functional as F
-from ormo_worker.tasks.task import TaskError
 from torch import Tensor, nn
+
+from ormo_worker.tasks.task import TaskError
 
 
 class ResNet(nn.Module):

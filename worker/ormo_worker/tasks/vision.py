@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 
 import torch
+
 from ormo_worker.tasks.task import TaskError
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"

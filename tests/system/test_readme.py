@@ -1,0 +1,46 @@
+"""The README is true: its tables are generated, and its examples run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from readme import README, example, with_tables
+from system.programs import ENVIRONMENT, Stage
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_settings_tables_are_those_of_the_settings_classes() -> None:
+    text = README.read_text()
+    assert text.count("<!-- settings: ") == 4
+    assert with_tables(text) == text, "run `make readme`"
+
+
+def test_make_words_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    words = set(re.findall(r"^make (\w+)", README.read_text(), re.MULTILINE))
+    assert words
+    assert [word for word in words if not re.search(rf"^{word}:", makefile, re.MULTILINE)] == []
+
+
+def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:
+    stage.server(stop_after_gradients=200, learning_rate=0.02)
+    code = example("adoption").replace("127.0.0.1:50051", stage.address) + "\nprint(float(loss))\n"
+    assert code.count("# <-") == 5
+    (stage.folder / "loop.py").write_text(code)
+    command = [sys.executable, "loop.py"]
+    done = subprocess.run(command, cwd=stage.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert stage.status().iteration.number == 200
+    assert float(done.stdout) < 0.5  # it begins at about 4, the variance of the targets
+
+
+def test_task_example_trains_as_it_stands(stage: Stage) -> None:
+    (stage.folder / "rings.py").write_text(example("task"))
+    command = re.search(r"^ormo-local (--task rings.*)$", README.read_text(), re.MULTILINE)
+    assert command is not None
+    local = stage.program("local", *command[1].split(), module="ormo_worker.local")
+    output, _ = local.process.communicate(timeout=100)
+    assert local.process.returncode == 0, output
+    assert float(output.split("test accuracy")[1].split("%")[0]) > 85
