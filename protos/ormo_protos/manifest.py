@@ -150,6 +150,9 @@ def _with_offsets(specs: Iterable[TensorSpec]) -> Iterable[TensorSpec]:
 def _check(specs: tuple[TensorSpec, ...]) -> None:
     if not 1 <= len(specs) <= MAX_TENSORS:
         raise ManifestError(f"a model has 1 to {MAX_TENSORS} tensors, this manifest has {len(specs)}")
+    roles = [spec.role for spec in specs]
+    if BUFFER in roles and PARAMETER in roles[roles.index(BUFFER) :]:
+        raise ManifestError("a parameter comes after a buffer: list all parameters first")
     seen: dict[str, TensorSpec] = {}
     for spec, expected in zip(specs, _with_offsets(specs), strict=True):
         _check_tensor(spec)

@@ -137,6 +137,8 @@ class PayloadReceiver:
                 f"a chunk for offset {chunk.offset} came where offset {self._received_bytes} was expected: send the "
                 "chunks of a payload in order, each once"
             )
+        if self.complete:
+            raise PayloadError(f"a chunk came after all {total} bytes of the payload: send each byte once")
         if not 1 <= size <= MAX_CHUNK_BYTES or self._received_bytes + size > total:
             raise PayloadError(
                 f"a chunk of {size} bytes came at offset {chunk.offset} of a payload of {total} bytes: expected 1 to "

@@ -26,7 +26,7 @@ def ceil_of(iteration: int, size: int) -> int:
 def test_buckets_are_the_iteration_index_over_k_rounded_up_while_nobody_joins_or_leaves(
     turns: list[tuple[int, str]],
 ) -> None:
-    driver = driver_of(run_of(), "a", "b", "c", slots=2)
+    driver = driver_of(run_of(), "a", "b", "c", size=START.numel(), slots=2)
     for which, verb in turns:
         carry_out(driver, Command(verb, which, 0))
     assert driver.machine.bucket_size == 6

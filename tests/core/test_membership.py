@@ -77,11 +77,20 @@ def test_a_replaced_process_is_remembered_and_refused_in_all_that_it_asks() -> N
 
 
 def test_only_so_many_replaced_processes_are_remembered_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_machine, "REPLACED_REMEMBERED", 2)
+    monkeypatch.setattr(state_machine, "PROCESSES_REMEMBERED", 2)
     driver = driver_of(run_of(), "a")
     for incarnation in range(2, 6):
         driver.join("a", incarnation=incarnation)
     assert list(driver.machine.state.replaced) == [("a", 3), ("a", 4)]
+
+
+def test_a_process_that_was_taken_for_dead_can_not_throw_out_its_successor() -> None:
+    driver = driver_of(run_of(), "a")
+    driver.leave("a")
+    driver.join("a", incarnation=2)
+    with pytest.raises(Replaced):
+        driver.machine.join(0.0, "a", 1, 1)
+    assert driver.machine.state.members["a"].incarnation == 2
 
 
 def test_a_worker_that_left_is_no_member_and_may_join_again() -> None:

@@ -190,3 +190,49 @@ def test_a_finished_run_stays_finished_and_repeats_its_results() -> None:
     other = restarted(driver, keep_tickets=True)
     assert other.machine.state.finished
     assert other.push("a", 1.0, number=driver.places["a", 0].request, ticket=(0, 1)).repeated
+
+
+def test_another_scheduler_goes_on_from_the_same_parameters_with_workers_that_join_again() -> None:
+    driver = driver_of(run_of(), "a", "b", slots=2)
+    driver.request("a", 1)
+    driver.push("a", 1.0, 1)
+    other = restarted(driver, keep_tickets=True, run=run_of(scheduler="synchronous"))
+    state = other.machine.state
+    assert (state.members, state.tickets, state.iteration) == ({}, {}, 1)
+    assert torch.equal(state.params, driver.machine.state.params)
+    other.incarnations.clear()
+    other.join("a")
+    assert other.request("a").ticket.bucket == 1
+
+
+def test_asynchronous_buckets_go_on_after_the_rounds_of_a_synchronous_run() -> None:
+    driver = driver_of(run_of(scheduler="synchronous"), "a")
+    for _ in range(3):
+        driver.request("a")
+        driver.push("a", 1.0)
+    assert driver.machine.state.newest_bucket == 2
+    other = restarted(driver, keep_tickets=True, run=run_of())
+    other.incarnations.clear()
+    other.join("a")
+    assert other.request("a").ticket.bucket == 3
+
+
+def test_a_finished_run_goes_on_when_its_end_is_moved_and_ends_when_it_is_moved_back() -> None:
+    driver = driver_of(run_of(stop_after_gradients=1), "a")
+    driver.request("a")
+    driver.push("a", 1.0)
+    assert driver.machine.state.finished
+    longer = restarted(driver, keep_tickets=True, run=run_of(stop_after_gradients=2))
+    assert not longer.machine.state.finished
+    assert longer.request("a") is not None
+    shorter = restarted(longer, keep_tickets=True, run=run_of(stop_after_gradients=1))
+    assert (shorter.machine.state.finished, shorter.machine.state.tickets) == (True, {})
+
+
+def test_who_was_taken_for_dead_is_remembered_over_a_restart() -> None:
+    driver = driver_of(run_of(), "a")
+    driver.leave("a")
+    other = restarted(driver, keep_tickets=True)
+    other.join("a", incarnation=2)
+    with pytest.raises(Replaced):
+        other.machine.join(0.0, "a", 1, 1)

@@ -179,3 +179,20 @@ def test_delay_counts_the_gradients_applied_since_the_ticket_was_handed_out() ->
 
 def test_a_wait_that_a_newer_stream_took_over_says_so() -> None:
     assert str(superseded(("a", 2))) == "a newer stream of slot 2 of worker 'a' took over"
+
+
+def test_a_ticket_of_a_round_that_was_not_delivered_yet_can_not_be_redeemed() -> None:
+    driver = driver_of(run_of(scheduler="synchronous", min_workers=2), "a", "b")
+    (undelivered,) = [ticket.key for ticket in driver.machine.state.tickets.values() if ticket.slot == ("b", 0)]
+    refused(driver, TicketUnknown, "pull again", driver.requester("b"), undelivered)
+    assert driver.request("b") is not None
+    assert driver.push("b", 1.0).iteration == 1
+
+
+def test_a_gradient_of_another_size_is_a_broken_invariant_and_changes_nothing() -> None:
+    driver = driver_of(run_of(), "a", size=3)
+    driver.request("a")
+    before = fingerprint(driver.machine)
+    with pytest.raises(AssertionError):
+        driver.push("a", torch.ones(1))
+    assert fingerprint(driver.machine) == before

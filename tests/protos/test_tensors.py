@@ -170,7 +170,7 @@ BAD_CHUNKS = [
     ([piece(0, 0)], "a chunk of 0 bytes came at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
     ([piece(0, 25)], "a chunk of 25 bytes came at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
     ([piece(0, 16), piece(16, 9)], "a chunk of 9 bytes came at offset 16 of a payload of 24 bytes: expected 1 to 8"),
-    ([piece(0, 24), piece(24, 1)], "a chunk of 1 bytes came at offset 24 of a payload of 24 bytes"),  # one too many
+    ([piece(0, 24), piece(24, 1)], "a chunk came after all 24 bytes of the payload"),  # one too many
 ]
 
 

@@ -88,9 +88,18 @@ def test_worker_waits_for_a_server_that_is_not_up_yet(stage: Stage) -> None:
     assert stage.status().applied == 5
 
 
+OTHER_TASK = """
+import torch
+from ormo_worker.tasks.digits import Digits
+
+class Other(Digits):
+    def build_model(self):
+        return torch.nn.Linear(3, 4)
+"""
+
+
 def test_worker_with_another_model_is_told_which_tensors_differ(stage: Stage) -> None:
-    task = "import torch\nfrom ormo_worker.tasks.digits import Digits\n\nclass Other(Digits):\n    def build_model(self):\n"
-    (stage.folder / "other.py").write_text(task + "        return torch.nn.Linear(3, 4)\n")
+    (stage.folder / "other.py").write_text(OTHER_TASK)
     stage.server()
     assert stage.worker("right", stop_after=2).wait() == 0
     other = stage.worker("wrong", task="other.py:Other")

@@ -30,7 +30,8 @@ def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:
     assert code.count("# <-") == 5
     (stage.folder / "loop.py").write_text(code)
     command = [sys.executable, "loop.py"]
-    done = subprocess.run(command, cwd=stage.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    where = {"cwd": stage.folder, "env": ENVIRONMENT}
+    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert stage.status().iteration.number == 200
     assert float(done.stdout) < 0.5  # it begins at about 4, the variance of the targets

@@ -274,6 +274,7 @@ class FakeServer(ParameterServerServicer):
             dtype=asked.dtype,
             with_buffers=asked.with_buffers,
             payload_bytes=layout.total_bytes,
+            manifest_digest=self.manifest.digest,
             samples=self.samples,
         )
         if ticket is not None:

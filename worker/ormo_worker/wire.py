@@ -128,6 +128,12 @@ class DeliveryReceiver:
         Raises:
             ProtocolBroken: it is not what was asked for, or not of this model.
         """
+        if delivery.manifest_digest != self._wire.manifest.digest:
+            raise ProtocolBroken(
+                f"the server announced parameters of the model with digest {delivery.manifest_digest.hex()[:16]}…, but "
+                f"this model's is {self._wire.manifest.digest.hex()[:16]}…: give the server and this program the same "
+                "model"
+            )
         layout = PayloadLayout.of(self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers)
         came = (delivery.dtype, delivery.with_buffers, delivery.payload_bytes)
         wanted = (asked.dtype, asked.with_buffers, layout.total_bytes)

@@ -154,7 +154,7 @@ class Manifest(_message.Message):
     """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """In the order of the model's state_dict, parameters before buffers."""
+        """Parameters first, then buffers, each in the order of the model."""
 
     def __init__(
         self,
@@ -690,6 +690,7 @@ class Delivery(_message.Message):
     WITH_BUFFERS_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Dtype of the payload's first section."""
     with_buffers: _builtins.bool
@@ -697,7 +698,9 @@ class Delivery(_message.Message):
     payload_bytes: _builtins.int
     """Bytes of payload that follow; 0 if nothing is newer than asked for."""
     samples: _builtins.int
-    """Gradients and samples that the run still wants may be derived from these: samples counted so far."""
+    """Samples counted so far in the run."""
+    manifest_digest: _builtins.bytes
+    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The iteration of the parameters."""
@@ -715,10 +718,11 @@ class Delivery(_message.Message):
         with_buffers: _builtins.bool = ...,
         payload_bytes: _builtins.int = ...,
         samples: _builtins.int = ...,
+        manifest_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "payload_bytes", b"payload_bytes", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

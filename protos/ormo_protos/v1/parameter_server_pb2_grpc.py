@@ -109,6 +109,7 @@ class ParameterServerServicer(object):
         """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
         evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
         INVALID_ARGUMENT     BAD_REQUEST.
+        UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
         than one already used. FINISHED: no more tickets.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
@@ -137,7 +138,8 @@ class ParameterServerServicer(object):
         ABORTED              SUPERSEDED: a newer stream of the same slot took over.
         CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
         the server began to drain: try again on a new stream.
-        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal.
+        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
+        the same exchange asked for still follows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -76,6 +76,7 @@ class ParameterServerStub:
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
     evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
       INVALID_ARGUMENT     BAD_REQUEST.
+      UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
@@ -96,7 +97,8 @@ class ParameterServerStub:
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
                            the server began to drain: try again on a new stream.
-    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal.
+    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
+    the same exchange asked for still follows.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.HeartbeatRequest, _parameter_server_pb2.HeartbeatResponse]
     """Keeps the worker's lease. Safe to retry.
@@ -134,6 +136,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
     evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
       INVALID_ARGUMENT     BAD_REQUEST.
+      UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
@@ -154,7 +157,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
                            the server began to drain: try again on a new stream.
-    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal.
+    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
+    the same exchange asked for still follows.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.HeartbeatRequest, _parameter_server_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Keeps the worker's lease. Safe to retry.
@@ -207,6 +211,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
         evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
           INVALID_ARGUMENT     BAD_REQUEST.
+          UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                                than one already used. FINISHED: no more tickets.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
@@ -239,7 +244,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
                                the server began to drain: try again on a new stream.
-        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal.
+        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
+        the same exchange asked for still follows.
         """
 
     @_abc_1.abstractmethod

@@ -52,9 +52,11 @@ def take(machine: StateMachine) -> Snapshot:
         views["round_params"] = state.round_params
     fields: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
     fields["rule"] = machine.run.method.rule
+    fields["scheduler"] = machine.run.method.scheduler
     fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
+    fields["departed"] = dict(state.departed)
     return Snapshot({name: view.clone() for name, view in views.items()}, fields)
 
 
@@ -81,9 +83,15 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
     machine = StateMachine(run, state)
     if not keep_tickets:
         _void_everything(state)
+    if snapshot.fields["scheduler"] != run.method.scheduler:
+        _change_scheduler(state)
     state.epoch = epoch
     # Whoever was a member once has been waited for already.
     state.started = True
+    # The settings may put the end elsewhere than it was.
+    state.finished = False
+    if machine.reached_end():
+        machine.finish()
     return machine
 
 
@@ -98,6 +106,7 @@ def _state(run: Run, snapshot: Snapshot) -> State:
     restored = (Ticket(**{**row, "slot": tuple(row["slot"])}) for row in fields["tickets"])
     state.tickets = {ticket.key: ticket for ticket in restored}
     state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
+    state.departed = dict(fields["departed"])
     state.round_params = tensors.get("round_params")
     return state
 
@@ -113,6 +122,14 @@ def _slot(row: Mapping[str, Any]) -> Slot:
         None if ticket is None else (ticket[0], ticket[1]),
         None if result is None else PushResult(**result),
     )
+
+
+def _change_scheduler(state: State) -> None:
+    """Members joined under another scheduler's terms: they join again. Buckets go on after the newest."""
+    _void_everything(state)
+    state.members.clear()
+    if state.iteration:
+        state.issue, state.filled = state.newest_bucket + 1, 0
 
 
 def _void_everything(state: State) -> None:

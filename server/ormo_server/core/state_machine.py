@@ -6,6 +6,7 @@ possible for others (a ticket for a slot that waited, the end of a wait) comes o
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -26,8 +27,12 @@ from ormo_server.core.scales import STEP_SCALES, Timing
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.state import Member, PushResult, Slot, SlotKey, State, Ticket, TicketKey
 
-# A replaced process either learns of it within its lease or is dead; this many are told apart, then the oldest go.
-REPLACED_REMEMBERED = 1024
+# A process that was replaced or has left either learns of it soon or is dead; this many are told apart, then the oldest
+# are forgotten.
+PROCESSES_REMEMBERED = 1024
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +163,14 @@ class StateMachine:
         state = self.state
         known = state.members.get(worker)
         self._refuse_replaced(worker, incarnation)
+        self._refuse_finished()
         if known is not None and known.incarnation == incarnation:
             self._refuse_other_slots(known, slots)
             return known
         self._refuse_newcomer(worker, slots)
         if known is not None:
             self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
-            self._remember_replaced(known)
+        self._remember_replaced(worker, incarnation)
         member = self._add(worker, incarnation, slots)
         state.started = state.started or len(state.members) >= self.run.min_workers
         self._hand_out(now)
@@ -192,7 +198,8 @@ class StateMachine:
     def request_ticket(self, now: float, requester: Requester) -> None:
         """A slot wants a ticket. It comes as a `Granted` event, at once or when the scheduler allows.
 
-        Whatever the slot held is void, and a result that was kept for an earlier request is confirmed.
+        A ticket that the slot held is void, unless it was not delivered yet and is this request's answer. A result
+        that was kept for an earlier request is confirmed.
 
         Raises:
             NotAMember, Replaced, BadRequest, StaleRequest: see `_requesting_slot`.
@@ -255,11 +262,12 @@ class StateMachine:
             return replace(slot.result, repeated=True)
         self._refuse_finished()
         ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
+        self._assert_sizes(gradient)
         slot.result = self._count(requester, ticket, gradient)
         slot.request = requester.request
         tickets.close(self.state, ticket)
-        if self._reached_end():
-            self._finish()
+        if self.reached_end():
+            self.finish()
         self._hand_out(now)
         return slot.result
 
@@ -280,6 +288,12 @@ class StateMachine:
         return PushResult(
             requester.request, state.epoch, state.iteration, delay, landing.lag_buckets, landing.step_size
         )
+
+    def _assert_sizes(self, gradient: Gradient) -> None:
+        # A driver that gets this wrong would change the state by half.
+        assert gradient.values.shape == self.state.params.shape
+        assert gradient.float_buffers is None or gradient.float_buffers.shape == self.state.float_buffers.shape
+        assert gradient.int_buffers is None or gradient.int_buffers.shape == self.state.int_buffers.shape
 
     def _land(self, ticket: Ticket, counted_delay: int) -> Landing:
         state = self.state
@@ -306,11 +320,13 @@ class StateMachine:
         for ticket in self.scheduler.hand_out(self.state, now):
             self._events.append(Granted(ticket.slot, ticket, self.state.round_params))
 
-    def _reached_end(self) -> bool:
+    def reached_end(self) -> bool:
+        """Whether the run has as many gradients or samples as it should."""
         gradients, samples = self.run.stop_after_gradients, self.run.stop_after_samples
         return bool((gradients and self.state.iteration >= gradients) or (samples and self.state.samples >= samples))
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """End the run: all tickets are void and nobody waits any more."""
         state = self.state
         state.finished = True
         for ticket in list(state.tickets.values()):
@@ -340,11 +356,14 @@ class StateMachine:
                 self._events.append(Released(key, why))
             self.state.rule.slot_closed(key)
         del self.state.members[member.worker]
+        _remember(self.state.departed, member.worker, member.incarnation)
 
-    def _remember_replaced(self, member: Member) -> None:
-        self.state.replaced[(member.worker, member.incarnation)] = None
-        while len(self.state.replaced) > REPLACED_REMEMBERED:
-            del self.state.replaced[next(iter(self.state.replaced))]
+    def _remember_replaced(self, worker: str, newcomer: int) -> None:
+        # Also a process that had left or was taken for dead is replaced when another comes under its name: when it
+        # wakes up it must not throw that one out.
+        previous = self.state.departed.pop(worker, newcomer)
+        if previous != newcomer:
+            _remember(self.state.replaced, (worker, previous), None)
 
     # Checks
 
@@ -393,7 +412,6 @@ class StateMachine:
             )
 
     def _refuse_newcomer(self, worker: str, slots: int) -> None:
-        self._refuse_finished()
         self.scheduler.check_slots(slots)
         members = self.state.members
         if worker not in members and len(members) >= self.run.max_workers:
@@ -402,6 +420,12 @@ class StateMachine:
                 "one leaves",
                 retry_seconds=5.0,
             )
+
+
+def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
+    memory[key] = value
+    while len(memory) > PROCESSES_REMEMBERED:
+        del memory[next(iter(memory))]
 
 
 def superseded(slot: SlotKey) -> Superseded:

@@ -21,13 +21,13 @@ def held(state: State, slot: SlotKey) -> Ticket | None:
 
 
 def in_flight(state: State, slot: SlotKey, key: TicketKey) -> Ticket:
-    """The ticket with this key, if this slot holds it.
+    """The ticket with this key, if this slot holds it and got its parameters.
 
     Raises:
-        TicketUnknown: it was never handed out to the slot, is used up, or is void.
+        TicketUnknown: it was never delivered to the slot, is used up, or is void.
     """
     ticket = held(state, slot)
-    if ticket is None or ticket.key != key:
+    if ticket is None or ticket.key != key or not ticket.delivered:
         holds = "holds none" if ticket is None else f"holds ticket {ticket.number}"
         raise TicketUnknown(
             f"ticket {key[1]} of epoch {key[0]:016x} is not in flight: slot {slot[1]} of worker {slot[0]!r} {holds}. "

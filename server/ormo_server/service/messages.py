@@ -93,8 +93,8 @@ def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
     return pb.PushResult(request=request, refusal=refusal.reason, refusal_message=str(refusal))
 
 
-def delivery_header(delivery: Delivery) -> pb.Delivery:
-    """What is said about parameters before they follow."""
+def delivery_header(delivery: Delivery, digest: bytes) -> pb.Delivery:
+    """What is said about parameters of the model with this manifest digest before they follow."""
     message = pb.Delivery(
         iteration=pb.Iteration(epoch=delivery.epoch, number=delivery.iteration), samples=delivery.samples
     )
@@ -106,6 +106,7 @@ def delivery_header(delivery: Delivery) -> pb.Delivery:
     if delivery.payload is not None:
         message.dtype = delivery.payload.layout.dtype
         message.with_buffers = delivery.payload.layout.with_buffers
+        message.manifest_digest = digest
         message.payload_bytes = delivery.payload.layout.total_bytes
     return message
 

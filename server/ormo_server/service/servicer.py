@@ -146,7 +146,7 @@ class Servicer(ParameterServerServicer):
         except Finished:
             yield _finished(engine)
             return
-        yield pb.PushPullResponse(delivery=messages.delivery_header(delivery))
+        yield pb.PushPullResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
         for chunk in self._sent(stream, engine, delivery):
             yield pb.PushPullResponse(chunk=chunk)
 
@@ -174,7 +174,7 @@ class Servicer(ParameterServerServicer):
             stream.exchange(),
             self._pulled(stream, request) as (engine, delivery),
         ):
-            yield pb.PullParamsResponse(delivery=messages.delivery_header(delivery))
+            yield pb.PullParamsResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
             for chunk in self._sent(stream, engine, delivery):
                 yield pb.PullParamsResponse(chunk=chunk)
 
@@ -253,8 +253,9 @@ class Servicer(ParameterServerServicer):
 
     def _sent(self, stream: OpenStream, engine: Engine, delivery: Delivery) -> Chunks:
         for chunk in messages.delivered_chunks(delivery.payload):
-            yield chunk
+            # Counted as it is handed over: a reader that has all it wants may never ask for the end.
             self._metrics.sent_bytes.inc(len(chunk.data))
+            yield chunk
             if stream.requester is not None:
                 engine.heard(stream.requester.worker)
 

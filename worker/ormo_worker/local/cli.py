@@ -118,7 +118,7 @@ def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
     server = cluster.server.peak_bytes if cluster.server else 0
     workers = max((worker.peak_bytes for worker in cluster.workers), default=0)
     rows["peak memory"] = f"server {server / 1e6:.0f} MB, largest worker {workers / 1e6:.0f} MB"
-    rows["logs"] = str(cluster.settings.directory / "logs")
+    rows["logs"] = str(cluster.directory / "logs")
     rows["model"] = str(cluster.newest_checkpoint() or "no checkpoint")
     for name, value in rows.items():
         console.print(f"{name:>14}  {value}", highlight=False, soft_wrap=True)

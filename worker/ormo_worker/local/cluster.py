@@ -3,6 +3,7 @@
 import os
 import shlex
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Cluster:
     """A server, workers and an evaluator on this machine.
 
     Attributes:
+        directory: where checkpoints and logs are.
         address: of the server.
         metrics_address: of its metrics; empty if there are none.
         workers: the worker processes.
@@ -30,7 +32,8 @@ class Cluster:
         self.workers: list[Child] = []
         self.server: Child | None = None
         self.evaluator: Child | None = None
-        self._logs = settings.directory / "logs"
+        self.directory = settings.directory or Path(time.strftime("runs/local-%Y%m%d-%H%M%S"))
+        self._logs = self.directory / "logs"
 
     def start(self, evaluated: Callable[[dict[str, float]], None]) -> None:
         """Start everything.
@@ -96,14 +99,14 @@ class Cluster:
 
     def newest_checkpoint(self) -> Path | None:
         """The model of the run's last checkpoint."""
-        return max(self.settings.directory.glob("checkpoint-*/model.safetensors"), default=None)
+        return max(self.directory.glob("checkpoint-*/model.safetensors"), default=None)
 
     def _server_arguments(self) -> list[str]:
         settings = self.settings
         flags = {
             "--listen": "127.0.0.1:0",
             "--metrics-listen": settings.metrics_listen,
-            "--directory": settings.directory,
+            "--directory": self.directory,
             "--method": settings.method,
             "--learning-rate": settings.learning_rate,
             "--momentum": settings.momentum,

@@ -1,7 +1,6 @@
 """The settings of `ormo-local`."""
 
 import re
-import time
 from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
@@ -27,9 +26,10 @@ class LocalSettings(Settings):
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
     weight_decay: float = Field(0.0, ge=0, description="λ")
     evaluate_every: float = Field(2.0, gt=0, description="seconds between evaluations on the test set")
-    directory: Path = Field(
-        default_factory=lambda: Path(time.strftime("runs/local-%Y%m%d-%H%M%S")),
-        description="where checkpoints and logs go; an earlier run's directory goes on with that run",
+    directory: Path | None = Field(
+        None,
+        description="where checkpoints and logs go; an earlier run's directory goes on with that run; none: a new one "
+        "under `runs/`, named by the time",
     )
     metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
     server_flags: str = Field("", description="more flags for `ormo-server serve`, in one string")
