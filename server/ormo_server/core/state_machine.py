@@ -163,7 +163,6 @@ class StateMachine:
         state = self.state
         known = state.members.get(worker)
         self._refuse_replaced(worker, incarnation)
-        self._refuse_finished()
         if known is not None and known.incarnation == incarnation:
             self._refuse_other_slots(known, slots)
             return known
@@ -412,6 +411,7 @@ class StateMachine:
             )
 
     def _refuse_newcomer(self, worker: str, slots: int) -> None:
+        self._refuse_finished()
         self.scheduler.check_slots(slots)
         members = self.state.members
         if worker not in members and len(members) >= self.run.max_workers:
