@@ -54,8 +54,7 @@ class Progress:
         return Text(
             f"iteration {status.iteration.number}{end} · {pushes:.0f} gradients/s · {samples:.0f} samples/s · "
             f"loss {loss} · delay mean {status.delay_mean:.1f} max {status.delay_max} · accuracy {accuracy} · "
-            f"{len(status.workers)} workers",
-            no_wrap=True,
+            f"{len(status.workers)} workers"
         )
 
 
@@ -105,6 +104,8 @@ def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
 
 
 def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
+    if not console.is_terminal:
+        console.print()  # elsewhere the live line ends without a line feed
     status, (pushes, samples) = progress.status, progress.rates()
     rows = {
         "gradients": f"{status.iteration.number} in {time.monotonic() - progress.started:.1f} s "
