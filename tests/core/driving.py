@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from ormo_server.core.errors import OrmoError
+from ormo_server.core.events import Granted
+from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.snapshot import take
 from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
-from ormo_server.core.state_machine import Gradient, Granted, Requester, StateMachine
+from ormo_server.core.state_machine import StateMachine
 
 
 @dataclass

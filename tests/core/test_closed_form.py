@@ -11,10 +11,11 @@ from core.reference import closed_form, rounding, step_sizes
 from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.blocks import BLOCK_ELEMENTS
+from ormo_server.core.inputs import Gradient
 from ormo_server.core.method import Run
 from ormo_server.core.rules import Landing, Ormo
 from ormo_server.core.state import State
-from ormo_server.core.state_machine import Gradient, StateMachine
+from ormo_server.core.state_machine import StateMachine
 
 
 def assert_closed_form(driver: Driver, start: torch.Tensor) -> None:

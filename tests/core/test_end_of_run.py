@@ -7,7 +7,8 @@ import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import Finished, NotAMember
-from ormo_server.core.state_machine import Gradient, Released, Requester
+from ormo_server.core.events import Released
+from ormo_server.core.inputs import Gradient, Requester
 
 
 def finished_run() -> Driver:

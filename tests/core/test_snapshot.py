@@ -11,9 +11,10 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from core.scripts import START, Command, carry_out, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.errors import Replaced, SettingsError, TicketUnknown
+from ormo_server.core.inputs import Requester
 from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import Requester, StateMachine
+from ormo_server.core.state_machine import StateMachine
 
 
 def through_json(taken: Snapshot) -> Snapshot:

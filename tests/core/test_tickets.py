@@ -7,7 +7,9 @@ import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import BadRequest, OrmoError, StaleRequest, TicketUnknown
-from ormo_server.core.state_machine import Gradient, Requester, StateMachine, superseded
+from ormo_server.core.events import superseded
+from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.state_machine import StateMachine
 
 
 def one_worker(slots: int = 1) -> Driver:

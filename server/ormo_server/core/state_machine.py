@@ -4,13 +4,11 @@ All checks of an input come before its first change, so a refusal leaves the sta
 possible for others (a ticket for a slot that waited, the end of a wait) comes out as events.
 """
 
-import hashlib
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 
-from ormo_server.core import tickets
+from ormo_server.core import membership, tickets
 from ormo_server.core.errors import (
     BadRequest,
     Finished,
@@ -18,75 +16,15 @@ from ormo_server.core.errors import (
     OrmoError,
     Replaced,
     StaleRequest,
-    Superseded,
     TooManyWorkers,
 )
+from ormo_server.core.events import Event, Granted, Released
+from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES, Landing
 from ormo_server.core.scales import STEP_SCALES, Timing
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.state import Member, PushResult, Slot, SlotKey, State, Ticket, TicketKey
-
-# A process that was replaced or has left either learns of it soon or is dead; this many are told apart, then the oldest
-# are forgotten.
-PROCESSES_REMEMBERED = 1024
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-
-@dataclass(frozen=True, slots=True)
-class Requester:
-    """Who asks: a slot of an incarnation of a worker, with the slot's rising request number (from 1 up)."""
-
-    worker: str
-    incarnation: int
-    slot: int
-    request: int
-
-    @property
-    def slot_key(self) -> SlotKey:
-        """(worker, slot)."""
-        return (self.worker, self.slot)
-
-
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """A gradient as it came in, already known to be finite and of the model's size.
-
-    Attributes:
-        ticket: key of the ticket that it redeems.
-        values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
-        samples: in the mini-batch.
-        float_buffers: the worker's, shape (f,), float32; None if it sent none.
-        int_buffers: the worker's, shape (i,), int64; None if it sent none.
-    """
-
-    ticket: TicketKey
-    values: torch.Tensor
-    samples: int = 0
-    float_buffers: torch.Tensor | None = None
-    int_buffers: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A waiting slot has its ticket. `params` is what to send, or None: `StateMachine.write_delivery` at once."""
-
-    slot: SlotKey
-    ticket: Ticket
-    params: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """A waiting slot will not get its ticket."""
-
-    slot: SlotKey
-    error: OrmoError
-
-
-Event = Granted | Released
 
 
 class StateMachine:
@@ -136,19 +74,6 @@ class StateMachine:
         events, self._events = self._events, []
         return events
 
-    def member(self, worker: str, incarnation: int) -> Member:
-        """The live worker with this id and incarnation.
-
-        Raises:
-            Replaced: a newer incarnation of the worker has joined.
-            NotAMember: it never joined, has left, or its lease ran out.
-        """
-        self._refuse_replaced(worker, incarnation)
-        member = self.state.members.get(worker)
-        if member is None or member.incarnation != incarnation:
-            raise NotAMember(f"worker {worker!r} is not a member of this run: join first, or again")
-        return member
-
     # Inputs: membership
 
     def join(self, now: float, worker: str, incarnation: int, slots: int) -> Member:
@@ -162,15 +87,14 @@ class StateMachine:
         """
         state = self.state
         known = state.members.get(worker)
-        self._refuse_replaced(worker, incarnation)
+        membership.refuse_replaced(self.state, worker, incarnation)
         if known is not None and known.incarnation == incarnation:
             self._refuse_other_slots(known, slots)
             return known
         self._refuse_newcomer(worker, slots)
         if known is not None:
             self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
-        self._remember_replaced(worker, incarnation)
-        member = self._add(worker, incarnation, slots)
+        member = membership.add(state, worker, incarnation, slots, run_seed=self.run.seed)
         state.started = state.started or len(state.members) >= self.run.min_workers
         self._hand_out(now)
         return member
@@ -184,7 +108,7 @@ class StateMachine:
         Raises:
             Replaced: a newer incarnation of this id has joined.
         """
-        self._refuse_replaced(worker, incarnation)
+        membership.refuse_replaced(self.state, worker, incarnation)
         member = self.state.members.get(worker)
         if member is None or member.incarnation != incarnation:
             return False
@@ -334,35 +258,8 @@ class StateMachine:
             self._events.append(Released(slot, self._over()))
         state.waiting.clear()
 
-    def _add(self, worker: str, incarnation: int, slots: int) -> Member:
-        state = self.state
-        taken = {member.rank for member in state.members.values()}
-        rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
-        state.joins += 1
-        seed = data_seed(self.run.seed, state.epoch, state.joins)
-        member = Member(worker, incarnation, rank, seed, [Slot() for _ in range(slots)])
-        state.members[worker] = member
-        return member
-
     def _remove(self, member: Member, why: OrmoError) -> None:
-        for number in range(len(member.slots)):
-            key = (member.worker, number)
-            ticket = tickets.held(self.state, key)
-            if ticket is not None:
-                tickets.close(self.state, ticket)
-            if key in self.state.waiting:
-                del self.state.waiting[key]
-                self._events.append(Released(key, why))
-            self.state.rule.slot_closed(key)
-        del self.state.members[member.worker]
-        _remember(self.state.departed, member.worker, member.incarnation)
-
-    def _remember_replaced(self, worker: str, newcomer: int) -> None:
-        # Also a process that had left or was taken for dead is replaced when another comes under its name: when it
-        # wakes up it must not throw that one out.
-        previous = self.state.departed.pop(worker, newcomer)
-        if previous != newcomer:
-            _remember(self.state.replaced, (worker, previous), None)
+        self._events += [Released(slot, why) for slot in membership.remove(self.state, member)]
 
     # Checks
 
@@ -375,7 +272,7 @@ class StateMachine:
             BadRequest: it joined with fewer slots, or the request number is below 1.
             StaleRequest: the slot has used a higher request number.
         """
-        member = self.member(requester.worker, requester.incarnation)
+        member = membership.find(self.state, requester.worker, requester.incarnation)
         if not 0 <= requester.slot < len(member.slots) or requester.request < 1:
             raise BadRequest(
                 f"slot {requester.slot}, request {requester.request} of worker {requester.worker!r}: it joined with "
@@ -388,13 +285,6 @@ class StateMachine:
                 f"request {slot.request}: numbers rise, only the newest may be retried"
             )
         return slot
-
-    def _refuse_replaced(self, worker: str, incarnation: int) -> None:
-        if (worker, incarnation) in self.state.replaced:
-            raise Replaced(
-                f"a newer process has joined as worker {worker!r}: this one must stop; to run both, give them "
-                "different worker ids"
-            )
 
     def _refuse_finished(self) -> None:
         if self.state.finished:
@@ -420,20 +310,3 @@ class StateMachine:
                 "one leaves",
                 retry_seconds=5.0,
             )
-
-
-def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
-    memory[key] = value
-    while len(memory) > PROCESSES_REMEMBERED:
-        del memory[next(iter(memory))]
-
-
-def superseded(slot: SlotKey) -> Superseded:
-    """The error for a wait that a newer request of the same slot took over."""
-    return Superseded(f"a newer stream of slot {slot[1]} of worker {slot[0]!r} took over")
-
-
-def data_seed(run_seed: int, epoch: int, joins: int) -> int:
-    """A 64-bit seed that differs for every join of a run, so that restarts do not repeat data."""
-    digest = hashlib.sha256(f"{run_seed}/{epoch}/{joins}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")

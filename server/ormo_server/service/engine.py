@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
+from ormo_server.core import membership
 from ormo_server.core.blocks import all_finite
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.events import Granted, superseded
+from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
-from ormo_server.core.state_machine import Gradient, Granted, Requester, StateMachine, superseded
+from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.observations import Observations
@@ -117,9 +120,9 @@ class Engine:
             return member
 
     def check_member(self, worker: str, incarnation: int) -> None:
-        """Refuse early what would be refused after its tensors have come; see `StateMachine.member`."""
+        """Refuse early what would be refused after its tensors have come; see `membership.find`."""
         with self._hold() as machine:
-            machine.member(worker, incarnation)
+            membership.find(machine.state, worker, incarnation)
             self._leases.heard(worker, self._clock())
 
     def heard(self, worker: str) -> None:
@@ -129,7 +132,7 @@ class Engine:
     def heartbeat(self, worker: str, incarnation: int, returned: Sequence[TicketKey]) -> None:
         """Keep a lease, and take back tickets that will not be used."""
         with self._hold() as machine:
-            machine.member(worker, incarnation)
+            membership.find(machine.state, worker, incarnation)
             self._leases.heard(worker, self._clock())
             for key in returned:
                 machine.return_ticket(self._clock(), worker, incarnation, key)

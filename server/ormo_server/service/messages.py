@@ -8,8 +8,8 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
+from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult, TicketKey
-from ormo_server.core.state_machine import Requester
 from ormo_server.service.delivery import Delivery
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

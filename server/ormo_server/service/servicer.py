@@ -12,7 +12,7 @@ from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer
 from ormo_server.core.errors import BadRequest, Finished, OrmoError, ProtocolVersion
-from ormo_server.core.state_machine import Requester
+from ormo_server.core.inputs import Requester
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool
 from ormo_server.service.delivery import Delivery, Waiter

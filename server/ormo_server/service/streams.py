@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import grpc
 
 from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
-from ormo_server.core.state_machine import Requester, superseded
+from ormo_server.core.events import superseded
+from ormo_server.core.inputs import Requester
 from ormo_server.service.delivery import Delivery, Waiter
 
 _RETRY_SECONDS = 1.0
