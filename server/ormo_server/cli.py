@@ -61,6 +61,7 @@ def serve(settings: ServerSettings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
     )
+    stop = _stop_signal()
     try:
         server = Server(settings)
         server.start()
@@ -71,7 +72,7 @@ def serve(settings: ServerSettings) -> int:
     sys.stdout.write(f"serving address={server.address} metrics={server.metrics_address}\n")
     sys.stdout.flush()
     log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
-    return _run_until_told(server, _stop_signal())
+    return _run_until_told(server, stop)
 
 
 def _stop_signal() -> threading.Event:

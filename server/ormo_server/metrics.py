@@ -1,8 +1,5 @@
 """What the server exports to Prometheus. The names and their meanings are all here."""
 
-from collections.abc import Callable
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ormo_protos.reasons import Reason
@@ -36,6 +33,9 @@ class Metrics:
         self.samples = self._counter("samples", "Training samples in applied gradients.")
         self.expired_workers = self._counter("expired_workers", "Workers whose lease ran out.")
         self.expired_tickets = self._counter("expired_tickets", "Tickets of live workers that were out too long.")
+        self.upkeep_failures = self._counter("upkeep_failures", "Background work that failed, by what it was.", "work")
+        for work in ("expiry", "checkpoints"):
+            self.upkeep_failures.labels(work)
         self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
 
     def _distributions(self) -> None:
@@ -57,10 +57,6 @@ class Metrics:
             "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was written, Unix time."
         )
         self.checkpoint_iteration = self._gauge("checkpoint_iteration", "Iteration that the last checkpoint holds.")
-
-    def observe_with(self, read: Callable[[], Any], gauge: Gauge) -> None:
-        """Ask for a gauge's value when it is scraped instead of setting it on the hot path."""
-        gauge.set_function(read)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"ormo_{name}", text, labels, registry=self.registry)

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos.manifest import BFLOAT16
+from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import Server
@@ -23,6 +23,9 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
         worker.join()
         worker.pull()
         yield server, stub, worker
+
+
+FLOATS = pb.DeliveryRequest(dtype=FLOAT32)
 
 
 def chunk(offset: int, size: int) -> pb.TensorChunk:
@@ -98,7 +101,7 @@ def _unknown_ticket(worker: WireWorker) -> None:
 
 
 def _missing_slot(worker: WireWorker) -> None:
-    worker.stub.PullParams(pb.PullParamsRequest(requester=worker.requester(slot=1))).__next__()
+    worker.stub.PullParams(pb.PullParamsRequest(requester=worker.requester(slot=1), delivery=FLOATS)).__next__()
 
 
 def _malformed_id(worker: WireWorker) -> None:
@@ -242,19 +245,20 @@ def test_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_streams_beyond_the_threads_are_refused_at_once_and_others_are_still_served(tmp_path: Path) -> None:
-    with served(tmp_path, max_workers=1, slots_per_worker=1, max_readers=1) as server, connected(server) as stub:
+    with served(tmp_path, max_workers=1, slots_per_worker=1) as server, connected(server) as stub:
         worker = WireWorker(stub, "a")
         worker.join()
-        silent = [worker.open() for _ in range(3)]
-        eventually(lambda: len(server.streams) == 3)
-        with pytest.raises(Refused) as refused:
-            WireWorker(stub, "reader").pull(ticket=False)
+        silent = [worker.open() for _ in range(2)]
+        eventually(lambda: len(server.streams) == 2)
+        with pytest.raises(Refused, match="slots_per_worker") as refused:
+            worker.pull()
         assert (refused.value.code, refused.value.reason) == (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "TOO_MANY_STREAMS",
         )
         assert refused.value.retry_seconds is not None
+        WireWorker(stub, "reader").pull(ticket=False)
         for stream in silent:
             stream.drop()
         eventually(lambda: len(server.streams) == 0)
-        WireWorker(stub, "reader").pull(ticket=False)
+        worker.pull()

@@ -753,7 +753,7 @@ class Gradient(_message.Message):
     payload_bytes: _builtins.int
     """Bytes of payload that follow."""
     samples: _builtins.int
-    """Samples in the mini-batch, at least 0: counted for stop conditions and metrics."""
+    """Samples in the mini-batch, 0 to 2^31 - 1: counted for stop conditions and metrics."""
     loss: _builtins.float
     """Mean training loss of the mini-batch; not set if not known. Shown, never used."""
     compute_seconds: _builtins.float

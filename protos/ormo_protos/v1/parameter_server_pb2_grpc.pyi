@@ -95,8 +95,8 @@ class ParameterServerStub:
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
-      CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
-                           the server began to drain: try again on a new stream.
+      CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
+                           server began to drain: try again on a new stream.
     NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
     the same exchange asked for still follows.
     """
@@ -155,8 +155,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
-      CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
-                           the server began to drain: try again on a new stream.
+      CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
+                           server began to drain: try again on a new stream.
     NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
     the same exchange asked for still follows.
     """
@@ -242,8 +242,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
-          CANCELLED            the stream was between two exchanges when it was superseded, its worker's lease ran out, or
-                               the server began to drain: try again on a new stream.
+          CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
+                               server began to drain: try again on a new stream.
         NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
         the same exchange asked for still follows.
         """

@@ -125,10 +125,10 @@ class StateMachine:
         that was kept for an earlier request is confirmed.
 
         Raises:
-            NotAMember, Replaced, BadRequest, StaleRequest: see `_requesting_slot`.
+            NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
             Finished: the run is over.
         """
-        slot = self._requesting_slot(requester)
+        slot = self.requesting_slot(requester)
         self._refuse_finished()
         if requester.request > slot.request:
             slot.request, slot.result = requester.request, None
@@ -176,11 +176,11 @@ class StateMachine:
             Where the gradient landed; for a retry of the slot's last redeemed ticket, the result kept.
 
         Raises:
-            NotAMember, Replaced, BadRequest, StaleRequest: see `_requesting_slot`.
+            NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
             Finished: the run is over.
             TicketUnknown: the slot does not hold this ticket.
         """
-        slot = self._requesting_slot(requester)
+        slot = self.requesting_slot(requester)
         if slot.result is not None and slot.result.request == requester.request:
             return replace(slot.result, repeated=True)
         self._refuse_finished()
@@ -263,7 +263,7 @@ class StateMachine:
 
     # Checks
 
-    def _requesting_slot(self, requester: Requester) -> Slot:
+    def requesting_slot(self, requester: Requester) -> Slot:
         """The slot that asks.
 
         Raises:

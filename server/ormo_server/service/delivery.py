@@ -26,6 +26,10 @@ class Delivery:
     payload: Payload | None
 
 
+class PeerGone(Exception):
+    """The peer of a call has gone away: there is nobody to answer."""
+
+
 class Waiter:
     """A slot's wait for its ticket: resolved once, from whichever thread makes the ticket possible.
 
@@ -37,18 +41,18 @@ class Waiter:
     def __init__(self, slot: SlotKey, payload: Payload) -> None:
         self.slot = slot
         self.payload = payload
-        self._outcome: Delivery | OrmoError | None = None
+        self._outcome: Delivery | Exception | None = None
         self._settled = threading.Event()
 
     def resolve(self, delivery: Delivery) -> None:
         """The ticket is here and `payload` is filled."""
         self._settle(delivery)
 
-    def fail(self, error: OrmoError) -> None:
+    def fail(self, error: OrmoError | PeerGone) -> None:
         """The ticket will not come."""
         self._settle(error)
 
-    def _settle(self, outcome: Delivery | OrmoError) -> None:
+    def _settle(self, outcome: Delivery | Exception) -> None:
         if self._outcome is None:
             self._outcome = outcome
             self._settled.set()
@@ -58,9 +62,10 @@ class Waiter:
 
         Raises:
             OrmoError: why it will not come.
+            PeerGone: nobody waits for it any more.
         """
         self._settled.wait()
         assert self._outcome is not None
-        if isinstance(self._outcome, OrmoError):
+        if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome

@@ -108,8 +108,12 @@ class Engine:
 
     # Members
 
-    def join(self, worker: str, incarnation: int, slots: int) -> Member:
-        """See `StateMachine.join`."""
+    def join(self, worker: str, incarnation: int, slots: int) -> tuple[Member, int | None]:
+        """See `StateMachine.join`.
+
+        Returns:
+            The member, and the incarnation that it replaced, if it did.
+        """
         with self._hold() as machine:
             known = machine.state.members.get(worker)
             member = machine.join(self._clock(), worker, incarnation, slots)
@@ -117,13 +121,14 @@ class Engine:
             if member is not known:
                 self.observations.joined(worker)
             self._pass_on()
-            return member
+            replaced = known.incarnation if known is not None and known is not member else None
+            return member, replaced
 
-    def check_member(self, worker: str, incarnation: int) -> None:
-        """Refuse early what would be refused after its tensors have come; see `membership.find`."""
+    def check_requester(self, requester: Requester) -> None:
+        """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
         with self._hold() as machine:
-            membership.find(machine.state, worker, incarnation)
-            self._leases.heard(worker, self._clock())
+            machine.requesting_slot(requester)
+            self._leases.heard(requester.worker, self._clock())
 
     def heard(self, worker: str) -> None:
         """Bytes came from, or went to, a worker. Takes no lock: it is called for every chunk."""
@@ -153,15 +158,17 @@ class Engine:
         """
         with self._hold() as machine:
             now = self._clock()
-            lapsed = [machine.state.members[worker] for worker in self._leases.lapsed(now)]
+            members = machine.state.members
+            lapsed = [members[worker] for worker in self._leases.lapsed(now) if worker in members]
             for member in lapsed:
                 machine.leave(now, member.worker, member.incarnation)
                 self._forget(member.worker)
+                self._pass_on()
             overdue = self._ticket_timeout.overdue(machine.state, now)
             for ticket in overdue:
-                holder = machine.state.members[ticket.slot[0]]
+                holder = members[ticket.slot[0]]
                 machine.return_ticket(now, holder.worker, holder.incarnation, ticket.key)
-            self._pass_on()
+                self._pass_on()
         self._report_expired([member.worker for member in lapsed], [ticket.slot for ticket in overdue])
         return [(member.worker, member.incarnation) for member in lapsed]
 
@@ -368,11 +375,11 @@ class Engine:
         return self._leases.silent_seconds(worker, self._clock())
 
     def _export_gauges(self) -> None:
-        metrics, machine, state = self._metrics, self._machine, self._machine.state
+        metrics, state = self._metrics, self._machine.state
         metrics.model_parameters.set(state.params.numel())
         metrics.iteration.set_function(lambda: state.iteration)
         metrics.newest_bucket.set_function(lambda: state.newest_bucket)
-        metrics.bucket_size.set_function(lambda: machine.run.bucket_size or max(1, self._live_slots()))
+        metrics.bucket_size.set_function(self._bucket_size)
         metrics.learning_rate.set_function(lambda: state.learning_rate)
         metrics.live_workers.set_function(lambda: len(state.members))
         metrics.tickets_in_flight.set_function(lambda: len(state.tickets))
@@ -380,9 +387,9 @@ class Engine:
             lambda: math.nan if self.observations.loss is None else self.observations.loss
         )
 
-    def _live_slots(self) -> int:
+    def _bucket_size(self) -> int:
         with self._lock:
-            return self._machine.state.live_slots()
+            return self._machine.bucket_size
 
 
 def _is_finite(payload: Payload) -> bool:

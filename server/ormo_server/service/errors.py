@@ -1,9 +1,9 @@
-"""The one table from our exceptions to gRPC's status codes."""
+"""The one table from our exceptions to gRPC's status codes, and the two wrappers that apply it."""
 
-import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -14,6 +14,7 @@ from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import PayloadError
 from ormo_server.core.errors import BadManifest, BadPayload, OrmoError
+from ormo_server.service.delivery import PeerGone
 
 log = logging.getLogger(__name__)
 
@@ -41,41 +42,67 @@ STATUS_CODES: dict[Reason, int] = {
 }
 
 
-@contextlib.contextmanager
-def errors_as_status(context: grpc.ServicerContext, refused: Callable[[OrmoError], None]) -> Iterator[None]:
-    """End the call with the status that the table gives for what is raised inside.
+class Refuser(Protocol):
+    """A servicer that wants to know of its refusals."""
 
-    Args:
-        context: of the call.
-        refused: told of every refusal, to count it.
-    """
-    try:
-        yield
-    except OrmoError as error:
-        _refuse(context, error, refused)
-    except PayloadError as error:
-        _refuse(context, BadPayload(str(error)), refused)
-    except ManifestError as error:
-        _refuse(context, BadManifest(str(error)), refused)
-    except grpc.RpcError:
-        # The peer went away in mid-message: there is nobody to answer, and nothing was changed.
-        context.cancel()
-    except Exception as error:
-        if not context.is_active():
-            raise
-        log.exception("a call failed for a reason that is the server's own fault")
-        _end(context, Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log says more", None)
+    def count_refusal(self, reason: Reason) -> None:
+        """Count what was refused, by reason."""
 
 
-def _refuse(context: grpc.ServicerContext, error: OrmoError, refused: Callable[[OrmoError], None]) -> NoReturn:
-    refused(error)
-    _end(context, error.reason, str(error), error.retry_seconds)
+_Service = TypeVar("_Service", bound=Refuser)
+_Request = TypeVar("_Request")
+_Answer = TypeVar("_Answer")
+_Unary = Callable[[_Service, _Request, grpc.ServicerContext], _Answer]
+_Streaming = Callable[[_Service, _Request, grpc.ServicerContext], Iterator[_Answer]]
 
 
-def _end(context: grpc.ServicerContext, reason: Reason, message: str, retry_seconds: float | None) -> NoReturn:
+def answers(method: _Unary[_Service, _Request, _Answer]) -> _Unary[_Service, _Request, _Answer]:
+    """A method with one answer: what it raises ends the call with the status that the table gives."""
+
+    @functools.wraps(method)
+    def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> _Answer:
+        try:
+            return method(service, request, context)
+        except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
+            _end(service, context, error)
+
+    return call
+
+
+def streams_answers(method: _Streaming[_Service, _Request, _Answer]) -> _Streaming[_Service, _Request, _Answer]:
+    """A method with a stream of answers: what it raises ends the call with the status that the table gives."""
+
+    @functools.wraps(method)
+    def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> Iterator[_Answer]:
+        try:
+            yield from method(service, request, context)
+        except PeerGone:
+            return  # there is nobody to answer
+        except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
+            _end(service, context, error)
+
+    return call
+
+
+def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+    if isinstance(error, PayloadError):
+        error = BadPayload(str(error))
+    elif isinstance(error, ManifestError):
+        error = BadManifest(str(error))
+    if isinstance(error, OrmoError):
+        service.count_refusal(error.reason)
+        _abort(context, error.reason, str(error), error.retry_seconds)
+    if isinstance(error, grpc.RpcError) or not context.is_active():
+        raise error  # the peer went away in mid-message: gRPC knows its own error, and nothing was changed
+    log.error("a call failed for a reason that is the server's own fault", exc_info=error)
+    service.count_refusal(Reason.INTERNAL)
+    _abort(context, Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log says more", None)
+
+
+def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_seconds: float | None) -> NoReturn:
     details = [_packed(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))]
     if retry_seconds is not None:
-        delay = duration_pb2.Duration(nanos=0)
+        delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(retry_seconds * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     status = status_pb2.Status(code=STATUS_CODES[reason], message=message, details=details)

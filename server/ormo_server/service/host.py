@@ -15,7 +15,7 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
 from ormo_server.core.blocks import all_finite
-from ormo_server.core.errors import MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.errors import BadManifest, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
@@ -103,7 +103,7 @@ class RunHost:
         _warn_if_bits_may_differ(checkpoint)
         machine = self._restored(checkpoint, keep_tickets=checkpoint.drained)
         try:
-            self._write(machine, checkpoint.manifest)
+            self._write_first(machine, checkpoint.manifest)
         except StoreError as error:
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(checkpoint, keep_tickets=False)
@@ -152,6 +152,7 @@ class RunHost:
         Raises:
             ModelExists, NotWanted: as `begin_offer`.
             NonFinite: NaN or infinity in the model.
+            BadManifest: the server starts from a file, and it is another model's.
             NotReady: the checkpoint could not be written.
         """
         if not (all_finite(payload.parameters) and all_finite(payload.float_buffers)):
@@ -163,9 +164,15 @@ class RunHost:
             self.offers.renew(worker, incarnation, self.clock())
             model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers)
             if self._weights is not None:
-                model = self._weights.arranged(manifest)
+                model = self._arranged(self._weights, manifest)
             self._start(manifest, model)
         return self.engine.position()
+
+    def _arranged(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
+        try:
+            return weights.arranged(manifest)
+        except StoreError as error:
+            raise BadManifest(str(error)) from error
 
     def _refuse_second_model(self) -> None:
         if self._engine is not None:
@@ -174,18 +181,22 @@ class RunHost:
     def _start(self, manifest: Manifest, model: FlatModel) -> None:
         machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
         try:
-            self._write(machine, manifest)
+            self._write_first(machine, manifest)
         except StoreError as error:
             raise NotReady(f"the model could not be stored: {error}", retry_seconds=5.0) from error
         self._serve(machine, manifest)
 
-    def _write(self, machine: StateMachine, manifest: Manifest) -> None:
+    def _write_first(self, machine: StateMachine, manifest: Manifest) -> None:
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
         # not be good a second time.
         first = Checkpoint(
-            snapshot.take(machine), manifest, drained=False, clock_seconds=self.clock(), settings=self._told()
+            snapshot.take(machine),
+            manifest,
+            drained=False,
+            clock_seconds=self.clock(),
+            settings=self._settings_as_json(),
         )
-        self._wrote(self._store.write(first), machine.state.epoch, machine.state.iteration)
+        self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration)
 
     def _serve(self, machine: StateMachine, manifest: Manifest) -> None:
         self._engine = Engine(
@@ -233,28 +244,28 @@ class RunHost:
             last = self.last_checkpoint
             if not drained and last is not None and (last.epoch, last.iteration) == self._engine.position():
                 return True
-            return self._write_newest(self._engine, drained=drained)
+            return self._write_current(self._engine, drained=drained)
 
-    def _write_newest(self, engine: Engine, *, drained: bool) -> bool:
+    def _write_current(self, engine: Engine, *, drained: bool) -> bool:
         started = time.perf_counter()
         try:
             state, clock_seconds = engine.snapshot()
-            checkpoint = Checkpoint(state, engine.manifest, drained, clock_seconds, self._told())
+            checkpoint = Checkpoint(state, engine.manifest, drained, clock_seconds, self._settings_as_json())
             path = self._store.write(checkpoint)
         except (StoreError, NotReady) as error:
             self.metrics.checkpoint_failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             return False
-        self._wrote(path, state.fields["epoch"], state.fields["iteration"])
+        self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"])
         log.info("checkpoint %s in %.2f s", path, time.perf_counter() - started)
         return True
 
-    def _wrote(self, path: Path, epoch: int, iteration: int) -> None:
+    def _note_checkpoint(self, path: Path, epoch: int, iteration: int) -> None:
         self.last_checkpoint = LastCheckpoint(path, epoch, iteration)
         self.metrics.checkpoint_timestamp.set_to_current_time()
         self.metrics.checkpoint_iteration.set(iteration)
 
-    def _told(self) -> dict[str, object]:
+    def _settings_as_json(self) -> dict[str, object]:
         return self.settings.model_dump(mode="json")
 
 

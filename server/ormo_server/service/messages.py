@@ -4,14 +4,17 @@ import math
 import re
 from collections.abc import Iterator
 
-from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult, TicketKey
 from ormo_server.service.delivery import Delivery
+from ormo_server.service.engine import Push
 
+# So that the run's count of them stays far below what an int64 holds.
+MAX_SAMPLES = 2**31 - 1
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -46,7 +49,7 @@ def delivery_layout(manifest: Manifest, message: pb.DeliveryRequest) -> PayloadL
     Raises:
         PayloadError: a dtype that is not served.
     """
-    return PayloadLayout.of(manifest, message.dtype or FLOAT32, with_buffers=message.with_buffers)
+    return PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
 
 
 def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
@@ -68,11 +71,18 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
             f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
             f"{message.with_buffers} makes {layout.total_bytes} bytes for this model"
         )
-    if message.samples < 0 or not 0 <= message.compute_seconds < math.inf:
+    if not 0 <= message.samples <= MAX_SAMPLES or not 0 <= message.compute_seconds < math.inf:
         raise BadRequest(
-            f"samples {message.samples}, compute seconds {message.compute_seconds}: expected finite, at least 0"
+            f"samples {message.samples}, compute seconds {message.compute_seconds}: expected 0 to {MAX_SAMPLES} "
+            "samples and finite seconds of at least 0"
         )
     return layout
+
+
+def push(message: pb.Gradient, payload: Payload) -> Push:
+    """A gradient whose tensors have come."""
+    loss = message.loss if message.HasField("loss") else None
+    return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds)
 
 
 def push_result(result: PushResult) -> pb.PushResult:

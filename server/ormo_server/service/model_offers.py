@@ -1,5 +1,7 @@
 """Where the first model comes from: one worker at a time is asked for it."""
 
+import threading
+
 from ormo_server.core.errors import NotWanted
 
 # How long the others wait before they ask again.
@@ -17,13 +19,15 @@ class ModelOffers:
         self.lease_seconds = lease_seconds
         self._asked: tuple[str, int] | None = None
         self._until = 0.0
+        self._lock = threading.Lock()
 
     def ask(self, worker: str, incarnation: int, now: float) -> bool:
         """Whether this worker is the one to send its model."""
-        if self._asked != (worker, incarnation) and now < self._until:
-            return False
-        self._asked, self._until = (worker, incarnation), now + self.lease_seconds
-        return True
+        with self._lock:
+            if self._asked != (worker, incarnation) and now < self._until:
+                return False
+            self._asked, self._until = (worker, incarnation), now + self.lease_seconds
+            return True
 
     def renew(self, worker: str, incarnation: int, now: float) -> None:
         """Bytes came.
@@ -31,13 +35,16 @@ class ModelOffers:
         Raises:
             NotWanted: this worker was not asked, or was silent for so long that another one was.
         """
-        if self._asked != (worker, incarnation):
-            raise NotWanted(
-                f"worker {worker!r} is not the one that was asked for the model, or was silent for more than "
-                f"{self.lease_seconds:g} s: join again"
-            )
-        self._until = now + self.lease_seconds
+        with self._lock:
+            if self._asked != (worker, incarnation):
+                raise NotWanted(
+                    f"worker {worker!r} is not the one that was asked for the model, or was silent for more than "
+                    f"{self.lease_seconds:g} s: join again"
+                )
+            self._until = now + self.lease_seconds
 
-    def give_up(self) -> None:
-        """The offer failed: whoever asks next is asked."""
-        self._until = 0.0
+    def give_up(self, worker: str, incarnation: int) -> None:
+        """The worker's offer failed: whoever asks next is asked, unless another one is asked already."""
+        with self._lock:
+            if self._asked == (worker, incarnation):
+                self._until = 0.0

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent import futures
 
 import grpc
@@ -33,12 +34,12 @@ class AddressInUseError(OSError):
     """The port can't be had; the sentence says which and what to do."""
 
 
-def stream_capacity(settings: ServerSettings) -> int:
-    """How many streams may be open at once.
+def worker_streams(settings: ServerSettings) -> int:
+    """How many streams workers may have open at once.
 
     Each slot counts twice: after a broken connection the new stream may come before the old one is known to be dead.
     """
-    return 2 * settings.max_workers * settings.slots_per_worker + settings.max_readers
+    return 2 * settings.max_workers * settings.slots_per_worker
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -76,17 +77,17 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.host = RunHost(settings, self.metrics)
-        self.streams = StreamRegistry(stream_capacity(settings))
+        self.streams = StreamRegistry(worker_streams(settings), settings.max_readers)
         self.address = ""
         self.metrics_address = ""
         self._stopping = threading.Event()
-        self._upkeep = threading.Thread(target=self._keep_up, name="upkeep", daemon=True)
-        self._checkpoints = threading.Thread(target=self._keep_checkpoints, name="checkpoints", daemon=True)
+        self._upkeep = self._repeating("expiry", min(1.0, settings.failure_timeout / 4), self._expire)
+        self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._health = health.HealthServicer()
         self._grpc = self._grpc_server()
 
     def _grpc_server(self) -> grpc.Server:
-        threads = stream_capacity(self.settings) + _RESERVE_THREADS
+        threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
         pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
         server = grpc.server(pool, options=_options(self.settings))
         add_ParameterServerServicer_to_server(Servicer(self.host, self.streams), server)
@@ -137,17 +138,23 @@ class Server:
 
     # While it runs
 
-    def _keep_up(self) -> None:
-        lease = self.settings.failure_timeout
-        while not self._stopping.wait(min(1.0, lease / 4)):
-            self.streams.end_unintroduced(lease)
-            if self.host.has_model and not self.host.engine.broken.is_set():
-                for worker, incarnation in self.host.engine.expire():
-                    self.streams.end_worker(worker, incarnation)
+    def _repeating(self, work: str, seconds: float, act: Callable[[], object]) -> threading.Thread:
+        def repeat() -> None:
+            while not self._stopping.wait(seconds):
+                try:
+                    act()
+                except Exception:  # without this work leases never end, or nothing is kept: it must go on
+                    if not self._stopping.is_set():
+                        log.exception("%s failed; it is tried again in %g s", work, seconds)
+                        self.metrics.upkeep_failures.labels(work).inc()
 
-    def _keep_checkpoints(self) -> None:
-        while not self._stopping.wait(self.settings.checkpoint_seconds):
-            self.host.checkpoint()
+        return threading.Thread(target=repeat, name=work, daemon=True)
+
+    def _expire(self) -> None:
+        self.streams.end_stuck(self.settings.failure_timeout)
+        if self.host.has_model and not self.host.engine.broken.is_set():
+            for worker, incarnation in self.host.engine.expire():
+                self.streams.end_worker(worker, incarnation)
 
     # At the end
 

@@ -7,17 +7,18 @@ from typing import TypeVar
 import grpc
 
 from ormo_protos.manifest import Manifest
+from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer
-from ormo_server.core.errors import BadRequest, Finished, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine, Push
-from ormo_server.service.errors import errors_as_status
+from ormo_server.service.errors import answers, streams_answers
 from ormo_server.service.host import RunHost
 from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
@@ -37,15 +38,14 @@ class Servicer(ParameterServerServicer):
 
     # Members
 
-    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:  # noqa: N802, D102
-        with self._answering(context):
-            worker = messages.worker_id(request.worker)
-            _check_version(request.protocol_version)
-            self._streams.refuse_if_draining()
-            if not self._host.has_model:
-                return self._ask_for_model(worker, request.incarnation)
-            return self._welcome(worker, request)
-        raise AssertionError("unreachable: refusals raise")
+    @answers
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:  # noqa: ARG002, N802, D102
+        worker = messages.worker_id(request.worker)
+        _check_version(request.protocol_version)
+        self._streams.refuse_if_draining()
+        if not self._host.has_model:
+            return self._ask_for_model(worker, request.incarnation)
+        return self._welcome(worker, request)
 
     def _ask_for_model(self, worker: str, incarnation: int) -> pb.JoinResponse:
         if self._host.offers.ask(worker, incarnation, self._host.clock()):
@@ -58,7 +58,9 @@ class Servicer(ParameterServerServicer):
             raise BadRequest(
                 f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask less"
             )
-        member = engine.join(worker, request.incarnation, request.slots)
+        member, replaced = engine.join(worker, request.incarnation, request.slots)
+        if replaced is not None:
+            self._streams.end_worker(worker, replaced)
         return pb.JoinResponse(
             welcome=pb.Welcome(
                 manifest=engine.manifest.to_message(),
@@ -70,67 +72,73 @@ class Servicer(ParameterServerServicer):
             )
         )
 
-    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: N802, D102
-        with self._answering(context):
-            engine = self._host.engine
-            returned = [messages.ticket_key(ticket) for ticket in request.returned]
-            engine.heartbeat(messages.worker_id(request.worker), request.incarnation, returned)
-            return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
-        raise AssertionError("unreachable: refusals raise")
+    @answers
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: ARG002, N802, D102
+        engine = self._host.engine
+        returned = [messages.ticket_key(ticket) for ticket in request.returned]
+        engine.heartbeat(messages.worker_id(request.worker), request.incarnation, returned)
+        return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
 
-    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:  # noqa: N802, D102
-        with self._answering(context):
-            worker = messages.worker_id(request.worker)
+    @answers
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:  # noqa: ARG002, N802, D102
+        worker = messages.worker_id(request.worker)
+        try:
             if self._host.has_model:
                 self._host.engine.leave(worker, request.incarnation)
+        finally:
             self._streams.end_worker(worker, request.incarnation)
         return pb.LeaveResponse()
 
+    @answers
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002, N802, D102
-        with self._answering(context):
-            return status_of(self._host, draining=self._streams.draining)
-        raise AssertionError("unreachable: refusals raise")
+        return status_of(self._host, draining=self._streams.draining)
 
     # The model
 
+    @answers
     def OfferModel(  # noqa: N802, D102
         self, request_iterator: Iterator[pb.OfferModelRequest], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
-        with self._answering(context), self._streams.open(context) as stream, stream.exchange():
+        with self._streams.open(context) as stream:
             offer = _first(request_iterator, "offer").offer
             worker, manifest = messages.worker_id(offer.worker), Manifest.from_message(offer.manifest)
-            payload = self._host.begin_offer(worker, offer.incarnation, manifest)
             try:
-                for chunk in self._received(payload, _chunks(request_iterator)):
-                    self._host.offers.renew(worker, offer.incarnation, self._host.clock())
-                    self._metrics.received_bytes.inc(chunk)
-                epoch, number = self._host.accept_model(worker, offer.incarnation, manifest, payload)
-            except (OrmoError, ValueError, grpc.RpcError):
-                self._host.offers.give_up()
+                with stream.exchange():
+                    return self._accepted(stream, worker, offer.incarnation, manifest, _chunks(request_iterator))
+            except BaseException:
+                self._host.offers.give_up(worker, offer.incarnation)
                 raise
-            return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
-        raise AssertionError("unreachable: refusals raise")
+
+    def _accepted(
+        self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
+    ) -> pb.OfferModelResponse:
+        payload = self._host.begin_offer(worker, incarnation, manifest)
+        for _ in self._received(stream, payload, chunks):
+            self._host.offers.renew(worker, incarnation, self._host.clock())
+        epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
+        return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
 
     # Exchanges
 
+    @streams_answers
     def PushPull(  # noqa: N802, D102
         self, request_iterator: Iterator[pb.PushPullRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.PushPullResponse]:
-        with self._answering(context), self._streams.open(context) as stream:
+        with self._streams.open(context) as stream:
             for message in request_iterator:
                 with stream.exchange():
-                    yield from self._exchange(stream, _part(message, "exchange").exchange, request_iterator)
+                    yield from self._exchange(stream, _part(message, "exchange").exchange, _chunks(request_iterator))
                 self._streams.refuse_if_draining()
 
-    def _exchange(
-        self, stream: OpenStream, exchange: pb.Exchange, request_iterator: Iterator[pb.PushPullRequest]
-    ) -> Iterator[pb.PushPullResponse]:
+    def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Chunks) -> Iterator[pb.PushPullResponse]:
         engine, requester = self._introduced(stream, exchange.requester)
-        with self._gradient(engine, requester, exchange, _chunks(request_iterator)) as (push, wish):
+        gradient = exchange.gradient if exchange.HasField("gradient") else None
+        wanted = exchange.next if exchange.HasField("next") else None
+        with self._tensors(stream, engine, gradient, wanted, chunks) as (push, wish):
             outcome = engine.exchange(requester, push, wish, lambda: stream.current)
             with _withdrawn_at_end(engine, outcome.waiter):
                 if outcome.refusal is not None:
-                    self._refused(outcome.refusal)
+                    self.count_refusal(outcome.refusal.reason)
                     result = messages.refused_result(requester.request, outcome.refusal)
                     yield pb.PushPullResponse(result=result)
                 if outcome.result is not None:
@@ -150,27 +158,28 @@ class Servicer(ParameterServerServicer):
         for chunk in self._sent(stream, engine, delivery):
             yield pb.PushPullResponse(chunk=chunk)
 
+    @answers
     def PushGradient(  # noqa: N802, D102
         self, request_iterator: Iterator[pb.PushGradientRequest], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
-        with self._answering(context), self._streams.open(context) as stream, stream.exchange():
+        with self._streams.open(context) as stream:
             push = _first(request_iterator, "push").push
-            engine, requester = self._introduced(stream, push.requester)
-            exchange = pb.Exchange(gradient=push.gradient)
-            with self._gradient(engine, requester, exchange, _chunks(request_iterator)) as (gradient, _):
-                outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
-            if outcome.refusal is not None:
-                raise outcome.refusal
-            assert outcome.result is not None
-            return pb.PushGradientResponse(result=messages.push_result(outcome.result))
-        raise AssertionError("unreachable: refusals raise")
+            with stream.exchange():
+                engine, requester = self._introduced(stream, push.requester)
+                with self._tensors(stream, engine, push.gradient, None, _chunks(request_iterator)) as (gradient, _):
+                    outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
+        if outcome.refusal is not None:
+            raise outcome.refusal
+        assert outcome.result is not None
+        return pb.PushGradientResponse(result=messages.push_result(outcome.result))
 
+    @streams_answers
     def PullParams(  # noqa: N802, D102
         self, request: pb.PullParamsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.PullParamsResponse]:
+        reader = not request.HasField("requester")
         with (
-            self._answering(context),
-            self._streams.open(context) as stream,
+            self._streams.open(context, reader=reader) as stream,
             stream.exchange(),
             self._pulled(stream, request) as (engine, delivery),
         ):
@@ -196,42 +205,41 @@ class Servicer(ParameterServerServicer):
 
     # What the methods share
 
-    @contextlib.contextmanager
-    def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
-        with errors_as_status(context, self._refused):
-            yield
-
-    def _refused(self, error: OrmoError) -> None:
-        self._metrics.refusals.labels(error.reason.value).inc()
+    def count_refusal(self, reason: Reason) -> None:
+        """Count what was refused, by reason."""
+        self._metrics.refusals.labels(reason.value).inc()
 
     def _introduced(self, stream: OpenStream, message: pb.Requester) -> tuple[Engine, Requester]:
         engine, requester = self._host.engine, messages.requester(message)
-        engine.check_member(requester.worker, requester.incarnation)
+        engine.check_requester(requester)
         stream.introduce(requester)
         return engine, requester
 
     @contextlib.contextmanager
-    def _gradient(
-        self, engine: Engine, requester: Requester, exchange: pb.Exchange, chunks: Chunks
+    def _tensors(
+        self,
+        stream: OpenStream,
+        engine: Engine,
+        gradient: pb.Gradient | None,
+        wanted: pb.DeliveryRequest | None,
+        chunks: Chunks,
     ) -> Iterator[tuple[Push | None, Payload | None]]:
-        """The exchange's gradient, received whole, and where the next parameters go: one buffer if it fits both."""
-        wanted = messages.delivery_layout(engine.manifest, exchange.next) if exchange.HasField("next") else None
+        """The gradient, received whole, and where the next parameters go: one buffer if it fits both."""
+        wish = messages.delivery_layout(engine.manifest, wanted) if wanted is not None else None
         with contextlib.ExitStack() as borrowed:
-            if not exchange.HasField("gradient"):
-                yield None, borrowed.enter_context(self._borrowed(wanted)) if wanted else None
+            if gradient is None:
+                yield None, borrowed.enter_context(self._borrowed(wish)) if wish else None
                 return
-            header = exchange.gradient
-            layout = messages.gradient_layout(engine.manifest, header)
+            layout = messages.gradient_layout(engine.manifest, gradient)
             payload = borrowed.enter_context(self._borrowed(layout))
-            for size in self._received(payload, chunks):
-                engine.heard(requester.worker)
-                self._metrics.received_bytes.inc(size)
-            loss = header.loss if header.HasField("loss") else None
-            push = Push(messages.ticket_key(header.ticket), payload, header.samples, loss, header.compute_seconds)
-            if wanted is None or wanted == layout:
-                yield push, payload if wanted else None
+            assert stream.requester is not None
+            for _ in self._received(stream, payload, chunks):
+                engine.heard(stream.requester.worker)
+            push = messages.push(gradient, payload)
+            if wish is None or wish == layout:
+                yield push, payload if wish else None
             else:
-                yield push, borrowed.enter_context(self._borrowed(wanted))
+                yield push, borrowed.enter_context(self._borrowed(wish))
 
     @contextlib.contextmanager
     def _borrowed(self, layout: PayloadLayout) -> Iterator[Payload]:
@@ -241,21 +249,24 @@ class Servicer(ParameterServerServicer):
         finally:
             self._buffers.give(payload)
 
-    def _received(self, payload: Payload, chunks: Chunks) -> Iterator[int]:
-        """Fill a payload; yields the size of each chunk when it is in its place."""
+    def _received(self, stream: OpenStream, payload: Payload, chunks: Chunks) -> Iterator[None]:
+        """Fill a payload; yields after each chunk."""
         receiver = PayloadReceiver(payload)
         while not receiver.complete:
             chunk = next(chunks, None)
             if chunk is None:
                 raise receiver.missing()
             receiver.accept(chunk)
-            yield len(chunk.data)
+            self._metrics.received_bytes.inc(len(chunk.data))
+            stream.moved()
+            yield
 
     def _sent(self, stream: OpenStream, engine: Engine, delivery: Delivery) -> Chunks:
         for chunk in messages.delivered_chunks(delivery.payload):
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
             self._metrics.sent_bytes.inc(len(chunk.data))
             yield chunk
+            stream.moved()
             if stream.requester is not None:
                 engine.heard(stream.requester.worker)
 

@@ -37,9 +37,9 @@ def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
         uptime_seconds=time.monotonic() - _STARTED,
         refusals=_refusals(host),
     )
-    if host.last_checkpoint is not None:
-        status.checkpoint_path = str(host.last_checkpoint.path)
-        status.checkpoint_iteration = host.last_checkpoint.iteration
+    last = host.last_checkpoint
+    if last is not None:
+        status.checkpoint_path, status.checkpoint_iteration = str(last.path), last.iteration
     if host.has_model:
         _describe_run(status, host.engine)
     if draining:

@@ -13,7 +13,7 @@ import grpc
 from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
 from ormo_server.core.events import superseded
 from ormo_server.core.inputs import Requester
-from ormo_server.service.delivery import Delivery, Waiter
+from ormo_server.service.delivery import Delivery, PeerGone, Waiter
 
 _RETRY_SECONDS = 1.0
 _FAREWELL_SECONDS = 1.0
@@ -28,15 +28,18 @@ class OpenStream:
     """One call that holds a thread.
 
     Attributes:
-        requester: whose it is, from its first message on.
+        requester: the slot that it serves, from its first message on; None for readers and offers of a model.
         current: it may still act for its slot; no newer stream of the slot has taken over.
+        in_exchange: a drain waits for it.
+        reader: it is counted with the readers.
     """
 
-    def __init__(self, context: grpc.ServicerContext, registry: "StreamRegistry") -> None:
+    def __init__(self, context: grpc.ServicerContext, registry: "StreamRegistry", *, reader: bool) -> None:
         self.requester: Requester | None = None
         self.current = True
-        self.opened = time.monotonic()
-        self.busy = False
+        self.in_exchange = False
+        self.reader = reader
+        self._moved = time.monotonic()
         self._context = context
         self._registry = registry
         self._waiter: Waiter | None = None
@@ -75,6 +78,7 @@ class OpenStream:
 
         Raises:
             OrmoError: why the ticket will not come.
+            PeerGone: the stream has ended.
         """
         self._waiter = waiter
         try:
@@ -84,6 +88,14 @@ class OpenStream:
             return waiter.wait()
         finally:
             self._waiter = None
+
+    def moved(self) -> None:
+        """Bytes came or went."""
+        self._moved = time.monotonic()
+
+    def is_stuck(self, patience_seconds: float) -> bool:
+        """Whether no lease watches over it and nothing has moved for so long."""
+        return self.requester is None and time.monotonic() - self._moved > patience_seconds
 
     def wake(self, error: Draining) -> None:
         """End a wait."""
@@ -101,18 +113,19 @@ class OpenStream:
     def _gone(self) -> None:
         self.current = False
         if self._waiter is not None:
-            self._waiter.fail(draining())
+            self._waiter.fail(PeerGone())
 
 
 class StreamRegistry:
     """Knows every open stream.
 
     Args:
-        capacity: how many may be open at once.
+        workers: how many may be open at once for workers.
+        readers: how many besides for readers, who must not take the workers' places.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, workers: int, readers: int) -> None:
+        self._places = {False: workers, True: readers}
         self._lock = threading.Lock()
         self._open: set[OpenStream] = set()
         self._by_slot: dict[tuple[str, int], OpenStream] = {}
@@ -128,32 +141,36 @@ class StreamRegistry:
         return self._draining
 
     @contextlib.contextmanager
-    def open(self, context: grpc.ServicerContext) -> Iterator[OpenStream]:
+    def open(self, context: grpc.ServicerContext, *, reader: bool = False) -> Iterator[OpenStream]:
         """Admit a stream for as long as its handler is inside.
 
         Raises:
             TooManyStreams: as many are open as there are threads for.
             Draining: the server is about to stop.
         """
-        stream = OpenStream(context, self)
+        stream = OpenStream(context, self, reader=reader)
         with self._lock:
-            if self._draining:
-                raise draining()
-            if len(self._open) >= self.capacity:
-                raise TooManyStreams(
-                    f"{len(self._open)} streams are open, which is as many as this server has threads for: come back "
-                    "later, or raise max_workers, slots_per_worker or max_readers",
-                    retry_seconds=_RETRY_SECONDS,
-                )
+            self.refuse_if_draining()
+            self._refuse_if_full(reader=reader)
             self._open.add(stream)
         try:
             yield stream
         finally:
             self._forget(stream)
 
+    def _refuse_if_full(self, *, reader: bool) -> None:
+        count = sum(stream.reader == reader for stream in self._open)
+        if count >= self._places[reader]:
+            whose, settings = ("readers", "max_readers") if reader else ("workers", "max_workers or slots_per_worker")
+            raise TooManyStreams(
+                f"{count} streams of {whose} are open, which is as many as this server has threads for: come back "
+                f"later, or raise {settings}",
+                retry_seconds=_RETRY_SECONDS,
+            )
+
     def _forget(self, stream: OpenStream) -> None:
         with self._lock:
-            stream.busy = False
+            stream.in_exchange = False
             self._open.discard(stream)
             key = stream.requester.slot_key if stream.requester else None
             if key is not None and self._by_slot.get(key) is stream:
@@ -176,14 +193,13 @@ class StreamRegistry:
             Draining: the server is about to stop.
         """
         with self._lock:
-            if self._draining:
-                raise draining()
-            stream.busy = True
+            self.refuse_if_draining()
+            stream.in_exchange = True
 
     def finish(self, stream: OpenStream) -> None:
         """An exchange is over."""
         with self._lock:
-            stream.busy = False
+            stream.in_exchange = False
             self._idle.notify_all()
 
     def refuse_if_draining(self) -> None:
@@ -207,11 +223,10 @@ class StreamRegistry:
             if mine is not None and (mine.worker, mine.incarnation) == (worker, incarnation):
                 stream.end()
 
-    def end_unintroduced(self, patience_seconds: float) -> None:
-        """End streams that were opened and then said nothing."""
-        latest = time.monotonic() - patience_seconds
+    def end_stuck(self, patience_seconds: float) -> None:
+        """End streams that were opened and then said nothing, and readers and offers that have stopped."""
         for stream in self._snapshot():
-            if stream.requester is None and not stream.busy and stream.opened < latest:
+            if stream.is_stuck(patience_seconds):
                 stream.end()
 
     def drain(self, seconds: float) -> bool:
@@ -224,12 +239,12 @@ class StreamRegistry:
             self._draining = True
             streams = list(self._open)
         for stream in streams:
-            if stream.busy:
+            if stream.in_exchange:
                 stream.wake(draining())
             else:
                 stream.end()
         with self._lock:
-            done = self._idle.wait_for(lambda: not any(stream.busy for stream in self._open), seconds)
+            done = self._idle.wait_for(lambda: not any(stream.in_exchange for stream in self._open), seconds)
             # What was sent last must reach its peer before the stream is cut.
             self._idle.wait_for(lambda: not self._open, _FAREWELL_SECONDS)
         for stream in self._snapshot():
