@@ -1,10 +1,15 @@
 """The README is true: its tables are generated, and its examples run as they stand."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from ormo_protos.settings import read_settings
+from ormo_server.config import ServerSettings
+from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.local.config import LocalSettings
 from readme import README, example, with_tables
 from system.programs import ENVIRONMENT, Stage
 
@@ -22,6 +27,25 @@ def test_make_words_in_the_readme_exist() -> None:
     words = set(re.findall(r"^make (\w+)", README.read_text(), re.MULTILINE))
     assert words
     assert [word for word in words if not re.search(rf"^{word}:", makefile, re.MULTILINE)] == []
+
+
+SETTINGS = {
+    "ormo-server serve": ServerSettings,
+    "ormo-worker run": RunSettings,
+    "ormo-worker evaluate": EvaluateSettings,
+    "ormo-local": LocalSettings,
+}
+
+
+def test_commands_in_the_readme_and_the_makefile_are_understood_by_the_programs() -> None:
+    text = README.read_text() + (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^(?:\| command \| `|\t\$\(BIN\)/|)(ormo-[^`\n]+)", text, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        if command == "ormo-server status":
+            continue
+        program = next(name for name in SETTINGS if command.startswith(name))
+        read_settings(SETTINGS[program], shlex.split(command.removeprefix(program)), {}, program=program)
 
 
 def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:
