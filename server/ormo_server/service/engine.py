@@ -10,12 +10,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import membership
-from ormo_server.core.blocks import all_finite
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
@@ -25,46 +23,11 @@ from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Delivery, Waiter
+from ormo_server.service.exchange import Outcome, Push, is_finite, non_finite
 from ormo_server.service.observations import Observations
 from ormo_server.service.streams import draining
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """A gradient that has arrived whole.
-
-    Attributes:
-        ticket: that it redeems.
-        payload: its tensors.
-        samples: in the mini-batch.
-        loss: of the mini-batch, None if not told.
-        compute_seconds: as the worker measured; 0 if not told.
-    """
-
-    ticket: TicketKey
-    payload: Payload
-    samples: int
-    loss: float | None
-    compute_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an exchange led to. Parts that were not asked for are None.
-
-    Attributes:
-        result: of the gradient, unless it was refused.
-        refusal: why the gradient was refused; the exchange goes on.
-        waiter: for the ticket that was asked for.
-        finished: instead of a ticket: the run is over.
-    """
-
-    result: PushResult | None = None
-    refusal: OrmoError | None = None
-    waiter: Waiter | None = None
-    finished: bool = False
 
 
 class Engine:
@@ -208,7 +171,7 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
         """
-        finite = push is None or _is_finite(push.payload)
+        finite = push is None or is_finite(push.payload)
         with self._hold():
             if not still_current():
                 raise superseded(requester.slot_key)
@@ -222,7 +185,7 @@ class Engine:
     def _push(self, requester: Requester, push: Push, *, finite: bool) -> tuple[PushResult | None, OrmoError | None]:
         try:
             if not finite:
-                raise _non_finite(requester, push)
+                raise non_finite(requester, push)
             return self._apply(requester, push), None
         except (NonFinite, TicketUnknown, Finished) as refusal:
             self._metrics.pushes.labels("refused").inc()
@@ -390,15 +353,3 @@ class Engine:
     def _bucket_size(self) -> int:
         with self._lock:
             return self._machine.bucket_size
-
-
-def _is_finite(payload: Payload) -> bool:
-    return all_finite(payload.parameters) and all_finite(payload.float_buffers)
-
-
-def _non_finite(requester: Requester, push: Push) -> NonFinite:
-    where = "gradient" if not all_finite(push.payload.parameters) else "buffers"
-    return NonFinite(
-        f"the {where} of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
-        "not applied; its ticket stays valid. Lower the learning rate, or clip or rescale the gradient"
-    )

@@ -14,12 +14,12 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
-from ormo_server.core.blocks import all_finite
 from ormo_server.core.errors import BadManifest, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
+from ormo_server.service.exchange import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError
 
@@ -155,7 +155,7 @@ class RunHost:
             BadManifest: the server starts from a file, and it is another model's.
             NotReady: the checkpoint could not be written.
         """
-        if not (all_finite(payload.parameters) and all_finite(payload.float_buffers)):
+        if not is_finite(payload):
             raise NonFinite(
                 f"the model that worker {worker!r} offers has NaN or infinite values: start from a sound one"
             )

@@ -11,7 +11,7 @@ from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult, TicketKey
 from ormo_server.service.delivery import Delivery
-from ormo_server.service.engine import Push
+from ormo_server.service.exchange import Push
 
 # So that the run's count of them stays far below what an int64 holds.
 MAX_SAMPLES = 2**31 - 1

@@ -17,8 +17,9 @@ from ormo_server.core.inputs import Requester
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool
 from ormo_server.service.delivery import Delivery, Waiter
-from ormo_server.service.engine import Engine, Push
+from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, streams_answers
+from ormo_server.service.exchange import Push
 from ormo_server.service.host import RunHost
 from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
