@@ -131,7 +131,8 @@ def _described(status: pb.GetStatusResponse) -> str:
         f"{status.checkpoint_path or 'none'}",
     ]
     lines += [
-        f"  {worker.worker}: {worker.applied} gradients, last delay {worker.last_delay}, largest {worker.max_delay}, "
+        f"  {worker.worker}: {worker.applied} gradients since it joined, last delay {worker.last_delay}, "
+        f"largest {worker.max_delay}, "
         f"{worker.compute_seconds:.3f} s a gradient"
         for worker in status.workers
     ]

@@ -110,6 +110,18 @@ def test_worker_with_another_model_is_told_which_tensors_differ(stage: Stage) ->
     assert stage.status().applied == 2
 
 
+def test_worker_with_another_model_is_told_so_also_when_the_run_is_over(stage: Stage) -> None:
+    (stage.folder / "other.py").write_text(OTHER_TASK)
+    stage.server(stop_after_gradients=2)
+    assert stage.worker("right").wait() == 0
+    other = stage.worker("wrong", task="other.py:Other")
+    assert other.wait() == 1
+    assert "give the server and this program the same model" in other.log.read_text()
+    late = stage.worker("late")
+    assert late.wait() == 0
+    assert "the run was over already, at iteration 2" in late.log.read_text()
+
+
 def test_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(stage: Stage) -> None:
     server = stage.server()
     assert stage.worker("a", stop_after=3).wait() == 0

@@ -508,7 +508,7 @@ def test_a_pull_may_be_limited_in_time(server: FakeServer, worker: Worker) -> No
 
 
 def test_a_reader_of_another_model_gets_an_error(server: FakeServer, worker: Worker) -> None:
-    with Worker(server, 9).client as reader, pytest.raises(ProtocolBroken, match="give the server and this program"):
+    with Worker(server, 9).client as reader, pytest.raises(ModelMismatch, match="give the server and this program"):
         reader.pull()
 
 

@@ -12,7 +12,7 @@ import torch
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker import evaluation
 from ormo_worker.config import EvaluateSettings
-from ormo_worker.errors import OptionRefused, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, OptionRefused
 from ormo_worker.tasks import TaskError
 from ormo_worker.transfer import Staging
 from worker.fake_server import FakeServer
@@ -139,7 +139,7 @@ def test_a_port_in_use_is_one_sentence(training: FakeServer) -> None:
 
 
 def test_another_tasks_model_is_an_error(training: FakeServer) -> None:
-    with pytest.raises(ProtocolBroken, match="give the server and this program the same model"):
+    with pytest.raises(ModelMismatch, match="give the server and this program the same model"):
         evaluation.run(settings(training, once=True).model_copy(update={"task": "digits"}))
 
 

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_worker import training
 from ormo_worker.config import RunSettings
 from ormo_worker.tasks import TaskError
+from ormo_worker.tasks.batches import batches
 from ormo_worker.training import decay_groups, run
 from worker.fake_server import FakeServer, refuse
 from worker.lines import Lines
@@ -120,3 +122,18 @@ def test_a_busy_server_slows_the_loop_down_and_no_more(server: FakeServer) -> No
     run(settings(server, stop_after=2))
     assert time.monotonic() - start >= 0.2
     assert server.iteration == 2
+
+
+def test_loader_processes_are_passed_to_the_stream_of_batches(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.stop_after = 1
+    asked = []
+
+    def recording(dataset: Any, batch_size: int, seed: int, *, loader_processes: int = 0) -> Any:
+        asked.append(loader_processes)
+        return batches(dataset, batch_size, seed)
+
+    monkeypatch.setattr(training, "batches", recording)
+    run(settings(server, loader_processes=3))
+    assert asked[-1] == 3

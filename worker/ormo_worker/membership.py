@@ -2,7 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import grpc
 
 from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.tensors import Payload
@@ -16,6 +19,8 @@ from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain, Waiting
 from ormo_worker.session import Step
 from ormo_worker.wire import Wire
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 _SHOWN_DIFFERENCES = 3
@@ -133,18 +138,23 @@ class Membership:
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
         try:
             with self._connection.watched():
-                call = self._connection.stub.OfferModel.future(self._wire.offer(self._identity, payload))
-                self._connection.add(call)
-                try:
+                requests = self._moving(self._wire.offer(self._identity, payload))
+                call = self._connection.stub.OfferModel.future(requests)
+                with self._connection.guarded(call):
                     call.result()
-                finally:
-                    call.cancel()  # if anything but the answer ended the wait
-                    self._connection.remove(call)
             self._connection.heard()
+        except grpc.FutureCancelledError:
+            raise TryAgain("offering the model: nothing moved any more, so the call was ended") from None
         except CallEnded as end:
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
                 raise TryAgain(f"offering the model: {end}", end.retry_seconds) from None
             raise end.error("the model that this worker offered") from None
+
+    def _moving(self, requests: Iterable[T]) -> Iterator[T]:
+        """The requests; that the network takes one is a sign of life, however long the whole upload takes."""
+        for request in requests:
+            self._connection.heard()
+            yield request
 
     def _log_welcome(self, welcome: pb.Welcome) -> None:
         settings = welcome.settings

@@ -14,7 +14,7 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
-from ormo_worker.errors import OptionRefused, OrmoError, RunFinished
+from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, RunFinished
 from ormo_worker.groups import SCALE, ParameterGroup
 from ormo_worker.retries import Patience
 from ormo_worker.slot import ExchangeOutcome
@@ -238,6 +238,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.finished = True
         try:
             delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
+        except ModelMismatch:
+            raise  # the run that is over was never this model's
         except OrmoError as error:
             _LOG.warning("the run is over, but its last parameters could not be loaded: %s", error)
             return
@@ -246,13 +248,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _note_refusal(self, refusal: pb.PushResult) -> None:
         self.refusals[refusal.refusal] += 1
+        if refusal.refusal != Reason.NON_FINITE:
+            _LOG.info("a gradient was lost, training goes on: %s: %s", refusal.refusal, refusal.refusal_message)
+            return
         now = time.monotonic()
-        if refusal.refusal == Reason.NON_FINITE and now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:
+        if now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:  # a loop that has diverged refuses every gradient
             self._warned_at = now
             count = self.refusals[refusal.refusal]
             _LOG.warning("the server refused a gradient, %d so far: %s", count, refusal.refusal_message)
-        else:
-            _LOG.info("a gradient was lost: %s: %s", refusal.refusal, refusal.refusal_message)
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))

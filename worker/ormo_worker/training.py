@@ -48,8 +48,10 @@ def run(settings: RunSettings) -> None:
         failure_timeout=settings.failure_timeout,
         give_up_after=settings.give_up_after,
     ) as optimizer:
-        if not optimizer.finished:
-            stream = batches(dataset, samples, optimizer.data_seed)
+        if optimizer.finished:
+            _LOG.info("the run was over already, at iteration %d: there is nothing to train", optimizer.iteration)
+        else:
+            stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
             Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
                 stream, settings.stop_after
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.errors import ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ProtocolBroken
 from ormo_worker.identity import Identity
 from ormo_worker.session import Ask
 
@@ -126,10 +126,11 @@ class DeliveryReceiver:
         """Take the first message of a delivery.
 
         Raises:
-            ProtocolBroken: it is not what was asked for, or not of this model.
+            ModelMismatch: it is of another model.
+            ProtocolBroken: it is not what was asked for.
         """
         if delivery.manifest_digest != self._wire.manifest.digest:
-            raise ProtocolBroken(
+            raise ModelMismatch(
                 f"the server announced parameters of the model with digest {delivery.manifest_digest.hex()[:16]}…, but "
                 f"this model's is {self._wire.manifest.digest.hex()[:16]}…: give the server and this program the same "
                 "model"

@@ -84,8 +84,10 @@ class Engine:
             if member is not known:
                 self.observations.joined(worker)
             self._pass_on()
-            replaced = known.incarnation if known is not None and known is not member else None
-            return member, replaced
+            size = machine.bucket_size
+        if member is not known:
+            log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size)
+        return member, known.incarnation if known is not None and known is not member else None
 
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
@@ -109,9 +111,12 @@ class Engine:
     def leave(self, worker: str, incarnation: int) -> None:
         """A worker gives up its lease."""
         with self._hold() as machine:
-            if machine.leave(self._clock(), worker, incarnation):
+            left = machine.leave(self._clock(), worker, incarnation)
+            if left:
                 self._forget(worker)
             self._pass_on()
+        if left:
+            log.info("worker %s left", worker)
 
     def expire(self) -> list[tuple[str, int]]:
         """Take silent workers for dead, and tickets that were out for too long for lost.

@@ -1,6 +1,8 @@
 """The service: every method translates, and nothing more."""
 
 import contextlib
+import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -12,7 +14,7 @@ from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer
-from ormo_server.core.errors import BadRequest, Finished, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, NonFinite, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool
@@ -25,6 +27,10 @@ from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
 from ormo_server.service.streams import OpenStream, StreamRegistry
 
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_WARNINGS = 10.0
+
 Chunks = Iterator[pb.TensorChunk]
 
 
@@ -36,6 +42,7 @@ class Servicer(ParameterServerServicer):
         self._streams = streams
         self._metrics = host.metrics
         self._buffers = BufferPool()
+        self._warned = float("-inf")
 
     # Members
 
@@ -140,6 +147,7 @@ class Servicer(ParameterServerServicer):
             with _withdrawn_at_end(engine, outcome.waiter):
                 if outcome.refusal is not None:
                     self.count_refusal(outcome.refusal.reason)
+                    self._warn(outcome.refusal)
                     result = messages.refused_result(requester.request, outcome.refusal)
                     yield pb.PushPullResponse(result=result)
                 if outcome.result is not None:
@@ -170,6 +178,7 @@ class Servicer(ParameterServerServicer):
                 with self._tensors(stream, engine, push.gradient, None, _chunks(request_iterator)) as (gradient, _):
                     outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
         if outcome.refusal is not None:
+            self._warn(outcome.refusal)
             raise outcome.refusal
         assert outcome.result is not None
         return pb.PushGradientResponse(result=messages.push_result(outcome.result))
@@ -209,6 +218,13 @@ class Servicer(ParameterServerServicer):
     def count_refusal(self, reason: Reason) -> None:
         """Count what was refused, by reason."""
         self._metrics.refusals.labels(reason.value).inc()
+
+    def _warn(self, refusal: OrmoError) -> None:
+        # A worker that has diverged has every gradient refused: one line now and then tells it.
+        now = time.monotonic()
+        if isinstance(refusal, NonFinite) and now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
+            self._warned = now
+            log.warning("refused: %s", refusal)
 
     def _introduced(self, stream: OpenStream, message: pb.Requester) -> tuple[Engine, Requester]:
         engine, requester = self._host.engine, messages.requester(message)
