@@ -262,13 +262,13 @@ def test_an_unusable_model_or_dtype_is_an_error_before_the_server_is_asked(
 def test_refused_gradients_are_counted_and_warned_of_once(
     caplog: pytest.LogCaptureFixture, server: FakeServer, model: nn.Linear, optimizer: RemoteOptimizer
 ) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         for factor in (math.nan, math.inf, 1.0):
             optimizer.zero_grad()
             backward(model, factor)
             optimizer.step()
     assert optimizer.refusals == {Reason.NON_FINITE: 2}
-    assert len(caplog.records) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert model.weight.item() == 2.0 - LEARNING_RATE
 
 
