@@ -13,7 +13,7 @@ PACKAGES = ormo_protos ormo_server ormo_worker
 
 .PHONY: help
 help:  ## list these words
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,10 +69,10 @@ drift: $(PROTO_TOOLS)  ## check that the generated code is the contract's
 release-protos: $(INSTALLED)  ## take the contract as it is for released: from now on it may only grow
 	$(BIN)/buf build -o protos/released.binpb
 
-.PHONY: clean
-clean:  ## remove what the other words made
-	rm -rf $(VENV) $(PROTO_TOOLS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
-
 .PHONY: readme
 readme: $(INSTALLED)  ## write the README's settings tables anew
 	$(BIN)/python tests/readme.py
+
+.PHONY: clean
+clean:  ## remove what the other words made
+	rm -rf $(VENV) $(PROTO_TOOLS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
