@@ -63,7 +63,7 @@ protos: $(PROTO_TOOLS)  ## generate the code of the contract
 drift: $(PROTO_TOOLS)  ## check that the generated code is the contract's
 	rm -rf build/protos && mkdir -p build/protos
 	$(call GENERATE,build/protos)
-	cd build/protos && for file in $$(find . -type f); do diff "$$file" "$(CURDIR)/protos/$$file"; done
+	cd build/protos && for file in $$(find . -type f); do diff "$$file" "$(CURDIR)/protos/$$file" || exit 1; done
 
 .PHONY: release-protos
 release-protos: $(INSTALLED)  ## take the contract as it is for released: from now on it may only grow
