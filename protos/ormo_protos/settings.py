@@ -8,9 +8,10 @@ environment.
 import argparse
 import difflib
 import os
+import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -27,6 +28,7 @@ from pydantic_settings import (
 )
 
 BAD_SETTINGS_EXIT_CODE = 2
+_HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
 
 
 class Settings(BaseSettings):
@@ -117,6 +119,45 @@ def read_settings(cls: type[S], argv: Sequence[str], environment: Mapping[str, s
         return cls(**given.values())
     except ValidationError as error:
         raise SettingsProblemsError([given.problem(details) for details in error.errors()]) from None
+
+
+def dispatch(
+    argv: Sequence[str], commands: Mapping[str, Callable[[list[str]], int]], *, program: str, usage: str
+) -> int:
+    """Run the command that the first argument names with the arguments after it; returns its exit code.
+
+    Args:
+        argv: the arguments after the program's name.
+        commands: what to call for each command.
+        program: the program's name, for errors.
+        usage: what `--help` prints, and what follows after an unknown command.
+    """
+    arguments = list(argv)
+    command = arguments.pop(0) if arguments else ""
+    if command in commands:
+        return commands[command](arguments)
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(usage)
+        return 0
+    expected = " or ".join(commands)
+    sys.stderr.write(f"{program}: {command or 'no command'!r} came, expected {expected}\n{usage}")
+    return BAD_SETTINGS_EXIT_CODE
+
+
+def checked_address(value: str, *, lowest_port: int) -> str:
+    """The value, if it is HOST:PORT.
+
+    Args:
+        value: as given.
+        lowest_port: 0 where a server may pick a free port, else 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    match = _HOST_AND_PORT.fullmatch(value)
+    if match is None or not lowest_port <= int(match.group(1)) <= 65535:
+        raise ValueError(f"expected HOST:PORT with a port from {lowest_port} to 65535, as in 127.0.0.1:50051")
+    return value
 
 
 def settings_table(cls: type[Settings]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import grpc
 from pydantic import Field
 
-from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, Settings, load_settings
+from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, Settings, dispatch, load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.config import ServerSettings
@@ -38,17 +38,11 @@ class StatusSettings(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments else ""
-    if command == "serve":
-        return serve(load_settings(ServerSettings, arguments, program="ormo-server serve"))
-    if command == "status":
-        return show_status(load_settings(StatusSettings, arguments, program="ormo-server status"))
-    if command in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
-        return 0
-    sys.stderr.write(f"ormo-server: {command or 'no command'!r} came, expected serve or status\n{USAGE}")
-    return BAD_SETTINGS_EXIT_CODE
+    commands = {
+        "serve": lambda rest: serve(load_settings(ServerSettings, rest, program="ormo-server serve")),
+        "status": lambda rest: show_status(load_settings(StatusSettings, rest, program="ormo-server status")),
+    }
+    return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-server", usage=USAGE)
 
 
 def serve(settings: ServerSettings) -> int:

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
-from ormo_protos.settings import Settings
+from ormo_protos.settings import Settings, checked_address
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import KINDS, LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
-
-_ADDRESS = r"(\S+:\d{1,5})"
 
 
 def _choices(names: object) -> str:
@@ -25,13 +23,9 @@ class ServerSettings(Settings):
     """Serve the parameters of one model and train them with what workers push."""
 
     # Where
-    listen: str = Field(
-        "127.0.0.1:50051", pattern=f"^{_ADDRESS}$", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
-    )
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT to serve gRPC on; port 0 picks a free one")
     metrics_listen: str = Field(
-        "127.0.0.1:9464",
-        pattern=f"^{_ADDRESS}?$",
-        description="HOST:PORT to serve Prometheus metrics on; empty for none",
+        "127.0.0.1:9464", description="HOST:PORT to serve Prometheus metrics on; empty for none"
     )
     directory: Path = Field(
         Path("runs/default"), description="where the run's checkpoints are written and restored from"
@@ -96,6 +90,12 @@ class ServerSettings(Settings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
     )
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _are_addresses(cls, value: str, field: ValidationInfo) -> str:
+        empty_for_none = field.field_name == "metrics_listen" and not value
+        return value if empty_for_none else checked_address(value, lowest_port=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerSettings":

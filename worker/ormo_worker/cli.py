@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
+from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
@@ -27,17 +27,11 @@ REPLACED_EXIT_CODE = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments else ""
-    if command == "run":
-        return _run(load_settings(RunSettings, arguments, program="ormo-worker run"))
-    if command == "evaluate":
-        return _evaluate(load_settings(EvaluateSettings, arguments, program="ormo-worker evaluate"))
-    if command in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
-        return 0
-    sys.stderr.write(f"ormo-worker: {command or 'no command'!r} came, expected run or evaluate\n{USAGE}")
-    return BAD_SETTINGS_EXIT_CODE
+    commands = {
+        "run": lambda rest: _run(load_settings(RunSettings, rest, program="ormo-worker run")),
+        "evaluate": lambda rest: _evaluate(load_settings(EvaluateSettings, rest, program="ormo-worker evaluate")),
+    }
+    return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-worker", usage=USAGE)
 
 
 def _run(settings: RunSettings) -> int:

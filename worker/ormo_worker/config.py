@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ormo_protos.settings import Settings
+from ormo_protos.settings import Settings, checked_address
 
-_HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -38,7 +37,7 @@ class _Common(Settings):
     @field_validator("server")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        return _checked_address(value, lowest_port=1)
+        return checked_address(value, lowest_port=1)
 
     @field_validator("device")
     @classmethod
@@ -89,11 +88,4 @@ class EvaluateSettings(_Common):
     @field_validator("metrics_listen")
     @classmethod
     def _is_address_or_empty(cls, value: str) -> str:
-        return _checked_address(value, lowest_port=0) if value else value
-
-
-def _checked_address(value: str, *, lowest_port: int) -> str:
-    match = _HOST_AND_PORT.fullmatch(value)
-    if match is None or not lowest_port <= int(match.group(1)) <= 65535:
-        raise ValueError(f"expected HOST:PORT with a port from {lowest_port} to 65535, as in 127.0.0.1:50051")
-    return value
+        return checked_address(value, lowest_port=0) if value else value

@@ -51,6 +51,7 @@ class RunHost:
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.started = time.monotonic()
         self.clock = RunClock()
         self.offers = ModelOffers(settings.failure_timeout)
         self.last_checkpoint: LastCheckpoint | None = None

@@ -8,8 +8,6 @@ from ormo_server.service.engine import Engine
 from ormo_server.service.host import RunHost
 from ormo_server.service.observations import WorkerObservation
 
-_STARTED = time.monotonic()
-
 
 def run_settings(host: RunHost) -> pb.RunSettings:
     """What workers must know of the run."""
@@ -34,7 +32,7 @@ def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
         phase=pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL,
         settings=run_settings(host),
         method=host.settings.run().method.name,
-        uptime_seconds=time.monotonic() - _STARTED,
+        uptime_seconds=time.monotonic() - host.started,
         refusals=_refusals(host),
     )
     last = host.last_checkpoint
