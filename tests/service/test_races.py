@@ -279,6 +279,22 @@ def test_model_that_can_not_be_stored_is_asked_for_again(tmp_path: Path, monkeyp
 # Streams that say or take nothing
 
 
+def test_offer_is_not_ended_while_the_server_takes_long_to_store_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
+        store, write = server.host._store, server.host._store.write
+
+        def slowly(checkpoint: object) -> Path:
+            threading.Event().wait(1.0)
+            return write(checkpoint)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(store, "write", slowly)
+        worker = WireWorker(stub, "a")
+        assert worker.ask_to_join().WhichOneof("answer") == "model_wanted"
+        assert worker.offer().iteration.number == 0
+
+
 @pytest.mark.parametrize("method", ["PushGradient", "OfferModel"])
 def test_upload_that_says_nothing_does_not_keep_its_thread(tmp_path: Path, method: str) -> None:
     with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
@@ -452,7 +468,7 @@ def test_push_that_the_drain_cut_off_is_not_applied_after_its_checkpoint(tmp_pat
 
 
 def test_worker_that_expires_in_the_middle_of_a_push_changes_nothing_and_may_join_again(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout=0.5) as server, connected(server) as stub:
         worker = WireWorker(stub, "a", LARGE)
         worker.join()
         worker.pull()

@@ -123,6 +123,7 @@ class Servicer(ParameterServerServicer):
         payload = self._host.begin_offer(worker, incarnation, manifest)
         for _ in self._received(stream, payload, chunks):
             self._host.offers.renew(worker, incarnation, self._host.clock())
+        stream.has_all()
         epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
         return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
 

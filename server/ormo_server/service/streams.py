@@ -40,6 +40,7 @@ class OpenStream:
         self.in_exchange = False
         self.reader = reader
         self._moved = time.monotonic()
+        self._peer_is_done = False
         self._context = context
         self._registry = registry
         self._waiter: Waiter | None = None
@@ -93,9 +94,14 @@ class OpenStream:
         """Bytes came or went."""
         self._moved = time.monotonic()
 
+    def has_all(self) -> None:
+        """The peer has sent everything: from now on it waits for us, however long that takes."""
+        self._peer_is_done = True
+
     def is_stuck(self, patience_seconds: float) -> bool:
-        """Whether no lease watches over it and nothing has moved for so long."""
-        return self.requester is None and time.monotonic() - self._moved > patience_seconds
+        """Whether no lease watches over it and nothing has come from the peer, or gone to it, for so long."""
+        watched = self.requester is not None or self._peer_is_done
+        return not watched and time.monotonic() - self._moved > patience_seconds
 
     def wake(self, error: Draining) -> None:
         """End a wait."""
