@@ -10,10 +10,11 @@ import torch
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.snapshot import take
-from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
+from ormo_server.core.state import Member, PushResult
 from ormo_server.core.state_machine import StateMachine
 
 

@@ -11,7 +11,7 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import Finished, NotAMember, Replaced, StaleRequest, TicketUnknown, TooManyWorkers
 from ormo_server.core.events import Released
 from ormo_server.core.inputs import Gradient, Requester
-from ormo_server.core.state import SlotKey, TicketKey
+from ormo_server.core.keys import SlotKey, TicketKey
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 WHICH = st.integers(0, 20)  # taken modulo the number of what there is to choose from

@@ -15,6 +15,17 @@ def blocks(elements: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_ELEMENTS, elements))
 
 
+def walk(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it."""
+    elements = vectors[0].numel()
+    if elements <= BLOCK_ELEMENTS:
+        # Slicing is most of the cost for a small model.
+        yield vectors
+        return
+    for block in blocks(elements):
+        yield tuple(vector[block] for vector in vectors)
+
+
 def all_finite(vector: torch.Tensor) -> bool:
     """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
     return all(_finite_block(vector[block]) for block in blocks(vector.numel()))

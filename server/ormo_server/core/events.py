@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from ormo_server.core.errors import OrmoError, Superseded
-from ormo_server.core.state import SlotKey, Ticket
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state import Ticket
 
 
 @dataclass(frozen=True, slots=True)

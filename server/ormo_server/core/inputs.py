@@ -1,10 +1,11 @@
-"""What goes into the state machine: who asks, and the gradient that a worker pushes."""
+"""What goes into the state machine: who asks, the gradient that a worker pushes, and inputs as plain records."""
 
 from dataclasses import dataclass
 
 import torch
 
-from ormo_server.core.state import SlotKey, TicketKey
+from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.state import PushResult, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,64 @@ class Gradient:
     samples: int = 0
     float_buffers: torch.Tensor | None = None
     int_buffers: torch.Tensor | None = None
+
+
+# Inputs that took effect. `now` is seconds on the driver's clock, as it was passed in.
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker became a member, in the place of an older incarnation if there was one."""
+
+    now: float
+    worker: str
+    incarnation: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A worker is no member any more: it left, or its lease ran out."""
+
+    now: float
+    worker: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A slot asked for a ticket."""
+
+    now: float
+    requester: Requester
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A slot waits no longer."""
+
+    slot: SlotKey
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A ticket came back unused, or was out for too long."""
+
+    now: float
+    worker: str
+    incarnation: int
+    ticket: TicketKey
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A gradient redeemed a ticket."""
+
+    now: float
+    requester: Requester
+    ticket: Ticket
+    samples: int
+    result: PushResult
+
+
+Input = Joined | Left | Requested | Withdrawn | Returned | Pushed

@@ -5,7 +5,8 @@ from typing import TypeVar
 
 from ormo_server.core import tickets
 from ormo_server.core.errors import NotAMember, Replaced
-from ormo_server.core.state import Member, Slot, SlotKey, State
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state import Member, Slot, State
 
 # A process that was replaced or has left either learns of it soon or is dead; this many are told apart, then the oldest
 # are forgotten.
@@ -51,6 +52,7 @@ def add(state: State, worker: str, incarnation: int, slots: int, *, run_seed: in
     seed = data_seed(run_seed, state.epoch, state.joins)
     member = Member(worker, incarnation, rank, seed, [Slot() for _ in range(slots)])
     state.members[worker] = member
+    state.live_slots += slots
     return member
 
 
@@ -71,6 +73,7 @@ def remove(state: State, member: Member) -> list[SlotKey]:
             waited.append(key)
         state.rule.slot_closed(key)
     del state.members[member.worker]
+    state.live_slots -= len(member.slots)
     _remember(state.departed, member.worker, member.incarnation)
     return waited
 

@@ -34,6 +34,6 @@ def need(run: Run, elements: int, slots: int) -> MemoryNeed:
     rule = UPDATE_RULES[run.method.rule]
     vectors = 1 + rule.vectors_per_run + rule.vectors_per_slot * slots
     # A scheduler whose workers wait for each other keeps the parameters of the round's opening.
-    vectors += SCHEDULERS[run.method.scheduler].others_wait
+    vectors += SCHEDULERS[run.method.scheduler].keeps_opening
     vector_bytes = elements * _BYTES_PER_NUMBER
     return MemoryNeed(vectors * vector_bytes, slots * vector_bytes, vectors * vector_bytes)

@@ -1,9 +1,10 @@
 """A method is a preset of four independent choices; a run is a method with its numbers."""
 
+import math
 from dataclasses import dataclass, field
 
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.rules import UPDATE_RULES, Coefficients
 from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
@@ -18,17 +19,22 @@ class Method:
         scale: a key of `STEP_SCALES`.
         scheduler: a key of `SCHEDULERS`.
         discard_delay: R; a gradient with a delay of R or more is not applied (Ringmaster ASGD, Maranjyan et al.
-            2025). None: every gradient is applied.
+            2025). None: every gradient is applied, unless `discard_buckets` says otherwise.
+        discard_buckets: R in multiples of K as it is when the gradient comes, where R is not given.
+        staleness_bound: s, which no applied gradient's delay exceeds; for the bounded-staleness scheduler, and only for
+            it.
         name: what people call it.
 
     Raises:
-        SettingsError: a name that is not known, or R below 1.
+        SettingsError: a name that is not known, R below 1, s below 0, or s missing or out of place.
     """
 
     rule: str = "ormo"
     scale: str = "constant"
     scheduler: str = "asynchronous"
     discard_delay: int | None = None
+    discard_buckets: int | None = None
+    staleness_bound: int | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -37,6 +43,39 @@ class Method:
         _known("scheduler", self.scheduler, SCHEDULERS)
         if self.discard_delay is not None and self.discard_delay < 1:
             raise SettingsError(f"discard delay {self.discard_delay}: expected at least 1")
+        self._check_staleness_bound()
+
+    def _check_staleness_bound(self) -> None:
+        bound, wanted = self.staleness_bound, SCHEDULERS[self.scheduler].takes_staleness_bound
+        if wanted and bound is None:
+            raise SettingsError(
+                f"the {self.scheduler} scheduler needs a staleness bound: the largest delay that an applied gradient "
+                "may have, at least K - 1 for all workers to be busy"
+            )
+        if not wanted and bound is not None:
+            raise SettingsError(
+                f"staleness bound {bound} with the {self.scheduler} scheduler, which has none: leave it out, or choose "
+                "the scheduler bounded-staleness"
+            )
+        if bound is not None and bound < 0:
+            raise SettingsError(f"staleness bound {bound}: expected at least 0")
+
+    def spelt_out(self) -> str:
+        """The choices in words, for a method that is no preset."""
+        limit = f"{self.discard_buckets}K" if self.discard_delay is None else f"{self.discard_delay}"
+        choices = (
+            self.rule,
+            self.scale,
+            self.scheduler if self.staleness_bound is None else f"{self.scheduler} {self.staleness_bound}",
+            "" if self.discard_limit(1) is None else f"discard from {limit}",
+        )
+        return " × ".join(filter(None, choices))
+
+    def discard_limit(self, bucket_size: int) -> int | None:
+        """R: a gradient with this delay or more is not applied; None if every gradient is."""
+        if self.discard_delay is None and self.discard_buckets is not None:
+            return self.discard_buckets * bucket_size
+        return self.discard_delay
 
 
 def _known(what: str, name: str, table: object) -> None:
@@ -48,10 +87,22 @@ def _known(what: str, name: str, table: object) -> None:
 PRESETS: dict[str, Method] = {
     method.name: method
     for method in (
+        # The ten that the OrMo paper compares.
         Method(name="ormo", rule="ormo"),
+        Method(name="ormo-da", rule="ormo", scale="delay-adaptive"),
+        Method(name="ormo-vanilla", rule="ormo-vanilla"),
         Method(name="asgd", rule="sgd"),
+        Method(name="asgd-da", rule="sgd", scale="delay-adaptive"),
+        Method(name="asgdm", rule="naive"),
+        Method(name="shifted", rule="shifted"),
+        Method(name="smega2", rule="smega2"),
         Method(name="ssgdm", rule="ormo", scheduler="synchronous"),
         Method(name="ssgd", rule="sgd", scheduler="synchronous"),
+        # Others.
+        Method(name="ringmaster", rule="sgd", discard_buckets=2),
+        Method(name="asgd-tau", rule="sgd", scale="inverse"),
+        Method(name="rescaled", rule="sgd", scale="rescaled"),
+        Method(name="dc-asgd", rule="dc"),
     )
 }
 
@@ -70,6 +121,7 @@ class Run:
         stop_after_gradients: the run ends at this iteration; 0 for never.
         stop_after_samples: the run ends when so many samples are counted; 0 for never.
         seed: where the workers' data seeds come from.
+        delay_compensation: λ of the update rule `dc`, at least 0.
 
     Raises:
         SettingsError: a value outside its limits, or values that contradict each other.
@@ -84,10 +136,13 @@ class Run:
     stop_after_gradients: int = 0
     stop_after_samples: int = 0
     seed: int = 0
+    delay_compensation: float = 0.04
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
+        if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
+            raise SettingsError(f"delay compensation {self.delay_compensation}: expected a finite number of at least 0")
         if self.bucket_size is not None and self.bucket_size < 1:
             raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
         if not 1 <= self.min_workers <= self.max_workers:
@@ -101,3 +156,8 @@ class Run:
                 f"bucket size {self.bucket_size} with the {self.method.scheduler} scheduler: its buckets are its "
                 "rounds, leave the bucket size out"
             )
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The numbers that the update rule goes by."""
+        return Coefficients(self.momentum, self.delay_compensation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ormo_server.core import tickets
+from ormo_server.core import membership, tickets
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
@@ -52,6 +52,7 @@ def take(machine: StateMachine) -> Snapshot:
         views["round_params"] = state.round_params
     fields: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
     fields["rule"] = machine.run.method.rule
+    fields["rule_counters"] = dict(state.rule.counters)
     fields["scheduler"] = machine.run.method.scheduler
     fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
@@ -97,12 +98,14 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
 
 def _state(run: Run, snapshot: Snapshot) -> State:
     tensors, fields = snapshot.tensors, snapshot.fields
-    rule = UPDATE_RULES[run.method.rule](0, run.momentum)
+    rule = UPDATE_RULES[run.method.rule](0, run.coefficients)
     rule.vectors = {name.removeprefix("rule."): t for name, t in tensors.items() if name.startswith("rule.")}
+    rule.counters |= fields.get("rule_counters", {})
     state = State(tensors["params"], tensors["float_buffers"], tensors["int_buffers"], rule, fields["epoch"], 0.0)
     for name in _COUNTERS:
         setattr(state, name, fields[name])
     state.members = {row["worker"]: _member(row) for row in fields["members"]}
+    state.live_slots = sum(len(member.slots) for member in state.members.values())
     restored = (Ticket(**{**row, "slot": tuple(row["slot"])}) for row in fields["tickets"])
     state.tickets = {ticket.key: ticket for ticket in restored}
     state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
@@ -121,13 +124,15 @@ def _slot(row: Mapping[str, Any]) -> Slot:
         row["request"],
         None if ticket is None else (ticket[0], ticket[1]),
         None if result is None else PushResult(**result),
+        row.get("ticket_seconds"),
     )
 
 
 def _change_scheduler(state: State) -> None:
     """Members joined under another scheduler's terms: they join again. Buckets go on after the newest."""
     _void_everything(state)
-    state.members.clear()
+    for member in list(state.members.values()):
+        membership.remove(state, member)
     if state.iteration:
         state.issue, state.filled = state.newest_bucket + 1, 0
 

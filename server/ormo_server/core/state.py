@@ -1,15 +1,12 @@
 """The state of a run, as plain data, and the questions that can be asked of it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.rules import UpdateRule
-
-# A worker id and the number of one of its slots.
-SlotKey = tuple[str, int]
-# An epoch of the server and a number within it.
-TicketKey = tuple[int, int]
+from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.rules import Sending, UpdateRule
 
 
 @dataclass(slots=True)
@@ -72,11 +69,13 @@ class Slot:
         request: the highest request number that took effect; 0 before the first.
         ticket: the one that it holds.
         result: of its last redeemed ticket, kept until a new request confirms it.
+        ticket_seconds: how long its last redeemed ticket was out; None before the first.
     """
 
     request: int = 0
     ticket: TicketKey | None = None
     result: PushResult | None = None
+    ticket_seconds: float | None = None
 
 
 @dataclass(slots=True)
@@ -119,6 +118,7 @@ class State:
         started: `min_workers` have been there once.
         finished: the end of the run was reached.
         members: live workers by id.
+        live_slots: how many slots they have.
         tickets: those in flight, in the order in which they were handed out.
         waiting: slots that wait for a ticket, first come first; the values mean nothing.
         replaced: incarnations that a newer one replaced, oldest first; bounded.
@@ -142,6 +142,7 @@ class State:
     started: bool = False
     finished: bool = False
     members: dict[str, Member] = field(default_factory=dict)
+    live_slots: int = 0
     tickets: dict[TicketKey, Ticket] = field(default_factory=dict)
     waiting: dict[SlotKey, None] = field(default_factory=dict)
     replaced: dict[tuple[str, int], None] = field(default_factory=dict)
@@ -153,6 +154,13 @@ class State:
         worker, number = key
         return self.members[worker].slots[number]
 
-    def live_slots(self) -> int:
-        """Slots of all live workers."""
-        return sum(len(member.slots) for member in self.members.values())
+    def sending(self, bucket_size: int) -> Sending:
+        """What a delivery now depends on."""
+        return Sending(self.learning_rate, bucket_size)
+
+    def seconds_of_slots(self) -> Iterator[float]:
+        """How long the last redeemed ticket of every live slot was out, of those that have redeemed one."""
+        for member in self.members.values():
+            for slot in member.slots:
+                if slot.ticket_seconds is not None:
+                    yield slot.ticket_seconds

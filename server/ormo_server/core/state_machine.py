@@ -4,6 +4,7 @@ All checks of an input come before its first change, so a refusal leaves the sta
 possible for others (a ticket for a slot that waited, the end of a wait) comes out as events.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,26 +20,45 @@ from ormo_server.core.errors import (
     TooManyWorkers,
 )
 from ormo_server.core.events import Event, Granted, Released
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import (
+    Gradient,
+    Input,
+    Joined,
+    Left,
+    Pushed,
+    Requested,
+    Requester,
+    Returned,
+    Withdrawn,
+)
+from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES, Landing
 from ormo_server.core.scales import STEP_SCALES, Timing
 from ormo_server.core.schedulers import SCHEDULERS
-from ormo_server.core.state import Member, PushResult, Slot, SlotKey, State, Ticket, TicketKey
+from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
 
 
 class StateMachine:
     """Moves a `State` by inputs. Not thread-safe: whoever drives it gives it one input after the other.
 
     Inputs that can hand out tickets take `now`, seconds on a clock of the driver's that never runs backwards in a run.
+
+    Attributes:
+        run: what decides how the state moves.
+        state: where the run is.
+        scheduler: who gets a ticket when.
+        listener: is told of every input that took effect, in order; the same inputs, fed to another machine that
+            started alike, lead to the same state.
     """
 
     def __init__(self, run: Run, state: State) -> None:
         self.run = run
         self.state = state
-        self.scheduler = SCHEDULERS[run.method.scheduler]()
+        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound)
         self._scale = STEP_SCALES[run.method.scale]
         self._events: list[Event] = []
+        self.listener: Callable[[Input], None] | None = None
 
     @classmethod
     def fresh(
@@ -59,7 +79,7 @@ class StateMachine:
             int_buffers: shape (i,), int64; None for none.
             epoch: of the server.
         """
-        rule = UPDATE_RULES[run.method.rule](params.numel(), run.momentum)
+        rule = UPDATE_RULES[run.method.rule](params.numel(), run.coefficients)
         floats = torch.zeros(0) if float_buffers is None else float_buffers
         ints = torch.zeros(0, dtype=torch.int64) if int_buffers is None else int_buffers
         return cls(run, State(params, floats, ints, rule, epoch, run.learning_rate.at(0)))
@@ -67,7 +87,7 @@ class StateMachine:
     @property
     def bucket_size(self) -> int:
         """K: fixed, or the number of slots of the live workers, at least 1."""
-        return self.run.bucket_size or max(1, self.state.live_slots())
+        return self.run.bucket_size or max(1, self.state.live_slots)
 
     def take_events(self) -> list[Event]:
         """What followed from the inputs since the last call, in order."""
@@ -96,6 +116,7 @@ class StateMachine:
             self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
         member = membership.add(state, worker, incarnation, slots, run_seed=self.run.seed)
         state.started = state.started or len(state.members) >= self.run.min_workers
+        self._tell(Joined(now, worker, incarnation, slots))
         self._hand_out(now)
         return member
 
@@ -113,6 +134,7 @@ class StateMachine:
         if member is None or member.incarnation != incarnation:
             return False
         self._remove(member, NotAMember(f"worker {worker!r} has left or its lease ran out: join again"))
+        self._tell(Left(now, worker, incarnation))
         self._hand_out(now)
         return True
 
@@ -136,11 +158,14 @@ class StateMachine:
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
         self.state.waiting[requester.slot_key] = None
+        self._tell(Requested(now, requester))
         self._hand_out(now)
 
     def withdraw_request(self, slot: SlotKey) -> None:
         """Nobody listens any more for the ticket that this slot waits for. It need not wait, nor exist."""
-        self.state.waiting.pop(slot, None)
+        if slot in self.state.waiting:
+            del self.state.waiting[slot]
+            self._tell(Withdrawn(slot))
 
     def return_ticket(self, now: float, worker: str, incarnation: int, key: TicketKey) -> bool:
         """A ticket comes back unused, or its time ran out: it is void.
@@ -153,6 +178,7 @@ class StateMachine:
         if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
             return False
         tickets.close(self.state, ticket)
+        self._tell(Returned(now, worker, incarnation, key))
         self._hand_out(now)
         return True
 
@@ -162,7 +188,8 @@ class StateMachine:
         Call it before the next input, so that these are the parameters of the ticket's iteration.
         """
         if granted.params is None:
-            self.state.rule.write_delivery(self.state.params, out)
+            state = self.state
+            state.rule.write_delivery(state.params, out, state.sending(self.bucket_size))
         else:
             out.copy_(granted.params)
         self.state.rule.ticket_delivered(granted.slot, out)
@@ -186,23 +213,25 @@ class StateMachine:
         self._refuse_finished()
         ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
         self._assert_sizes(gradient)
-        slot.result = self._count(requester, ticket, gradient)
+        slot.ticket_seconds = now - ticket.handed_out_seconds
+        slot.result = self._count(requester, ticket, gradient, slot.ticket_seconds)
         slot.request = requester.request
         tickets.close(self.state, ticket)
+        self._tell(Pushed(now, requester, ticket, gradient.samples, slot.result))
         if self.reached_end():
             self.finish()
         self._hand_out(now)
         return slot.result
 
-    def _count(self, requester: Requester, ticket: Ticket, gradient: Gradient) -> PushResult:
+    def _count(self, requester: Requester, ticket: Ticket, gradient: Gradient, seconds: float) -> PushResult:
         state = self.state
         delay = state.iteration - ticket.iteration
         counted_delay = self.scheduler.counted_delay(delay)
-        limit = self.run.method.discard_delay
+        limit = self.run.method.discard_limit(self.bucket_size)
         if limit is not None and counted_delay >= limit:
             lag = max(0, state.newest_bucket - ticket.bucket)
             return PushResult(requester.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
-        landing = self._land(ticket, counted_delay)
+        landing = self._land(ticket, counted_delay, seconds)
         state.rule.apply(state.params, gradient.values, landing)
         self._merge_buffers(gradient)
         state.iteration += 1
@@ -218,14 +247,14 @@ class StateMachine:
         assert gradient.float_buffers is None or gradient.float_buffers.shape == self.state.float_buffers.shape
         assert gradient.int_buffers is None or gradient.int_buffers.shape == self.state.int_buffers.shape
 
-    def _land(self, ticket: Ticket, counted_delay: int) -> Landing:
+    def _land(self, ticket: Ticket, counted_delay: int, seconds: float) -> Landing:
         state = self.state
         opened = max(0, ticket.bucket - state.newest_bucket)
         if opened:
             state.newest_bucket = ticket.bucket
             state.learning_rate = self.run.learning_rate.at(state.iteration)
         size = self.bucket_size
-        step_size = state.learning_rate * self._scale(Timing(counted_delay, size))
+        step_size = state.learning_rate * self._scale(Timing(counted_delay, size, seconds, state.seconds_of_slots))
         return Landing(step_size, opened, state.newest_bucket - ticket.bucket, size, ticket.slot)
 
     def _merge_buffers(self, gradient: Gradient) -> None:
@@ -236,6 +265,10 @@ class StateMachine:
             torch.maximum(self.state.int_buffers, gradient.int_buffers, out=self.state.int_buffers)
 
     # What follows from inputs
+
+    def _tell(self, taken: Input) -> None:
+        if self.listener is not None:
+            self.listener(taken)
 
     def _hand_out(self, now: float) -> None:
         if self.state.finished or not self.state.started:

@@ -1,7 +1,8 @@
 """Handing tickets out, redeeming them and making them void. These functions never move `issue` or the parameters."""
 
 from ormo_server.core.errors import TicketUnknown
-from ormo_server.core.state import SlotKey, State, Ticket, TicketKey
+from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.state import State, Ticket
 
 
 def hand_out(state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool) -> Ticket:
@@ -40,6 +41,10 @@ def close(state: State, ticket: Ticket) -> None:
     """The ticket is redeemed or void: it is not in flight any more."""
     del state.tickets[ticket.key]
     state.slot(ticket.slot).ticket = None
-    state.rule.ticket_closed(ticket.slot)
-    if not any(not other.delivered for other in state.tickets.values()):
+    drop_delivered_round(state)
+
+
+def drop_delivered_round(state: State) -> None:
+    """Forget the parameters of the round's opening once all of its tickets in flight have been delivered."""
+    if state.round_params is not None and all(ticket.delivered for ticket in state.tickets.values()):
         state.round_params = None

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
 from ormo_server.core.errors import OrmoError
-from ormo_server.core.state import SlotKey, Ticket
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state import Ticket
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
 from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.snapshot import Snapshot, take
-from ormo_server.core.state import Member, PushResult, SlotKey, TicketKey
+from ormo_server.core.state import Member, PushResult
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Delivery, Waiter

@@ -6,7 +6,8 @@ from ormo_protos.tensors import Payload
 from ormo_server.core.blocks import all_finite
 from ormo_server.core.errors import NonFinite, OrmoError
 from ormo_server.core.inputs import Requester
-from ormo_server.core.state import PushResult, TicketKey
+from ormo_server.core.keys import TicketKey
+from ormo_server.core.state import PushResult
 from ormo_server.service.delivery import Waiter
 
 

@@ -1,12 +1,22 @@
 """The update rules by name. A new rule is one file and one row here."""
 
-from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
+from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule, geometric_sum
+from ormo_server.core.rules.dc import DelayCompensated
+from ormo_server.core.rules.naive import Naive
 from ormo_server.core.rules.ormo import Ormo
+from ormo_server.core.rules.ormo_vanilla import OrmoVanilla
 from ormo_server.core.rules.sgd import Sgd
+from ormo_server.core.rules.shifted import Shifted
+from ormo_server.core.rules.smega2 import Smega2
 
 UPDATE_RULES: dict[str, type[UpdateRule]] = {
     "ormo": Ormo,
+    "ormo-vanilla": OrmoVanilla,
     "sgd": Sgd,
+    "naive": Naive,
+    "shifted": Shifted,
+    "smega2": Smega2,
+    "dc": DelayCompensated,
 }
 
-__all__ = ["UPDATE_RULES", "Landing", "UpdateRule", "geometric_sum"]
+__all__ = ["UPDATE_RULES", "Coefficients", "Landing", "Sending", "UpdateRule", "geometric_sum"]

@@ -6,6 +6,21 @@ from typing import ClassVar
 
 import torch
 
+from ormo_server.core.keys import SlotKey
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """The numbers of a formula that stay the same throughout a run.
+
+    Attributes:
+        momentum: β, in [0, 1).
+        delay_compensation: λ of `dc`, at least 0.
+    """
+
+    momentum: float
+    delay_compensation: float = 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Landing:
@@ -16,31 +31,47 @@ class Landing:
         opened_buckets: m, how far this gradient moved the newest bucket; usually 0 or 1.
         lag_buckets: l, the newest bucket (after it moved) less the gradient's.
         bucket_size: K as it is now.
-        slot: the place the ticket was held in, (worker id, slot number), for rules that keep a vector per slot.
+        slot: the place the ticket was held in, for rules that keep a vector per slot.
     """
 
     step_size: float
     opened_buckets: int
     lag_buckets: int
     bucket_size: int
-    slot: tuple[str, int]
+    slot: SlotKey
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """What a delivery may depend on besides the rule's vectors.
+
+    Attributes:
+        learning_rate: η in force.
+        bucket_size: K as it is now.
+    """
+
+    learning_rate: float
+    bucket_size: int
 
 
 class UpdateRule(ABC):
     """Moves the parameters by gradients. One object serves one run and owns the rule's vectors.
 
     Attributes:
+        coefficients: the numbers of the formula.
         vectors: the rule's state by name, each of shape (d,), float32; checkpoints hold it.
+        counters: the rest of the rule's state; checkpoints hold it.
         vectors_per_run: how many vectors of the model's size it keeps, for the memory formula.
-        vectors_per_slot: how many more it keeps for each slot of a live worker.
+        vectors_per_slot: how many more it may keep for each slot of a live worker.
     """
 
     vectors_per_run: ClassVar[int] = 0
     vectors_per_slot: ClassVar[int] = 0
 
-    def __init__(self, elements: int, momentum: float) -> None:
-        self.momentum = momentum
+    def __init__(self, elements: int, coefficients: Coefficients) -> None:
+        self.coefficients = coefficients
         self.vectors: dict[str, torch.Tensor] = self.fresh_vectors(elements)
+        self.counters: dict[str, int] = {}
 
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """The vectors at the start of a run."""
@@ -56,17 +87,14 @@ class UpdateRule(ABC):
             landing: where it counts.
         """
 
-    def write_delivery(self, params: torch.Tensor, out: torch.Tensor) -> None:
+    def write_delivery(self, params: torch.Tensor, out: torch.Tensor, sending: Sending) -> None:  # noqa: ARG002
         """Write what a ticketed delivery carries into `out`, shape (d,), float32 or bfloat16. By default that is w."""
         out.copy_(params)
 
-    def ticket_delivered(self, slot: tuple[str, int], sent: torch.Tensor) -> None:  # noqa: B027
+    def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:  # noqa: B027
         """These parameters, shape (d,), went out with the slot's ticket: keep what the formula will ask for."""
 
-    def ticket_closed(self, slot: tuple[str, int]) -> None:  # noqa: B027
-        """The slot's ticket was redeemed or became void: drop what was kept for it."""
-
-    def slot_closed(self, slot: tuple[str, int]) -> None:  # noqa: B027
+    def slot_closed(self, slot: SlotKey) -> None:  # noqa: B027
         """The slot's worker is gone: drop what was kept for it."""
 
 

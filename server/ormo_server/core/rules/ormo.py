@@ -2,7 +2,7 @@
 
 import torch
 
-from ormo_server.core.blocks import blocks
+from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
 
 
@@ -27,16 +27,18 @@ class Ormo(UpdateRule):
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
-        beta, opened, lag = self.momentum, landing.opened_buckets, landing.lag_buckets
+        beta, opened, lag = self.coefficients.momentum, landing.opened_buckets, landing.lag_buckets
         aged, drift = beta**opened, beta * geometric_sum(beta, opened)
         share = landing.step_size * beta**lag
-        moved = landing.step_size * geometric_sum(beta, lag + 1)
-        momentum = self.vectors["momentum"]
-        # One walk over the blocks: each is read from memory once for all steps.
-        for block in blocks(params.numel()):
-            w, u, g = params[block], momentum[block], gradient[block].to(params.dtype)
+        moved = landing.step_size * self.moves_of_late_gradient(lag)
+        for w, u, g in walk(params, self.vectors["momentum"], gradient):
+            g = g.to(w.dtype)  # noqa: PLW2901
             if opened:
                 w.sub_(u, alpha=drift)
                 u.mul_(aged)
             u.add_(g, alpha=share)
             w.sub_(g, alpha=moved)
+
+    def moves_of_late_gradient(self, lag: int) -> float:
+        """How many times its own length a gradient would have moved w by now, had it come in time."""
+        return geometric_sum(self.coefficients.momentum, lag + 1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ormo_server.core.blocks import blocks
+from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Landing, UpdateRule
 
 
@@ -11,5 +11,5 @@ class Sgd(UpdateRule):
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
-        for block in blocks(params.numel()):
-            params[block].sub_(gradient[block].to(params.dtype), alpha=landing.step_size)
+        for w, g in walk(params, gradient):
+            w.sub_(g.to(w.dtype), alpha=landing.step_size)

@@ -2,11 +2,13 @@
 
 from ormo_server.core.schedulers.asynchronous import Asynchronous
 from ormo_server.core.schedulers.base import Scheduler
+from ormo_server.core.schedulers.bounded_staleness import BoundedStaleness
 from ormo_server.core.schedulers.synchronous import Synchronous
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     "asynchronous": Asynchronous,
     "synchronous": Synchronous,
+    "bounded-staleness": BoundedStaleness,
 }
 
 __all__ = ["SCHEDULERS", "Scheduler"]

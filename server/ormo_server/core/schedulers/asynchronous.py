@@ -11,5 +11,5 @@ class Asynchronous(CountedBuckets):
 
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
         """See `Scheduler.hand_out`."""
-        for slot in list(state.waiting):
-            yield self._deliver_new(state, slot, state.issue, now)
+        while state.waiting:
+            yield self._deliver_new(state, next(iter(state.waiting)), state.issue, now)

@@ -6,21 +6,32 @@ from typing import ClassVar
 
 from ormo_server.core import tickets
 from ormo_server.core.errors import BadRequest
-from ormo_server.core.state import SlotKey, State, Ticket
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state import State, Ticket
 
 
 class Scheduler(ABC):
     """A policy without a state of its own: all it goes by is in the `State`.
 
+    Args:
+        staleness_bound: s, for a policy that `takes_staleness_bound`.
+
     Attributes:
         takes_fixed_bucket_size: whether K may be fixed.
+        takes_staleness_bound: whether it goes by a bound on the delay.
         max_slots: in-flight places that a worker may have.
         others_wait: whether a worker that holds a ticket for long keeps others waiting.
+        keeps_opening: whether it keeps the parameters of a round's opening, one vector more.
     """
 
     takes_fixed_bucket_size: ClassVar[bool] = True
+    takes_staleness_bound: ClassVar[bool] = False
     max_slots: ClassVar[int] = 16
     others_wait: ClassVar[bool] = False
+    keeps_opening: ClassVar[bool] = False
+
+    def __init__(self, staleness_bound: int | None = None) -> None:
+        self.staleness_bound = staleness_bound
 
     @abstractmethod
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
@@ -37,6 +48,10 @@ class Scheduler(ABC):
     def voids_held_ticket(self, ticket: Ticket) -> bool:  # noqa: ARG002
         """Whether a new request of the ticket's slot makes it void."""
         return True
+
+    def idle_slots(self, slots: int) -> int:
+        """How many of so many slots can never be busy at the same time as the others, whatever their speed."""
+        return 0 if self.staleness_bound is None else max(0, slots - 1 - self.staleness_bound)
 
     def check_slots(self, slots: int) -> None:
         """Refuse a worker with more slots than the policy can serve.

@@ -21,6 +21,7 @@ class Synchronous(Scheduler):
     takes_fixed_bucket_size = False
     max_slots = 1
     others_wait = True
+    keeps_opening = True
 
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
         """See `Scheduler.hand_out`."""
@@ -32,14 +33,13 @@ class Synchronous(Scheduler):
                 del state.waiting[slot]
                 ticket.delivered = True
                 yield ticket
-        if all(ticket.delivered for ticket in state.tickets.values()):
-            state.round_params = None
+        tickets.drop_delivered_round(state)
 
     def _open_round(self, state: State, now: float) -> None:
         # A round in which nothing was applied is no bucket: its number is used again.
         bucket = state.newest_bucket + 1 if state.iteration else 0
         params = torch.empty_like(state.params)
-        state.rule.write_delivery(state.params, params)
+        state.rule.write_delivery(state.params, params, state.sending(max(1, state.live_slots)))
         for worker in state.members:
             tickets.hand_out(state, (worker, 0), bucket, now, delivered=False)
         state.round_params = params

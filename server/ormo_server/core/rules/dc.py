@@ -1,0 +1,41 @@
+"""Delay compensation (Zheng et al.: Asynchronous Stochastic Gradient Descent with Delay Compensation, ICML 2017)."""
+
+import torch
+
+from ormo_server.core.blocks import walk
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.rules.base import Landing, UpdateRule
+
+
+class DelayCompensated(UpdateRule):
+    """w ← w − η(g + λ g⊙g⊙(w − w_ticket)): g is moved to where w is now by a diagonal guess at the Hessian.
+
+    w_ticket is what went out with the ticket, as sent. Keeps one vector per slot: the last parameters sent to it.
+    """
+
+    vectors_per_slot = 1
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        compensation = self.coefficients.delay_compensation
+        for w, sent, g in walk(params, self.vectors[_sent_to(landing.slot)], gradient):
+            g = g.to(w.dtype)  # noqa: PLW2901
+            compensated = torch.sub(w, sent).mul_(g).mul_(g).mul_(compensation).add_(g)
+            w.sub_(compensated, alpha=landing.step_size)
+
+    def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:
+        """See `UpdateRule.ticket_delivered`."""
+        # The vector stays when the ticket is closed: the slot's next one needs it again.
+        name = _sent_to(slot)
+        if name not in self.vectors:
+            self.vectors[name] = torch.empty(sent.shape, dtype=torch.float32)
+        self.vectors[name].copy_(sent)
+
+    def slot_closed(self, slot: SlotKey) -> None:
+        """See `UpdateRule.slot_closed`."""
+        self.vectors.pop(_sent_to(slot), None)
+
+
+def _sent_to(slot: SlotKey) -> str:
+    worker, number = slot
+    return f"sent/{worker}/{number}"

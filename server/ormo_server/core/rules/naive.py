@@ -1,0 +1,26 @@
+"""Momentum in the order of arrival, as most asynchronous training has it (the paper's "naive ASGDm")."""
+
+import torch
+
+from ormo_server.core.blocks import walk
+from ormo_server.core.rules.base import Landing, UpdateRule
+
+
+class Naive(UpdateRule):
+    """u ← βu + ηg, w ← w − u, for every gradient as it comes. Keeps one vector, u.
+
+    The momentum ages with every gradient and not with every bucket, so with K workers a gradient has decayed to β^K
+    of its weight by the time a worker sees what came of it, and a late one counts as if it were fresh.
+    """
+
+    vectors_per_run = 1
+
+    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
+        """See `UpdateRule.fresh_vectors`."""
+        return {"momentum": torch.zeros(elements)}
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        for w, u, g in walk(params, self.vectors["momentum"], gradient):
+            u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
+            w.sub_(u)

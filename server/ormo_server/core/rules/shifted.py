@@ -1,0 +1,36 @@
+"""Shifted momentum (Giladi, Nacson, Hoffer, Soudry: At Stability's Edge, ICLR 2020, arXiv 1909.12340)."""
+
+import torch
+
+from ormo_server.core.blocks import walk
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.rules.base import Landing, UpdateRule
+
+
+class Shifted(UpdateRule):
+    """Each slot k has a momentum of its own: u_k ← βu_k + ηg, w ← w − u_k. It starts at 0 for a newcomer.
+
+    A slot pushes one gradient per ticket, so its momentum is always that of the moment at which its parameters were
+    handed out: the momentum is shifted by the delay as the gradient is. Keeps one vector per slot, from the slot's
+    first gradient until its worker is gone.
+    """
+
+    vectors_per_slot = 1
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        name = _momentum_of(landing.slot)
+        if name not in self.vectors:
+            self.vectors[name] = torch.zeros_like(params)
+        for w, u, g in walk(params, self.vectors[name], gradient):
+            u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
+            w.sub_(u)
+
+    def slot_closed(self, slot: SlotKey) -> None:
+        """See `UpdateRule.slot_closed`."""
+        self.vectors.pop(_momentum_of(slot), None)
+
+
+def _momentum_of(slot: SlotKey) -> str:
+    worker, number = slot
+    return f"momentum/{worker}/{number}"

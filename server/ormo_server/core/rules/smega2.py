@@ -1,0 +1,56 @@
+"""SMEGA² (Cohen, Hakimi, Schuster: SMEGA2, Distributed Asynchronous Deep Neural Network Training With a Single
+Momentum Buffer, ICPP 2022).
+"""
+
+import torch
+
+from ormo_server.core.blocks import walk
+from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
+
+
+class Smega2(UpdateRule):
+    """One momentum v of whole buckets of gradients, and parameters sent to where they are expected to be used.
+
+        G ← G + g,  s ← s + 1,  w ← w − η(g + βv)
+        v ← βv + G/s,  G ← 0,  s ← 0                          when s ≥ K
+        sent: w − ηβ[(K' + s(β − 1))v + (s/K')G],  K' = max(K, s)
+
+    What is sent looks one bucket ahead: with K = 1 it follows Nesterov's accelerated gradient. Keeps two vectors, v
+    and G, and the counter s.
+    """
+
+    vectors_per_run = 2
+
+    def __init__(self, elements: int, coefficients: Coefficients) -> None:
+        super().__init__(elements, coefficients)
+        self.counters["gathered"] = 0
+
+    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
+        """See `UpdateRule.fresh_vectors`."""
+        return {"momentum": torch.zeros(elements), "gathered": torch.zeros(elements)}
+
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        """See `UpdateRule.apply`."""
+        beta, step = self.coefficients.momentum, landing.step_size
+        count = self.counters["gathered"] + 1
+        bucket_is_full = count >= landing.bucket_size
+        for w, v, gathered, g in walk(params, self.vectors["momentum"], self.vectors["gathered"], gradient):
+            g = g.to(w.dtype)  # noqa: PLW2901
+            gathered.add_(g)
+            w.sub_(g, alpha=step)
+            w.sub_(v, alpha=step * beta)
+            if bucket_is_full:
+                v.mul_(beta).add_(gathered, alpha=1.0 / count)
+                gathered.zero_()
+        self.counters["gathered"] = 0 if bucket_is_full else count
+
+    def write_delivery(self, params: torch.Tensor, out: torch.Tensor, sending: Sending) -> None:
+        """See `UpdateRule.write_delivery`."""
+        beta, count = self.coefficients.momentum, self.counters["gathered"]
+        size = max(sending.bucket_size, count)
+        ahead = sending.learning_rate * beta
+        by_momentum, by_gathered = ahead * (size + count * (beta - 1.0)), ahead * count / size
+        momentum, gathered = self.vectors["momentum"], self.vectors["gathered"]
+        for w, v, partial, sent in walk(params, momentum, gathered, out):
+            expected = torch.sub(w, v, alpha=by_momentum)
+            sent.copy_(expected.sub_(partial, alpha=by_gathered))
