@@ -121,8 +121,11 @@ def _described(status: pb.GetStatusResponse) -> str:
     lines = [
         f"{phase}: {status.method}, iteration {status.iteration.number}, {status.samples} samples, K "
         f"{status.bucket_size}, learning rate {status.learning_rate:g}",
-        f"delay mean {status.delay_mean:.2f}, largest {status.delay_max}; last checkpoint "
-        f"{status.checkpoint_path or 'none'}",
+        f"update rule {status.update_rule}, step scale {status.step_scale} (mean {status.step_scale_mean:.3g}), "
+        f"scheduler {status.scheduler}",
+        f"delay mean {status.delay_mean:.2f}, largest {status.delay_max}; {status.applied} gradients applied and "
+        f"{status.discarded} discarded since the server started",
+        f"last checkpoint {status.checkpoint_path or 'none'}",
     ]
     lines += [
         f"  {worker.worker}: {worker.applied} gradients since it joined, last delay {worker.last_delay}, "

@@ -50,6 +50,9 @@ class ServerSettings(TrainingSettings):
     )
 
     # For people
+    trace: Path | None = Field(
+        None, description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace"
+    )
     reflection: bool = Field(False, description="let clients list the service (for development)")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"

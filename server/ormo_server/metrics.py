@@ -1,10 +1,15 @@
 """What the server exports to Prometheus. The names and their meanings are all here."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ormo_protos.reasons import Reason
+from ormo_server.core.method import Method
 
 _DELAYS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+# Most scales are at most 1; `rescaled` has a mean of 1 and gives slow workers more.
+_SCALES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -17,6 +22,26 @@ class Metrics:
         self._outcomes()
         self._distributions()
         self._gauges()
+        self._method = Info("ormo_method", "What the server trains by.", registry=self.registry)
+
+    def name_method(self, method: Method) -> None:
+        """Say what the server trains by."""
+        self._method.info(
+            {
+                "method": method.name,
+                "update_rule": method.rule,
+                "step_scale": method.scale,
+                "scheduler": method.scheduler,
+            }
+        )
+        # Limits that the method does not have are not exported: a 0 would be one.
+        if method.staleness_bound is not None:
+            text = "Iterations that no applied gradient's delay exceeds."
+            self._gauge("staleness_bound", text).set(method.staleness_bound)
+
+    def show_discard_limit(self, limit: Callable[[], float]) -> None:
+        """Export R, where gradients can be late enough not to be applied."""
+        self._gauge("discard_limit", "Iterations of delay from which on a gradient is not applied.").set_function(limit)
 
     def _outcomes(self) -> None:
         self.pushes = self._counter("pushes", "Gradients that came in, by outcome.", "outcome")
@@ -34,13 +59,15 @@ class Metrics:
         self.expired_workers = self._counter("expired_workers", "Workers whose lease ran out.")
         self.expired_tickets = self._counter("expired_tickets", "Tickets of live workers that were out too long.")
         self.upkeep_failures = self._counter("upkeep_failures", "Background work that failed, by what it was.", "work")
-        for work in ("expiry", "checkpoints"):
+        for work in ("expiry", "checkpoints", "trace"):
             self.upkeep_failures.labels(work)
         self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
 
     def _distributions(self) -> None:
         self.delay = self._histogram("gradient_delay_iterations", "Delay of counted gradients.", _DELAYS)
         self.lag = self._histogram("gradient_lag_buckets", "Bucket lag of counted gradients.", _DELAYS)
+        text = "Step size of applied gradients, as a share of the learning rate in force."
+        self.step_scale = self._histogram("step_scale", text, _SCALES)
         self.update_seconds = self._histogram("update_duration_seconds", "Time to apply one gradient.", _SECONDS)
         self.lock_wait_seconds = self._histogram("lock_wait_seconds", "Time that inputs waited for the lock.", _SECONDS)
 

@@ -9,7 +9,17 @@ import torch
 
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import (
+    Gradient,
+    Input,
+    Joined,
+    Left,
+    Pushed,
+    Requested,
+    Requester,
+    Returned,
+    Withdrawn,
+)
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate
@@ -26,29 +36,45 @@ class Place:
     granted: Granted | None = None
     params: torch.Tensor | None = None  # as delivered with `granted`
     result: PushResult | None = None  # of `request`, if that was a push
+    seconds: float | None = None  # from ticket to push, of the last ticket that it redeemed
     released: OrmoError | None = None
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A gradient that counted, with what a reference needs to know of it."""
+    """A gradient that counted, with what a reference needs to know of it.
 
-    values: torch.Tensor  # float64
+    Attributes:
+        values: float64.
+        holder: worker, incarnation and slot of the ticket.
+        sent: what the ticket's delivery carried, in float64.
+        seconds: from ticket to push.
+        seconds_of_slots: the same of the last push of every live slot that has pushed, this one included.
+    """
+
+    values: torch.Tensor
     step_size: float
     bucket: int
     ticket_iteration: int
     delay: int
     bucket_size: int
+    holder: tuple[str, int, int] = ("", 0, 0)
+    sent: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    seconds: float = 0.0
+    seconds_of_slots: tuple[float, ...] = ()
 
 
 @dataclass
 class Driver:
     machine: StateMachine
     now: float = 0.0
+    input_seconds: float = 1.0  # how far each input moves the clock
+    wire: torch.dtype = torch.float32  # of deliveries
     incarnations: dict[str, int] = field(default_factory=dict)
     places: dict[SlotKey, Place] = field(default_factory=dict)
     granted: list[Granted] = field(default_factory=list)
     applied: list[Applied] = field(default_factory=list)
+    gradients: dict[TicketKey, Gradient] = field(default_factory=dict)  # that redeemed a ticket
 
     def join(self, worker: str, slots: int = 1, incarnation: int = 1) -> Member:
         member = self.machine.join(self._tick(), worker, incarnation, slots)
@@ -89,9 +115,11 @@ class Driver:
         key = details.pop("ticket", None) or self.ticket(worker, slot)
         size = self.machine.bucket_size
         values = value if isinstance(value, torch.Tensor) else torch.full_like(self.machine.state.params, value)
-        result = self.machine.push(self._tick(), requester, Gradient(key, values, **details))
+        gradient = Gradient(key, values, **details)
+        result = self.machine.push(self._tick(), requester, gradient)
         if not result.repeated:
-            self._record(place, values, result, size)
+            self.gradients[key] = gradient
+            self._record((worker, slot), values, result, size)
             place.request, place.granted, place.result = requester.request, None, result
         self.collect()
         return result
@@ -125,28 +153,45 @@ class Driver:
         for event in self.machine.take_events():
             place = self.places.get(event.slot, Place())
             if isinstance(event, Granted):
-                place.granted, place.params = event, torch.empty_like(self.machine.state.params)
+                place.granted, place.params = event, torch.empty_like(self.machine.state.params, dtype=self.wire)
                 self.machine.write_delivery(event, place.params)
                 self.granted.append(event)
             else:
                 place.released = event.error
 
-    def _record(self, place: Place, values: torch.Tensor, result: PushResult, bucket_size: int) -> None:
+    def _record(self, key: SlotKey, values: torch.Tensor, result: PushResult, bucket_size: int) -> None:
+        place = self.places[key]
         assert place.granted is not None
+        assert place.params is not None
         ticket = place.granted.ticket
-        if not result.discarded:
-            self.applied.append(
-                Applied(values.double(), result.step_size, ticket.bucket, ticket.iteration, result.delay, bucket_size)
+        place.seconds = self.now - ticket.handed_out_seconds
+        if result.discarded:
+            return
+        everyones = (each.seconds for each in self.places.values())
+        self.applied.append(
+            Applied(
+                values.double(),
+                result.step_size,
+                ticket.bucket,
+                ticket.iteration,
+                result.delay,
+                bucket_size,
+                holder=(key[0], self.incarnations[key[0]], key[1]),
+                sent=place.params.double(),
+                seconds=place.seconds,
+                seconds_of_slots=tuple(seconds for seconds in everyones if seconds is not None),
             )
+        )
 
     def _tick(self) -> float:
-        self.now += 1.0
+        self.now += self.input_seconds
         return self.now
 
 
 def run_of(rule: str = "ormo", scheduler: str = "asynchronous", **choices: Any) -> Run:
     """A run with learning rate 1 and momentum 1/2, so that small whole numbers stay exact in float32."""
-    of_the_method = {name: choices.pop(name) for name in ("scale", "discard_delay") if name in choices}
+    names = ("scale", "discard_delay", "discard_buckets", "staleness_bound")
+    of_the_method = {name: choices.pop(name) for name in names if name in choices}
     settings = {"learning_rate": LearningRate(1.0), "momentum": 0.5} | choices
     return Run(method=Method(rule=rule, scheduler=scheduler, **of_the_method), **settings)
 
@@ -157,6 +202,32 @@ def driver_of(run: Run, *workers: str, size: int = 1, slots: int = 1) -> Driver:
     for worker in workers:
         driver.join(worker, slots)
     return driver
+
+
+def replay(machine: StateMachine, inputs: list[Input], gradients: dict[TicketKey, Gradient]) -> None:
+    """Feed a machine what the listener of another one was told, and write the deliveries that follow."""
+    for each in inputs:
+        feed(machine, each, gradients)
+        for event in machine.take_events():
+            if isinstance(event, Granted):
+                machine.write_delivery(event, torch.empty_like(machine.state.params))
+
+
+def feed(machine: StateMachine, taken: Input, gradients: dict[TicketKey, Gradient]) -> None:
+    match taken:
+        case Joined(now, worker, incarnation, slots):
+            machine.join(now, worker, incarnation, slots)
+        case Left(now, worker, incarnation):
+            assert machine.leave(now, worker, incarnation)
+        case Requested(now, requester):
+            machine.request_ticket(now, requester)
+        case Withdrawn(slot):
+            machine.withdraw_request(slot)
+        case Returned(now, worker, incarnation, ticket):
+            assert machine.return_ticket(now, worker, incarnation, ticket)
+        case Pushed(now, requester, ticket, samples, result):
+            assert gradients[ticket.key].samples == samples
+            assert machine.push(now, requester, gradients[ticket.key]) == result
 
 
 def fingerprint(machine: StateMachine) -> tuple[str, dict[str, list[float]], list[SlotKey]]:

@@ -1,7 +1,10 @@
 """What the state has to be, computed from the formulas of the design in float64, by none of the core's code."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,10 +14,12 @@ from ormo_server.core.method import Run
 # Half the distance from 1 to the next float32: the relative error of one rounding.
 UNIT_ROUNDOFF = 2.0**-24
 
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "constant": lambda delay, size: 1.0,
-    "delay-adaptive": lambda delay, size: 1.0 if delay <= 2 * size else 2 * size / delay,
-    "inverse": lambda delay, size: 1.0 if delay <= 1 else 1 / delay,
+# The scale of a gradient by its delay (0 in a round, whatever it was) and what else is known of it.
+SCALES: dict[str, Callable[[int, Applied], float]] = {
+    "constant": lambda delay, each: 1.0,
+    "delay-adaptive": lambda delay, each: 1.0 if delay <= 2 * each.bucket_size else 2 * each.bucket_size / delay,
+    "inverse": lambda delay, each: 1.0 if delay <= 1 else 1 / delay,
+    "rescaled": lambda delay, each: each.seconds * statistics.mean(1 / seconds for seconds in each.seconds_of_slots),
 }
 
 
@@ -48,7 +53,7 @@ def step_sizes(run: Run, applied: Sequence[Applied]) -> list[float]:
         if each.bucket > newest:
             newest, learning_rate = each.bucket, run.learning_rate.at(iteration)
         delay = 0 if run.method.scheduler == "synchronous" else each.delay
-        expected.append(learning_rate * SCALES[run.method.scale](delay, each.bucket_size))
+        expected.append(learning_rate * SCALES[run.method.scale](delay, each))
     return expected
 
 
@@ -58,11 +63,106 @@ def round_sums(applied: Sequence[Applied]) -> list[tuple[int, torch.Tensor]]:
     return [(opening, sum((each.values for each in members), torch.zeros(()))) for opening, members in rounds]
 
 
-def torch_sgd(start: torch.Tensor, gradients: Sequence[torch.Tensor], lr: float, beta: float) -> torch.Tensor:
-    """Where `torch.optim.SGD` goes with these gradients, in float64."""
+def torch_sgd(
+    start: torch.Tensor, gradients: Iterable[torch.Tensor], lr: float, beta: float, *, nesterov: bool = False
+) -> Iterator[torch.Tensor]:
+    """Where `torch.optim.SGD` is at the start and after each of these gradients, in float64."""
     weights = start.double().clone().requires_grad_()
-    optimizer = torch.optim.SGD([weights], lr=lr, momentum=beta)
+    optimizer = torch.optim.SGD([weights], lr=lr, momentum=beta, nesterov=nesterov)
+    yield weights.detach().clone()
     for gradient in gradients:
-        weights.grad = gradient.clone()
+        weights.grad = gradient.double().clone()
         optimizer.step()
-    return weights.detach()
+        yield weights.detach().clone()
+
+
+class Formula:
+    """An update rule in float64, a gradient after the other: w, and vectors by the names that checkpoints have.
+
+    Args:
+        sign: +1 adds wherever the rule subtracts. Fed with magnitudes, w and the vectors are then the largest that they
+            and all that they are made of could be.
+    """
+
+    def __init__(self, start: torch.Tensor, run: Run, sign: float = -1.0) -> None:
+        self.w = start.double().clone()
+        self.beta, self.compensation, self.sign = run.momentum, run.delay_compensation, sign
+        self.vectors: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self.w))
+        self.newest = self.gathered = 0
+        self.holders: dict[str, tuple[str, int, int]] = {}
+
+    def sgd(self, each: Applied) -> None:
+        self.w += self.sign * each.step_size * each.values
+
+    def naive(self, each: Applied) -> None:
+        self.vectors["momentum"] = self.beta * self.vectors["momentum"] + each.step_size * each.values
+        self.w += self.sign * self.vectors["momentum"]
+
+    def shifted(self, each: Applied) -> None:
+        worker, _, slot = each.holder
+        name = f"momentum/{worker}/{slot}"
+        if self.holders.get(name) != each.holder:  # a newcomer in this place
+            self.holders[name] = each.holder
+            self.vectors[name] = torch.zeros_like(self.w)
+        self.vectors[name] = self.beta * self.vectors[name] + each.step_size * each.values
+        self.w += self.sign * self.vectors[name]
+
+    def ormo_vanilla(self, each: Applied) -> None:
+        while self.newest < each.bucket:
+            self.newest += 1
+            self.vectors["momentum"] *= self.beta
+            self.w += self.sign * self.vectors["momentum"]
+        self.vectors["momentum"] += self.beta ** (self.newest - each.bucket) * each.step_size * each.values
+        self.w += self.sign * each.step_size * each.values
+
+    def smega2(self, each: Applied) -> None:
+        self.gathered += 1
+        self.vectors["gathered"] += each.values
+        self.w += self.sign * each.step_size * (each.values + self.beta * self.vectors["momentum"])
+        if self.gathered >= each.bucket_size:
+            self.vectors["momentum"] = self.beta * self.vectors["momentum"] + self.vectors["gathered"] / self.gathered
+            self.vectors["gathered"] = torch.zeros_like(self.w)
+            self.gathered = 0
+
+    def dc(self, each: Applied) -> None:
+        moved = self.w + self.sign * each.sent
+        self.w = self.w + self.sign * each.step_size * (each.values + self.compensation * each.values**2 * moved)
+
+    def sent_by_smega2(self, learning_rate: float, bucket_size: int) -> torch.Tensor:
+        size, gathered = max(bucket_size, self.gathered), self.gathered
+        ahead = (size + gathered * (self.beta - 1)) * self.vectors["momentum"]
+        ahead += gathered / size * self.vectors["gathered"]
+        return self.w + self.sign * learning_rate * self.beta * ahead
+
+
+STEPS: dict[str, Callable[[Formula, Applied], None]] = {
+    "sgd": Formula.sgd,
+    "naive": Formula.naive,
+    "shifted": Formula.shifted,
+    "ormo-vanilla": Formula.ormo_vanilla,
+    "smega2": Formula.smega2,
+    "dc": Formula.dc,
+}
+
+
+def by_formula(rule: str, start: torch.Tensor, applied: Iterable[Applied], run: Run) -> tuple[Formula, Formula]:
+    """The rule after these gradients, and how large every number could have been on the way."""
+    exact, largest = Formula(start, run), Formula(start.abs(), run, sign=1.0)
+    for each in applied:
+        STEPS[rule](exact, each)
+        STEPS[rule](largest, replace(each, values=each.values.abs(), sent=each.sent.abs()))
+    return exact, largest
+
+
+def assert_but_for_rounding(
+    actual: torch.Tensor, exact: torch.Tensor, largest: torch.Tensor, gradients: int, what: str = ""
+) -> None:
+    """float32 is as close to the formula as its roundings allow.
+
+    All rules but `dc` are sums of products, and `dc` is one of sums of them. The error of such a number is at most as
+    many roundings of its largest possible value as there are on the longest way from an input to it. No rule has more
+    than 10 for a gradient (`dc`: difference, two products with g, λ and its product, the sum with g, η and its product,
+    the sum with w), nor does a delivery. 1e-30 keeps exact zeros comparable.
+    """
+    allowed = 10 * UNIT_ROUNDOFF * (gradients + 1) * largest + 1e-30
+    assert bool(((actual.double() - exact).abs() <= allowed).all()), (what, actual, exact, allowed)

@@ -1,5 +1,6 @@
 """Random stories of a run, for property tests: what workers do, in which order, and how some of them get lost."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from core.driving import Driver
 from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.method import Method, Run
+from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import LearningRate
+from ormo_server.core.schedulers import SCHEDULERS
 
 SIZE = 3
 START = torch.tensor([0.5, -3.0, 100.0])
@@ -46,19 +49,22 @@ def learning_rates() -> st.SearchStrategy[LearningRate]:
 
 
 BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.99])
+BOUNDS = st.sampled_from([0, 1, 2, 5, 12])
 
 
 @st.composite
-def runs(draw: st.DrawFn, scheduler: str | None = None, rule: str = "ormo") -> Run:
-    scheduler = scheduler or draw(st.sampled_from(["asynchronous", "synchronous"]))
+def runs(draw: st.DrawFn, rules: Iterable[str] = ("ormo",), schedulers: Iterable[str] = tuple(SCHEDULERS)) -> Run:
+    scheduler = draw(st.sampled_from(list(schedulers)))
     method = Method(
-        rule=rule,
+        rule=draw(st.sampled_from(list(rules))),
         scheduler=scheduler,
-        scale=draw(st.sampled_from(["constant", "delay-adaptive", "inverse"])),
+        scale=draw(st.sampled_from(list(STEP_SCALES))),
         discard_delay=draw(st.sampled_from([None, None, None, 2, 6])),
+        staleness_bound=draw(BOUNDS) if scheduler == "bounded-staleness" else None,
     )
-    fixed = draw(st.sampled_from([None, 1, 3])) if scheduler == "asynchronous" else None
-    return Run(draw(learning_rates()), method, draw(BETAS), fixed, max_workers=10)
+    fixed = None if scheduler == "synchronous" else draw(st.sampled_from([None, 1, 3]))
+    compensation = draw(st.sampled_from([0.0, 1e-6, 1e-5]))  # more would blow up on gradients of this size
+    return Run(draw(learning_rates()), method, draw(BETAS), fixed, max_workers=10, delay_compensation=compensation)
 
 
 def carry_out(driver: Driver, command: Command) -> None:

@@ -13,7 +13,8 @@ from ormo_server.core import snapshot
 from ormo_server.core.blocks import BLOCK_ELEMENTS
 from ormo_server.core.inputs import Gradient
 from ormo_server.core.method import Run
-from ormo_server.core.rules import Landing, Ormo
+from ormo_server.core.rules import Coefficients, Landing
+from ormo_server.core.rules.ormo import Ormo
 from ormo_server.core.state import State
 from ormo_server.core.state_machine import StateMachine
 
@@ -58,7 +59,7 @@ def test_the_closed_form_holds_across_the_blocks_of_a_long_vector() -> None:
 
 
 def filed_in_order(triples: list[tuple[int, float, int]], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    rule, params, newest = Ormo(START.numel(), beta), START.clone(), 0
+    rule, params, newest = Ormo(START.numel(), Coefficients(beta)), START.clone(), 0
     for value, step_size, bucket in triples:
         opened = max(0, bucket - newest)
         newest += opened

@@ -13,6 +13,7 @@ from ormo_server.core import snapshot
 from ormo_server.core.errors import Replaced, SettingsError, TicketUnknown
 from ormo_server.core.inputs import Requester
 from ormo_server.core.method import Run
+from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 
@@ -41,8 +42,8 @@ def ask_again(driver: Driver, waiting: list[tuple[str, int]]) -> None:
         driver.request(*key, number=driver.places[key].request)
 
 
-@settings(max_examples=80, deadline=None)
-@given(run=runs(), before=stories(), after=stories())
+@settings(max_examples=150, deadline=None)
+@given(run=runs(UPDATE_RULES), before=stories(), after=stories())
 def test_a_restored_run_continues_bit_for_bit_like_the_uninterrupted_one(
     run: Run, before: list[Command], after: list[Command]
 ) -> None:

@@ -1,9 +1,13 @@
 """Worked examples that a reader can check by hand: learning rate 1, momentum 1/2 where nothing else is said."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from core.driving import Driver, driver_of, rows, run_of
+from ormo_server.core.schedule import LearningRate
+from ormo_server.core.state import State
 
 # Every gradient is 1. Ticket by ticket: u ages by 1/2 when a bucket opens, a gradient one bucket late counts 1/2 in u
 # and has already moved w by 1 + 1/2.
@@ -113,3 +117,166 @@ def test_a_gradient_of_an_older_bucket_counts_as_if_it_had_come_in_time() -> Non
     assert late.push("b", 3.0).lag_buckets == 1
     assert torch.equal(early.machine.state.params, late.machine.state.params)
     assert torch.equal(early.machine.state.rule.vectors["momentum"], late.machine.state.rule.vectors["momentum"])
+
+
+# The other rules. Each row is an exchange: worker 0, 1, 2, ... pushes its gradient and gets the next ticket. All hold
+# one of iteration 0 before the first row.
+
+
+def exchanges(driver: Driver, table: str) -> Iterator[tuple[dict[str, float], State]]:
+    """Carry out row after row; each comes with the state after it, delay and lag already checked."""
+    for worker in driver.incarnations:
+        driver.request(worker)
+    for row in rows(table):
+        result = driver.exchange(worker_of(row), row["g"])
+        assert (result.delay, result.lag_buckets) == (row["delay"], row["lag"])
+        yield row, driver.machine.state
+
+
+def worker_of(row: dict[str, float]) -> str:
+    return "abcd"[int(row["worker"])]
+
+
+# K = 3. u is OrMo's; w moves by u/2 when a bucket opens, and by no more than the gradient itself when it comes, be it
+# one or two buckets late (OrMo: by 3/2 and 7/4 of it).
+ORMO_VANILLA = """
+    worker  g  delay  lag   param  momentum
+         0  4      0    0    -4.0       4.0
+         0  2      0    0    -8.0       4.0
+         1  8      2    1   -16.0       8.0
+         0  2      1    0   -18.0      10.0
+         0  4      0    0   -27.0       9.0
+         2  8      5    2   -35.0      11.0
+         1  2      3    1   -37.0      12.0
+"""
+
+
+def test_vanilla_ordered_momentum_files_a_late_gradient_but_does_not_make_up_for_its_moves() -> None:
+    driver = driver_of(run_of("ormo-vanilla"), "a", "b", "c")
+    for row, state in exchanges(driver, ORMO_VANILLA):
+        assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
+# u halves with every gradient, whoever it is from and however late.
+NAIVE = """
+    worker   g  delay  lag   param  momentum
+         0   4      0    0    -4.0       4.0
+         0   2      0    0    -8.0       4.0
+         1   8      2    1   -18.0      10.0
+         2   0      3    1   -23.0       5.0
+         1  -2      1    0   -23.5       0.5
+"""
+
+
+def test_naive_momentum_ages_with_every_gradient_in_the_order_of_arrival() -> None:
+    driver = driver_of(run_of("naive"), "a", "b", "c")
+    for row, state in exchanges(driver, NAIVE):
+        assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
+# Each worker's momentum halves with its own gradients only.
+SHIFTED = """
+    worker  g  delay  lag   param   u_a   u_b
+         0  4      0    0    -4.0   4.0     0
+         0  2      0    0    -8.0   4.0     0
+         1  8      2    1   -16.0   4.0   8.0
+         0  0      1    0   -18.0   2.0   8.0
+         1  2      1    0   -24.0   2.0   6.0
+"""
+
+
+def test_shifted_momentum_is_one_for_each_slot() -> None:
+    driver = driver_of(run_of("shifted"), "a", "b")
+    for row, state in exchanges(driver, SHIFTED):
+        u_a, u_b = (state.rule.vectors.get(f"momentum/{worker}/0", torch.zeros(1)) for worker in "ab")
+        assert (state.params, u_a, u_b) == (row["param"], row["u_a"], row["u_b"])
+
+
+# K = 2. v takes in the mean of a full bucket, w moves by g + v/2 (with the v before this gradient), and what is sent
+# looks ahead by [(2 - s/2)v + (s/2)G]/2 with s gradients in G.
+SMEGA2 = """
+    worker  g  delay  lag   param    v     G   s    sent
+         0  4      0    0    -4.0    0   4.0   1    -5.0
+         0  8      0    0   -12.0  6.0     0   0   -18.0
+         1  2      2    1   -17.0  6.0   2.0   1   -22.0
+         0  0      1    0   -20.0  4.0     0   0   -24.0
+         1  6      1    0   -28.0  4.0   6.0   1   -32.5
+"""
+
+
+def assert_smega2(driver: Driver, row: dict[str, float], worker: str) -> None:
+    state, sent = driver.machine.state, driver.places[worker, 0].params
+    vectors, s = state.rule.vectors, state.rule.counters["gathered"]
+    got = (state.params, vectors["momentum"], vectors["gathered"], s, sent)
+    assert got == (row["param"], row["v"], row["G"], row["s"], row["sent"])
+
+
+def test_smega2_keeps_the_momentum_of_full_buckets_and_sends_where_w_will_be_a_bucket_later() -> None:
+    driver = driver_of(run_of("smega2"), "a", "b")
+    for row, _ in exchanges(driver, SMEGA2):
+        assert_smega2(driver, row, worker_of(row))
+
+
+# It goes on from s = 1 while K changes from row to row; K' = 4 when c and d have joined, and 2 = s, not K = 1, after
+# all but a have left. The gradient of the last row is the third in G: v = 4/2 + 12/3.
+SMEGA2_WHILE_K_CHANGES = """
+    K   push  g   param    v     G   s    sent
+    2      0  0   -28.0  4.0   6.0   1   -32.5
+    4      0  0   -28.0  4.0   6.0   1   -35.75
+    4      1  4   -34.0  4.0  10.0   2   -42.5
+    1      0  0   -34.0  4.0  10.0   2   -41.0
+    1      1  2   -38.0  6.0     0   0   -41.0
+"""
+
+
+def test_smega2_goes_by_k_as_it_is_but_never_by_less_than_it_has_gathered() -> None:
+    driver = driver_of(run_of("smega2"), "a", "b")
+    for _ in exchanges(driver, SMEGA2):
+        pass
+    changes = {4: lambda: [driver.join(name) for name in "cd"], 1: lambda: [driver.leave(name) for name in "bcd"]}
+    for row in rows(SMEGA2_WHILE_K_CHANGES):
+        if driver.machine.bucket_size != row["K"]:
+            changes[int(row["K"])]()
+        driver.exchange("a", row["g"]) if row["push"] else driver.request("a")
+        assert_smega2(driver, row, "a")
+
+
+def test_what_smega2_sends_goes_by_the_learning_rate_in_force() -> None:
+    falling = LearningRate(1.0, kind="milestones", milestones=(1,), factor=0.5)
+    driver = driver_of(run_of("smega2", learning_rate=falling), "a")
+    driver.request("a")
+    driver.exchange("a", 4.0)  # w = -4, v = 4; bucket 0 is still the newest, so the rate in force is 1
+    assert driver.places["a", 0].params == -4 - 1.0 * 0.5 * 4
+    driver.exchange("a", 4.0)  # w = -4 - (4 + 2)/2 = -7, v = 2 + 4
+    assert driver.places["a", 0].params == -7 - 0.5 * 0.5 * 6
+
+
+# λ = 1/4: a gradient g counts as g + g²/4 (w - sent), with `sent` as it went out with the ticket.
+DELAY_COMPENSATION = """
+    worker  g  delay  lag  was_sent  counts_as   param
+         0  2      0    0         0          2    -2.0
+         1  4      1    0         0         -4     2.0
+         0  2      1    0        -2          6    -4.0
+         1  1      1    0         2       -0.5    -3.5
+         0 -2      1    0        -4       -1.5    -2.0
+         0  8      0    0        -2          8   -10.0
+"""
+
+
+def test_delay_compensation_moves_a_gradient_to_where_w_is_now() -> None:
+    driver = driver_of(run_of("dc", delay_compensation=0.25), "a", "b")
+    before, was_sent = 0.0, {0: 0.0, 1: 0.0}
+    for row, state in exchanges(driver, DELAY_COMPENSATION):
+        assert was_sent[int(row["worker"])] == row["was_sent"]
+        assert before - state.params == row["counts_as"]
+        assert state.params == row["param"]
+        before = was_sent[int(row["worker"])] = row["param"]
+
+
+def test_delay_compensation_goes_by_the_parameters_as_sent_be_they_rounded() -> None:
+    driver = driver_of(run_of("dc", delay_compensation=1.0), "a")
+    driver.wire = torch.bfloat16
+    driver.machine.state.params.fill_(1 + 2**-8)  # is sent as 1, the nearest bfloat16 with an even last bit
+    driver.request("a")
+    driver.push("a", 1.0)
+    assert driver.machine.state.params == (1 + 2**-8) - (1 + 2**-8)

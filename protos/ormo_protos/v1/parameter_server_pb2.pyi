@@ -1265,6 +1265,11 @@ class GetStatusResponse(_message.Message):
     DELAY_MEAN_FIELD_NUMBER: _builtins.int
     DELAY_MAX_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
+    UPDATE_RULE_FIELD_NUMBER: _builtins.int
+    STEP_SCALE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    DISCARDED_FIELD_NUMBER: _builtins.int
+    STEP_SCALE_MEAN_FIELD_NUMBER: _builtins.int
     phase: Global___GetStatusResponse.Phase.ValueType
     """What the server is doing."""
     samples: _builtins.int
@@ -1293,6 +1298,18 @@ class GetStatusResponse(_message.Message):
     """Largest delay of the gradients applied since the server started."""
     loss: _builtins.float
     """Mean of the last losses that the live workers reported; not set if none has."""
+    update_rule: _builtins.str
+    """The update rule in force, such as "ormo" or "shifted"."""
+    step_scale: _builtins.str
+    """The step scale in force, such as "constant" or "delay-adaptive"."""
+    scheduler: _builtins.str
+    """The communication scheduler in force, such as "asynchronous" or "bounded-staleness"."""
+    discarded: _builtins.int
+    """Gradients that were counted but not applied since the server started, because they were too late."""
+    step_scale_mean: _builtins.float
+    """Mean step scale, the share of the learning rate in force with which they were applied, of the gradients applied
+    since the server started; 0 before the first.
+    """
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The server's epoch and how far it is."""
@@ -1330,10 +1347,15 @@ class GetStatusResponse(_message.Message):
         delay_mean: _builtins.float = ...,
         delay_max: _builtins.int = ...,
         loss: _builtins.float | None = ...,
+        update_rule: _builtins.str = ...,
+        step_scale: _builtins.str = ...,
+        scheduler: _builtins.str = ...,
+        discarded: _builtins.int = ...,
+        step_scale_mean: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "iteration", b"iteration", "loss", b"loss", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "iteration", b"iteration", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "samples", b"samples", "settings", b"settings", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "discarded", b"discarded", "iteration", b"iteration", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "samples", b"samples", "scheduler", b"scheduler", "settings", b"settings", "step_scale", b"step_scale", "step_scale_mean", b"step_scale_mean", "update_rule", b"update_rule", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

@@ -28,7 +28,7 @@ def walk(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 def all_finite(vector: torch.Tensor) -> bool:
     """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
-    return all(_finite_block(vector[block]) for block in blocks(vector.numel()))
+    return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
 
 def _finite_block(block: torch.Tensor) -> bool:

@@ -43,6 +43,8 @@ class Method:
         _known("scheduler", self.scheduler, SCHEDULERS)
         if self.discard_delay is not None and self.discard_delay < 1:
             raise SettingsError(f"discard delay {self.discard_delay}: expected at least 1")
+        if self.discard_buckets is not None and self.discard_buckets < 1:
+            raise SettingsError(f"discard delay of {self.discard_buckets} buckets: expected at least 1")
         self._check_staleness_bound()
 
     def _check_staleness_bound(self) -> None:

@@ -67,8 +67,10 @@ class Engine:
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
+        self._idle_slots = 0
         self._export_gauges()
         self._note_end()
+        self._warn_of_idle_slots(machine.state.live_slots)
 
     # Members
 
@@ -85,10 +87,23 @@ class Engine:
             if member is not known:
                 self.observations.joined(worker)
             self._pass_on()
-            size = machine.bucket_size
+            size, live_slots = machine.bucket_size, machine.state.live_slots
         if member is not known:
             log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size)
+            self._warn_of_idle_slots(live_slots)
         return member, known.incarnation if known is not None and known is not member else None
+
+    def _warn_of_idle_slots(self, slots: int) -> None:
+        idle = self._machine.scheduler.idle_slots(slots)
+        if idle and idle != self._idle_slots:
+            log.warning(
+                "a staleness bound of %d keeps %d of %d slots idle: set it to at least %d for all to be busy",
+                self._machine.scheduler.staleness_bound,
+                idle,
+                slots,
+                slots - 1,
+            )
+        self._idle_slots = idle
 
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
@@ -226,9 +241,18 @@ class Engine:
         self._metrics.pushes.labels("discarded" if result.discarded else "applied").inc()
         self._metrics.delay.observe(result.delay)
         self._metrics.lag.observe(result.lag_buckets)
-        if not result.discarded:
-            self._metrics.samples.inc(push.samples)
-            self.observations.counted(worker, result, push.loss, push.compute_seconds)
+        if result.discarded:
+            self.observations.discarded += 1
+            return
+        self._metrics.samples.inc(push.samples)
+        self.observations.counted(worker, result, push.loss, push.compute_seconds)
+        self._observe_scale(result)
+
+    def _observe_scale(self, result: PushResult) -> None:
+        rate = self._machine.state.learning_rate
+        if rate:  # a schedule may end at 0: then no scale can be told
+            self._metrics.step_scale.observe(result.step_size / rate)
+            self.observations.scaled(result.step_size / rate)
 
     def _request(self, requester: Requester, wish: Payload) -> Waiter:
         waiter = Waiter(requester.slot_key, wish)
@@ -355,7 +379,14 @@ class Engine:
         metrics.training_loss.set_function(
             lambda: math.nan if self.observations.loss is None else self.observations.loss
         )
+        if self._machine.run.method.discard_limit(1) is not None:
+            metrics.show_discard_limit(self._discard_limit)
 
     def _bucket_size(self) -> int:
         with self._lock:
             return self._machine.bucket_size
+
+    def _discard_limit(self) -> float:
+        limit = self._machine.run.method.discard_limit(self._bucket_size())
+        assert limit is not None
+        return limit

@@ -22,6 +22,7 @@ from ormo_server.service.engine import Engine
 from ormo_server.service.exchange import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError
+from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class RunHost:
         metrics: what to count in.
 
     Raises:
-        StoreError: no checkpoint is whole, or the model file can't be used.
+        StoreError: no checkpoint is whole, the model file can't be used, or the trace can't be written.
         SettingsError: the checkpoint was written by another update rule.
         MemoryLimit: the model needs more than `memory_limit`.
     """
@@ -63,14 +64,20 @@ class RunHost:
         self._building = threading.Lock()
         self._writing = threading.Lock()
         self._weights: ModelFile | None = None
+        self._trace: TraceWriter | None = None
+        metrics.name_method(self._run.method)
         try:
+            if settings.trace is not None:
+                self._trace = TraceWriter(settings.trace, metrics.upkeep_failures.labels("trace").inc)
             self._restore_or_load()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Let another server have the directory."""
+        """Finish the trace, and let another server have the directory."""
+        if self._trace is not None:
+            self._trace.close()
         self._directory_lock.release()
 
     @property
@@ -108,7 +115,7 @@ class RunHost:
         except StoreError as error:
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(checkpoint, keep_tickets=False)
-        self._serve(machine, checkpoint.manifest)
+        self._serve(machine, checkpoint.manifest, fresh=False)
 
     def _restored(self, checkpoint: Checkpoint, *, keep_tickets: bool) -> StateMachine:
         machine = snapshot.restore(self._run, checkpoint.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
@@ -185,7 +192,7 @@ class RunHost:
             self._write_first(machine, manifest)
         except StoreError as error:
             raise NotReady(f"the model could not be stored: {error}", retry_seconds=5.0) from error
-        self._serve(machine, manifest)
+        self._serve(machine, manifest, fresh=True)
 
     def _write_first(self, machine: StateMachine, manifest: Manifest) -> None:
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
@@ -199,7 +206,9 @@ class RunHost:
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration)
 
-    def _serve(self, machine: StateMachine, manifest: Manifest) -> None:
+    def _serve(self, machine: StateMachine, manifest: Manifest, *, fresh: bool) -> None:
+        if self._trace is not None:
+            self._trace.follow(machine, self.settings, fresh=fresh)
         self._engine = Engine(
             machine,
             manifest,

@@ -24,6 +24,9 @@ class Observations:
         self.applied = 0
         self.delay_sum = 0
         self.delay_max = 0
+        self.discarded = 0
+        self._scales = 0
+        self._scale_sum = 0.0
         self._last_loss: float | None = None
 
     def joined(self, worker: str) -> None:
@@ -46,6 +49,16 @@ class Observations:
         mine.max_delay = max(mine.max_delay, result.delay)
         mine.compute_seconds = compute_seconds
         mine.last_loss = mine.last_loss if loss is None else loss
+
+    def scaled(self, scale: float) -> None:
+        """A gradient was applied with so much of the learning rate."""
+        self._scales += 1
+        self._scale_sum += scale
+
+    @property
+    def step_scale_mean(self) -> float:
+        """Mean step scale of the applied gradients; 0 before the first."""
+        return self._scale_sum / self._scales if self._scales else 0.0
 
     @property
     def delay_mean(self) -> float:

@@ -28,10 +28,14 @@ def run_settings(host: RunHost) -> pb.RunSettings:
 
 def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
     """How things are."""
+    method = host.settings.run().method
     status = pb.GetStatusResponse(
         phase=pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL,
         settings=run_settings(host),
-        method=host.settings.run().method.name,
+        method=method.name,
+        update_rule=method.rule,
+        step_scale=method.scale,
+        scheduler=method.scheduler,
         uptime_seconds=time.monotonic() - host.started,
         refusals=_refusals(host),
     )
@@ -65,6 +69,7 @@ def _describe_run(status: pb.GetStatusResponse, engine: Engine) -> None:
         for worker in sorted(state.members):
             status.workers.append(_worker(state.members[worker], seen.workers.get(worker), engine))
     status.applied, status.delay_mean, status.delay_max = seen.applied, seen.delay_mean, seen.delay_max
+    status.discarded, status.step_scale_mean = seen.discarded, seen.step_scale_mean
     if seen.loss is not None:
         status.loss = seen.loss
 

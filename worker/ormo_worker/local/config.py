@@ -1,13 +1,11 @@
 """The settings of `ormo-local`."""
 
-import re
 from pathlib import Path
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ormo_protos.settings import Settings
-
-_SLOW = re.compile(r"(\d+):(\d+(?:\.\d+)?)x")
+from ormo_protos.slow_workers import slow_factors
 
 
 class LocalSettings(Settings):
@@ -35,27 +33,14 @@ class LocalSettings(Settings):
     server_flags: str = Field("", description="more flags for `ormo-server serve`, in one string")
     worker_flags: str = Field("", description="more flags for `ormo-worker run`, in one string")
 
-    @field_validator("slow")
-    @classmethod
-    def _slow_is_counts_and_factors(cls, value: str) -> str:
-        for part in filter(None, value.split(",")):
-            match = _SLOW.fullmatch(part.strip())
-            if match is None or float(match[2]) < 1:
-                raise ValueError(f"{part!r} came, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
-        return value
-
     @model_validator(mode="after")
     def _slow_workers_exist(self) -> "LocalSettings":
-        slow = sum(factor > 1 for factor in self.slow_factors())
-        if len(self.slow_factors()) > self.workers:
-            raise ValueError(f"--slow {self.slow} makes {slow} workers slower, but there are only {self.workers}")
+        try:
+            self.slow_factors()
+        except ValueError as error:
+            raise ValueError(f"--slow: {error}") from None
         return self
 
     def slow_factors(self) -> list[float]:
         """How much slower each worker is made; 1 for not at all. The slow ones come last."""
-        slowed = [
-            float(factor)
-            for count, factor in (match.groups() for match in _SLOW.finditer(self.slow))
-            for _ in range(int(count))
-        ]
-        return [1.0] * (self.workers - len(slowed)) + slowed
+        return slow_factors(self.slow, self.workers)

@@ -20,7 +20,8 @@ class DelayCompensated(UpdateRule):
         compensation = self.coefficients.delay_compensation
         for w, sent, g in walk(params, self.vectors[_sent_to(landing.slot)], gradient):
             g = g.to(w.dtype)  # noqa: PLW2901
-            compensated = torch.sub(w, sent).mul_(g).mul_(g).mul_(compensation).add_(g)
+            # λ before g⊙g, which alone may be too large for float32: with λ = 0 this is plain SGD, whatever g.
+            compensated = torch.sub(w, sent).mul_(compensation).mul_(g).mul_(g).add_(g)
             w.sub_(compensated, alpha=landing.step_size)
 
     def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:

@@ -27,6 +27,8 @@ class Synchronous(Scheduler):
         """See `Scheduler.hand_out`."""
         if not state.tickets and state.members:
             self._open_round(state, now)
+        if state.round_params is None:
+            return  # nothing is left to deliver: whoever waits, waits for the next opening
         for slot in list(state.waiting):
             ticket = tickets.held(state, slot)
             if ticket is not None:

@@ -1,0 +1,98 @@
+"""The command `ormo-sim`."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
+from ormo_protos.usage import UsageError
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.plots import draw
+from ormo_server.sim.record import Directory, Row
+from ormo_server.sim.run import Plan, Result
+
+_INTERRUPTED_EXIT_CODE = 130
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; without a command's name, simulate. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    try:
+        return simulate(arguments) if command is None else command(arguments[1:])
+    except (UsageError, OSError) as error:
+        sys.stderr.write(f"ormo-sim: {error}\n")
+        return BAD_SETTINGS_EXIT_CODE
+    except KeyboardInterrupt:
+        return _INTERRUPTED_EXIT_CODE
+
+
+def simulate(argv: Sequence[str]) -> int:
+    """Simulate one run and show what came of it."""
+    settings = load_settings(SimSettings, argv, program="ormo-sim")
+    console = Console()
+    plan = Plan(settings)
+    directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
+    started = time.perf_counter()
+    try:
+        result = _with_progress(plan, directory, console)
+    finally:
+        directory.close()
+    wall_seconds = time.perf_counter() - started
+    described = {"settings": plan.settings.model_dump(mode="json", exclude={"directory"}), **result.summary}
+    directory.complete(result.record, described | _cost(result, wall_seconds))
+    if settings.plots:
+        draw([directory.path], directory.path)
+    _show(console, directory.path, result, wall_seconds)
+    return 0
+
+
+def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result:
+    columns = (
+        TextColumn("{task.fields[method]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[last]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=plan.gradients, method=plan.settings.run().method.name, last="")
+
+        def show(row: Row) -> None:
+            directory.write_row(row)
+            last = f"{row.seconds:.0f} virtual s, loss {row.train_loss:.4f}, accuracy {row.test_accuracy:.1%}"
+            progress.update(task, last=last)
+
+        return plan.run(show, lambda iteration: progress.update(task, completed=iteration))
+
+
+def _cost(result: Result, wall_seconds: float) -> dict[str, float]:
+    """What it took in real time: figures of this machine, no part of the result."""
+    pushes = result.record.delays.total() + result.record.discarded + result.record.refusals
+    overhead = wall_seconds - result.record.compute_seconds
+    return {"wall_seconds": wall_seconds, "overhead_seconds_per_push": overhead / max(1, pushes)}
+
+
+def _show(console: Console, directory: Path, result: Result, wall_seconds: float) -> None:
+    found = result.summary
+    delay = found["delay"]
+    reached = {target: seconds for target, seconds in found["seconds_to_accuracy"].items() if seconds is not None}
+    rows = {
+        "gradients": f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
+        "virtual time": f"{found['virtual_seconds']:.1f} s, {found['updates_per_virtual_second'] or 0:.2f} gradients/s",
+        "real time": f"{wall_seconds:.1f} s",
+        "delay": "none" if delay["mean"] is None else f"mean {delay['mean']:.1f}, largest {delay['max']}",
+        "train loss": "not finite: diverged" if found["train_loss"] is None else f"{found['train_loss']:.4f}",
+        "test accuracy": f"{found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%})",
+        "accuracy reached": ", ".join(f"{float(t):.0%} at {s:.0f} s" for t, s in reached.items())
+        or "none of the targets",
+        "digest": found["digest"][:16],
+        "results": str(directory),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:>16}  {value}", highlight=False, soft_wrap=True)

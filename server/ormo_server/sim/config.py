@@ -1,0 +1,115 @@
+"""The settings of `ormo-sim`."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ormo_protos.slow_workers import slow_factors
+from ormo_protos.usage import UsageError
+from ormo_server.sim.compute_times import FORMS, parse
+from ormo_server.sim.machines import Change, changes
+from ormo_server.sim.workload import TASKS_OF_THE_WORKER
+from ormo_server.training_settings import TrainingSettings
+
+# What a trace decides, where one is followed.
+TOLD_BY_TRACE = ("workers", "slow", "slots", "compute_time", "latency", "bandwidth", "join", "leave", "crash")
+
+
+class SimSettings(TrainingSettings):
+    """Train in virtual time, with simulated workers on this machine."""
+
+    # What is computed
+    task: str = Field("digits", description="model and data: a built-in task or an import path, as for `ormo-worker`")
+    data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
+    batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
+    device: str = Field("cpu", description="where gradients are computed: auto, cpu, cuda or cuda:N")
+    threads: int = Field(
+        1, ge=1, description="threads on the CPU; the same seed gives the same bits on one thread only"
+    )
+    workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
+
+    # Who computes
+    workers: int = Field(16, ge=1, le=10_000, description="simulated workers at the start")
+    slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
+    slots: int = Field(1, ge=1, le=16, description="in-flight places of each worker")
+    compute_time: str = Field(
+        "normal:1,0.1",
+        description=f"virtual seconds for a gradient: {FORMS}; a trace is a server's or a CSV file `worker,seconds`",
+    )
+    latency: tuple[float, ...] = Field(
+        (0.0,), description="virtual seconds that a message takes one way; several are dealt out to the workers in turn"
+    )
+    bandwidth: tuple[float, ...] = Field(
+        (0.0,), description="bytes per virtual second of a worker's line, each way; 0: no limit; several as for latency"
+    )
+    join: tuple[str, ...] = Field((), description="SECONDS:NUMBER, so many workers more at that time")
+    leave: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker (from 0) leaves at that time")
+    crash: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker falls silent at that time")
+    failure_timeout: float = Field(30.0, gt=0, description="virtual seconds until a silent worker is taken for dead")
+    trace: Path | None = Field(
+        None, description="follow a server's trace input by input, instead of simulating machines"
+    )
+
+    # What is written down
+    epochs: float | None = Field(
+        None, gt=0, description="end after so many passes over the training data; none: 10 if no other end is set"
+    )
+    evaluate_every: int = Field(0, ge=0, description="gradients between evaluations; 0: about one pass over the data")
+    train_samples: int = Field(
+        2000, ge=0, description="how many training samples an evaluation looks at, from the first; 0: all"
+    )
+    test_samples: int = Field(0, ge=0, description="how many test samples an evaluation looks at; 0: all")
+    target_accuracy: tuple[float, ...] = Field(
+        (0.5, 0.8, 0.9, 0.95), description="test accuracies of which the virtual time to reach them is wanted"
+    )
+    directory: Path | None = Field(
+        None, description="where results go; none: a new one under `runs/`, named by the time"
+    )
+    plots: bool = Field(True, description="draw accuracy and loss against epochs and time, and delays")
+
+    @property
+    def workers_allowed(self) -> tuple[int, int]:
+        """See `TrainingSettings.workers_allowed`."""
+        return self.workers, 100_000
+
+    @field_validator("latency", "bandwidth")
+    @classmethod
+    def _are_not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) < 0:
+            raise ValueError("expected one number or more, each at least 0")
+        return value
+
+    @model_validator(mode="after")
+    def _machines_make_sense(self) -> Self:
+        try:
+            slow_factors(self.slow, self.workers)
+            self._check_workers_named_in_changes()
+            if not self.compute_time.startswith("trace:"):
+                parse(self.compute_time)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _trace_stands_alone(self) -> Self:
+        contradicted = [name for name in TOLD_BY_TRACE if name in self.model_fields_set]
+        if self.trace is not None and contradicted:
+            raise ValueError(
+                f"--trace tells who computes when, so it can't go with --{contradicted[0].replace('_', '-')}: leave "
+                "that out, or use --compute-time trace:FILE"
+            )
+        return self
+
+    def changes(self) -> list[Change]:
+        """Who joins, leaves and crashes when."""
+        return changes("join", self.join) + changes("leave", self.leave) + changes("crash", self.crash)
+
+    def _check_workers_named_in_changes(self) -> None:
+        latest = self.workers - 1 + sum(change.number for change in self.changes() if change.kind == "join")
+        for change in self.changes():
+            if change.kind != "join" and change.number > latest:
+                raise UsageError(
+                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}, they are "
+                    f"counted from 0 to {latest}"
+                )

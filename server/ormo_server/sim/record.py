@@ -1,0 +1,247 @@
+"""What a simulation writes down: a row per evaluation, how late gradients were, and a summary."""
+
+import csv
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ormo_server.core.state import PushResult, State
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.sim.workload import Scores
+
+EVALUATIONS, DELAYS, SUMMARY = "evaluations.csv", "delays.csv", "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One evaluation.
+
+    Attributes:
+        seconds: virtual time.
+        gradients: applied so far.
+        epochs: samples counted, in passes over the training data.
+        batch_loss: mean loss of the mini-batches since the last row; not a number if there were none.
+        train_loss, test_loss, test_accuracy: see `Scores`.
+        learning_rate: η in force.
+        delay_mean, delay_max: of the gradients applied since the last row.
+        discarded: gradients not applied so far.
+        newest_bucket: of any applied gradient.
+        bucket_size: K.
+    """
+
+    seconds: float
+    gradients: int
+    epochs: float
+    batch_loss: float
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    learning_rate: float
+    delay_mean: float
+    delay_max: int
+    discarded: int
+    newest_bucket: int
+    bucket_size: int
+
+
+COLUMNS = tuple(column.name for column in fields(Row))
+
+
+@dataclass(slots=True)
+class _SinceLastRow:
+    losses: float = 0.0
+    pushes: int = 0
+    delays: int = 0
+    applied: int = 0
+    delay_max: int = 0
+
+
+@dataclass
+class Record:
+    """Everything that people want to know of one simulation.
+
+    Attributes:
+        epoch_samples: samples in one pass over the training data.
+        on_row: is told of each row.
+        on_gradient: is told of each gradient that was applied.
+        rows: one per evaluation.
+        delays: how many gradients were applied with each delay.
+        discarded: gradients that were not applied.
+        refusals: gradients that were not finite.
+        diverged: there were so many that no parameters can give a finite one.
+        compute_seconds: of real time that gradients and evaluations took.
+    """
+
+    epoch_samples: int
+    on_row: Callable[[Row], None] = lambda _: None
+    on_gradient: Callable[[int], None] = lambda _: None
+    rows: list[Row] = field(default_factory=list)
+    delays: Counter[int] = field(default_factory=Counter)
+    discarded: int = 0
+    refusals: int = 0
+    diverged: bool = False
+    compute_seconds: float = 0.0
+    _since: _SinceLastRow = field(default_factory=_SinceLastRow)
+
+    def computed(self, seconds: float) -> None:
+        """A gradient was computed in so much real time."""
+        self.compute_seconds += seconds
+
+    def pushed(self, result: PushResult, loss: float) -> None:
+        """A gradient redeemed its ticket; the loss is its mini-batch's mean."""
+        since = self._since
+        since.losses += loss
+        since.pushes += 1
+        if result.discarded:
+            self.discarded += 1
+            return
+        self.delays[result.delay] += 1
+        since.delays += result.delay
+        since.applied += 1
+        since.delay_max = max(since.delay_max, result.delay)
+        self.on_gradient(result.iteration)
+
+    def refused(self, *, diverged: bool) -> None:
+        """A gradient was not finite."""
+        self.refusals += 1
+        self.diverged = self.diverged or diverged
+
+    def is_scored(self, iteration: int) -> bool:
+        """Whether the last row is of this iteration."""
+        return bool(self.rows) and self.rows[-1].gradients == iteration
+
+    def evaluated(self, now: float, machine: StateMachine, scores: Scores, seconds: float) -> None:
+        """The parameters were scored, in so much real time."""
+        self.compute_seconds += seconds
+        row = self._row(now, machine.state, machine.bucket_size, scores)
+        self._since = _SinceLastRow()
+        self.rows.append(row)
+        self.on_row(row)
+
+    def _row(self, now: float, state: State, bucket_size: int, scores: Scores) -> Row:
+        since = self._since
+        return Row(
+            seconds=now,
+            gradients=state.iteration,
+            epochs=state.samples / self.epoch_samples,
+            batch_loss=since.losses / since.pushes if since.pushes else math.nan,
+            train_loss=scores.train_loss,
+            test_loss=scores.test_loss,
+            test_accuracy=scores.test_accuracy,
+            learning_rate=state.learning_rate,
+            delay_mean=since.delays / since.applied if since.applied else math.nan,
+            delay_max=since.delay_max,
+            discarded=self.discarded,
+            newest_bucket=state.newest_bucket,
+            bucket_size=bucket_size,
+        )
+
+
+def summary(record: Record, params: torch.Tensor, targets: Sequence[float]) -> dict[str, Any]:
+    """The figures of a finished simulation, as JSON can hold them.
+
+    Args:
+        record: of the simulation, with one row at least.
+        params: w at the end, shape (d,).
+        targets: accuracies of which the virtual time to reach them is wanted.
+    """
+    last = record.rows[-1]
+    return {
+        "gradients": last.gradients,
+        "epochs": last.epochs,
+        "discarded": record.discarded,
+        "refused": record.refusals,
+        "diverged": record.diverged,
+        "train_loss": _finite(last.train_loss),
+        "test_loss": _finite(last.test_loss),
+        "test_accuracy": last.test_accuracy,
+        "best_test_accuracy": max(row.test_accuracy for row in record.rows),
+        "virtual_seconds": last.seconds,
+        "updates_per_virtual_second": last.gradients / last.seconds if last.seconds else None,
+        "seconds_to_accuracy": {f"{target:g}": _reached(record.rows, target) for target in targets},
+        "delay": _distribution(record.delays),
+        "digest": digest(record, params),
+    }
+
+
+def digest(record: Record, params: torch.Tensor) -> str:
+    """A fingerprint of all that a simulation led to: the same for the same seed, on one thread of one machine."""
+    found = hashlib.sha256(params.numpy().tobytes())
+    found.update(repr([asdict(row) for row in record.rows]).encode())
+    found.update(repr(sorted(record.delays.items())).encode())
+    return found.hexdigest()
+
+
+class Directory:
+    """Where a simulation's results go: rows as they come, the rest at the end.
+
+    Raises:
+        OSError: it can't be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        # Its presence says that the simulation is complete.
+        (path / SUMMARY).unlink(missing_ok=True)
+        self.path = path
+        self._rows = (path / EVALUATIONS).open("w", encoding="utf-8", newline="")
+        self._table = csv.writer(self._rows)
+        self._table.writerow(COLUMNS)
+
+    def write_row(self, row: Row) -> None:
+        """Append a row; it is in the file at once."""
+        self._table.writerow(asdict(row).values())
+        self._rows.flush()
+
+    def complete(self, record: Record, found: Mapping[str, object]) -> None:
+        """Write delays and summary."""
+        self.close()
+        with (self.path / DELAYS).open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("delay", "gradients"))
+            table.writerows(sorted(record.delays.items()))
+        aside = self.path / (SUMMARY + ".part")
+        aside.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        aside.replace(self.path / SUMMARY)
+
+    def close(self) -> None:
+        """Write no more rows."""
+        self._rows.close()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _reached(rows: Sequence[Row], target: float) -> float | None:
+    return next((row.seconds for row in rows if row.test_accuracy >= target), None)
+
+
+def _distribution(delays: Counter[int]) -> dict[str, float | None]:
+    total = delays.total()
+    if not total:
+        return dict.fromkeys(("mean", "median", "p90", "p99", "max"))
+    ordered = sorted(delays.items())
+    return {
+        "mean": sum(delay * number for delay, number in ordered) / total,
+        "median": _quantile(ordered, 0.5 * total),
+        "p90": _quantile(ordered, 0.9 * total),
+        "p99": _quantile(ordered, 0.99 * total),
+        "max": ordered[-1][0],
+    }
+
+
+def _quantile(ordered: Sequence[tuple[int, int]], rank: float) -> int:
+    below = 0
+    for delay, number in ordered:
+        below += number
+        if below >= rank:
+            return delay
+    return ordered[-1][0]

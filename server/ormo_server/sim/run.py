@@ -1,0 +1,163 @@
+"""One simulation from its settings to its results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from ormo_protos.slow_workers import slow_factors
+from ormo_protos.usage import UsageError
+from ormo_server.core.method import Run
+from ormo_server.sim import record
+from ormo_server.sim.compute_times import parse
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.machines import MachinePark
+from ormo_server.sim.record import Record, Row
+from ormo_server.sim.replay import Replay
+from ormo_server.sim.simulation import Simulation
+from ormo_server.sim.training import Training
+from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
+from ormo_server.trace import Segment, read_trace
+from ormo_server.training_settings import TrainingSettings
+
+DEFAULT_EPOCHS = 10.0
+# A process that runs many simulations reads their data once.
+_workload = cache(load_workload)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a simulation led to.
+
+    Attributes:
+        record: of it.
+        summary: its figures, as JSON can hold them.
+        training: as it ended.
+    """
+
+    record: Record
+    summary: dict[str, Any]
+    training: Training
+
+
+class Plan:
+    """A simulation that is ready to run.
+
+    Args:
+        settings: as given.
+
+    Attributes:
+        settings: with what a trace says of the recorded run, where they said nothing.
+        gradients: about how many there will be.
+
+    Raises:
+        UsageError: the task, its data or the trace can't be used.
+    """
+
+    def __init__(self, settings: SimSettings) -> None:
+        self._segment = None if settings.trace is None else _followed(settings)
+        if self._segment is not None:
+            settings = _as_recorded(settings, self._segment)
+        self.settings = settings
+        torch.set_num_threads(settings.threads)
+        self._workload = _workload(settings.workload, _workload_settings(settings))
+        self._run = _with_end(settings, self._workload, has_trace=self._segment is not None)
+        self.gradients = self._count_gradients()
+
+    def _count_gradients(self) -> int:
+        by_samples = -(-self._run.stop_after_samples // self._workload.batch_samples)
+        ends = [end for end in (self._run.stop_after_gradients, by_samples) if end]
+        if ends:
+            return min(ends)
+        assert self._segment is not None
+        return len(self._segment.inputs) // 2
+
+    def run(
+        self, on_row: Callable[[Row], None] = lambda _: None, on_gradient: Callable[[int], None] = lambda _: None
+    ) -> Result:
+        """Simulate.
+
+        Args:
+            on_row: is told of each evaluation.
+            on_gradient: is told the iteration after each applied gradient.
+
+        Raises:
+            UsageError: a worker that leaves is not there, or the trace does not fit the settings.
+        """
+        settings, workload = self.settings, self._workload
+        kept = Record(workload.epoch_samples, on_row, on_gradient)
+        every = settings.evaluate_every or max(1, workload.epoch_samples // workload.batch_samples)
+        epoch = 0 if self._segment is None else self._segment.start.epoch
+        training = Training(self._run, workload, kept, evaluate_every=every, epoch=epoch)
+        self._driver(training).run()
+        params = training.machine.state.params
+        return Result(kept, record.summary(kept, params, settings.target_accuracy), training)
+
+    def _driver(self, training: Training) -> Simulation | Replay:
+        if self._segment is not None:
+            return Replay(training, self._segment)
+        settings = self.settings
+        park = MachinePark(
+            parse(settings.compute_time),
+            slow_factors(settings.slow, settings.workers),
+            settings.latency,
+            [limit or float("inf") for limit in settings.bandwidth],
+            settings.seed,
+        )
+        return Simulation(
+            training,
+            park,
+            workers=settings.workers,
+            slots=settings.slots,
+            changes=settings.changes(),
+            failure_seconds=settings.failure_timeout,
+        )
+
+
+def _workload_settings(settings: SimSettings) -> WorkloadSettings:
+    return WorkloadSettings(
+        task=settings.task,
+        data_dir=settings.data_dir,
+        batch_size=settings.batch_size,
+        weight_decay=settings.weight_decay,
+        device=settings.device,
+        train_samples=settings.train_samples,
+        test_samples=settings.test_samples,
+    )
+
+
+def _with_end(settings: SimSettings, workload: Workload, *, has_trace: bool) -> Run:
+    run = settings.run()
+    if has_trace:
+        return run
+    epochs = settings.epochs
+    if epochs is None and not (run.stop_after_gradients or run.stop_after_samples):
+        epochs = DEFAULT_EPOCHS
+    if epochs is None:
+        return run
+    by_epochs = max(1, round(epochs * workload.epoch_samples))
+    return replace(run, stop_after_samples=min(by_epochs, run.stop_after_samples or by_epochs))
+
+
+def _followed(settings: SimSettings) -> Segment:
+    assert settings.trace is not None
+    first, *others = read_trace(settings.trace)
+    if not first.start.fresh:
+        raise UsageError(
+            f"the trace {settings.trace} starts with a restored server, so its beginning is not known: follow a trace "
+            "from the start of a run, or replay its compute times alone with --compute-time trace:FILE"
+        )
+    if others:
+        raise UsageError(
+            f"the trace {settings.trace} has {len(others)} restarts of the server, at which tickets became void: only "
+            "a run without restarts can be followed; --compute-time trace:FILE replays its compute times"
+        )
+    return first
+
+
+def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:
+    told = settings.model_dump(include=settings.model_fields_set)
+    recorded = {name: value for name, value in segment.start.settings.items() if name in TrainingSettings.model_fields}
+    return SimSettings(**(recorded | told))

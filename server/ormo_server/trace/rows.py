@@ -1,0 +1,246 @@
+"""The rows of a trace: their columns, and the inputs that they stand for."""
+
+import re
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+
+from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Requester, Returned, Withdrawn
+from ormo_server.core.state import PushResult, Ticket
+from ormo_server.training_settings import TrainingSettings
+
+FORMAT = 1
+# What every trace begins with, as it is written.
+OPENING = f'{{"event":"start","format":{FORMAT},'.encode()
+
+_HEXADECIMAL = re.compile(r"0x[0-9a-f]{1,16}")
+
+
+class TracedSettings(TrainingSettings):
+    """How the run trained: what a `start` row says under `settings`."""
+
+    min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before so many had joined")
+    max_workers: int = Field(64, ge=1, description="further workers were refused")
+
+    @property
+    def workers_allowed(self) -> tuple[int, int]:
+        """See `TrainingSettings.workers_allowed`."""
+        return self.min_workers, self.max_workers
+
+
+def _number(value: object) -> object:
+    if isinstance(value, str):
+        if not _HEXADECIMAL.fullmatch(value):
+            raise ValueError("expected 0x and 1 to 16 hexadecimal digits")
+        return int(value, 16)
+    return value
+
+
+Count = Annotated[int, Field(ge=0)]
+Id = Annotated[int, Field(ge=0), BeforeValidator(_number), PlainSerializer(lambda value: f"0x{value:016x}")]
+
+
+class _Row(BaseModel):
+    """What a line holds: its columns, in the order in which they are written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TracedModel(_Row):
+    """The model that is trained: elements of all its trainable tensors."""
+
+    parameters: Count
+
+
+class Start(_Row):
+    """The server got its model, or had it back.
+
+    Attributes:
+        event: the kind of row.
+        format: of the file.
+        epoch: of the server from now on.
+        iteration: where it starts; below where the segment before ended if what came after a checkpoint was lost.
+        fresh: a new run, not one restored from a checkpoint.
+        settings: of the training; those of `TracedSettings`.
+        model: what is trained.
+        time: Unix time, in seconds.
+    """
+
+    event: Literal["start"]
+    format: Literal[1]
+    epoch: Id
+    iteration: Count
+    fresh: bool
+    settings: dict[str, Any]
+    model: TracedModel
+    time: float
+
+    @field_validator("settings")
+    @classmethod
+    def _are_usable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            TracedSettings(**value)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_problem, error.errors()))) from None
+        return value
+
+    def training(self) -> TracedSettings:
+        """The settings, checked and typed; `run()` of them is what the core went by."""
+        return TracedSettings(**self.settings)
+
+
+def _problem(details: ErrorDetails) -> str:
+    place = ".".join(map(str, details["loc"]))
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{place} is {details['input']!r}: {message}" if place else message
+
+
+class _InputRow(_Row, ABC):
+    @abstractmethod
+    def input(self, epoch: int) -> Input:
+        """What the state machine was given; the epoch is the server's."""
+
+
+class _JoinedRow(_InputRow):
+    event: Literal["joined"] = "joined"
+    seconds: float
+    worker: str
+    incarnation: Id
+    slots: Count
+
+    def input(self, epoch: int) -> Joined:  # noqa: ARG002
+        return Joined(self.seconds, self.worker, self.incarnation, self.slots)
+
+
+class _LeftRow(_InputRow):
+    event: Literal["left"] = "left"
+    seconds: float
+    worker: str
+    incarnation: Id
+
+    def input(self, epoch: int) -> Left:  # noqa: ARG002
+        return Left(self.seconds, self.worker, self.incarnation)
+
+
+class _RequestedRow(_InputRow):
+    event: Literal["requested"] = "requested"
+    seconds: float
+    worker: str
+    incarnation: Id
+    slot: Count
+    request: Count
+
+    def input(self, epoch: int) -> Requested:  # noqa: ARG002
+        return Requested(self.seconds, Requester(self.worker, self.incarnation, self.slot, self.request))
+
+
+class _WithdrawnRow(_InputRow):
+    event: Literal["withdrawn"] = "withdrawn"
+    worker: str
+    slot: Count
+
+    def input(self, epoch: int) -> Withdrawn:  # noqa: ARG002
+        return Withdrawn((self.worker, self.slot))
+
+
+class _ReturnedRow(_InputRow):
+    event: Literal["returned"] = "returned"
+    seconds: float
+    worker: str
+    incarnation: Id
+    ticket: Count
+    ticket_epoch: Id
+
+    def input(self, epoch: int) -> Returned:  # noqa: ARG002
+        return Returned(self.seconds, self.worker, self.incarnation, (self.ticket_epoch, self.ticket))
+
+
+class _PushedRow(_InputRow):
+    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted.
+    event: Literal["pushed"] = "pushed"
+    seconds: float
+    worker: str
+    incarnation: Id
+    slot: Count
+    request: Count
+    ticket: Count
+    ticket_epoch: Id
+    iteration: Count
+    bucket: Count
+    handed_out_seconds: float
+    delay: Count
+    lag: Count
+    step_size: float
+    discarded: bool
+    samples: Count
+    iteration_after: Count
+
+    def input(self, epoch: int) -> Pushed:
+        slot = (self.worker, self.slot)
+        return Pushed(
+            self.seconds,
+            Requester(self.worker, self.incarnation, self.slot, self.request),
+            # Nobody can push for a ticket that was not delivered, and retries of a push are no inputs.
+            Ticket(self.ticket_epoch, self.ticket, slot, self.iteration, self.bucket, self.handed_out_seconds, True),
+            self.samples,
+            PushResult(self.request, epoch, self.iteration_after, self.delay, self.lag, self.step_size, self.discarded),
+        )
+
+
+AnyRow = Start | _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow
+
+
+def line_of(entry: Start | Input) -> bytes:
+    """The line that an entry becomes."""
+    row = entry if isinstance(entry, Start) else _row(entry)
+    return row.model_dump_json().encode() + b"\n"
+
+
+def _row(taken: Input) -> _InputRow:
+    match taken:
+        case Pushed():
+            return _pushed(taken)
+        case Requested(now, who):
+            return _RequestedRow(
+                seconds=now, worker=who.worker, incarnation=who.incarnation, slot=who.slot, request=who.request
+            )
+        case Withdrawn((worker, slot)):
+            return _WithdrawnRow(worker=worker, slot=slot)
+        case Returned(now, worker, incarnation, (epoch, number)):
+            return _ReturnedRow(seconds=now, worker=worker, incarnation=incarnation, ticket=number, ticket_epoch=epoch)
+        case Joined(now, worker, incarnation, slots):
+            return _JoinedRow(seconds=now, worker=worker, incarnation=incarnation, slots=slots)
+        case Left(now, worker, incarnation):
+            return _LeftRow(seconds=now, worker=worker, incarnation=incarnation)
+
+
+def _pushed(taken: Pushed) -> _PushedRow:
+    who, ticket, result = taken.requester, taken.ticket, taken.result
+    return _PushedRow(
+        seconds=taken.now,
+        worker=who.worker,
+        incarnation=who.incarnation,
+        slot=who.slot,
+        request=who.request,
+        ticket=ticket.number,
+        ticket_epoch=ticket.epoch,
+        iteration=ticket.iteration,
+        bucket=ticket.bucket,
+        handed_out_seconds=ticket.handed_out_seconds,
+        delay=result.delay,
+        lag=result.lag_buckets,
+        step_size=result.step_size,
+        discarded=result.discarded,
+        samples=taken.samples,
+        iteration_after=result.iteration,
+    )
