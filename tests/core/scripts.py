@@ -25,7 +25,11 @@ class Command(NamedTuple):
 
 
 # Weighted so that a long story applies about 30 gradients and loses a few tickets in each possible way.
-VERBS = (*["exchange"] * 6, *["push"] * 3, "request", "everyone", "join", "leave", "replace", "return", "expire")
+VERBS = (
+    *["exchange"] * 6,
+    *["push"] * 3,
+    *("request", "everyone", "join", "leave", "replace", "return", "expire", "stop_listening"),
+)
 WHO = st.sampled_from([*range(10), *[0] * 6])  # number 0 is fast, so that the others come late
 OPENING = [Command("join", 0, 0), Command("join", 1, 2), Command("join", 2, 1), Command("everyone", 0, 1)]
 
@@ -139,6 +143,11 @@ def _expire(driver: Driver, key: SlotKey, value: int) -> None:
     driver.collect()
 
 
+def _stop_listening(driver: Driver, key: SlotKey, value: int) -> None:
+    """The slot's stream breaks, if it waits; it may ask again."""
+    driver.machine.withdraw_request(key)
+
+
 _DO = {
     "exchange": _exchange,
     "push": _push,
@@ -148,4 +157,5 @@ _DO = {
     "replace": _replace,
     "return": _return,
     "expire": _expire,
+    "stop_listening": _stop_listening,
 }

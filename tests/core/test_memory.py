@@ -1,9 +1,13 @@
 """The memory that a run needs, by hand: vectors of 1000 numbers are 4000 bytes."""
 
 import pytest
+import torch
 
-from core.driving import run_of
+from core.driving import Driver, driver_of, run_of
+from ormo_server.core import snapshot
 from ormo_server.core.memory import need
+from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.schedulers import SCHEDULERS
 
 
 @pytest.mark.parametrize(
@@ -12,13 +16,64 @@ from ormo_server.core.memory import need
         ("sgd", "asynchronous", 1, 1),  # w
         ("ormo", "asynchronous", 1, 2),  # w, u
         ("ormo", "asynchronous", 8, 2),
+        ("ormo-vanilla", "asynchronous", 8, 2),
+        ("naive", "asynchronous", 8, 2),
+        ("smega2", "asynchronous", 8, 3),  # w, v, G
+        ("shifted", "asynchronous", 8, 9),  # w, a u for each slot
+        ("dc", "asynchronous", 8, 9),  # w, what was sent to each slot
+        ("ormo", "bounded-staleness", 8, 2),
         ("sgd", "synchronous", 1, 2),  # w, the round's opening
         ("ormo", "synchronous", 3, 3),
+        ("shifted", "synchronous", 3, 5),
     ],
 )
 def test_need_is_the_state_one_buffer_for_each_slot_and_the_copy_for_the_checkpoint(
     rule: str, scheduler: str, slots: int, vectors: int
 ) -> None:
-    got = need(run_of(rule, scheduler), elements=1000, slots=slots)
+    got = need(_run(rule, scheduler), elements=1000, slots=slots)
     assert (got.state_bytes, got.exchange_bytes, got.checkpoint_bytes) == (4000 * vectors, 4000 * slots, 4000 * vectors)
     assert got.total_bytes == 4000 * (2 * vectors + slots)
+
+
+def _run(rule: str, scheduler: str) -> object:
+    bound = 3 if scheduler == "bounded-staleness" else None
+    return run_of(rule, scheduler, staleness_bound=bound)
+
+
+def all_push(driver: Driver) -> None:
+    """Every slot has pushed at least once; under a bound or in rounds that takes some waiting."""
+    for key in [*driver.places] * 3:
+        if driver.places[key].granted is not None:
+            driver.push(key[0], 1.0, key[1])
+        if key not in driver.machine.state.waiting:
+            driver.request(*key)
+
+
+def bytes_held(driver: Driver) -> int:
+    tensors = snapshot.take(driver.machine).tensors
+    return sum(tensor.nbytes for name, tensor in tensors.items() if "buffers" not in name)
+
+
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_busy_run_holds_what_was_stated_for_its_live_slots_and_never_more(rule: str, scheduler: str) -> None:
+    slots = 1 if scheduler == "synchronous" else 2
+    driver = driver_of(_run(rule, scheduler), "a", "b", "c", size=1000, slots=slots)
+    held, stated = [], []
+
+    def note(where: object) -> None:
+        held.append(bytes_held(driver))
+        stated.append(need(driver.machine.run, 1000, driver.machine.state.live_slots).state_bytes)
+
+    driver.machine.listener = note
+    all_push(driver)
+    assert all(one <= other for one, other in zip(held, stated, strict=True))
+    assert max(held) == stated[-1]
+    driver.join("b", slots, incarnation=2)
+    driver.leave("a")
+    all_push(driver)
+    assert all(one <= other for one, other in zip(held, stated, strict=True))
+    assert len(driver.machine.state.rule.vectors) == (
+        UPDATE_RULES[rule].vectors_per_run + UPDATE_RULES[rule].vectors_per_slot * 2 * slots
+    )
+    assert all(vector.dtype == torch.float32 for vector in driver.machine.state.rule.vectors.values())

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.driving import Driver, driver_of, fingerprint, run_of
+from core.driving import Driver, driver_of, fingerprint, replay, run_of
 from ormo_server.core.errors import Finished, NotAMember, Replaced, StaleRequest, TicketUnknown, TooManyWorkers
 from ormo_server.core.events import Released
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Input, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.state_machine import StateMachine
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 WHICH = st.integers(0, 20)  # taken modulo the number of what there is to choose from
@@ -32,9 +34,12 @@ class Workers(RuleBasedStateMachine):
     scheduler = ""
 
     @initialize(
-        min_workers=st.sampled_from([1, 1, 2]), discard=st.sampled_from([None, 2]), stop=st.sampled_from([0, 0, 12])
+        min_workers=st.sampled_from([1, 1, 2]),
+        discard=st.sampled_from([None, 2]),
+        stop=st.sampled_from([0, 0, 12]),
+        bound=st.sampled_from([0, 1, 2, 4]),
     )
-    def start(self, min_workers: int, discard: int | None, stop: int) -> None:
+    def start(self, min_workers: int, discard: int | None, stop: int, bound: int) -> None:
         self.driver: Driver = driver_of(
             run_of(
                 scheduler=self.scheduler,
@@ -42,9 +47,12 @@ class Workers(RuleBasedStateMachine):
                 max_workers=MAX_WORKERS,
                 discard_delay=discard,
                 stop_after_gradients=stop,
+                staleness_bound=bound if self.scheduler == "bounded-staleness" else None,
             )
         )
         self.machine, self.state = self.driver.machine, self.driver.machine.state
+        self.inputs: list[Input] = []
+        self.machine.listener = self.inputs.append
         self.next_incarnation = 1
         self.replaced: list[tuple[str, int]] = []
         self.redeemed: set[TicketKey] = set()
@@ -75,10 +83,10 @@ class Workers(RuleBasedStateMachine):
         self.joined_at_once |= len(self.driver.incarnations) >= self.machine.run.min_workers
 
     def join_again(self, name: str) -> None:
-        before = fingerprint(self.machine)
+        before = self.everything()
         member = self.state.members[name]
         assert self.driver.join(name, len(member.slots), member.incarnation) == member
-        assert fingerprint(self.machine) == before
+        assert self.everything() == before
 
     def replace(self, name: str) -> None:
         self.next_incarnation += 1
@@ -140,11 +148,11 @@ class Workers(RuleBasedStateMachine):
     def push_again(self, key: SlotKey) -> None:
         first = self.driver.places[key].result
         if first is not None:
-            before = fingerprint(self.machine)
+            before = self.everything()
             again = self.driver.push(key[0], 7.0, key[1], number=first.request, ticket=(0, 1))
             assert again.repeated
             assert [getattr(again, name) for name in RESULT_FIELDS] == [getattr(first, name) for name in RESULT_FIELDS]
-            assert fingerprint(self.machine) == before
+            assert self.everything() == before
 
     def give_back(self, which: int) -> None:
         holders = [key for key, place in self.driver.places.items() if place.granted is not None]
@@ -207,11 +215,15 @@ class Workers(RuleBasedStateMachine):
 
     def refused(self, error: type[Exception], attempt: Callable[[], object]) -> None:
         """The attempt raises this and leaves all of the state, and what others would hear of it, as it was."""
-        before = fingerprint(self.machine)
+        before = self.everything()
         with pytest.raises(error):
             attempt()
-        assert fingerprint(self.machine) == before
+        assert self.everything() == before
         assert self.machine.take_events() == []
+
+    def everything(self) -> object:
+        """All of the state, and how many inputs the listener was told of."""
+        return fingerprint(self.machine), len(self.inputs)
 
     # What must hold after every step
 
@@ -248,14 +260,24 @@ class Workers(RuleBasedStateMachine):
             return
         if self.scheduler == "asynchronous":
             assert not self.state.waiting
+        elif self.scheduler == "bounded-staleness":
+            # Who holds a ticket can push: it does not wait itself.
+            assert self.state.tickets or not self.state.waiting
         else:
             # A round is open, and the holder of each of its tickets can push (delivered) or ask (not delivered): it
             # does not wait itself, which `slots_and_tickets_in_flight_agree` sees to.
             assert self.state.tickets
 
     def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.everybody_goes_on()
+            other = StateMachine.fresh(self.machine.run, torch.zeros(1))
+            replay(other, self.inputs, self.driver.gradients)
+            assert fingerprint(other) == fingerprint(self.machine)
+
+    def everybody_goes_on(self) -> None:
         """All who live do what they can, twice: that is enough to close a round and to push in the next."""
-        if hasattr(self, "driver") and self.joined_at_once and self.state.members and not self.state.finished:
+        if self.joined_at_once and self.state.members and not self.state.finished:
             before = self.state.iteration
             for key in [*self.driver.places] * 2:
                 self.do_what_it_can(key)
@@ -281,11 +303,22 @@ class SynchronousWorkers(Workers):
     scheduler = "synchronous"
 
 
+class BoundedWorkers(Workers):
+    scheduler = "bounded-staleness"
+
+    @invariant()
+    def no_gradient_was_later_than_the_bound(self) -> None:
+        bound = self.machine.run.method.staleness_bound
+        assert all(each.delay <= bound for each in self.driver.applied)
+
+
 EFFORT = settings(max_examples=100, stateful_step_count=50, deadline=None)
 AsynchronousWorkers.TestCase.settings = EFFORT
 SynchronousWorkers.TestCase.settings = EFFORT
+BoundedWorkers.TestCase.settings = EFFORT
 TestNobodyIsStuckAsynchronously = AsynchronousWorkers.TestCase
 TestNobodyIsStuckInRounds = SynchronousWorkers.TestCase
+TestNobodyIsStuckUnderABound = BoundedWorkers.TestCase
 
 
 def test_waiting_ones_hear_why_they_wait_no_longer() -> None:

@@ -98,16 +98,18 @@ def test_rescaled_divides_by_no_zero_time(seconds: float, of_slots: list[float])
     assert 0 < rescaled(Timing(0, 1, seconds, lambda: of_slots)) < float("inf")
 
 
-# The clock is at `now` when the worker exchanges; it got its ticket at 0 or at its last exchange. T_j is known only of
-# who has pushed: first a alone, later b too, and of a's two slots each has its own.
+# Three places got their tickets at 0. The worker exchanges when the clock is at `now`: T counts from there or from its
+# last exchange. T_j is known only of places that have pushed: first one, then two, then all three.
 MEASURED = """
-    worker  slot  now  scale
-         0     0    2      1
-         0     0    6      1
-         1     0    8    1.5
-         0     0    8   0.75
-         0     1   16  2.125
-         1     0   16   1.75
+    worker  slot  now   T  scale
+         0     0    2   2    1
+         0     0    6   4    1
+         0     0    8   2    1
+         0     0   12   4    1
+         1     0   16  16    2.5
+         0     1   16  16    2
+         0     0   16   4    0.5
+         1     0   32  16    2
 """
 
 

@@ -15,6 +15,7 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
 from ormo_server.core.errors import BadManifest, MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
@@ -220,12 +221,15 @@ class RunHost:
 
     def _check_memory(self, manifest: Manifest) -> None:
         elements = manifest.sizes["parameters"]
-        need = memory.need(self._run, elements, self.settings.max_workers * self.settings.slots_per_worker)
+        slots = self.settings.max_workers * self.settings.slots_per_worker
+        need = memory.need(self._run, elements, slots)
+        rule = self._run.method.rule
         log.info(
-            "a model of %s parameters: %.1f MB of state, up to %.1f MB for exchanges (all slots at once), %.1f MB for "
+            "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB for "
             "a checkpoint",
             f"{elements:,}",
             need.state_bytes / 1e6,
+            f" ({rule} keeps a vector for each of up to {slots} slots)" if UPDATE_RULES[rule].vectors_per_slot else "",
             need.exchange_bytes / 1e6,
             need.checkpoint_bytes / 1e6,
         )

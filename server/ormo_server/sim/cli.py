@@ -16,6 +16,8 @@ from ormo_server.sim.record import Directory, Row
 from ormo_server.sim.run import Plan, Result
 
 _INTERRUPTED_EXIT_CODE = 130
+# An update of the bar takes as long as a push of a small model.
+_GRADIENTS_BETWEEN_UPDATES = 20
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {}
 
 
@@ -68,7 +70,11 @@ def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result
             last = f"{row.seconds:.0f} virtual s, loss {row.train_loss:.4f}, accuracy {row.test_accuracy:.1%}"
             progress.update(task, last=last)
 
-        return plan.run(show, lambda iteration: progress.update(task, completed=iteration))
+        def advance(iteration: int) -> None:
+            if iteration % _GRADIENTS_BETWEEN_UPDATES == 0:
+                progress.update(task, completed=iteration)
+
+        return plan.run(show, advance)
 
 
 def _cost(result: Result, wall_seconds: float) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Replay:
                 self._feed(taken)
             except (OrmoError, _Stray) as error:
                 raise UsageError(
-                    f"input {number} of the trace does not fit ({error}): follow it with the scheduler and settings that it "
+                    f"input {number} of the trace does not fit ({error}): follow it with the scheduler and settings it "
                     "was recorded with, or replay its compute times alone with --compute-time trace:FILE"
                 ) from error
             self._training.granted()

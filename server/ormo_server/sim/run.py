@@ -63,7 +63,7 @@ class Plan:
         self.settings = settings
         torch.set_num_threads(settings.threads)
         self._workload = _workload(settings.workload, _workload_settings(settings))
-        self._run = _with_end(settings, self._workload, has_trace=self._segment is not None)
+        self._run = _as_simulated(settings, self._workload, self._segment)
         self.gradients = self._count_gradients()
 
     def _count_gradients(self) -> int:
@@ -128,10 +128,11 @@ def _workload_settings(settings: SimSettings) -> WorkloadSettings:
     )
 
 
-def _with_end(settings: SimSettings, workload: Workload, *, has_trace: bool) -> Run:
+def _as_simulated(settings: SimSettings, workload: Workload, followed: Segment | None) -> Run:
     run = settings.run()
-    if has_trace:
-        return run
+    if followed is not None:
+        min_workers, max_workers = followed.start.training().workers_allowed
+        return replace(run, min_workers=min_workers, max_workers=max_workers)
     epochs = settings.epochs
     if epochs is None and not (run.stop_after_gradients or run.stop_after_samples):
         epochs = DEFAULT_EPOCHS
@@ -158,6 +159,6 @@ def _followed(settings: SimSettings) -> Segment:
 
 
 def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:
-    told = settings.model_dump(include=settings.model_fields_set)
+    told = {name: getattr(settings, name) for name in settings.model_fields_set}
     recorded = {name: value for name, value in segment.start.settings.items() if name in TrainingSettings.model_fields}
     return SimSettings(**(recorded | told))

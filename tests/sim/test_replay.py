@@ -1,0 +1,156 @@
+"""A run over gRPC and its replay in the simulator end in the same bits, whatever the method."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_protos.usage import UsageError
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.method import PRESETS
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.run import Plan, Result
+from service.wire import WireWorker, connected, served
+from sim.by_ticket import SIZE, gradient_of, start
+
+LINE = Manifest.laid_out([TensorSpec("line", (SIZE,), FLOAT32, PARAMETER)])
+WORKERS, GRADIENTS = 4, 80
+
+METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in PRESETS} | {
+    "bounded staleness": {"scheduler": "bounded-staleness", "staleness_bound": 5},
+    "many products": {
+        "update_rule": "smega2",
+        "step_scale": "rescaled",
+        "scheduler": "bounded-staleness",
+        "staleness_bound": 2,
+        "discard_delay": 2,
+    },
+}
+
+
+def payload(values: torch.Tensor) -> Payload:
+    made = Payload(PayloadLayout.of(LINE, FLOAT32, with_buffers=False))
+    made.parameters.copy_(values)
+    return made
+
+
+class Worker:
+    """Pushes gradients that are a function of parameters and ticket, at a pace of its own, until the run is over."""
+
+    def __init__(self, stub: Any, number: int) -> None:
+        self.wire = WireWorker(stub, f"w{number}", LINE)
+        self.seconds = 0.001 if number else 0.006  # number 0 is slow, so that its gradients come late
+        self.joins_again_after = 5 if number == 2 else 10**9
+
+    def run(self) -> None:
+        while self.train():
+            wire = self.wire
+            wire.stub.Leave(pb.LeaveRequest(worker=wire.name, incarnation=wire.incarnation))
+            self.wire = WireWorker(wire.stub, wire.name, LINE, incarnation=2)
+            self.joins_again_after = 10**9
+            if self.wire.ask_to_join().WhichOneof("answer") != "welcome":
+                return  # the run is over
+
+    def train(self) -> bool:
+        """Returns whether it wants to leave and come back."""
+        stream = self.wire.open()
+        stream.begin(None)
+        stream.delivery()
+        pushed = 0
+        while True:
+            time.sleep(self.seconds)
+            assert self.wire.ticket is not None
+            stream.begin(payload(gradient_of(self.wire.params, self.wire.ticket.number)))
+            stream.result()
+            pushed += 1
+            message = stream.receive()
+            if message.WhichOneof("part") == "finished":
+                stream.finish()
+                return False
+            self.wire.receive(message.delivery, (stream.receive().chunk for _ in range(100)))
+            if pushed == self.joins_again_after:
+                stream.drop()
+                return True
+
+
+def record(trace: Path, directory: Path, settings: dict[str, Any]) -> torch.Tensor:
+    """Train over gRPC; returns the parameters at the end."""
+    training = {"learning_rate": 0.02, "momentum": 0.9, "stop_after_gradients": GRADIENTS, "min_workers": WORKERS}
+    with served(directory, trace=trace, **(training | settings)) as server, connected(server) as stub:
+        workers = [Worker(stub, number) for number in range(WORKERS)]
+        first = workers[0].wire
+        assert first.ask_to_join().WhichOneof("answer") == "model_wanted"
+        first.offer(payload(start()).chunks())
+        for worker in workers:
+            worker.wire.join()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(Worker.run, workers))
+        with server.host.engine.inspect() as machine:
+            assert machine.state.iteration == GRADIENTS
+            return machine.state.params.clone()
+
+
+def replay(trace: Path, **settings: Any) -> Result:
+    return Plan(SimSettings(trace=trace, workload="sim.by_ticket:workload", evaluate_every=1000, **settings)).run()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_real_run_and_its_replay_end_in_the_same_bits(method: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    served_params = record(trace, tmp_path / "run", METHODS[method])
+    result = replay(trace)
+    assert torch.equal(result.training.machine.state.params, served_params)
+    assert result.summary["gradients"] == GRADIENTS
+    assert not torch.equal(served_params, start())
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recorded")
+    record(directory / "trace.jsonl", directory / "run", {"method": "ormo"})
+    return directory / "trace.jsonl"
+
+
+def test_another_rule_may_be_tried_on_the_recorded_order(trace: Path) -> None:
+    as_recorded, other = replay(trace), replay(trace, method="asgd")
+    assert other.summary["delay"] == as_recorded.summary["delay"]
+    assert not torch.equal(other.training.machine.state.params, as_recorded.training.machine.state.params)
+
+
+def test_another_scheduler_does_not_fit_the_recorded_order_and_the_refusal_says_what_to_do(trace: Path) -> None:
+    with pytest.raises(UsageError, match=r"input \d+ of the trace does not fit .* --compute-time trace:FILE"):
+        replay(trace, method="ssgdm")
+
+
+def test_the_compute_times_of_a_trace_go_with_any_scheduler_and_number_of_workers(trace: Path) -> None:
+    settings = SimSettings(
+        method="ssgdm",
+        workers=8,
+        compute_time=f"trace:{trace}",
+        workload="sim.by_ticket:workload",
+        stop_after_gradients=16,
+        evaluate_every=1000,
+    )
+    result = Plan(settings).run()
+    # Two rounds, each as long as the slowest worker's time: it slept for 6 ms.
+    assert result.summary["gradients"] == 16
+    assert 2 * 0.006 < result.summary["virtual_seconds"] < 10
+
+
+def test_a_trace_of_a_server_that_was_restarted_is_not_followed(trace: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(trace.read_text() + trace.read_text())
+    with pytest.raises(UsageError, match=r"twice\.jsonl has 1 restarts of the server"):
+        replay(twice)
+
+
+def test_a_trace_that_begins_with_a_restored_server_is_not_followed(trace: Path, tmp_path: Path) -> None:
+    restored = tmp_path / "restored.jsonl"
+    restored.write_text(trace.read_text().replace('"fresh":true', '"fresh":false'))
+    with pytest.raises(UsageError, match=r"starts with a restored server"):
+        replay(restored)
