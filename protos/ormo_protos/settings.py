@@ -160,10 +160,17 @@ def checked_address(value: str, *, lowest_port: int) -> str:
     return value
 
 
-def settings_table(cls: type[Settings]) -> str:
-    """A Markdown table of the settings, a row per field: flag, environment variable, default, meaning."""
+def settings_table(cls: type[Settings], *, own: bool = False) -> str:
+    """A Markdown table of the settings, a row per field: flag, environment variable, default, meaning.
+
+    Args:
+        cls: which settings.
+        own: leave out those that it shares with other programs, from a base class.
+    """
     rows = ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
     for name, info in cls.model_fields.items():
+        if own and name not in cls.__annotations__:
+            continue
         meaning = (info.description or "").replace("|", "\\|")
         rows.append(f"| `{_flag(name)}` | `{_variable(cls, name)}` | {_default(info)} | {meaning} |")
     return "\n".join(rows) + "\n"

@@ -57,7 +57,8 @@ def test_what_smega2_would_send_at_the_end_of_a_story_is_the_formula(run: Run, s
     sent = torch.empty_like(state.params)
     state.rule.write_delivery(state.params, sent, state.sending(size))
     exact, largest = (
-        formula.sent_by_smega2(state.learning_rate, size) for formula in by_formula("smega2", START, driver.applied, run)
+        formula.sent_by_smega2(state.learning_rate, size)
+        for formula in by_formula("smega2", START, driver.applied, run)
     )
     assert_but_for_rounding(sent, exact, largest, state.iteration)
 

@@ -166,9 +166,3 @@ def test_after_the_end_only_who_leaves_is_told() -> None:
             attempt()
     driver.leave("b")
     assert told == [Left(driver.now, "b", 1)]
-
-
-def test_without_a_listener_nothing_is_told_and_all_goes_on() -> None:
-    driver = running()
-    assert driver.machine.listener is None
-    assert driver.machine.state.iteration == 1

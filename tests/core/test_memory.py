@@ -6,6 +6,7 @@ import torch
 from core.driving import Driver, driver_of, run_of
 from ormo_server.core import snapshot
 from ormo_server.core.memory import need
+from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 
@@ -35,7 +36,7 @@ def test_need_is_the_state_one_buffer_for_each_slot_and_the_copy_for_the_checkpo
     assert got.total_bytes == 4000 * (2 * vectors + slots)
 
 
-def _run(rule: str, scheduler: str) -> object:
+def _run(rule: str, scheduler: str) -> Run:
     bound = 3 if scheduler == "bounded-staleness" else None
     return run_of(rule, scheduler, staleness_bound=bound)
 

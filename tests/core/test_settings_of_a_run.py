@@ -1,6 +1,7 @@
 """A method is four independent choices, a run a method with its numbers: what fits together and what does not."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,27 +9,67 @@ import pytest
 from core.driving import driver_of
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import PRESETS, Method, Run
-from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.rules import UPDATE_RULES, Coefficients
 from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.training_settings import TrainingSettings
 
 RATE = LearningRate(0.5)
 
 
+# The table of section 3 of the design.
+DESIGN = """
+    ormo          ormo          constant        asynchronous
+    ormo-da       ormo          delay-adaptive  asynchronous
+    ormo-vanilla  ormo-vanilla  constant        asynchronous
+    asgd          sgd           constant        asynchronous
+    asgd-da       sgd           delay-adaptive  asynchronous
+    asgd-tau      sgd           inverse         asynchronous
+    asgdm         naive         constant        asynchronous
+    shifted       shifted       constant        asynchronous
+    smega2        smega2        constant        asynchronous
+    ssgdm         ormo          constant        synchronous
+    ssgd          sgd           constant        synchronous
+    ringmaster    sgd           constant        asynchronous
+    rescaled      sgd           rescaled        asynchronous
+    dc-asgd       dc            constant        asynchronous
+"""
+
+
+def test_the_presets_are_the_rows_of_the_designs_table() -> None:
+    rows = [line.split() for line in DESIGN.strip().splitlines()]
+    assert sorted(row[0] for row in rows) == sorted(PRESETS)
+    for name, rule, scale, scheduler in rows:
+        expected = Method(rule, scale, scheduler, discard_buckets=2 if name == "ringmaster" else None, name=name)
+        assert PRESETS[name] == expected
+
+
 @pytest.mark.parametrize(
-    ("preset", "rule", "scheduler"),
+    ("method", "limit"),
     [
-        ("ormo", "ormo", "asynchronous"),
-        ("asgd", "sgd", "asynchronous"),
-        ("ssgdm", "ormo", "synchronous"),
-        ("ssgd", "sgd", "synchronous"),
+        (PRESETS["asgd"], None),
+        (PRESETS["ringmaster"], 10),
+        (replace(PRESETS["ringmaster"], discard_delay=3), 3),
+        (Method(discard_delay=3), 3),
+        (Method(discard_buckets=1), 5),
     ],
 )
-def test_a_preset_is_its_row_of_the_designs_table(preset: str, rule: str, scheduler: str) -> None:
-    method = PRESETS[preset]
-    assert (method.name, method.rule, method.scheduler) == (preset, rule, scheduler)
-    assert (method.scale, method.discard_delay) == ("constant", None)
+def test_the_discard_delay_is_the_one_set_or_so_many_buckets_of_5(method: Method, limit: int | None) -> None:
+    assert method.discard_limit(5) == limit
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Method(), "ormo × constant × asynchronous"),
+        (Method("dc", "inverse", "bounded-staleness", staleness_bound=7), "dc × inverse × bounded-staleness 7"),
+        (Method("sgd", discard_buckets=2), "sgd × constant × asynchronous × discard from 2K"),
+        (Method("sgd", discard_buckets=2, discard_delay=9), "sgd × constant × asynchronous × discard from 9"),
+    ],
+)
+def test_a_method_that_is_no_preset_is_spelt_out(method: Method, words: str) -> None:
+    assert method.spelt_out() == words
 
 
 PRODUCT = list(itertools.product(UPDATE_RULES, STEP_SCALES, SCHEDULERS, [None, 2]))
@@ -36,7 +77,8 @@ PRODUCT = list(itertools.product(UPDATE_RULES, STEP_SCALES, SCHEDULERS, [None, 2
 
 @pytest.mark.parametrize(("rule", "scale", "scheduler", "discard"), PRODUCT)
 def test_any_product_of_the_four_choices_trains(rule: str, scale: str, scheduler: str, discard: int | None) -> None:
-    driver = driver_of(Run(RATE, Method(rule, scale, scheduler, discard)), "a")
+    bound = 1 if scheduler == "bounded-staleness" else None
+    driver = driver_of(Run(RATE, Method(rule, scale, scheduler, discard, staleness_bound=bound)), "a")
     for _ in range(3):
         driver.request("a")
         driver.push("a", 1.0)
@@ -47,10 +89,21 @@ def test_any_product_of_the_four_choices_trains(rule: str, scale: str, scheduler
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ({"rule": "adam"}, "update rule 'adam' is not known: choose one of ormo, sgd"),
-        ({"scale": "big"}, "step scale 'big' is not known: choose one of constant, delay-adaptive, inverse"),
-        ({"scheduler": "lazy"}, "scheduler 'lazy' is not known: choose one of asynchronous, synchronous"),
+        (
+            {"rule": "adam"},
+            "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, sgd, naive, shifted, smega2, dc",
+        ),
+        ({"scale": "big"}, "step scale 'big' is not known: choose one of constant, delay-adaptive, inverse, rescaled"),
+        (
+            {"scheduler": "lazy"},
+            "scheduler 'lazy' is not known: choose one of asynchronous, synchronous, bounded-staleness",
+        ),
         ({"discard_delay": 0}, "discard delay 0: expected at least 1"),
+        ({"discard_buckets": 0}, "discard delay of 0 buckets: expected at least 1"),
+        ({"scheduler": "bounded-staleness"}, "the bounded-staleness scheduler needs a staleness bound"),
+        ({"scheduler": "bounded-staleness", "staleness_bound": -1}, "staleness bound -1: expected at least 0"),
+        ({"staleness_bound": 3}, "staleness bound 3 with the asynchronous scheduler, which has none: leave it out"),
+        ({"scheduler": "synchronous", "staleness_bound": 0}, "staleness bound 0 with the synchronous scheduler"),
     ],
 )
 def test_a_method_that_is_not_there_is_refused_in_one_sentence(choice: dict[str, Any], sentence: str) -> None:
@@ -64,6 +117,9 @@ def test_a_method_that_is_not_there_is_refused_in_one_sentence(choice: dict[str,
         ({"momentum": 1.0}, "momentum 1.0: expected at least 0 and below 1"),
         ({"momentum": -0.1}, "momentum -0.1: expected"),
         ({"momentum": float("nan")}, "momentum nan: expected"),
+        ({"delay_compensation": -0.1}, "delay compensation -0.1: expected a finite number of at least 0"),
+        ({"delay_compensation": float("nan")}, "delay compensation nan: expected"),
+        ({"delay_compensation": float("inf")}, "delay compensation inf: expected"),
         ({"bucket_size": 0}, "bucket size 0: expected at least 1"),
         ({"min_workers": 0}, "min workers 0, max workers 64: expected 1 <= min <= max"),
         ({"min_workers": 5, "max_workers": 4}, "min workers 5, max workers 4: expected"),
@@ -78,5 +134,40 @@ def test_a_run_that_makes_no_sense_is_refused_in_one_sentence(settings: dict[str
 
 
 def test_the_smallest_values_that_make_sense_are_taken() -> None:
-    run = Run(RATE, Method(discard_delay=1), momentum=0.0, bucket_size=1, min_workers=1, max_workers=1)
-    assert (run.momentum, run.bucket_size, run.method.discard_delay) == (0.0, 1, 1)
+    method = Method(scheduler="bounded-staleness", discard_delay=1, discard_buckets=1, staleness_bound=0)
+    run = Run(RATE, method, momentum=0.0, bucket_size=1, min_workers=1, max_workers=1, delay_compensation=0.0)
+    assert (run.momentum, run.bucket_size, run.delay_compensation) == (0.0, 1, 0.0)
+    assert (run.method.discard_delay, run.method.discard_buckets, run.method.staleness_bound) == (1, 1, 0)
+
+
+# The names as people give them
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_chosen_by_its_name(name: str) -> None:
+    assert TrainingSettings(method=name).run().method == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "adam"}, f"method 'adam' is not known: choose one of {', '.join(PRESETS)}"),
+        ({"update_rule": "adam"}, "update rule 'adam' is not known: choose one of"),
+        ({"scheduler": "bounded-staleness"}, "the bounded-staleness scheduler needs a staleness bound"),
+        ({"staleness_bound": 3}, "staleness bound 3 with the asynchronous scheduler"),
+        ({"staleness_bound": -1}, "greater than or equal to 0"),
+        ({"delay_compensation": -1.0}, "greater than or equal to 0"),
+        ({"delay_compensation": float("nan")}, "should be a finite number"),
+        ({"discard_delay": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_that_make_no_method_are_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        TrainingSettings(**settings)
+
+
+def test_a_choice_replaces_the_presets_and_the_method_is_then_called_by_its_choices() -> None:
+    method = TrainingSettings(method="ringmaster", update_rule="ormo", discard_delay=4).run().method
+    assert (method.rule, method.discard_limit(1)) == ("ormo", 4)
+    assert method.name == "ormo × constant × asynchronous × discard from 4"
+    assert TrainingSettings(delay_compensation=0.5).run().coefficients == Coefficients(0.9, 0.5)

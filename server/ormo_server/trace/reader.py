@@ -75,7 +75,7 @@ def _problem(error: ValidationError) -> str:
     if not place:
         came = first["input"].get("event") if isinstance(first["input"], dict) else first["input"]
         return f"event {_shown(came)} is not known: expected one of {', '.join(_EVENTS)}"
-    if place[1:] == ("format",):
+    if place[1:] == ("format",) and kind != "missing":
         return f"the format is {_shown(first['input'])}, and this program reads {FORMAT}: use the version that wrote it"
     return _of_column(f"a {place[0]!r} row", ".".join(map(str, place[1:])), first)
 
@@ -85,11 +85,10 @@ def _of_column(row: str, column: str, details: ErrorDetails) -> str:
         return f"{row} without {column!r}: expected all of its columns"
     if details["type"] == "extra_forbidden":
         return f"{row} with an unknown column {column!r}: use the version that wrote it"
+    message = details["msg"].removeprefix("Value error, ")
     if column == "settings" and details["type"] == "value_error":
-        return f"the settings can't be used: {details['ctx']['error']}"
-    return (
-        f"{column!r} of {row} is {_shown(details['input'])}: {_lowered(details['msg'].removeprefix('Value error, '))}"
-    )
+        return f"the settings can't be used: {message}"
+    return f"{column!r} of {row} is {_shown(details['input'])}: {_lowered(message)}"
 
 
 def _shown(value: object) -> str:

@@ -137,8 +137,8 @@ def _opened(path: Path) -> FileIO:
             f"can't write the trace {path}: {error.strerror}; make it writable or choose another --trace"
         ) from error
     try:
-        _claim(path, file)
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it may be a pipe
+            _claim(path, file)
             _cut_torn_line(path, file)
     except StoreError:
         file.close()

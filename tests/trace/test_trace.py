@@ -1,0 +1,198 @@
+"""The trace as a file: what is written comes back as it was, and what is no trace is refused in one sentence."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ormo_protos.usage import UsageError
+from ormo_server.config import ServerSettings
+from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Requester, Returned, Withdrawn
+from ormo_server.core.state import PushResult, Ticket
+from ormo_server.trace import Start, read_trace
+from ormo_server.trace.rows import line_of
+
+EPOCH = 2**63 + 5
+
+
+def start_of(machine_settings: ServerSettings | None = None, **changes: Any) -> Start:
+    told = (machine_settings or ServerSettings()).model_dump(mode="json", include={"method", "momentum", "max_workers"})
+    columns = {"iteration": 0, "fresh": True, "settings": told, "model": {"parameters": 9}, "time": 1.5}
+    return Start.model_validate({"event": "start", "format": 1, "epoch": EPOCH} | columns | changes)
+
+
+def written(path: Path, *inputs: Input, start: Start | None = None) -> Path:
+    path.write_bytes(b"".join(map(line_of, (start or start_of(), *inputs))))
+    return path
+
+
+# Every input comes back
+
+
+SECONDS = st.floats(0, 1e12, allow_nan=False)
+WORKER = st.text(st.sampled_from("abcXYZ019._-"), min_size=1, max_size=20)
+WIDE, COUNT = st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)
+SLOT, REQUEST = st.integers(0, 15), st.integers(1, 2**63 - 1)
+REQUESTER = st.builds(Requester, WORKER, WIDE, SLOT, REQUEST)
+
+
+@st.composite
+def pushes(draw: st.DrawFn) -> Pushed:
+    who = draw(REQUESTER)
+    ticket = Ticket(draw(WIDE), draw(COUNT), who.slot_key, draw(COUNT), draw(COUNT), draw(SECONDS), delivered=True)
+    step_size, discarded = draw(st.floats(0, allow_nan=False, allow_infinity=False)), draw(st.booleans())
+    result = PushResult(who.request, EPOCH, draw(COUNT), draw(COUNT), draw(COUNT), step_size, discarded)
+    return Pushed(draw(SECONDS), who, ticket, draw(st.integers(0, 2**31 - 1)), result)
+
+
+INPUTS = st.one_of(
+    st.builds(Joined, SECONDS, WORKER, WIDE, st.integers(1, 16)),
+    st.builds(Left, SECONDS, WORKER, WIDE),
+    st.builds(Requested, SECONDS, REQUESTER),
+    st.builds(Withdrawn, st.tuples(WORKER, SLOT)),
+    st.builds(Returned, SECONDS, WORKER, WIDE, st.tuples(WIDE, COUNT)),
+    pushes(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(INPUTS, max_size=8))
+def test_what_was_written_is_read_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, inputs: list[Input]
+) -> None:
+    path = written(tmp_path_factory.getbasetemp() / "trace.jsonl", *inputs)
+    (segment,) = read_trace(path)
+    assert segment.inputs == inputs
+    assert (segment.start.epoch, segment.start.fresh, segment.start.model.parameters) == (EPOCH, True, 9)
+
+
+def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
+    who = Requester("a", 7, 0, 3)
+    pushed = Pushed(
+        2.5, who, Ticket(EPOCH, 4, ("a", 0), 10, 2, 1.25, delivered=True), 32, PushResult(3, EPOCH, 13, 2, 1, 0.1)
+    )
+    path = written(tmp_path / "t", Requested(1.0, who), Withdrawn(("a", 0)), Returned(2.0, "a", 7, (EPOCH, 4)), pushed)
+    start, *rows = map(json.loads, path.read_text().splitlines())
+    assert start["epoch"] == "0x8000000000000005"
+    assert rows == [
+        {"event": "requested", "seconds": 1.0, "worker": "a", "incarnation": f"{7:#018x}", "slot": 0, "request": 3},
+        {"event": "withdrawn", "worker": "a", "slot": 0},
+        {
+            "event": "returned",
+            "seconds": 2.0,
+            "worker": "a",
+            "incarnation": "0x0000000000000007",
+            "ticket": 4,
+            "ticket_epoch": "0x8000000000000005",
+        },
+        {
+            "event": "pushed",
+            "seconds": 2.5,
+            "worker": "a",
+            "incarnation": "0x0000000000000007",
+            "slot": 0,
+            "request": 3,
+            "ticket": 4,
+            "ticket_epoch": "0x8000000000000005",
+            "iteration": 10,
+            "bucket": 2,
+            "handed_out_seconds": 1.25,
+            "delay": 2,
+            "lag": 1,
+            "step_size": 0.1,
+            "discarded": False,
+            "samples": 32,
+            "iteration_after": 13,
+        },
+    ]
+
+
+def test_settings_of_the_start_row_make_the_run_that_was_served(tmp_path: Path) -> None:
+    served = ServerSettings(method="smega2", momentum=0.3, min_workers=2, max_workers=5, learning_rate=0.1 + 0.2)
+    told = served.model_dump(mode="json", include=set(start_of().training().__class__.model_fields))
+    (segment,) = read_trace(written(tmp_path / "t", start=start_of(settings=told)))
+    assert segment.start.training().run() == served.run()
+
+
+# What is no trace
+
+
+def changed(**columns: Any) -> str:
+    """A `joined` row with other columns; None leaves one out."""
+    row = {"event": "joined", "seconds": 1.0, "worker": "a", "incarnation": "0x1", "slots": 1} | columns
+    return json.dumps({name: value for name, value in row.items() if value is not None})
+
+
+START = line_of(start_of()).decode().strip()
+BAD = [
+    ("{", "line 2: no JSON: EOF"),
+    ("\udcff", "line 2: no JSON"),
+    ("", "line 2: no JSON"),
+    ("17", "line 2: event 17 is not known: expected one of start, joined, left"),
+    ("{}", "line 2: event None is not known"),
+    (changed(event="jumped"), "line 2: event 'jumped' is not known"),
+    (changed(seconds=None), "line 2: a 'joined' row without 'seconds'"),
+    (changed(seconds="soon"), "line 2: 'seconds' of a 'joined' row is 'soon': input should be a valid number"),
+    (changed(seconds=float("nan")), "line 2: 'seconds' of a 'joined' row is nan: input should be a finite number"),
+    (changed(slots=True), "line 2: 'slots' of a 'joined' row is True: input should be a valid integer"),
+    (changed(slots=-1), "line 2: 'slots' of a 'joined' row is -1"),
+    (changed(incarnation="0xyz"), "line 2: 'incarnation' of a 'joined' row is '0xyz': expected 0x and 1 to 16"),
+    (changed(worker=5), "line 2: 'worker' of a 'joined' row is 5"),
+    (changed(rank=5), "line 2: a 'joined' row with an unknown column 'rank'"),
+    (START.replace('"format":1', '"format":2'), "line 2: the format is 2, and this program reads 1"),
+    (START.replace('"format":1,', ""), "line 2: a 'start' row without 'format'"),
+    (START.replace('"momentum":0.9', '"momentum":1.0'), "the settings can't be used: momentum is 1.0"),
+    (START.replace('"method":"ormo"', '"method":"adam"'), "the settings can't be used: method 'adam' is not known"),
+    (START.replace('"parameters":9', '"parameters":[]'), "'model.parameters' of a 'start' row is []"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD)
+def test_row_that_does_not_parse_is_refused_with_its_place(tmp_path: Path, row: str, sentence: str) -> None:
+    path = tmp_path / "t"
+    path.write_text(f"{START}\n{row}\n{changed()}\n", errors="surrogateescape")
+    with pytest.raises(UsageError) as refused:
+        read_trace(path)
+    assert str(refused.value).startswith(f"{path}, line 2: ")
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_file_without_a_beginning_or_without_anything_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_text(changed() + "\n")
+    with pytest.raises(UsageError, match=r"line 1: a 'joined' row came where a 'start' row was expected"):
+        read_trace(path)
+    path.write_text("")
+    with pytest.raises(
+        UsageError, match=r"has no whole row: expected a trace as `ormo-server serve --trace` writes it"
+    ):
+        read_trace(path)
+    with pytest.raises(UsageError, match=r"missing can't be read: No such file"):
+        read_trace(tmp_path / "missing")
+
+
+def test_line_that_a_crash_cut_short_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
+    whole = Joined(1.0, "a", 1, 1)
+    text = written(tmp_path / "t", whole, Joined(2.0, "b", 2, 1)).read_bytes()
+    second = text.index(b"\n", text.index(b"\n") + 1) + 1
+    for end in range(second, len(text) - 1):
+        (tmp_path / "t").write_bytes(text[:end])
+        (segment,) = read_trace(tmp_path / "t")
+        assert segment.inputs == [whole]
+    (tmp_path / "t").write_bytes(text[:-1])  # only the end of the line is missing
+    assert len(read_trace(tmp_path / "t")[0].inputs) == 2
+
+
+def test_long_trace_is_read_in_seconds(tmp_path: Path) -> None:
+    who = Requester("worker", 2**64 - 1, 0, 1)
+    ticket = Ticket(EPOCH, 1, who.slot_key, 0, 0, 0.123456789, delivered=True)
+    row = line_of(Pushed(1.23456789, who, ticket, 32, PushResult(1, EPOCH, 1, 0, 0, 0.01)))
+    (tmp_path / "t").write_bytes(line_of(start_of()) + row * 20_000)
+    started = time.perf_counter()
+    assert len(read_trace(tmp_path / "t")[0].inputs) == 20_000
+    assert time.perf_counter() - started < 5.0  # 0.4 s on an idle core
