@@ -73,7 +73,8 @@ class Metrics:
 
     def _gauges(self) -> None:
         self.iteration = self._gauge("iteration", "Gradients applied in the run.")
-        self.newest_bucket = self._gauge("newest_bucket", "Newest bucket of any applied gradient.")
+        # Not `newest_bucket`: names that end so are histograms'.
+        self.newest_bucket = self._gauge("newest_bucket_number", "Newest bucket of any applied gradient.")
         self.bucket_size = self._gauge("bucket_size", "K, gradients in a bucket.")
         self.learning_rate = self._gauge("learning_rate", "Learning rate in force.")
         self.live_workers = self._gauge("live_workers", "Workers with a lease.")

@@ -150,8 +150,12 @@ def by_formula(rule: str, start: torch.Tensor, applied: Iterable[Applied], run: 
     exact, largest = Formula(start, run), Formula(start.abs(), run, sign=1.0)
     for each in applied:
         STEPS[rule](exact, each)
-        STEPS[rule](largest, replace(each, values=each.values.abs(), sent=each.sent.abs()))
+        STEPS[rule](largest, magnitudes(each))
     return exact, largest
+
+
+def magnitudes(each: Applied) -> Applied:
+    return replace(each, values=each.values.abs(), sent=each.sent.abs())
 
 
 def assert_but_for_rounding(

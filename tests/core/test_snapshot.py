@@ -42,7 +42,7 @@ def ask_again(driver: Driver, waiting: list[tuple[str, int]]) -> None:
         driver.request(*key, number=driver.places[key].request)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(run=runs(UPDATE_RULES), before=stories(), after=stories())
 def test_a_restored_run_continues_bit_for_bit_like_the_uninterrupted_one(
     run: Run, before: list[Command], after: list[Command]

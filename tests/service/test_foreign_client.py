@@ -58,4 +58,6 @@ def test_status_command_says_how_the_run_is_going(tmp_path: Path, capsys: pytest
         assert main(["status", "--server", server.address]) == 0
         said = capsys.readouterr().out
         assert "training: ormo, iteration 1, 4 samples, K 2" in said
+        assert "update rule ormo, step scale constant (mean 1), scheduler asynchronous" in said
+        assert "delay mean 0.00, largest 0; 1 gradients applied and 0 discarded since the server started" in said
         assert "w0: 1 gradients since it joined, last delay 0, largest 0, 0.250 s a gradient" in said

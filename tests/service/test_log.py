@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_log_tells_who_joins_and_leaves_and_warns_once_of_gradients_that_are_not_finite(
@@ -25,6 +30,54 @@ def test_log_tells_who_joins_and_leaves_and_warns_once_of_gradients_that_are_not
     told = [record.message for record in caplog.records]
     assert told.count("worker w0 joined (rank 0, 1 slots); K is 1") == 1
     assert told.count("worker w0 left") == 1
-    warned = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warned) == 1
-    assert "the gradient of worker 'w0'" in warned[0]
+    (warned,) = warnings(caplog)
+    assert "the gradient of worker 'w0'" in warned
+
+
+def test_log_warns_once_for_each_number_of_slots_that_a_staleness_bound_keeps_idle(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"scheduler": "bounded-staleness", "staleness_bound": 2}
+    with served(tmp_path, **changes) as server, connected(server) as stub:
+        workers = [WireWorker(stub, f"w{number}") for number in range(4)]
+        workers[0].join()
+        workers[1].join()
+        workers[2].join()
+        assert warnings(caplog) == []
+        workers[3].join(slots=2)
+        workers[3].join(slots=2)
+        first = "a staleness bound of 2 keeps 2 of 5 slots idle: set it to at least 4 for all to be busy"
+        assert warnings(caplog) == [first]
+        stub.Leave(pb.LeaveRequest(worker="w3", incarnation=1))
+        workers[3].join(slots=2)
+        assert warnings(caplog) == [first]
+        stub.Leave(pb.LeaveRequest(worker="w3", incarnation=1))
+        workers[3].join(slots=1)
+        second = "a staleness bound of 2 keeps 1 of 4 slots idle: set it to at least 3 for all to be busy"
+        assert warnings(caplog) == [first, second]
+        server.drain()
+    caplog.clear()
+    with served(tmp_path, **changes):
+        assert second in warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "1,000,000 parameters: 8.0 MB of state, up to 24.0 MB for exchanges (all slots at once), 8.0 MB for a"),
+        # w and six vectors of slots
+        ({"method": "shifted"}, "28.0 MB of state (shifted keeps a vector for each of up to 6 slots), up to 24.0 MB"),
+        ({"method": "dc-asgd"}, "28.0 MB of state (dc keeps a vector for each of up to 6 slots), up to 24.0 MB"),
+        # w, the momentum, what the bucket gathered
+        ({"method": "smega2"}, "12.0 MB of state, up to 24.0 MB"),
+        # w, u, the round's opening
+        ({"method": "ssgdm"}, "12.0 MB of state, up to 24.0 MB"),
+    ],
+)
+def test_log_tells_the_memory_that_the_rule_needs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, str], said: str
+) -> None:
+    model = Manifest.laid_out([TensorSpec("weight", (1_000_000,), FLOAT32, PARAMETER)])
+    with caplog.at_level(logging.INFO), served(tmp_path, max_workers=3, **changes) as server, connected(server) as stub:
+        WireWorker(stub, "a", model).join()
+    assert said in caplog.text

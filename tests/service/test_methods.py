@@ -25,6 +25,8 @@ SIZE = SMALL.sizes["parameters"]
 # Workers compute the gradient of half the squared distance to here.
 TARGET = torch.linspace(-1.0, 1.0, SIZE)
 METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in PRESETS}
+# So that a bucket is half full, and its counter above 0, when the server stops.
+METHODS["smega2"]["bucket_size"] = 5
 METHODS["bounded-staleness"] = {"scheduler": "bounded-staleness", "staleness_bound": WORKERS - 1}
 
 

@@ -25,13 +25,19 @@ def run(stage: Stage, module: str, *arguments: str, environment: Mapping[str, st
 SERVER = [
     (["serve", "--momentum", "1"], 2, "--momentum is '1': input should be less than 1"),
     (["serve", "--lerning-rate", "1"], 2, "did you mean --learning-rate?"),
-    (["serve", "--method", "adam"], 2, "method 'adam' is not known: choose one of ormo, asgd, ssgdm, ssgd"),
+    (["serve", "--method", "adam"], 2, "method 'adam' is not known: choose one of ormo, ormo-da, ormo-vanilla, asgd"),
+    (["serve", "--scheduler", "bounded-staleness"], 2, "needs a staleness bound: the largest delay that an applied"),
     (["serve", "--method", "ssgd", "--bucket-size", "2"], 2, "leave the bucket size out"),
     (["serve", "--schedule", "milestones"], 2, "needs at least one milestone"),
     (["serve", "--listen", "here"], 2, "--listen is 'here'"),
     (["serve", "--config", "missing.toml"], 2, "missing.toml can't be read"),
     (["serve", "--directory", "/proc/nowhere"], 1, "choose another --directory"),
     (["serve", "--model", "missing.safetensors"], 1, "missing.safetensors"),
+    (
+        ["serve", "--trace", "."],
+        1,
+        "can't write the trace .: Is a directory; make it writable or choose another --trace",
+    ),
     (["status", "--server", "127.0.0.1:1"], 1, "no answer from 127.0.0.1:1"),
     (["train"], 2, "expected serve or status"),
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
+from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
@@ -78,10 +79,9 @@ def _interrupt(*_: Any) -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code for an error whose sentence says it all; None for one that needs its traceback."""
-    from ormo_worker.errors import ModelUnusable, OptionRefused, OrmoError, Replaced
-    from ormo_worker.tasks import TaskError
+    from ormo_worker.errors import OrmoError, Replaced
 
-    if isinstance(error, TaskError | ModelUnusable | OptionRefused):
+    if isinstance(error, UsageError):
         return BAD_SETTINGS_EXIT_CODE
     if isinstance(error, Replaced):
         return REPLACED_EXIT_CODE

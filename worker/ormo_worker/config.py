@@ -17,8 +17,8 @@ class _Common(Settings):
     server: str = Field("127.0.0.1:50051", description="host and port of the parameter server")
     task: str = Field(
         "digits",
-        description="model and data: `digits`, `cifar10`, `image-folder`, or the import path of your own, as in "
-        "`package.module:MyTask` or `file.py:MyTask`",
+        description="model and data: `digits`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import path of "
+        "your own, as in `package.module:MyTask` or `file.py:MyTask`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one")

@@ -9,11 +9,11 @@ def resolve_device(name: str) -> torch.device:
     """The device that is meant by `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        OptionRefused: this machine has no such device.
+        OptionRefused: there is no such device, or not on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = _parsed(name)
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         number = device.index or 0
@@ -24,4 +24,14 @@ def resolve_device(name: str) -> torch.device:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)  # for what a task makes without naming a device
+    return device
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise OptionRefused(f"--device is {name!r}: expected auto, cpu, cuda, or cuda:N with N the number of a GPU")
     return device

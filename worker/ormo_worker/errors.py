@@ -1,11 +1,13 @@
 """What can go wrong for a worker. Each message says what came, what was expected and what to do next."""
 
+from ormo_protos.usage import UsageError
+
 
 class OrmoError(Exception):
     """Anything that this package raises on purpose, but for `RunFinished`."""
 
 
-class ModelUnusable(OrmoError, ValueError):
+class ModelUnusable(OrmoError, UsageError, ValueError):
     """A model that can't be trained through a parameter server."""
 
 
@@ -41,8 +43,8 @@ class ClientClosed(OrmoError):
     """The client was closed, by this thread or another."""
 
 
-class OptionRefused(OrmoError, ValueError):
-    """An optimizer option that the server decides, or that does not exist."""
+class OptionRefused(OrmoError, UsageError, ValueError):
+    """An option that can't be had: the server decides it, or it does not exist, or not on this machine."""
 
 
 class RunFinished(Exception):

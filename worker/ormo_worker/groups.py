@@ -1,10 +1,14 @@
 """The parameter groups of a `RemoteOptimizer`: they can scale the weight decay, and nothing else."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
+from torch import Tensor, nn
+
 from ormo_worker.errors import OptionRefused
+from ormo_worker.tasks.task import Task
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
@@ -47,6 +51,30 @@ class ParameterGroup(dict[str, Any]):
         """As for any dict, for allowed options."""
         for option, value in dict(*options, **more).items():
             self[option] = value
+
+
+def decay_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
+    """The model's parameters in groups with the same factor on the weight decay, as the task wants it."""
+
+    def scale(item: tuple[str, nn.Parameter]) -> float:
+        return task.weight_decay_scale(*item)
+
+    ordered = sorted(model.named_parameters(), key=scale)
+    return [{"params": list(alike), SCALE: factor} for factor, alike in groupby(ordered, key=scale)]
+
+
+def decays(
+    groups: Iterable[Mapping[str, Any]], parameters: Sequence[Tensor], weight_decay: float
+) -> list[float | None]:
+    """The weight decay of each parameter; None for those that are in no group, and so are not trained.
+
+    Args:
+        groups: each with the parameters themselves in `params`.
+        parameters: in the order that the decays are wanted in.
+        weight_decay: the server's λ, which the groups scale.
+    """
+    scaled = {parameter: group[SCALE] * weight_decay for group in groups for parameter in group["params"]}
+    return [scaled.get(parameter) for parameter in parameters]
 
 
 def _refused(option: str) -> OptionRefused:

@@ -83,7 +83,10 @@ class _Entry:
     alias_of: str
 
     def current(self) -> Tensor:
-        tensor = getattr(self.owner, self.attribute)
+        # Straight from where `getattr` would find it, with 1 µs of Python: there may be hundreds of them.
+        tensor = self.owner._buffers.get(self.attribute)  # noqa: SLF001
+        if tensor is None:
+            tensor = getattr(self.owner, self.attribute)
         assert isinstance(tensor, Tensor)
         return tensor
 

@@ -15,7 +15,7 @@ from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, RunFinished
-from ormo_worker.groups import SCALE, ParameterGroup
+from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.retries import Patience
 from ormo_worker.slot import ExchangeOutcome
 from ormo_worker.transfer import Staging, Transfer
@@ -214,9 +214,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return Gradient(self._outgoing.payload, count, mean, compute_seconds)
 
     def _decays(self) -> list[float | None]:
-        weight_decay = self.settings.weight_decay
-        scales = {p: group[SCALE] * weight_decay for group in self.param_groups for p in group["params"]}
-        return [scales.get(parameter) for parameter in self._staging.tensors.parameters]
+        return decays(self.param_groups, self._staging.tensors.parameters, self.settings.weight_decay)
 
     def _take(self, outcome: ExchangeOutcome) -> None:
         self.last_result = outcome.result

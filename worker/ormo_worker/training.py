@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ormo_worker.config import RunSettings
 from ormo_worker.devices import resolve_device
+from ormo_worker.groups import decay_groups
 from ormo_worker.optimizer import RemoteOptimizer
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device
@@ -55,16 +55,6 @@ def run(settings: RunSettings) -> None:
             Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
                 stream, settings.stop_after
             )
-
-
-def decay_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
-    """The model's parameters in groups with the same factor on the weight decay, as the task wants it."""
-
-    def scale(item: tuple[str, nn.Parameter]) -> float:
-        return task.weight_decay_scale(*item)
-
-    ordered = sorted(model.named_parameters(), key=scale)
-    return [{"params": list(alike), "weight_decay_scale": factor} for factor, alike in groupby(ordered, key=scale)]
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Tensors on the way between a model and the payload in which they travel."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -92,16 +92,17 @@ class Transfer:
                 trained. Such a one, and one without a gradient, counts as zero, without decay.
         """
         idle: Tensors = []
-        active: list[_Gradient] = []
+        active: defaultdict[float, _Rows] = defaultdict(_Rows)  # by decay
         for decay, view, weight in zip(decays, self._parameters, self._tensors.parameters, strict=True):
-            if decay is None or weight.grad is None:
+            gradient = weight.grad
+            if decay is None or gradient is None:
                 idle.append(view)
             else:
-                active.append(_Gradient(decay, view, _dense(weight), weight))
+                active[decay].add(view, gradient.to_dense() if gradient.is_sparse else gradient, weight)
         if idle:
             torch._foreach_zero_(idle)
-        for decay, alike in groupby(sorted(active, key=_decay_of), key=_decay_of):
-            _write_decayed(list(alike), decay)
+        for decay, rows in active.items():
+            _write_decayed(rows, decay)
         self._gather_buffers()
         self._way.to_payload()
 
@@ -214,22 +215,18 @@ class _Copies:
             self._event.synchronize()
 
 
-@dataclass(frozen=True, slots=True)
-class _Gradient:
-    decay: float
-    view: Tensor
-    gradient: Tensor
-    weight: Tensor
+class _Rows:
+    """Tensors that belong together, as `torch._foreach` functions want them: in three lists."""
 
+    def __init__(self) -> None:
+        self.views: Tensors = []
+        self.gradients: Tensors = []
+        self.weights: Tensors = []
 
-def _decay_of(row: _Gradient) -> float:
-    return row.decay
-
-
-def _dense(weight: Tensor) -> Tensor:
-    gradient = weight.grad
-    assert gradient is not None
-    return gradient.to_dense() if gradient.is_sparse else gradient
+    def add(self, view: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        self.views.append(view)
+        self.gradients.append(gradient)
+        self.weights.append(weight)
 
 
 def _cut(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
@@ -238,10 +235,8 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def _write_decayed(rows: Sequence[_Gradient], decay: float) -> None:
-    views = [row.view for row in rows]
-    gradients = [row.gradient for row in rows]
-    weights = [row.weight for row in rows]
+def _write_decayed(rows: _Rows, decay: float) -> None:
+    views, gradients, weights = rows.views, rows.gradients, rows.weights
     if decay == 0:
         torch._foreach_copy_(views, gradients)
     elif views[0].dtype == torch.float32 and all(g.device == views[0].device for g in gradients):
@@ -250,5 +245,6 @@ def _write_decayed(rows: Sequence[_Gradient], decay: float) -> None:
     elif views[0].is_cuda:  # rounded once, at the cost of a second gradient while no activations are held
         torch._foreach_copy_(views, list(torch._foreach_add(gradients, weights, alpha=decay)))  # noqa: SLF001
     else:
-        for row in rows:  # as above, a tensor at a time: fresh host memory is dear, launches cost nothing
-            row.view.copy_(torch.add(row.gradient, row.weight, alpha=decay))
+        for view, gradient, weight in zip(views, gradients, weights, strict=True):
+            # As above, a tensor at a time: fresh host memory is dear, launches cost nothing.
+            view.copy_(torch.add(gradient, weight, alpha=decay))

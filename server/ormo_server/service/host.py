@@ -225,8 +225,8 @@ class RunHost:
         need = memory.need(self._run, elements, slots)
         rule = self._run.method.rule
         log.info(
-            "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB for "
-            "a checkpoint",
+            "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "
+            "for a checkpoint",
             f"{elements:,}",
             need.state_bytes / 1e6,
             f" ({rule} keeps a vector for each of up to {slots} slots)" if UPDATE_RULES[rule].vectors_per_slot else "",

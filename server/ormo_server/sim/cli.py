@@ -11,14 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
 from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
-from ormo_server.sim.plots import draw
+from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row
+from ormo_server.sim.reproduce.command import reproduce
 from ormo_server.sim.run import Plan, Result
 
 _INTERRUPTED_EXIT_CODE = 130
 # An update of the bar takes as long as a push of a small model.
 _GRADIENTS_BETWEEN_UPDATES = 20
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"plot": plot, "reproduce": reproduce}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

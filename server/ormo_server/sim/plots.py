@@ -179,7 +179,7 @@ def describe(name: str, value: Any) -> str:
         case "workers":
             return f"{value} workers"
         case "slow":
-            return f"{value} slower" if value else "none slower"
+            return f"slow {value}" if value else "none slow"
         case "learning_rate":
             return f"η {value:g}"
     return f"{name.replace('_', ' ')} {value}"
@@ -243,11 +243,14 @@ def _scale_clock(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _scale_loss(axes: Axes, curves: Sequence[Curve]) -> None:
+    drawn = [curve.mean for curve in curves if len(curve.mean)]
+    lowest = min((float(losses.min()) for losses in drawn), default=0.0)
+    if lowest <= 0:
+        return
     axes.set_yscale("log")
     # Lines that diverge leave at the top, instead of pressing all others together.
-    first = [float(curve.mean[0]) for curve in curves if len(curve.mean)]
-    if first and float(np.median(first)) > 0:
-        axes.set_ylim(top=min(axes.get_ylim()[1], 3 * float(np.median(first))))
+    start = float(np.median([losses[0] for losses in drawn]))
+    axes.set_ylim(0.8 * lowest, min(axes.get_ylim()[1], 3 * start))
 
 
 def draw_delays(lines: Sequence[Line], path: Path, title: str) -> Path:

@@ -61,6 +61,8 @@ class Plan:
         if self._segment is not None:
             settings = _as_recorded(settings, self._segment)
         self.settings = settings
+        # Before anything takes long: the file with the times may be none.
+        self._compute_times = parse(settings.compute_time)
         torch.set_num_threads(settings.threads)
         self._workload = _workload(settings.workload, _workload_settings(settings))
         self._run = _as_simulated(settings, self._workload, self._segment)
@@ -100,7 +102,7 @@ class Plan:
             return Replay(training, self._segment)
         settings = self.settings
         park = MachinePark(
-            parse(settings.compute_time),
+            self._compute_times,
             slow_factors(settings.slow, settings.workers),
             settings.latency,
             [limit or float("inf") for limit in settings.bandwidth],

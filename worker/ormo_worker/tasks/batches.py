@@ -57,13 +57,19 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
     return map(_pinned, stream)
 
 
-def evaluation_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(dataset: Dataset[Any], batch_size: int, samples: int = 0) -> Iterator[Batch]:
     """Return every sample once, in order and not augmented; the last batch may be smaller.
+
+    Args:
+        dataset: map-style.
+        batch_size: samples in a batch.
+        samples: how many to return, from the first; 0 for all.
 
     Raises:
         TaskError: the data set is empty or has no length.
     """
-    order = torch.split(torch.arange(_size(dataset)), batch_size)
+    size = _size(dataset)
+    order = torch.split(torch.arange(min(samples, size) if samples else size), batch_size)
     return map(_pinned, _read(dataset, order, seed=0, loader_processes=0))
 
 
@@ -73,6 +79,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     What is no tensor, such as a string, stays as it is; a mapping comes back as a dict.
     """
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """Return every tensor of nested tuples, lists and mappings."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(batch, note)
+    return found
 
 
 def _size(dataset: Dataset[Any]) -> int:
@@ -89,7 +107,10 @@ def _size(dataset: Dataset[Any]) -> int:
 def _endless_indices(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     while True:
         order = torch.randperm(size, generator=generator)
-        yield from torch.split(order[: size - size % batch_size], batch_size)
+        # Cut as they are wanted: all slices of a pass, as tensors, take more memory than its order, and a simulation
+        # holds a thousand such streams.
+        for start in range(0, size - size % batch_size, batch_size):
+            yield order[start : start + batch_size]
 
 
 def _read(dataset: Dataset[Any], order: Iterable[Tensor], seed: int, loader_processes: int) -> Iterator[Batch]:
@@ -113,7 +134,7 @@ def _batch_reader(dataset: Dataset[Any]) -> Callable[[Tensor], Batch] | None:
         return dataset.batch_at
     if type(dataset) is TensorDataset:  # a subclass may well have a __getitem__ of its own
         tensors = dataset.tensors
-        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+        return lambda indices: tuple(tensor.index_select(0, indices) for tensor in tensors)
     return None
 
 

@@ -36,29 +36,40 @@ class ImageFolder(ClassificationTask):
         data_dir: holds train/CLASS/* and test/CLASS/*, or val/CLASS/* instead of test.
 
     Attributes:
+        name: what users call the task.
         image_size: height and width in pixels; a subclass may change it, up to the 64 that ResNet-20 suits.
+        augmented: whether training images are cropped and flipped; a subclass may change it.
 
     Raises:
         TaskError: the data folder is missing or does not look so, or torchvision is missing.
     """
 
+    name = "image-folder"
     image_size = 32
+    augmented = True
 
     def __init__(self, *, data_dir: Path | None = None) -> None:
         super().__init__(data_dir=data_dir)
         if data_dir is None:
-            raise TaskError("The task 'image-folder' was given no data folder: add --data-dir FOLDER; " + LAYOUT + ".")
+            raise TaskError(f"The task {self.name!r} was given no data folder: add --data-dir FOLDER; {LAYOUT}.")
         self._train_folder = _part(data_dir, "train")
         self._test_folder = _part(data_dir, "test", "val")
         self._torchvision = import_torchvision()
 
+    @property
+    def num_classes(self) -> int:
+        """How many class folders the training set has."""
+        return len(self._train_listing.classes)
+
     def build_model(self) -> nn.Module:
         """Make a ResNet-20 with one output for each class folder of the training set."""
-        return ResNet(depth=20, num_classes=len(self._train_listing.classes))
+        return ResNet(depth=20, num_classes=self.num_classes)
 
     def train_set(self) -> Dataset[Any]:
-        """Return the training images; `batches` crops and flips them at random."""
-        return _images(self._train_listing.samples, self.image_size)
+        """Return the training images; `batches` crops and flips them at random, where they are `augmented`."""
+        images = _images(self._train_listing.samples, self.image_size)
+        images.augmented = self.augmented
+        return images
 
     def test_set(self) -> Dataset[Any]:
         """Return the test images.

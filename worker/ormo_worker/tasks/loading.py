@@ -15,6 +15,7 @@ BUILT_IN = {
     "digits": "ormo_worker.tasks.digits:Digits",
     "cifar10": "ormo_worker.tasks.cifar10:Cifar10",
     "image-folder": "ormo_worker.tasks.image_folder:ImageFolder",
+    "image-folder-cnn": "ormo_worker.tasks.small_cnn:SmallCnnFolder",
 }
 TASK_METHODS = ("build_model", "train_set", "test_set", "loss", "score", "weight_decay_scale")
 

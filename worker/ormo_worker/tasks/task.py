@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ormo_protos.usage import UsageError
+
 # Nested tuples, lists and dicts of tensors; only the task that made the data set knows which.
 Batch: TypeAlias = Any
 
 
-class TaskError(Exception):
+class TaskError(UsageError):
     """A task cannot be used as asked; the message says what came, what was expected and what to do."""
 
 

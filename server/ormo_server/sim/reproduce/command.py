@@ -1,0 +1,193 @@
+"""The command `ormo-sim reproduce`."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ormo_protos.settings import load_settings
+from ormo_protos.usage import UsageError
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.finished import FinishedRun, read_run
+from ormo_server.sim.reproduce import readme
+from ormo_server.sim.reproduce.cells import Jobs, interrupted_by_sigterm, is_done, run_cells
+from ormo_server.sim.reproduce.comparison import Comparison
+from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
+from ormo_server.sim.reproduce.figures import draw_clusters
+from ormo_server.sim.reproduce.suite import Cell, Suite
+from ormo_server.sim.reproduce.tables import Origin, compact_report, full_report, results_csv
+from ormo_server.store.directory_lock import DirectoryLock
+from ormo_server.store.errors import StoreError
+
+CELLS, RESULTS, TABLE, FIGURES, FAILURES = "cells", "results.csv", "table.md", "figures", "failures.txt"
+_SOME_FAILED_EXIT_CODE = 1
+_PROGRAM = "ormo-sim reproduce"
+# Cells take minutes: the time left comes from all of them, not from the last half minute.
+_SPEED_SECONDS = 3600.0
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """Run what a suite says, and show what came of it.
+
+    Returns:
+        0; 1 if a simulation failed.
+
+    Raises:
+        UsageError: the suite, a choice from it, the markers or the data are not right.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM; what is complete stays.
+    """
+    settings = load_settings(ReproduceSettings, argv, program=_PROGRAM)
+    suite = chosen(settings)
+    if settings.into is not None:
+        readme.check(settings.into, suite.name)
+    directory = settings.directory or Path("runs", f"reproduce-{suite.name}")
+    processes = settings.processes or os.cpu_count() or 1
+    with _held(directory), interrupted_by_sigterm():
+        reproduction = Reproduction(suite, directory, processes, settings.commit or _commit())
+        try:
+            comparison = reproduction.compare()
+        except KeyboardInterrupt:
+            reproduction.console.print("interrupted: the same command goes on from here")
+            raise
+        reproduction.report(comparison, shlex.join([*_PROGRAM.split(), *argv]), settings.into)
+    return _SOME_FAILED_EXIT_CODE if reproduction.failures else 0
+
+
+class Reproduction:
+    """One comparison, from its suite to its tables and pictures.
+
+    Args:
+        suite: what to compare.
+        directory: for all results.
+        processes: how many simulations at a time.
+        commit: what the version of the code is called.
+    """
+
+    def __init__(self, suite: Suite, directory: Path, processes: int, commit: str) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.failures: dict[Path, BaseException] = {}
+        self._suite = suite
+        self._directory = directory
+        self._processes = processes
+        self._commit = commit
+        self._runs: dict[Cell, FinishedRun] = {}
+
+    def compare(self) -> Comparison:
+        """Run the grid, then the best rates with new seeds.
+
+        Raises:
+            UsageError: no cell of the grid could run.
+        """
+        comparison = Comparison(self._suite, self._runs)
+        self._run("grid", self._suite.grid())
+        if not self._runs:
+            raise UsageError(f"none of the simulations could run; the first: {next(iter(self.failures.values()))}")
+        self._run("best rates", comparison.report_cells())
+        return comparison
+
+    def _run(self, phase: str, cells: Sequence[Cell]) -> None:
+        directories = {cell: self._directory / CELLS / cell.path for cell in cells}
+        jobs = {}
+        for cell, directory in directories.items():
+            settings = self._suite.settings(cell)
+            if _finished(directory, settings) is None:
+                jobs[directory] = settings
+        self.console.print(f"{phase}: {len(cells)} simulations, {len(cells) - len(jobs)} of them done before")
+        with self._progress(phase, jobs) as on_end:
+            self.failures |= run_cells(jobs, self._processes, self._commit, on_end)
+        failed = self.failures.keys()
+        self._runs |= {cell: read_run(path) for cell, path in directories.items() if path not in failed}
+
+    @contextlib.contextmanager
+    def _progress(self, phase: str, jobs: Jobs) -> Iterator[Callable[[Path, BaseException | None], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]} of {task.fields[cells]} done, {task.fields[failed]} failed"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        sizes = {directory: settings.stop_after_gradients or 1 for directory, settings in jobs.items()}
+        done, failed = 0, 0
+        with Progress(*columns, console=self.console, transient=True, speed_estimate_period=_SPEED_SECONDS) as progress:
+            task = progress.add_task(phase, total=sum(sizes.values()), cells=len(jobs), done=0, failed=0)
+
+            def on_end(directory: Path, error: BaseException | None) -> None:
+                nonlocal done, failed
+                done, failed = done + (error is None), failed + (error is not None)
+                progress.update(task, advance=sizes[directory], done=done, failed=failed)
+                name = directory.relative_to(self._directory / CELLS)
+                if error is not None:
+                    self.console.print(f"{name} failed: {type(error).__name__}: {error}")
+                elif not self.console.is_terminal:
+                    self.console.print(f"{done + failed} of {len(jobs)}: {name}")
+
+            yield on_end
+
+    def report(self, comparison: Comparison, command: str, into: Path | None) -> None:
+        """Write tables and pictures, and say where they are."""
+        origin = Origin(command, len(self.failures))
+        directory = self._directory
+        _write(directory / RESULTS, results_csv(comparison))
+        _write(directory / TABLE, full_report(comparison, origin))
+        draw_clusters(comparison, directory / FIGURES)
+        if into is not None:
+            readme.insert(into, self._suite.name, compact_report(comparison, origin))
+        self._report_failures()
+        for entry in comparison.entries():
+            if entry.at_edge:
+                where = f"{entry.cluster.name}, {entry.method}"
+                self.console.print(f"{where}: the best rate, {entry.rate:g}, is at an edge of the grid")
+        self.console.print(f"results: {directory / TABLE}, {directory / RESULTS}, {directory / FIGURES}")
+
+    def _report_failures(self) -> None:
+        path = self._directory / FAILURES
+        if not self.failures:
+            path.unlink(missing_ok=True)
+            return
+        texts = [f"{where}\n{''.join(traceback.format_exception(error))}" for where, error in self.failures.items()]
+        _write(path, "\n".join(texts))
+        self.console.print(f"{len(self.failures)} simulations failed: see {path}")
+
+
+def _finished(directory: Path, settings: SimSettings) -> FinishedRun | None:
+    if not is_done(directory, settings):
+        return None
+    try:
+        return read_run(directory)
+    except UsageError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    try:
+        lock = DirectoryLock(directory)
+    except StoreError as error:
+        raise UsageError(str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - nothing of it is input
+    return found.stdout.strip() or "unknown"

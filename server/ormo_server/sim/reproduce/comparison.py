@@ -1,0 +1,188 @@
+"""What the cells of a comparison say: each method's best rate, and how it does there."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ormo_server.sim.finished import FinishedRun
+from ormo_server.sim.reproduce.suite import Cell, Cluster, Suite
+
+Runs = Mapping[Cell, FinishedRun]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and sample deviation; the deviation is None for a single value.
+
+    Attributes:
+        mean, deviation: of the values.
+        count: of values.
+    """
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """The spread of these values; None if there are none."""
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.mean(values), deviation, len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        runs: all of them.
+        sound: those that did not diverge.
+    """
+
+    runs: tuple[FinishedRun, ...]
+    sound: tuple[FinishedRun, ...]
+
+    @property
+    def diverged(self) -> int:
+        """How many diverged."""
+        return len(self.runs) - len(self.sound)
+
+    @property
+    def train_loss(self) -> Spread | None:
+        """Final train loss of those that did not diverge."""
+        return Spread.of([run.summary.train_loss for run in self.sound if run.summary.train_loss is not None])
+
+    @property
+    def test_accuracy(self) -> Spread | None:
+        """Final test accuracy of all: a run that diverged counts with what it has."""
+        return Spread.of([run.summary.test_accuracy for run in self.runs])
+
+    @property
+    def virtual_seconds(self) -> Spread | None:
+        """How long those took that did not diverge."""
+        return Spread.of([run.summary.virtual_seconds for run in self.sound])
+
+    @property
+    def delay_mean(self) -> float | None:
+        """Mean delay of applied gradients."""
+        means = [run.summary.delay.mean for run in self.runs if run.summary.delay.mean is not None]
+        return statistics.mean(means) if means else None
+
+    @property
+    def delay_max(self) -> int | None:
+        """The largest delay of an applied gradient."""
+        return max((run.summary.delay.max for run in self.runs if run.summary.delay.max is not None), default=None)
+
+    def reached(self, measure: Callable[[FinishedRun], float | None]) -> Spread | None:
+        """How soon those that reached a target did; None if no run did."""
+        return Spread.of([value for value in map(measure, self.runs) if value is not None])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method on a cluster.
+
+    Attributes:
+        cluster, method: which.
+        grid: runs on the grid, by rate; those that failed are missing.
+        rate: the best; None if all failed.
+        at_edge: whether it is at an edge of the grid, so that a better one may lie outside.
+        best: the reported runs, at the best rate.
+        reference_rate: the best rate of the reference method; None if that is not compared.
+        at_reference: runs at that rate.
+    """
+
+    cluster: Cluster
+    method: str
+    grid: Mapping[float, FinishedRun]
+    rate: float | None
+    at_edge: bool
+    best: Group
+    reference_rate: float | None
+    at_reference: Group
+
+
+class Comparison:
+    """What a suite led to, as far as it has run.
+
+    Args:
+        suite: what is compared.
+        runs: by cell; those that failed, or have not run yet, are missing.
+    """
+
+    def __init__(self, suite: Suite, runs: Runs) -> None:
+        self.suite = suite
+        self.runs = runs
+
+    def has_diverged(self, run: FinishedRun) -> bool:
+        """Whether a run came to nothing: its numbers were not finite, or it ends no better than guessing."""
+        loss, limit = run.summary.train_loss, self.suite.diverged_loss
+        return run.summary.diverged or loss is None or (limit is not None and loss >= limit)
+
+    def best_rate(self, cluster: Cluster, method: str) -> float | None:
+        """The rate with the lowest final train loss on the grid; of equal ones, and if all diverged, the smallest.
+
+        Train loss, because test samples that chose the rate could not be used to report on it.
+        """
+        found = self._on_grid(cluster, method)
+
+        def badness(rate: float) -> tuple[bool, float, float]:
+            run = found[rate]
+            loss = run.summary.train_loss
+            diverged = self.has_diverged(run)
+            return diverged, math.inf if diverged or loss is None else loss, rate
+
+        return min(found, key=badness, default=None)
+
+    def reference_rate(self, cluster: Cluster) -> float | None:
+        """The best rate of the reference method."""
+        reference = self.suite.reference
+        return self.best_rate(cluster, reference) if reference in self.suite.methods else None
+
+    def report_cells(self) -> list[Cell]:
+        """The cells that follow from those on the grid: new seeds at the best rates."""
+        cells: dict[Cell, None] = {}
+        for cluster, method in self.suite.groups():
+            rates = [self.best_rate(cluster, method)]
+            if self.suite.repeat_at_reference_rate:
+                rates.append(self.reference_rate(cluster))
+            cells |= dict.fromkeys(self._cells(cluster, method, rates, self.suite.report_seeds))
+        return list(cells)
+
+    def entries(self) -> list[Entry]:
+        """A row for each cluster and method."""
+        return [self._entry(cluster, method) for cluster, method in self.suite.groups()]
+
+    def _entry(self, cluster: Cluster, method: str) -> Entry:
+        suite = self.suite
+        rate, reference_rate, rates = (
+            self.best_rate(cluster, method),
+            self.reference_rate(cluster),
+            suite.rates(cluster),
+        )
+        seeds = suite.report_seeds if suite.repeat_at_reference_rate else (suite.grid_seed,)
+        return Entry(
+            cluster=cluster,
+            method=method,
+            grid=self._on_grid(cluster, method),
+            rate=rate,
+            at_edge=len(rates) > 1 and rate in (rates[0], rates[-1]),
+            best=self._group(self._cells(cluster, method, [rate], suite.report_seeds)),
+            reference_rate=reference_rate,
+            at_reference=self._group(self._cells(cluster, method, [reference_rate], seeds)),
+        )
+
+    def _on_grid(self, cluster: Cluster, method: str) -> dict[float, FinishedRun]:
+        cells = self._cells(cluster, method, self.suite.rates(cluster), (self.suite.grid_seed,))
+        return {cell.learning_rate: self.runs[cell] for cell in cells if cell in self.runs}
+
+    def _cells(self, cluster: Cluster, method: str, rates: Sequence[float | None], seeds: Sequence[int]) -> list[Cell]:
+        known = [rate for rate in rates if rate is not None]
+        return [Cell(cluster.name, method, rate, seed) for rate in known for seed in seeds]
+
+    def _group(self, cells: Sequence[Cell]) -> Group:
+        runs = tuple(self.runs[cell] for cell in cells if cell in self.runs)
+        return Group(runs, tuple(run for run in runs if not self.has_diverged(run)))

@@ -1,0 +1,251 @@
+"""What a comparison consists of, read from a TOML file."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ormo_protos.usage import UsageError
+from ormo_server.core.method import PRESETS
+from ormo_server.sim.config import SimSettings
+
+# The comparison decides these for each cell.
+_DECIDED = ("method", "workers", "learning_rate", "seed", "directory", "plots", "trace")
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("expected each of them once")
+    return values
+
+
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(sorted(values))
+
+
+def _preset(name: str) -> str:
+    if name not in PRESETS:
+        raise ValueError(f"{name!r} is no method: choose from {', '.join(PRESETS)}")
+    return name
+
+
+def _undecided(simulation: dict[str, Any]) -> dict[str, Any]:
+    for name in _DECIDED:
+        if name in simulation:
+            raise ValueError(f"{name} differs from cell to cell, so it can't be set here: leave it out")
+    return simulation
+
+
+Method = Annotated[str, AfterValidator(_preset)]
+Methods = Annotated[tuple[Method, ...], Field(min_length=1), AfterValidator(_each_once)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1), AfterValidator(_each_once), AfterValidator(_rising)]
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_each_once)]
+Simulation = Annotated[dict[str, Any], AfterValidator(_undecided)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Cluster(_Table):
+    """The machines that all methods are compared on."""
+
+    setting: str = Field(pattern=r"^[a-z0-9-]+$", description="what the machines are like, such as heterogeneous")
+    workers: int = Field(ge=1)
+    learning_rates: Rates | None = Field(None, description="instead of the suite's, for instance because K is another")
+    simulation: Simulation = Field({}, description="settings of `ormo-sim` that these cells have besides the suite's")
+
+    @property
+    def name(self) -> str:
+        """In paths and results."""
+        return f"K{self.workers}-{self.setting}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One simulation.
+
+    Attributes:
+        cluster: name of the machines.
+        method: a preset.
+        learning_rate: η.
+        seed: of the run.
+    """
+
+    cluster: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where its results go, below the directory of all cells."""
+        return Path(self.cluster, self.method, f"rate-{self.learning_rate:g}-seed-{self.seed}")
+
+
+class Suite(_Table):
+    """A comparison: every method on every cluster, at each rate of one grid, and again at its best rate."""
+
+    name: str = Field(description="in commands and file names")
+    title: str = Field(description="what is trained, for headings")
+    methods: Methods
+    drawn_methods: Methods | None = Field(None, description="those in the pictures of curves; none: all")
+    clusters: tuple[Cluster, ...] = Field(min_length=1)
+    learning_rates: Rates = Field(description="the grid: the same for every method")
+    grid_seed: Seed = Field(0, description="of the runs on the grid, which decide on each method's rate")
+    report_seeds: Seeds = Field((1, 2, 3), description="of the runs at that rate, which are reported")
+    reference: str = Field("ormo", description="the method at whose rate all others are shown as well")
+    repeat_at_reference_rate: bool = Field(False, description="with the reported seeds, not the grid's alone")
+    target_train_loss: float = Field(gt=0, description="how many gradients it takes to reach it is reported")
+    target_accuracy: float = Field(gt=0, le=1, description="how long it takes to reach it is reported")
+    diverged_loss: float | None = Field(
+        None, gt=0, description="a run that ends with this train loss or more counts as diverged: that of guessing"
+    )
+    milestone_epochs: tuple[float, ...] = Field((), description="epochs at which η is multiplied; needs epoch_samples")
+    epoch_samples: int | None = Field(None, ge=1, description="training samples, for milestone_epochs")
+    simulation: Simulation = Field({}, description="settings of `ormo-sim` that all cells have")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _each_once(tuple(cluster.name for cluster in self.clusters))
+        if self.grid_seed in self.report_seeds:
+            raise ValueError(
+                f"seed {self.grid_seed} chooses the rates, so it can't be reported as well: expected report_seeds "
+                "without it"
+            )
+        if self.milestone_epochs and self.epoch_samples is None:
+            raise ValueError("milestone_epochs needs epoch_samples, the number of training samples")
+        for cell in self.grid():
+            self._check(cell)
+        return self
+
+    def _check(self, cell: Cell) -> None:
+        try:
+            settings = self.settings(cell)
+        except ValidationError as error:
+            raise ValueError(f"{cell.cluster}, {cell.method}: {first_problem(error)}") from None
+        if not (settings.stop_after_gradients or settings.stop_after_samples or settings.epochs):
+            raise ValueError(f"{cell.cluster} has no end: set stop_after_gradients or epochs among the simulation's")
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Cluster]:
+        """The clusters."""
+        return {cluster.name: cluster for cluster in self.clusters}
+
+    def rates(self, cluster: Cluster) -> tuple[float, ...]:
+        """The grid on these machines, rising."""
+        return cluster.learning_rates or self.learning_rates
+
+    def groups(self) -> Iterator[tuple[Cluster, str]]:
+        """Every cluster with every method."""
+        return ((cluster, method) for cluster in self.clusters for method in self.methods)
+
+    def grid(self) -> list[Cell]:
+        """The cells that decide on the rates."""
+        return [
+            Cell(cluster.name, method, rate, self.grid_seed)
+            for cluster, method in self.groups()
+            for rate in self.rates(cluster)
+        ]
+
+    def settings(self, cell: Cell) -> SimSettings:
+        """What to simulate for a cell."""
+        cluster = self.by_name[cell.cluster]
+        chosen = {
+            "method": cell.method,
+            "workers": cluster.workers,
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "plots": False,
+        }
+        settings = SimSettings(**(self.simulation | cluster.simulation | chosen))
+        if not self.milestone_epochs:
+            return settings
+        assert self.epoch_samples is not None
+        milestones = [round(epoch * self.epoch_samples / settings.batch_size) for epoch in self.milestone_epochs]
+        told = settings.model_dump(include=settings.model_fields_set)
+        return SimSettings(**(told | {"schedule": "milestones", "milestones": milestones}))
+
+    def changed(self, changes: dict[str, Any]) -> "Suite":
+        """The suite with other values.
+
+        Raises:
+            UsageError: they make no sense.
+        """
+        told = self.model_dump(include=self.model_fields_set)
+        return _checked(told | changes, f"the suite {self.name}")
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name among those that come with the package, or in that file.
+
+    Raises:
+        UsageError: there is none, or it can't be used.
+    """
+    known = packaged()
+    if not name.endswith(".toml"):
+        if name not in known:
+            raise UsageError(f"there is no suite {name!r}: choose from {', '.join(known)}, or name a file FILE.toml")
+        return _parsed(known[name], name, f"the suite {name}")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the suite {name} can't be read: {error}") from error
+    return _parsed(text, Path(name).stem, f"the suite {name}")
+
+
+def packaged() -> dict[str, str]:
+    """The suites that come with the package: names and contents."""
+    files = sorted(resources.files("ormo_server.sim").joinpath("suites").iterdir(), key=lambda file: file.name)
+    return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".toml")}
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong, and where, in one sentence."""
+    details = error.errors(include_url=False)[0]
+    where = ".".join(map(str, details["loc"]))
+    message = details["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    if details["type"] == "missing":
+        return f"{where} is missing"
+    if details["type"] == "extra_forbidden":
+        return f"{where} is no setting"
+    return f"{where} is {details['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _parsed(text: str, name: str, what: str) -> Suite:
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{what} is no valid TOML: {error}") from error
+    if "name" in table:
+        raise UsageError(f"{what}: its name is that of the file, leave `name` out")
+    return _checked({"name": name, **table}, what)
+
+
+def _checked(table: dict[str, Any], what: str) -> Suite:
+    try:
+        return Suite(**table)
+    except ValidationError as error:
+        raise UsageError(f"{what} can't be used: {first_problem(error)}") from error
+
+
+def selected(what: str, wanted: Sequence[Any], there: Sequence[Any]) -> tuple[Any, ...]:
+    """Those of a suite that were asked for, in the suite's order; all if none was.
+
+    Raises:
+        UsageError: one is not there.
+    """
+    missing = [value for value in wanted if value not in there]
+    if missing:
+        listed = ", ".join(map(str, dict.fromkeys(there)))
+        raise UsageError(f"--{what} {missing[0]}: the suite has no such one, choose from {listed}")
+    return tuple(value for value in there if not wanted or value in wanted)

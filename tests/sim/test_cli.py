@@ -1,0 +1,74 @@
+"""The command `ormo-sim` as a user has it: a real process, its results on disk, its summary on the screen."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from system.programs import ENVIRONMENT
+
+TESTS = Path(__file__).parents[1]
+METHOD = ["--method", "ormo", "--workers", "8", "--slow", "1:10x", "--learning-rate", "0.01"]
+LENGTH = ["--stop-after-gradients", "120", "--evaluate-every", "40"]
+
+
+def simulate(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from ormo_server.sim.cli import main; raise SystemExit(main())"]
+    workload = [] if "--task" in flags else ["--workload", "sim.by_ticket:workload"]
+    return subprocess.run(
+        [*command, *flags, *workload, "--directory", str(directory)],
+        env=ENVIRONMENT | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def summary(directory: Path) -> Any:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def test_a_simulation_leaves_rows_delays_summary_and_plots(tmp_path: Path) -> None:
+    done = simulate(tmp_path / "run", *METHOD, *LENGTH)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["gradients"] for row in rows] == ["40", "80", "120"]
+    with (tmp_path / "run" / "delays.csv").open() as file:
+        delays = {int(row["delay"]): int(row["gradients"]) for row in csv.DictReader(file)}
+    found = summary(tmp_path / "run")
+    assert sum(delays.values()) == found["gradients"] == 120
+    assert max(delays) == found["delay"]["max"]
+    assert found["settings"]["workers"] == 8
+    assert 0 < found["overhead_seconds_per_push"] < found["wall_seconds"]
+    assert list((tmp_path / "run").glob("*.png"))
+    assert f"test accuracy  {found['test_accuracy']:.2%}" in done.stdout
+    assert found["digest"][:16] in done.stdout
+
+
+def test_two_processes_with_the_same_seed_agree_to_the_last_bit(tmp_path: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        flags = ["--task", "digits", *METHOD, "--stop-after-gradients", "40", "--seed", seed, "--no-plots"]
+        done = simulate(tmp_path / name, *flags)
+        assert done.returncode == 0, done.stderr
+    digests = [summary(tmp_path / name)["digest"] for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_simulation_of_a_task_learns_it(tmp_path: Path) -> None:
+    flags = ["--task", "digits", "--workers", "4", "--learning-rate", "0.01", "--epochs", "6", "--no-plots"]
+    done = simulate(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path)["test_accuracy"] > 0.9
+    assert summary(tmp_path)["seconds_to_accuracy"]["0.8"] is not None
+
+
+def test_the_workers_that_come_and_go_are_those_of_the_command_line(tmp_path: Path) -> None:
+    flags = ["--compute-time", "constant:1", "--join", "3.5:3", "--crash", "6.5:0", "--failure-timeout", "2"]
+    done = simulate(tmp_path, "--workers", "1", *flags, "--stop-after-gradients", "21", "--no-plots")
+    assert done.returncode == 0, done.stderr
+    # 6 of the first worker, at 1 to 6 s, and 5 of each of the three that join, at 4.5 to 8.5 s.
+    assert summary(tmp_path)["virtual_seconds"] == 8.5

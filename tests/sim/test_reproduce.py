@@ -1,0 +1,182 @@
+"""Comparisons as a user has them: real processes, results on disk, interrupted and taken up again."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ormo_server.sim import cli
+from ormo_server.sim.finished import read_run
+from ormo_server.sim.reproduce.suite import load_suite
+from ormo_server.sim.run import Plan
+from ormo_server.store.directory_lock import DirectoryLock
+from sim.analytic import BROKEN_SEED
+from system.programs import ENVIRONMENT
+
+TESTS = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from ormo_server.sim.cli import main; raise SystemExit(main())", "reproduce"]
+INTERRUPTED = 130
+MARKERS = "<!-- results: tiny -->\n<!-- end of results: tiny -->\n"
+
+
+def write_suite(tmp_path: Path, *, workload: str = "LeastSquares", report_seeds: Sequence[int] = (1, 2)) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(f"""
+        title = "least squares"
+        methods = ["ormo", "asgd"]
+        learning_rates = [0.001, 0.01]
+        report_seeds = {list(report_seeds)}
+        target_train_loss = 0.3
+        target_accuracy = 0.8
+
+        [simulation]
+        workload = "sim.analytic:{workload}"
+        task = "points"
+        batch_size = 4
+        stop_after_gradients = 120
+        evaluate_every = 40
+
+        [[clusters]]
+        workers = 4
+        setting = "homogeneous"
+    """)
+    return path
+
+
+def reproduce(suite: Path, *flags: str) -> int:
+    arguments = ["reproduce", "--suite", str(suite), "--directory", str(suite.parent / "out"), "--processes", "2"]
+    return cli.main([*arguments, "--commit", "c0ffee", *flags])
+
+
+def summaries(directory: Path) -> dict[str, int]:
+    """When each cell was completed, in nanoseconds."""
+    found = directory.glob("cells/*/*/*/summary.json")
+    return {str(path.parent.relative_to(directory / "cells")): path.stat().st_mtime_ns for path in found}
+
+
+def test_a_comparison_runs_once_in_parallel_and_says_what_serial_runs_say(tmp_path: Path) -> None:
+    suite_path = write_suite(tmp_path)
+    shown = tmp_path / "README.md"
+    shown.write_text(MARKERS)
+    out = tmp_path / "out"
+    assert reproduce(suite_path, "--into", str(shown)) == 0
+
+    suite = load_suite(str(suite_path))
+    completed = summaries(out)
+    assert len(completed) == 4 + 4
+    for cell in suite.grid():
+        alone = Plan(suite.settings(cell)).run().summary
+        assert read_run(out / "cells" / cell.path).summary.digest == alone["digest"]
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["purpose"] for row in rows] == ["grid"] * 4 + ["report"] * 4
+    assert "commit c0ffee" in (out / "table.md").read_text()
+    assert "| 4 workers | homogeneous: test accuracy, % (η) |" in shown.read_text()
+    assert sorted(path.suffix for path in (out / "figures").iterdir()) == [".png", ".png"]
+
+    # Again: nothing is simulated, and everything is written as before.
+    before = {name: (out / name).read_bytes() for name in ("results.csv", "table.md")}
+    assert reproduce(suite_path, "--into", str(shown)) == 0
+    assert summaries(out) == completed
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+    # What is damaged or was made with other settings is simulated again, and nothing else.
+    damaged = "K4-homogeneous/ormo/rate-0.001-seed-0"
+    (out / "cells" / damaged / "evaluations.csv").unlink()
+    changed = suite_path.read_text().replace("evaluate_every = 40", "evaluate_every = 40\nmomentum = 0.9")
+    suite_path.write_text(changed)
+    assert reproduce(suite_path) == 0
+    assert {name for name, when in summaries(out).items() if when != completed[name]} == {damaged}
+    suite_path.write_text(changed.replace("momentum = 0.9", "momentum = 0.8"))
+    assert reproduce(suite_path) == 0
+    assert all(when != completed[name] for name, when in summaries(out).items() if name in completed)
+
+
+@pytest.fixture(params=["Ctrl-C", "SIGTERM"])
+def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A suite's directory in which a comparison was cut off in the middle."""
+    suite = write_suite(tmp_path, workload="Slow")
+    flags = ["--suite", str(suite), "--directory", str(tmp_path / "out"), "--processes", "2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*COMMAND, *flags],
+            env=ENVIRONMENT | {"PYTHONPATH": str(TESTS)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_for_first_cells(process, tmp_path / "out")
+        children = psutil.Process(process.pid).children(recursive=True)
+        if request.param == "Ctrl-C":  # a terminal sends it to all
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == INTERRUPTED
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text()
+    assert "interrupted: the same command goes on from here" in said
+    assert "Traceback" not in said
+    yield suite
+
+
+def wait_for_first_cells(process: "subprocess.Popen[bytes]", out: Path) -> None:
+    deadline = time.monotonic() + 60
+    while len(summaries(out)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(interrupted: Path) -> None:
+    before = summaries(interrupted.parent / "out")
+    assert 2 <= len(before) < 8
+    assert not (interrupted.parent / "out" / "table.md").exists()
+    assert reproduce(interrupted) == 0
+    after = summaries(interrupted.parent / "out")
+    assert len(after) == 8
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("workload", ["Broken", "Deadly"])
+def test_a_cell_that_fails_leaves_the_others_alone(
+    tmp_path: Path, workload: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = write_suite(tmp_path, workload=workload, report_seeds=(1, BROKEN_SEED))
+    assert reproduce(suite) == 1
+    out = tmp_path / "out"
+    assert len(summaries(out)) == 4 + 2
+    assert "2 simulations failed: see" in capsys.readouterr().out
+    reason = "seed 13 does not work here" if workload == "Broken" else "its process was killed"
+    assert (out / "failures.txt").read_text().count(reason) >= 2
+    assert "**2 simulations failed and are missing.**" in (out / "table.md").read_text()
+
+
+def test_what_fails_everywhere_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce(write_suite(tmp_path, workload="FromFile"), "--data-dir", str(tmp_path)) == 2
+    wanted = f"ormo-sim: none of the simulations could run; the first: no points in {tmp_path}: give the folder with"
+    assert wanted in capsys.readouterr().err
+
+
+def test_missing_markers_are_noticed_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("no markers")
+    assert reproduce(write_suite(tmp_path), "--into", str(tmp_path / "README.md")) == 2
+    assert "does not say where the results go" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_comparisons_do_not_write_to_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = DirectoryLock(tmp_path / "out")
+    assert reproduce(write_suite(tmp_path)) == 2
+    lock.release()
+    assert "is in use by another" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""Suites: what is refused, what the packaged ones say, and what the command line leaves of them."""
+
+from pathlib import Path
+
+import pytest
+
+from ormo_protos.settings import read_settings
+from ormo_protos.usage import UsageError
+from ormo_server.core.method import PRESETS
+from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
+from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged
+
+SUITE = """
+title = "least squares"
+methods = ["ormo", "asgd"]
+learning_rates = [0.01, 0.001]
+target_train_loss = 0.1
+target_accuracy = 0.9
+
+[simulation]
+workload = "sim.analytic:LeastSquares"
+batch_size = 4
+stop_after_gradients = 60
+
+[[clusters]]
+workers = 4
+setting = "homogeneous"
+
+[[clusters]]
+workers = 8
+setting = "heterogeneous"
+learning_rates = [0.002]
+simulation = { slow = "1:10x" }
+"""
+PAPERS = ["ormo", "ormo-da", "ormo-vanilla", "asgd", "asgd-da", "asgdm", "shifted", "smega2", "ssgdm", "ssgd"]
+
+
+def load(tmp_path: Path, text: str) -> Suite:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return load_suite(str(path))
+
+
+def selection(*flags: str) -> Suite:
+    return chosen(read_settings(ReproduceSettings, flags, {}, program="ormo-sim reproduce"))
+
+
+def test_a_suite_says_what_to_simulate(tmp_path: Path) -> None:
+    suite = load(tmp_path, SUITE)
+    assert suite.name == "mine"
+    assert [str(cell.path) for cell in suite.grid()] == [
+        "K4-homogeneous/ormo/rate-0.001-seed-0",
+        "K4-homogeneous/ormo/rate-0.01-seed-0",
+        "K4-homogeneous/asgd/rate-0.001-seed-0",
+        "K4-homogeneous/asgd/rate-0.01-seed-0",
+        "K8-heterogeneous/ormo/rate-0.002-seed-0",
+        "K8-heterogeneous/asgd/rate-0.002-seed-0",
+    ]
+    settings = suite.settings(Cell("K8-heterogeneous", "asgd", 0.002, 3))
+    assert (settings.method, settings.workers, settings.slow, settings.seed) == ("asgd", 8, "1:10x", 3)
+    assert (settings.learning_rate, settings.batch_size, settings.stop_after_gradients) == (0.002, 4, 60)
+
+
+def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> None:
+    text = SUITE.replace("[simulation]", "milestone_epochs = [2, 3.5]\nepoch_samples = 256\n[simulation]")
+    suite = load(tmp_path, text)
+    settings = suite.settings(suite.grid()[0])
+    assert (settings.schedule, settings.milestones) == ("milestones", (128, 224))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('title = "least squares"', "title = ", "is no valid TOML: Invalid value (at line 2, column 9)"),
+        ('title = "least squares"\n', "", "can't be used: title is missing"),
+        ('title = "', 'name = "x"\ntitle = "', "its name is that of the file, leave `name` out"),
+        ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is no setting"),
+        ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is no method: choose from ormo, ormo-da, "),
+        ('"asgd"', '"ormo"', "methods is ['ormo', 'ormo']: expected each of them once"),
+        ('["ormo", "asgd"]', "[]", "methods is []: tuple should have at least 1 item"),
+        ("[0.01, 0.001]", "[0.01, -1]", "learning_rates.1 is -1: input should be greater than 0"),
+        ("[0.01, 0.001]", "[]", "learning_rates is []"),
+        ("[0.01, 0.001]", '"all"', "learning_rates is 'all': input should be a valid tuple"),
+        ("workers = 4", "workers = 0", "clusters.0.workers is 0: input should be greater than or equal to 1"),
+        ("workers = 4", "", "clusters.0.workers is missing"),
+        ('"homogeneous"', '"a b"', "clusters.0.setting is 'a b': string should match pattern"),
+        ('8\nsetting = "heterogeneous"', '4\nsetting = "homogeneous"', "expected each of them once"),
+        ('"1:10x"', '"9:10x"', "K8-heterogeneous, ormo: 9:10x makes 9 workers slower, but there are only 8"),
+        ("batch_size = 4", "batch_size = 0", "K4-homogeneous, ormo: batch_size is 0: input should be greater than"),
+        ("batch_size = 4", "speed = 4", "K4-homogeneous, ormo: speed is no setting"),
+        ("batch_size = 4", "seed = 4", "seed differs from cell to cell, so it can't be set here: leave it out"),
+        ("stop_after_gradients = 60", "", "K4-homogeneous has no end: set stop_after_gradients or epochs"),
+        ("target_accuracy", "report_seeds = [0, 1]\ntarget_accuracy", "seed 0 chooses the rates"),
+        ("target_accuracy = 0.9", "target_accuracy = 90", "target_accuracy is 90: input should be less than"),
+        ("target_accuracy", "milestone_epochs = [80]\ntarget_accuracy", "milestone_epochs needs epoch_samples"),
+        ("\n", "\x00", "is no valid TOML"),
+    ],
+)
+def test_a_bad_suite_is_refused_in_one_sentence(tmp_path: Path, old: str, new: str, sentence: str) -> None:
+    assert old in SUITE
+    with pytest.raises(UsageError) as refused:
+        load(tmp_path, SUITE.replace(old, new))
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "mine" in str(refused.value)
+
+
+def test_a_suite_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"there is no suite 'mnist': choose from cifar10-cnn, cifar10-resnet20, digits"
+    ):
+        load_suite("mnist")
+    with pytest.raises(UsageError, match=r"nowhere\.toml can't be read: .*No such file"):
+        load_suite(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "odd.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="can't be read"):
+        load_suite(str(tmp_path / "odd.toml"))
+
+
+def test_all_packaged_suites_can_be_used() -> None:
+    assert list(packaged()) == ["cifar10-cnn", "cifar10-resnet20", "digits"]
+    for name in packaged():
+        suite = load_suite(name)
+        assert len(suite.report_seeds) >= 3
+        assert suite.reference == "ormo"
+
+
+def test_digits_compares_all_methods_at_both_sizes_in_both_settings() -> None:
+    suite = load_suite("digits")
+    assert set(suite.methods) == set(PRESETS)
+    assert [cluster.name for cluster in suite.clusters] == [
+        "K16-homogeneous",
+        "K16-heterogeneous",
+        "K64-homogeneous",
+        "K64-heterogeneous",
+    ]
+    assert [_slow_share(suite, cluster.name) for cluster in suite.clusters] == ["", "1:10x", "", "4:10x"]
+
+
+def test_the_cnn_takes_seventy_two_runs() -> None:
+    suite = load_suite("cifar10-cnn")
+    groups = len(list(suite.groups()))
+    assert groups == 12
+    assert len(suite.grid()) + groups * len(suite.report_seeds) == 72
+    settings = suite.settings(suite.grid()[0])
+    assert (settings.stop_after_gradients, settings.batch_size, settings.momentum) == (10_000, 32, 0.9)
+
+
+def test_resnet20_is_at_the_scale_of_the_paper() -> None:
+    suite = load_suite("cifar10-resnet20")
+    assert sorted(suite.methods) == sorted(PAPERS)
+    assert [cluster.workers for cluster in suite.clusters] == [16, 16, 64, 64]
+    for cell in suite.grid():
+        settings = suite.settings(cell)
+        assert (settings.task, settings.device, settings.batch_size) == ("cifar10", "cuda", 64)
+        assert (settings.epochs, settings.weight_decay, settings.momentum) == (160, 1e-4, 0.9)
+        # 50,000 samples in batches of 64 are 781.25 gradients an epoch.
+        assert (settings.milestones, settings.milestone_factor) == ((62_500, 93_750), 0.1)
+
+
+def _slow_share(suite: Suite, cluster: str) -> str:
+    return suite.settings(Cell(cluster, "ormo", 0.01, 0)).slow
+
+
+def test_the_command_line_chooses_from_a_suite(tmp_path: Path) -> None:
+    load(tmp_path, SUITE)
+    name = str(tmp_path / "mine.toml")
+    assert selection("--suite", name) == load_suite(name)
+    assert selection("--suite", name, "--methods", "asgd").methods == ("asgd",)
+    assert [cluster.name for cluster in selection("--suite", name, "--workers", "8").clusters] == ["K8-heterogeneous"]
+    homogeneous = selection("--suite", name, "--setting", "homogeneous")
+    assert [cluster.name for cluster in homogeneous.clusters] == ["K4-homogeneous"]
+    assert selection("--suite", name, "--seeds", "7,8").report_seeds == (7, 8)
+    short = selection("--suite", name, "--gradients", "7", "--device", "meta", "--data-dir", "here")
+    for cell in short.grid():
+        settings = short.settings(cell)
+        assert (settings.stop_after_gradients, settings.device) == (7, "meta")
+        assert settings.data_dir == Path.cwd() / "here"
+    rates = selection("--suite", name, "--learning-rates", "3,2")
+    assert {cell.learning_rate for cell in rates.grid()} == {2, 3}
+
+
+def test_fewer_gradients_replace_the_epochs() -> None:
+    short = selection("--suite", "cifar10-resnet20", "--gradients", "100")
+    settings = short.settings(short.grid()[0])
+    assert (settings.epochs, settings.stop_after_gradients) == (None, 100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--methods", "adam"], "--methods adam: the suite has no such one, choose from ormo, asgd"),
+        (["--methods", "smega2"], "--methods smega2: the suite has no such one"),
+        (["--workers", "5"], "--workers 5: the suite has no such one, choose from 4, 8"),
+        (["--setting", "odd"], "--setting odd: the suite has no such one, choose from homogeneous, heterogeneous"),
+        (["--workers", "4", "--setting", "heterogeneous"], "no machines that are of both --workers and --setting"),
+        (["--seeds", "0"], "seed 0 chooses the rates"),
+        (["--learning-rates", "-1"], "learning_rates.0 is -1.0: input should be greater than 0"),
+    ],
+)
+def test_a_choice_that_a_suite_does_not_have_is_refused(tmp_path: Path, flags: list[str], sentence: str) -> None:
+    load(tmp_path, SUITE)
+    with pytest.raises(UsageError) as refused:
+        selection("--suite", str(tmp_path / "mine.toml"), *flags)
+    assert sentence in str(refused.value)

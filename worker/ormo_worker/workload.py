@@ -1,0 +1,260 @@
+"""A worker's task without a network: what the workers of a simulation compute.
+
+`ormo-sim` names `TaskWorkload` by its import path; what it has to do is said in `ormo_server.sim.workload`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ormo_protos.manifest import FLOAT32
+from ormo_protos.workload import Computed, Model, Scores
+from ormo_worker.devices import resolve_device
+from ormo_worker.groups import decay_groups, decays
+from ormo_worker.tasks import Score, Task, load_task
+from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
+from ormo_worker.tasks.task import Batch
+from ormo_worker.transfer import Staging
+
+_SEED = 0  # of a model that nobody asked for yet, as `ormo-worker run` has it
+# As `ormo-worker evaluate` has it: in other batches the sums round otherwise.
+_EVALUATION_BATCH = 256
+# What one process may keep of each set, ready to be scored: CIFAR-10's test set takes 123 MB. To read it anew each time
+# would make an evaluation of a small network longer by a tenth, and with images in files many times as long.
+_KEPT_BYTES = 256 * 2**20
+
+
+class TaskWorkload:
+    """Any of the worker's tasks, computed as `ormo-worker run` and `ormo-worker evaluate` compute it.
+
+    All workers share one module. For each gradient it gets the parameters, and what is the worker's own: its buffers
+    and the state of PyTorch's random generators, so that a worker's gradients do not depend on when the others compute.
+    What else a model carries from one mini-batch to the next (attributes, buffers that are not in its `state_dict`) is
+    shared, and float64 buffers pass through float32. On one thread of a CPU the same calls give the same bits.
+
+    Args:
+        task: a built-in task, or the import path of one.
+        data_dir: folder with the task's data, for tasks that need one.
+        batch_size: samples in each mini-batch.
+        weight_decay: λ, which the task may scale for single parameters.
+        device: where to compute: auto, cpu, cuda or cuda:N.
+        train_samples, test_samples: how many of each set `evaluate` looks at, from its beginning; 0 for all.
+
+    Attributes:
+        epoch_samples: samples in the training set.
+        batch_samples: samples in a mini-batch; fewer than asked for if the set has no more.
+
+    Raises:
+        TaskError: the task or its data can't be used.
+        ModelUnusable: the task's model can't be trained through a parameter server.
+        OptionRefused: the device is not there, or a parameter's weight decay can't be scaled so.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: str,
+        data_dir: Path | None,
+        batch_size: int,
+        weight_decay: float,
+        device: str,
+        train_samples: int,
+        test_samples: int,
+    ) -> None:
+        self._device = resolve_device(device)
+        self._task = load_task(task, data_dir)
+        self._weight_decay = weight_decay
+        self._bench = self._set_up(_SEED)  # before the data are read, as a worker does, and to find out if it can be
+        train_set: Any = self._task.train_set()
+        self._train_set = train_set
+        self._train = _Scored(self._task, train_set, train_samples, self._device)
+        self._test = _Scored(self._task, self._task.test_set(), test_samples, self._device)
+        self.epoch_samples = len(train_set)
+        self.batch_samples = min(batch_size, self.epoch_samples)
+
+    def initial(self, seed: int) -> Model:
+        """The model that `ormo-worker run --seed` begins with; seeds PyTorch's global generators."""
+        self._bench = self._set_up(seed)
+        start = self._bench.staging.snapshot()
+        return Model(start.parameters, start.float_buffers, start.int_buffers)
+
+    def start_worker(self, data_seed: int, model: Model) -> "TaskWorker":
+        """A worker that joins with this data seed, and gets this model's buffers.
+
+        Raises:
+            ValueError: the seed is none of -2**63 to 2**64 - 1.
+        """
+        stream = batches(self._train_set, self.batch_samples, data_seed)
+        return TaskWorker(self._bench, stream, self.batch_samples, model)
+
+    def evaluate(self, model: Model) -> Scores:
+        """Score a model on the first samples of both sets, in evaluation mode and not augmented."""
+        self._bench.load(model, training=False)
+        train, test = self._train.score(self._bench.module), self._test.score(self._bench.module)
+        return Scores(train.mean_loss, test.mean_loss, test.accuracy)
+
+    def _set_up(self, seed: int) -> "_Bench":
+        return _Bench(self._task, self._device, self._weight_decay, seed)
+
+
+class TaskWorker:
+    """One simulated worker, whose turn comes now and then.
+
+    Args:
+        bench: where it computes.
+        stream: its mini-batches.
+        samples: in each of them.
+        model: for the buffers that it begins with.
+    """
+
+    def __init__(self, bench: "_Bench", stream: Iterator[Batch], samples: int, model: Model) -> None:
+        self._bench = bench
+        self._stream = stream
+        self._samples = samples
+        self._float_buffers = model.float_buffers.clone()
+        self._int_buffers = model.int_buffers.clone()
+        self._random = bench.random
+
+    def gradient(self, ticket: int, params: Tensor, out: Tensor) -> Computed:  # noqa: ARG002
+        """Compute the gradient of the worker's next mini-batch.
+
+        Args:
+            ticket: not needed: the mini-batch follows from the data seed and the number of those before it.
+            params: where to compute it, shape (d,), float32; read only.
+            out: for the gradient, mean over the mini-batch, weight decay added; shape (d,), float32; overwritten.
+        """
+        bench = self._bench
+        self._random.restore()
+        batch = to_device(next(self._stream), bench.device)
+        bench.load(Model(params, self._float_buffers, self._int_buffers), training=True)
+        loss = bench.compute(batch)
+        out.copy_(bench.payload.parameters)
+        self._float_buffers.copy_(bench.payload.float_buffers)
+        self._int_buffers.copy_(bench.payload.int_buffers)
+        self._random = _Randomness.now(bench.device)
+        return Computed(self._samples, loss, self._float_buffers, self._int_buffers)
+
+
+class _Bench:
+    """The module that all compute with, and the way of their numbers into it and out of it.
+
+    Args:
+        task: whose model it is.
+        device: where it computes.
+        weight_decay: λ.
+        seed: of the model's first parameters, and of what the task draws to make it.
+
+    Attributes:
+        module: on the device.
+        staging: of the module.
+        payload: what was loaded last, or a gradient with the buffers after it.
+        device: where batches go.
+        random: PyTorch's generators, once the model is made.
+    """
+
+    def __init__(self, task: Task, device: torch.device, weight_decay: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        module = task.build_model()
+        self.random = _Randomness.now(device)
+        self.device = device
+        self.module = module.to(device)
+        self.staging = Staging(self.module)
+        self.payload = self.staging.payload(FLOAT32, with_buffers=True)
+        self._task = task
+        self._transfer = self.staging.transfer(self.payload)
+        groups = [{**group, "params": [p for _, p in group["params"]]} for group in decay_groups(task, self.module)]
+        self._parameters = self.staging.tensors.parameters
+        self._decays = decays(groups, self._parameters, weight_decay)
+
+    def load(self, model: Model, *, training: bool) -> None:
+        """Give the module these numbers, and set its mode."""
+        self.payload.parameters.copy_(model.params)
+        self.payload.float_buffers.copy_(model.float_buffers)
+        self.payload.int_buffers.copy_(model.int_buffers)
+        self._transfer.load()
+        if self.module.training != training:
+            self.module.train(training)
+
+    def compute(self, batch: Batch) -> float:
+        """Leave the batch's gradient in the payload, with the buffers as they are now; returns the loss."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss = self._task.loss(self.module, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._transfer.gather_gradients(self._decays)
+        return loss.item()
+
+
+@dataclass(frozen=True, slots=True)
+class _Randomness:
+    """Where PyTorch's global generators are: that of the CPU, and the device's if it has one of its own."""
+
+    device: torch.device
+    host_state: Tensor
+    device_state: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Self:
+        """Their states; 2 µs on the CPU."""
+        device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, torch.get_rng_state(), device_state)
+
+    def restore(self) -> None:
+        """Set them back to these states."""
+        torch.set_rng_state(self.host_state)
+        if self.device_state is not None:
+            torch.cuda.set_rng_state(self.device_state, self.device)
+
+
+class _Scored:
+    """The first samples of a data set, scored again and again; kept ready for that, if they are not too large.
+
+    Args:
+        task: says how good a model is.
+        dataset: the task's.
+        samples: how many, 0 for all.
+        device: where they are scored.
+
+    Raises:
+        TaskError: the data set is empty or has no length.
+    """
+
+    def __init__(self, task: Task, dataset: Dataset[Any], samples: int, device: torch.device) -> None:
+        self._task = task
+        self._dataset = dataset
+        self._samples = samples
+        self._device = device
+        self._kept: list[Batch] = []
+        self._keeps = True
+        self._read()
+
+    @torch.no_grad()
+    def score(self, module: nn.Module) -> Score:
+        """Score a model that is in evaluation mode."""
+        score, kept, kept_bytes = Score(), [], 0
+        for batch in self._kept or self._read():
+            tensors = tensors_in(batch)
+            versions = _versions(tensors)
+            score += self._task.score(module, batch)
+            kept.append(batch)
+            kept_bytes += sum(tensor.nbytes for tensor in tensors)
+            # A task may well change a batch in place, if only the next one that it is given is as read.
+            self._keeps = self._keeps and versions == _versions(tensors) and kept_bytes <= _KEPT_BYTES
+            if not self._keeps:
+                kept.clear()
+        self._kept = kept
+        return score
+
+    def _read(self) -> Iterator[Batch]:
+        stream = evaluation_batches(self._dataset, _EVALUATION_BATCH, self._samples)
+        return (to_device(batch, self._device) for batch in stream)
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors]  # noqa: SLF001 (it has no public name)
