@@ -27,6 +27,13 @@ install: $(INSTALLED)  ## make the virtual environment
 train: $(INSTALLED)  ## train a small model with a server and four workers on this machine
 	$(BIN)/ormo-local --task digits --workers 4 --slow 1:4x
 
+# Goes on where it was interrupted. DATA is the data's folder; INTO= leaves the README as it is.
+SUITE ?= digits
+INTO ?= README.md
+.PHONY: reproduce
+reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into the README (SUITE=, DATA=)
+	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
+
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest

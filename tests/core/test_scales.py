@@ -133,6 +133,19 @@ def test_rescaled_goes_by_the_times_that_the_driver_passes_in() -> None:
         assert result.step_size == row["scale"] == before - driver.machine.state.params
 
 
+def test_a_slot_counts_by_its_last_time_also_while_it_holds_no_ticket_and_after_a_discard() -> None:
+    driver = clocked(discard_delay=1)
+    for worker in "ab":
+        driver.join(worker)
+        driver.request(worker)
+    driver.now = 1.0
+    driver.exchange("a", 1.0)
+    driver.now = 2.0
+    assert driver.push("b", 1.0).discarded
+    driver.now = 5.0
+    assert driver.push("a", 1.0).step_size == 4 * (1 / 4 + 1 / 2) / 2
+
+
 def test_a_slot_that_is_gone_counts_no_more_and_its_successor_not_yet() -> None:
     driver = clocked()
     for worker in "ab":

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -100,7 +100,7 @@ def test_a_comparison_runs_once_in_parallel_and_says_what_serial_runs_say(tmp_pa
 
 
 @pytest.fixture(params=["Ctrl-C", "SIGTERM"])
-def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A suite's directory in which a comparison was cut off in the middle."""
     suite = write_suite(tmp_path, workload="Slow")
     flags = ["--suite", str(suite), "--directory", str(tmp_path / "out"), "--processes", "2"]
@@ -127,7 +127,7 @@ def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path
     said = (tmp_path / "log").read_text()
     assert "interrupted: the same command goes on from here" in said
     assert "Traceback" not in said
-    yield suite
+    return suite
 
 
 def wait_for_first_cells(process: "subprocess.Popen[bytes]", out: Path) -> None:

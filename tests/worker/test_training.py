@@ -8,9 +8,10 @@ import torch
 
 from ormo_worker import training
 from ormo_worker.config import RunSettings
+from ormo_worker.groups import decay_groups
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches
-from ormo_worker.training import decay_groups, run
+from ormo_worker.training import run
 from worker.fake_server import FakeServer, refuse
 from worker.lines import Lines
 

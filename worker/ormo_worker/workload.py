@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.workload import Computed, Model, Scores
 from ormo_worker.devices import resolve_device
-from ormo_worker.groups import decay_groups, decays
+from ormo_worker.groups import ParameterGroup, decay_groups, decays
 from ormo_worker.tasks import Score, Task, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
 from ormo_worker.tasks.task import Batch
@@ -43,7 +43,7 @@ class TaskWorkload:
         batch_size: samples in each mini-batch.
         weight_decay: λ, which the task may scale for single parameters.
         device: where to compute: auto, cpu, cuda or cuda:N.
-        train_samples, test_samples: how many of each set `evaluate` looks at, from its beginning; 0 for all.
+        train_samples, test_samples: how many of each set `evaluate` looks at, spread evenly over it; 0 for all.
 
     Attributes:
         epoch_samples: samples in the training set.
@@ -93,7 +93,7 @@ class TaskWorkload:
         return TaskWorker(self._bench, stream, self.batch_samples, model)
 
     def evaluate(self, model: Model) -> Scores:
-        """Score a model on the first samples of both sets, in evaluation mode and not augmented."""
+        """Score a model on samples of both sets, in evaluation mode and not augmented."""
         self._bench.load(model, training=False)
         train, test = self._train.score(self._bench.module), self._test.score(self._bench.module)
         return Scores(train.mean_loss, test.mean_loss, test.accuracy)
@@ -167,9 +167,8 @@ class _Bench:
         self.payload = self.staging.payload(FLOAT32, with_buffers=True)
         self._task = task
         self._transfer = self.staging.transfer(self.payload)
-        groups = [{**group, "params": [p for _, p in group["params"]]} for group in decay_groups(task, self.module)]
         self._parameters = self.staging.tensors.parameters
-        self._decays = decays(groups, self._parameters, weight_decay)
+        self._decays = decays(_groups(task, self.module), self._parameters, weight_decay)
 
     def load(self, model: Model, *, training: bool) -> None:
         """Give the module these numbers, and set its mode."""
@@ -188,6 +187,14 @@ class _Bench:
         loss.backward()  # type: ignore[no-untyped-call]
         self._transfer.gather_gradients(self._decays)
         return loss.item()
+
+
+def _groups(task: Task, module: nn.Module) -> list[ParameterGroup]:
+    """The groups of a `RemoteOptimizer`, without the names that it takes off."""
+    groups = [ParameterGroup(group) for group in decay_groups(task, module)]
+    for group in groups:
+        group["params"] = [parameter for _, parameter in group["params"]]
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +219,7 @@ class _Randomness:
 
 
 class _Scored:
-    """The first samples of a data set, scored again and again; kept ready for that, if they are not too large.
+    """Samples of a data set, scored again and again; kept ready for that, if they are not too large.
 
     Args:
         task: says how good a model is.

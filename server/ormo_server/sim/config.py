@@ -57,9 +57,9 @@ class SimSettings(TrainingSettings):
     )
     evaluate_every: int = Field(0, ge=0, description="gradients between evaluations; 0: about one pass over the data")
     train_samples: int = Field(
-        2000, ge=0, description="how many training samples an evaluation looks at, from the first; 0: all"
+        2000, ge=0, description="how many training samples an evaluation looks at, spread evenly; 0: all"
     )
-    test_samples: int = Field(0, ge=0, description="how many test samples an evaluation looks at; 0: all")
+    test_samples: int = Field(0, ge=0, description="how many test samples an evaluation looks at, spread evenly; 0: all")
     target_accuracy: tuple[float, ...] = Field(
         (0.5, 0.8, 0.9, 0.95), description="test accuracies of which the virtual time to reach them is wanted"
     )

@@ -74,7 +74,7 @@ class WorkloadSettings:
         batch_size: samples in each mini-batch.
         weight_decay: λ, added as λ·w to the gradients.
         device: where to compute, such as "cpu" or "cuda".
-        train_samples, test_samples: how many of each set evaluations look at, from its beginning; 0 for all.
+        train_samples, test_samples: how many of each set evaluations look at, spread evenly over it; 0 for all.
     """
 
     task: str

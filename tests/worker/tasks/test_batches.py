@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ormo_worker.tasks import TaskError
-from ormo_worker.tasks.batches import batches, evaluation_batches, to_device
+from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
 
 SIZE = 10
 
@@ -96,6 +96,14 @@ def test_evaluation_reads_every_sample_once_in_order_and_unchanged(dataset: Data
     assert read[0][0].reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
 
 
+@EVERY_KIND
+@pytest.mark.parametrize(
+    ("samples", "expected"), [(6, [[0, 1, 3, 5], [6, 8]]), (99, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])]
+)
+def test_evaluation_can_stop_after_some_samples(dataset: Dataset[Any], samples: int, expected: list[list[int]]) -> None:
+    assert [batch[1].tolist() for batch in evaluation_batches(dataset, 4, samples)] == expected
+
+
 def test_an_empty_set_is_refused_at_once() -> None:
     with pytest.raises(TaskError) as refused:
         batches(TensorDataset(torch.empty(0)), 4, seed=0)
@@ -111,6 +119,11 @@ def test_a_set_without_a_length_is_refused_at_once() -> None:
     assert str(refused.value) == (
         "The data set Stream has no length: a task's data sets are map-style, so give it __len__ and __getitem__."
     )
+
+
+def test_tensors_are_found_wherever_they_are_nested() -> None:
+    one, two = torch.ones(1), torch.ones(2)
+    assert [len(tensor) for tensor in tensors_in({"a": [one, (two, "text")], "b": None})] == [1, 2]
 
 
 def test_nested_batches_move_to_a_device_with_their_structure() -> None:

@@ -41,6 +41,14 @@ def test_the_same_generator_gives_the_same_crops_and_leaves_global_randomness_al
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_images_that_are_not_to_be_augmented_stay_as_they_are() -> None:
+    dataset = ImageTensors(torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8), torch.arange(5), COLOURS)
+    batch = dataset.batch_at(torch.arange(5))
+    assert not torch.equal(dataset.augment(batch, generator(0))[0], batch[0])
+    dataset.augmented = False
+    assert torch.equal(dataset.augment(batch, generator(0))[0], batch[0])
+
+
 def test_an_image_in_memory_reads_the_same_alone_and_in_a_batch() -> None:
     images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
     dataset = ImageTensors(images, torch.arange(5), COLOURS)

@@ -58,18 +58,19 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
 
 
 def evaluation_batches(dataset: Dataset[Any], batch_size: int, samples: int = 0) -> Iterator[Batch]:
-    """Return every sample once, in order and not augmented; the last batch may be smaller.
+    """Return every sample at most once, in order and not augmented; the last batch may be smaller.
 
     Args:
         dataset: map-style.
         batch_size: samples in a batch.
-        samples: how many to return, from the first; 0 for all.
+        samples: how many to return, spread evenly over the set, which may be sorted by class; 0 for all.
 
     Raises:
         TaskError: the data set is empty or has no length.
     """
     size = _size(dataset)
-    order = torch.split(torch.arange(min(samples, size) if samples else size), batch_size)
+    wanted = min(samples, size) if samples else size
+    order = torch.split(torch.arange(wanted) * size // wanted, batch_size)
     return map(_pinned, _read(dataset, order, seed=0, loader_processes=0))
 
 

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -56,76 +56,86 @@ def _written(settings: SimSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"directory"})
 
 
-def run_cells(
-    jobs: Jobs, processes: int, commit: str, on_end: Callable[[Path, BaseException | None], None]
-) -> dict[Path, BaseException]:
-    """Simulate all cells, the longest first. One that fails leaves the others alone.
+class Processes:
+    """Processes that simulate cells and keep the data that they have read.
+
+    As a context manager it ends them: at once if anything was raised, and a cell that is cut off has no summary.
 
     Args:
-        jobs: what to simulate, by the directory for the results.
-        processes: how many at a time.
+        count: how many.
         commit: what the version of the code is called.
-        on_end: is told of each cell that is done, and of each that failed with what.
-
-    Returns:
-        What went wrong, by directory.
     """
-    failures: dict[Path, BaseException] = {}
-    remaining = dict(sorted(jobs.items(), key=lambda job: -job[1].stop_after_gradients))
 
-    def run_together(directories: Sequence[Path], processes: int) -> None:
-        together = {each: remaining[each] for each in directories}
-        with contextlib.closing(_outcomes(together, processes, commit)) as outcomes:
-            for directory, error in outcomes:
-                del remaining[directory]
-                if error is not None:
-                    failures[directory] = error
-                on_end(directory, error)
+    def __init__(self, count: int, commit: str) -> None:
+        self._count = count
+        self._commit = commit
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
 
-    waiting = len(remaining) + 1
-    while 0 < len(remaining) < waiting:
-        waiting = len(remaining)
-        run_together(list(remaining), processes)
-    # Processes were killed, say by want of memory, and whose fault it was is not known: one by one.
-    for directory in list(remaining):
-        run_together([directory], 1)
-        if directory in remaining:
-            failures[directory] = ProcessKilled("its process was killed: is there enough memory?")
-            on_end(directory, failures[directory])
-    return failures
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
 
-def _outcomes(jobs: Jobs, processes: int, commit: str) -> Generator[tuple[Path, BaseException | None], None, None]:
-    """Each cell as it ends, and what went wrong with it. Once a process is killed, all other cells are missing."""
-    with _pool(min(processes, len(jobs))) as pool:
-        futures = _submit(pool, jobs, commit)
+    def run(self, jobs: Jobs, on_end: Callable[[Path, BaseException | None], None]) -> dict[Path, BaseException]:
+        """Simulate cells, the longest first. One that fails leaves the others alone.
+
+        Args:
+            jobs: what to simulate, by the directory for the results.
+            on_end: is told of each cell that is done, and of each that failed with what.
+
+        Returns:
+            What went wrong, by directory.
+        """
+        failures: dict[Path, BaseException] = {}
+        remaining = dict(sorted(jobs.items(), key=lambda job: -job[1].stop_after_gradients))
+
+        def end(directory: Path, error: BaseException | None) -> None:
+            del remaining[directory]
+            if error is not None:
+                failures[directory] = error
+            on_end(directory, error)
+
+        waiting = len(remaining) + 1
+        while 0 < len(remaining) < waiting:
+            waiting = len(remaining)
+            self._run_together(dict(remaining), end)
+        # Processes were killed, say by want of memory, and whose fault it was is not known: one by one.
+        for directory in list(remaining):
+            self._run_together({directory: remaining[directory]}, end)
+            if directory in remaining:
+                end(directory, ProcessKilled("its process was killed: is there enough memory?"))
+        return failures
+
+    def _run_together(self, jobs: Jobs, end: Callable[[Path, BaseException | None], None]) -> None:
+        """Tell of each cell that comes to its end; once a process is killed, no other does."""
+        futures: dict[Future[None], Path] = {}
+        try:
+            self._submit(jobs, futures)
+        except BrokenProcessPool:
+            self._pool = None
         for future in as_completed(futures):
             error = future.exception()
-            if not isinstance(error, BrokenProcessPool):
-                yield futures[future], error
+            if isinstance(error, BrokenProcessPool):
+                self._pool = None
+            else:
+                end(futures[future], error)
 
-
-def _submit(pool: ProcessPoolExecutor, jobs: Jobs, commit: str) -> dict[Future[None], Path]:
-    # The processes start here. A Ctrl-C in a terminal goes to all of them; it is for this one to act on.
-    with _ignoring_interrupts():
-        return {pool.submit(run_cell, directory, settings, commit): directory for directory, settings in jobs.items()}
-
-
-@contextlib.contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are ended at once if anything is raised; a cell that is cut off has no summary."""
-    # torch's threads do not survive a fork.
-    spawning = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, spawning, initializer=_end_with_parent)
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
+    def _submit(self, jobs: Jobs, futures: dict[Future[None], Path]) -> None:
+        # The processes start here. A Ctrl-C in a terminal goes to all of them; it is for this one to act on.
+        with _ignoring_interrupts():
+            if self._pool is None:
+                # torch's threads do not survive a fork.
+                spawning = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(self._count, spawning, initializer=_end_with_parent)
+            for directory, settings in jobs.items():
+                futures[self._pool.submit(run_cell, directory, settings, self._commit)] = directory
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,7 @@ from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.finished import FinishedRun, read_run
 from ormo_server.sim.reproduce import readme
-from ormo_server.sim.reproduce.cells import Jobs, interrupted_by_sigterm, is_done, run_cells
+from ormo_server.sim.reproduce.cells import Jobs, Processes, interrupted_by_sigterm, is_done
 from ormo_server.sim.reproduce.comparison import Comparison
 from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.figures import draw_clusters
@@ -86,13 +86,14 @@ class Reproduction:
             UsageError: no cell of the grid could run.
         """
         comparison = Comparison(self._suite, self._runs)
-        self._run("grid", self._suite.grid())
-        if not self._runs:
-            raise UsageError(f"none of the simulations could run; the first: {next(iter(self.failures.values()))}")
-        self._run("best rates", comparison.report_cells())
+        with Processes(self._processes, self._commit) as processes:
+            self._run("grid", self._suite.grid(), processes)
+            if not self._runs:
+                raise UsageError(f"none of the simulations could run; the first: {next(iter(self.failures.values()))}")
+            self._run("best rates", comparison.report_cells(), processes)
         return comparison
 
-    def _run(self, phase: str, cells: Sequence[Cell]) -> None:
+    def _run(self, phase: str, cells: Sequence[Cell], processes: Processes) -> None:
         directories = {cell: self._directory / CELLS / cell.path for cell in cells}
         jobs = {}
         for cell, directory in directories.items():
@@ -101,7 +102,7 @@ class Reproduction:
                 jobs[directory] = settings
         self.console.print(f"{phase}: {len(cells)} simulations, {len(cells) - len(jobs)} of them done before")
         with self._progress(phase, jobs) as on_end:
-            self.failures |= run_cells(jobs, self._processes, self._commit, on_end)
+            self.failures |= processes.run(jobs, on_end)
         failed = self.failures.keys()
         self._runs |= {cell: read_run(path) for cell, path in directories.items() if path not in failed}
 

@@ -123,19 +123,16 @@ class Comparison:
         return run.summary.diverged or loss is None or (limit is not None and loss >= limit)
 
     def best_rate(self, cluster: Cluster, method: str) -> float | None:
-        """The rate with the lowest final train loss on the grid; of equal ones, and if all diverged, the smallest.
+        """The rate of the grid with the lowest train loss at the end; of equal ones, and if all diverged, the smallest.
 
         Train loss, because test samples that chose the rate could not be used to report on it.
         """
         found = self._on_grid(cluster, method)
+        return min(found, key=lambda rate: (self._loss_at_end(found[rate]), rate), default=None)
 
-        def badness(rate: float) -> tuple[bool, float, float]:
-            run = found[rate]
-            loss = run.summary.train_loss
-            diverged = self.has_diverged(run)
-            return diverged, math.inf if diverged or loss is None else loss, rate
-
-        return min(found, key=badness, default=None)
+    def _loss_at_end(self, run: FinishedRun) -> float:
+        losses = [row.train_loss for row in run.rows[-self.suite.choice_evaluations :]]
+        return math.inf if self.has_diverged(run) or not all(map(math.isfinite, losses)) else statistics.mean(losses)
 
     def reference_rate(self, cluster: Cluster) -> float | None:
         """The best rate of the reference method."""

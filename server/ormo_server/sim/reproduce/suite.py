@@ -101,6 +101,9 @@ class Suite(_Table):
     learning_rates: Rates = Field(description="the grid: the same for every method")
     grid_seed: Seed = Field(0, description="of the runs on the grid, which decide on each method's rate")
     report_seeds: Seeds = Field((1, 2, 3), description="of the runs at that rate, which are reported")
+    choice_evaluations: int = Field(
+        1, ge=1, description="rates are compared by the mean train loss of so many evaluations, the last of each run"
+    )
     reference: str = Field("ormo", description="the method at whose rate all others are shown as well")
     repeat_at_reference_rate: bool = Field(False, description="with the reported seeds, not the grid's alone")
     target_train_loss: float = Field(gt=0, description="how many gradients it takes to reach it is reported")

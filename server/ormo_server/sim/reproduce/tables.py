@@ -97,10 +97,12 @@ def _preamble(comparison: Comparison, origin: Origin) -> list[str]:
     torches = ", ".join(sorted({str(extra.get("torch")) for extra in extras}))
     ends = sorted({_end(suite, cluster) for cluster in suite.clusters})
     seeds = ", ".join(map(str, suite.report_seeds))
+    last = "last evaluation" if suite.choice_evaluations == 1 else f"last {suite.choice_evaluations} evaluations"
+    sizes = f"{' or '.join(ends)} of {one.batch_size} samples a run, β = {one.momentum:g}"
     lines = [
-        f"`{origin.command}` · commit {commits} · torch {torches} · {' or '.join(ends)} of {one.batch_size} samples a "
-        f"run, β = {one.momentum:g}. For each method the rate of the grid with the lowest final train loss (seed "
-        f"{suite.grid_seed}); there, mean ± sample deviation over the seeds {seeds}."
+        f"`{origin.command}` · commit {commits} · torch {torches} · {sizes}. For each method the rate of the grid with "
+        f"the lowest train loss in the {last} (seed {suite.grid_seed}); there, the final figures, mean ± sample "
+        f"deviation over the seeds {seeds}."
     ]
     if origin.failed:
         lines.append(f"**{origin.failed} simulations failed and are missing.**")
