@@ -24,9 +24,7 @@ def with_tables(text: str) -> str:
         # A blank line on both sides: inside <details> Markdown needs it.
         return f"{match['head']}\n{settings_table(settings, own=match['own'] is not None)}{match['end']}"
 
-    return _METHODS.sub(
-        lambda match: f"{match['head']}{methods_table()}{match['end']}", _TABLE.sub(table, text)
-    )
+    return _METHODS.sub(lambda match: f"{match['head']}{methods_table()}{match['end']}", _TABLE.sub(table, text))
 
 
 def methods_table() -> str:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan
-from ormo_server.sim.workload import Computed, Model, Scores, WorkloadSettings
+from ormo_server.sim.workload import Computed, Model, Scores
 
 NOTHING = torch.zeros(0)
 NO_INTS = torch.zeros(0, dtype=torch.int64)

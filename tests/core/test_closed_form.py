@@ -27,7 +27,7 @@ def assert_closed_form(driver: Driver, start: torch.Tensor) -> None:
     assert bool(((state.rule.vectors["momentum"].double() - momentum).abs() <= allowed).all())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(run=runs(), story=stories())
 def test_state_is_the_closed_form_at_every_moment_of_every_story(run: Run, story: list[Command]) -> None:
     driver = Driver(StateMachine.fresh(run, START.clone()))

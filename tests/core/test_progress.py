@@ -312,7 +312,7 @@ class BoundedWorkers(Workers):
         assert all(each.delay <= bound for each in self.driver.applied)
 
 
-EFFORT = settings(max_examples=70, stateful_step_count=50, deadline=None)
+EFFORT = settings(max_examples=100, stateful_step_count=50, deadline=None)
 AsynchronousWorkers.TestCase.settings = EFFORT
 SynchronousWorkers.TestCase.settings = EFFORT
 BoundedWorkers.TestCase.settings = EFFORT

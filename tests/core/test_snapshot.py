@@ -74,8 +74,9 @@ def busy_run(**settings: object) -> Driver:
     return driver
 
 
-def test_a_snapshot_is_a_copy_that_the_running_machine_does_not_change() -> None:
-    driver = busy_run()
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+def test_a_snapshot_is_a_copy_that_the_running_machine_does_not_change(rule: str) -> None:
+    driver = busy_run(rule=rule)
     taken = snapshot.take(driver.machine)
     before = copy.deepcopy((taken.fields, {name: tensor.tolist() for name, tensor in taken.tensors.items()}))
     driver.exchange("b", 5.0)
@@ -83,8 +84,21 @@ def test_a_snapshot_is_a_copy_that_the_running_machine_does_not_change() -> None
     assert (taken.fields, {name: tensor.tolist() for name, tensor in taken.tensors.items()}) == before
 
 
-def test_a_snapshots_tensors_have_the_names_that_a_checkpoint_documents() -> None:
-    assert set(snapshot.take(busy_run().machine).tensors) == {"params", "float_buffers", "int_buffers", "rule.momentum"}
+@pytest.mark.parametrize(
+    ("rule", "vectors"),
+    [
+        ("sgd", set()),
+        ("ormo", {"rule.momentum"}),
+        ("smega2", {"rule.momentum", "rule.gathered"}),
+        ("shifted", {"rule.momentum/a/0", "rule.momentum/b/0"}),
+        ("dc", {"rule.sent/a/0", "rule.sent/b/0"}),
+    ],
+)
+def test_a_snapshots_tensors_have_the_names_that_a_checkpoint_documents(rule: str, vectors: set[str]) -> None:
+    assert set(snapshot.take(busy_run(rule=rule).machine).tensors) == {
+        *("params", "float_buffers", "int_buffers"),
+        *vectors,
+    }
 
 
 def test_fields_survive_json() -> None:
@@ -128,12 +142,16 @@ def test_without_tickets_all_are_void_results_are_dropped_and_members_stay() -> 
     assert other.request("b") is not None
 
 
-def test_without_tickets_parameters_momentum_buffers_and_counters_stay() -> None:
-    driver = busy_run()
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+def test_without_tickets_parameters_buffers_counters_and_all_of_the_rule_stay(rule: str) -> None:
+    driver = busy_run(rule=rule)
     old, new = driver.machine.state, restarted(driver, keep_tickets=False, epoch=7).machine.state
     for name in ("params", "float_buffers", "int_buffers"):
         assert torch.equal(getattr(old, name), getattr(new, name))
-    assert torch.equal(old.rule.vectors["momentum"], new.rule.vectors["momentum"])
+    assert {name: vector.tolist() for name, vector in old.rule.vectors.items()} == {
+        name: vector.tolist() for name, vector in new.rule.vectors.items()
+    }
+    assert old.rule.counters == new.rule.counters
     counters = ("iteration", "samples", "newest_bucket", "issue", "filled", "next_ticket", "joins", "learning_rate")
     assert [getattr(new, name) for name in counters] == [getattr(old, name) for name in counters]
 

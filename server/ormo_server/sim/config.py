@@ -59,7 +59,7 @@ class SimSettings(TrainingSettings):
     train_samples: int = Field(
         2000, ge=0, description="how many training samples an evaluation looks at, spread evenly; 0: all"
     )
-    test_samples: int = Field(0, ge=0, description="how many test samples an evaluation looks at, spread evenly; 0: all")
+    test_samples: int = Field(0, ge=0, description="how many test samples it looks at, spread evenly; 0: all")
     target_accuracy: tuple[float, ...] = Field(
         (0.5, 0.8, 0.9, 0.95), description="test accuracies of which the virtual time to reach them is wanted"
     )

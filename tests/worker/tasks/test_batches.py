@@ -1,3 +1,4 @@
+import weakref
 from collections import namedtuple
 from itertools import chain, islice
 from typing import Any
@@ -119,6 +120,13 @@ def test_a_set_without_a_length_is_refused_at_once() -> None:
     assert str(refused.value) == (
         "The data set Stream has no length: a task's data sets are map-style, so give it __len__ and __getitem__."
     )
+
+
+def test_a_stream_holds_no_batch_that_it_has_given() -> None:
+    for dataset in (tensors(), AtOnce(), OneByOne()):
+        stream = batches(dataset, 4, seed=0)
+        held = weakref.ref(next(stream)[0])
+        assert held() is None
 
 
 def test_tensors_are_found_wherever_they_are_nested() -> None:

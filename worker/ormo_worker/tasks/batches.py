@@ -53,7 +53,9 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
     augmenting = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     stream = _read(dataset, _endless_indices(size, min(batch_size, size), generator), seed, loader_processes)
     if isinstance(dataset, Augmented):
-        stream = (dataset.augment(batch, augmenting) for batch in stream)
+        augment = dataset.augment
+        # Not a generator expression, which would hold on to each batch until the next is wanted.
+        stream = map(lambda batch: augment(batch, augmenting), stream)  # noqa: C417
     return map(_pinned, stream)
 
 

@@ -9,12 +9,12 @@ from ormo_worker.tasks.image_folder import ImageFolder
 class SmallCnnFolder(ImageFolder):
     """The images of `image-folder`, neither cropped nor flipped for training, and a network that is fast on one core.
 
-    On CIFAR-10, 10,000 gradients of 32 images (η = 0.02, β = 0.9) reach 57 % in half a minute; ResNet-20 takes fifty
-    times as long for each.
+    On CIFAR-10, 10,000 gradients of 32 images (β = 0.9) reach 55 to 57 % with η = 0.02 and 62 % with 0.01. Each takes
+    about 3 ms of one core; with ResNet-20 it is 110 ms.
     """
 
     name = "image-folder-cnn"
-    # It would take half as long again as the gradient, and in the few passes of a simulation nothing is overfitted.
+    # It would take half as long as the gradient again: 1.4 ms for 32 images.
     augmented = False
 
     def build_model(self) -> nn.Module:
