@@ -225,6 +225,16 @@ def test_another_scheduler_goes_on_from_the_same_parameters_with_workers_that_jo
     assert other.request("a").ticket.bucket == 1
 
 
+@pytest.mark.parametrize(("bound", "kept"), [(4, True), (9, True), (3, False)])
+def test_tickets_that_may_come_back_too_late_for_a_smaller_staleness_bound_are_void(bound: int, kept: bool) -> None:
+    before, after = (run_of(scheduler="bounded-staleness", staleness_bound=s) for s in (4, bound))
+    driver = driver_of(before, "a", "b")
+    driver.request("b")
+    driver.request("a")
+    other = restarted(driver, keep_tickets=True, run=after)
+    assert bool(other.machine.state.tickets) is kept
+
+
 def test_asynchronous_buckets_go_on_after_the_rounds_of_a_synchronous_run() -> None:
     driver = driver_of(run_of(scheduler="synchronous"), "a")
     for _ in range(3):

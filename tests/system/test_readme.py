@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ormo_protos.settings import read_settings
 from ormo_server.config import ServerSettings
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.reproduce.config import ReproduceSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
 from ormo_worker.local.config import LocalSettings
 from readme import README, example, with_tables
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_settings_tables_are_those_of_the_settings_classes() -> None:
     text = README.read_text()
-    assert text.count("<!-- settings: ") == 4
+    assert text.count("settings: ormo_") == 7
     assert with_tables(text) == text, "run `make readme`"
 
 
@@ -34,16 +36,21 @@ SETTINGS = {
     "ormo-worker run": RunSettings,
     "ormo-worker evaluate": EvaluateSettings,
     "ormo-local": LocalSettings,
+    "ormo-sim reproduce": ReproduceSettings,
+    "ormo-sim": SimSettings,
 }
 
 
 def test_commands_in_the_readme_and_the_makefile_are_understood_by_the_programs() -> None:
     text = README.read_text() + (ROOT / "Makefile").read_text()
-    commands = re.findall(r"(?:^|`|BIN\)/)(ormo-(?:server serve|worker \w+|local) --[^`\n]+)", text, re.MULTILINE)
-    assert len(commands) == 7
+    programs = "server serve|worker \\w+|local|sim|sim reproduce"
+    commands = re.findall(rf"(?:^|`|BIN\)/)(ormo-(?:{programs}) --[^`$\n]+)(?=`|$)", text, re.MULTILINE)
+    shown = set()
     for command in commands:
-        program = next(name for name in SETTINGS if command.startswith(name))
+        program = next(name for name in SETTINGS if command.startswith(f"{name} "))
         read_settings(SETTINGS[program], shlex.split(command.removeprefix(program)), {}, program=program)
+        shown.add(program)
+    assert shown == set(SETTINGS) - {"ormo-worker evaluate"}
 
 
 def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:

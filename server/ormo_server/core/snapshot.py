@@ -54,6 +54,7 @@ def take(machine: StateMachine) -> Snapshot:
     fields["rule"] = machine.run.method.rule
     fields["rule_counters"] = dict(state.rule.counters)
     fields["scheduler"] = machine.run.method.scheduler
+    fields["staleness_bound"] = machine.run.method.staleness_bound
     fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
@@ -82,7 +83,7 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
         )
     state = _state(run, snapshot)
     machine = StateMachine(run, state)
-    if not keep_tickets:
+    if not keep_tickets or _was_looser(snapshot, run):
         _void_everything(state)
     if snapshot.fields["scheduler"] != run.method.scheduler:
         _change_scheduler(state)
@@ -94,6 +95,12 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
     if machine.reached_end():
         machine.finish()
     return machine
+
+
+def _was_looser(snapshot: Snapshot, run: Run) -> bool:
+    """Whether tickets went out under a larger staleness bound than the run has now: they may come back too late."""
+    before, now = snapshot.fields.get("staleness_bound"), run.method.staleness_bound
+    return before is not None and now is not None and before > now
 
 
 def _state(run: Run, snapshot: Snapshot) -> State:

@@ -48,8 +48,9 @@ class StateMachine:
         run: what decides how the state moves.
         state: where the run is.
         scheduler: who gets a ticket when.
-        listener: is told of every input that took effect, in order; the same inputs, fed to another machine that
-            started alike, lead to the same state.
+        listener: is told of every input that took effect, in order. The same inputs, fed to another machine that
+            started alike, lead to the same state, if every `Granted` is followed by the same `write_delivery`, in the
+            same dtype: what was sent is state of the rule `dc`.
     """
 
     def __init__(self, run: Run, state: State) -> None:
