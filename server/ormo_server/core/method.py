@@ -52,7 +52,7 @@ class Method:
         if wanted and bound is None:
             raise SettingsError(
                 f"the {self.scheduler} scheduler needs a staleness bound: the largest delay that an applied gradient "
-                "may have, at least K - 1 for all workers to be busy at once, 2K - 2 for equally fast ones never to wait"
+                "may have, at least K - 1 for all workers to be busy at once, 2K - 2 for equally fast ones not to wait"
             )
         if not wanted and bound is not None:
             raise SettingsError(
