@@ -80,7 +80,7 @@ def test_port_and_directory_in_use_are_told_apart(stage: Stage) -> None:
     code, said = run(stage, "ormo_server", "serve", *flags)
     assert (code, f"can't listen on {stage.address}" in said) == (1, True)
     code, said = run(stage, "ormo_server", "serve", "--directory", "run", "--listen", "127.0.0.1:0")
-    assert (code, "in use by another server" in said) == (1, True)
+    assert (code, "in use by another program" in said) == (1, True)
 
 
 def test_worker_waits_for_a_server_that_is_not_up_yet(stage: Stage) -> None:

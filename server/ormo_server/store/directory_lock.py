@@ -31,7 +31,7 @@ class DirectoryLock:
             holder = self._holder()
             self._file.close()
             raise StoreError(
-                f"{directory} is in use by another server (process {holder}): stop it or choose another --directory"
+                f"{directory} is in use by another program (process {holder}): stop it or choose another --directory"
             ) from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
@@ -42,5 +42,5 @@ class DirectoryLock:
         return self._file.read() or "unknown"
 
     def release(self) -> None:
-        """Let another server have the directory."""
+        """Let another program have the directory."""
         self._file.close()
