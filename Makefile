@@ -34,6 +34,10 @@ INTO ?= README.md
 reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into the README (SUITE=, DATA=)
 	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
 
+.PHONY: benchmark
+benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its gradient
+	$(BIN)/python tests/benchmarks/sim_overhead.py
+
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
