@@ -32,6 +32,9 @@ def all_finite(vector: torch.Tensor) -> bool:
 
 
 def _finite_block(block: torch.Tensor) -> bool:
+    # A sum that is finite has no other terms, and is half the work of the rest. A sum of large numbers may overflow.
+    if math.isfinite(block.sum()):
+        return True
     # NaN wins every comparison of aminmax, so two numbers tell of all. Measured: 10 times faster than isfinite().all().
     low, high = torch.aminmax(block)
     return math.isfinite(low) and math.isfinite(high)

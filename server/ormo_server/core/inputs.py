@@ -1,6 +1,7 @@
 """What goes into the state machine: who asks, the gradient that a worker pushes, and inputs as plain records."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -8,8 +9,7 @@ from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.state import PushResult, Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class Requester:
+class Requester(NamedTuple):
     """Who asks: a slot of an incarnation of a worker, with the slot's rising request number (from 1 up)."""
 
     worker: str

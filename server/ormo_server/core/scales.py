@@ -1,7 +1,7 @@
 """Step scales: how much of the learning rate a gradient gets, by its delay. A new one is a function and a row."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Two clock readings may be the same: no time counts as shorter than this.
 _SHORTEST_SECONDS = 1e-9
@@ -11,8 +11,7 @@ def _of_nobody() -> Iterable[float]:
     return ()
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """What a step scale may look at.
 
     Attributes:

@@ -117,7 +117,8 @@ class StateMachine:
             self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
         member = membership.add(state, worker, incarnation, slots, run_seed=self.run.seed)
         state.started = state.started or len(state.members) >= self.run.min_workers
-        self._tell(Joined(now, worker, incarnation, slots))
+        if self.listener is not None:
+            self.listener(Joined(now, worker, incarnation, slots))
         self._hand_out(now)
         return member
 
@@ -135,7 +136,8 @@ class StateMachine:
         if member is None or member.incarnation != incarnation:
             return False
         self._remove(member, NotAMember(f"worker {worker!r} has left or its lease ran out: join again"))
-        self._tell(Left(now, worker, incarnation))
+        if self.listener is not None:
+            self.listener(Left(now, worker, incarnation))
         self._hand_out(now)
         return True
 
@@ -159,14 +161,16 @@ class StateMachine:
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
         self.state.waiting[requester.slot_key] = None
-        self._tell(Requested(now, requester))
+        if self.listener is not None:
+            self.listener(Requested(now, requester))
         self._hand_out(now)
 
     def withdraw_request(self, slot: SlotKey) -> None:
         """Nobody listens any more for the ticket that this slot waits for. It need not wait, nor exist."""
         if slot in self.state.waiting:
             del self.state.waiting[slot]
-            self._tell(Withdrawn(slot))
+            if self.listener is not None:
+                self.listener(Withdrawn(slot))
 
     def return_ticket(self, now: float, worker: str, incarnation: int, key: TicketKey) -> bool:
         """A ticket comes back unused, or its time ran out: it is void.
@@ -179,7 +183,8 @@ class StateMachine:
         if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
             return False
         tickets.close(self.state, ticket)
-        self._tell(Returned(now, worker, incarnation, key))
+        if self.listener is not None:
+            self.listener(Returned(now, worker, incarnation, key))
         self._hand_out(now)
         return True
 
@@ -218,7 +223,8 @@ class StateMachine:
         slot.result = self._count(requester, ticket, gradient, slot.ticket_seconds)
         slot.request = requester.request
         tickets.close(self.state, ticket)
-        self._tell(Pushed(now, requester, ticket, gradient.samples, slot.result))
+        if self.listener is not None:
+            self.listener(Pushed(now, requester, ticket, gradient.samples, slot.result))
         if self.reached_end():
             self.finish()
         self._hand_out(now)
@@ -266,10 +272,6 @@ class StateMachine:
             torch.maximum(self.state.int_buffers, gradient.int_buffers, out=self.state.int_buffers)
 
     # What follows from inputs
-
-    def _tell(self, taken: Input) -> None:
-        if self.listener is not None:
-            self.listener(taken)
 
     def _hand_out(self, now: float) -> None:
         if self.state.finished or not self.state.started:

@@ -20,12 +20,14 @@ class Host:
     Attributes:
         machine: how fast it is.
         process: on it.
+        travel_seconds: of a gradient or of parameters, one way.
         alive: False once it has left or crashed.
         free_at: when its processor is done with what it has to do.
     """
 
     machine: Machine
     process: Process
+    travel_seconds: float
     alive: bool = True
     free_at: float = 0.0
 
@@ -91,7 +93,8 @@ class Simulation:
 
     def _new_host(self) -> Host:
         machine = self._park.next_machine()
-        host = Host(machine, self._training.join(self.now, machine.name, 1, self._slots))
+        process = self._training.join(self.now, machine.name, 1, self._slots)
+        host = Host(machine, process, machine.travel_seconds(self._message_bytes))
         self._hosts[machine.name] = host
         return host
 
@@ -102,11 +105,9 @@ class Simulation:
     def _start_granted(self) -> None:
         for place in self._training.granted():
             host = self._hosts[place.key[0]]
-            arrives = self.now + host.machine.travel_seconds(self._message_bytes)
-            host.free_at = max(arrives, host.free_at) + host.machine.next_compute_seconds()
-            returns = host.free_at + host.machine.travel_seconds(self._message_bytes)
             assert place.ticket is not None
-            self._at(returns, self._gradient_arrives, host, place, place.ticket.key)
+            host.free_at = max(self.now + host.travel_seconds, host.free_at) + host.machine.next_compute_seconds()
+            self._at(host.free_at + host.travel_seconds, self._gradient_arrives, host, place, place.ticket.key)
 
     def _gradient_arrives(self, host: Host, place: Place, ticket: tuple[int, int]) -> None:
         if not host.alive or place.ticket is None or place.ticket.key != ticket:

@@ -93,7 +93,7 @@ class Training:
 
     def request(self, now: float, process: Process, place: Place) -> None:
         """A slot asks for a ticket, with the request number that it has."""
-        self.machine.request_ticket(now, Requester(process.name, process.incarnation, place.key[1], place.request))
+        self.machine.request_ticket(now, _requester(process, place))
 
     def granted(self) -> list[Place]:
         """The places that have got a ticket, and its parameters, since the last call."""
@@ -124,7 +124,7 @@ class Training:
             self._refuse(now, place)
             return
         self._refused_in_a_row = 0
-        requester = Requester(process.name, process.incarnation, place.key[1], place.request)
+        requester = _requester(process, place)
         count = computed.samples if samples is None else samples
         gradient = Gradient(place.ticket.key, self._gradient, count, *_buffers_sent(computed))
         result = self.machine.push(now, requester, gradient)
@@ -153,6 +153,10 @@ class Training:
     def _model(self) -> Model:
         state = self.machine.state
         return Model(state.params, state.float_buffers, state.int_buffers)
+
+
+def _requester(process: Process, place: Place) -> Requester:
+    return Requester(process.name, process.incarnation, place.key[1], place.request)
 
 
 def _buffers_sent(computed: Computed) -> tuple[torch.Tensor | None, torch.Tensor | None]:

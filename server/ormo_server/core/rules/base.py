@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ class Coefficients:
     delay_compensation: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Landing:
+class Landing(NamedTuple):
     """Where one gradient lands and how much it counts.
 
     Attributes:
@@ -41,8 +40,7 @@ class Landing:
     slot: SlotKey
 
 
-@dataclass(frozen=True, slots=True)
-class Sending:
+class Sending(NamedTuple):
     """What a delivery may depend on besides the rule's vectors.
 
     Attributes:
