@@ -72,3 +72,19 @@ def test_the_workers_that_come_and_go_are_those_of_the_command_line(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     # 6 of the first worker, at 1 to 6 s, and 5 of each of the three that join, at 4.5 to 8.5 s.
     assert summary(tmp_path)["virtual_seconds"] == 8.5
+
+
+def test_a_staleness_bound_that_keeps_workers_idle_is_warned_of(tmp_path: Path) -> None:
+    flags = [
+        "--scheduler",
+        "bounded-staleness",
+        "--staleness-bound",
+        "2",
+        "--workers",
+        "4",
+        "--stop-after-gradients",
+        "8",
+    ]
+    done = simulate(tmp_path, *flags, "--no-plots")
+    assert "a staleness bound of 2 keeps 1 of 4 slots idle: set it to at least 3" in done.stdout
+    assert summary(tmp_path)["delay"]["max"] <= 2

@@ -67,7 +67,7 @@ class Engine:
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
-        self._idle_slots = 0
+        self._idle_warning = ""
         self._export_gauges()
         self._note_end()
         self._warn_of_idle_slots(machine.state.live_slots)
@@ -94,16 +94,10 @@ class Engine:
         return member, known.incarnation if known is not None and known is not member else None
 
     def _warn_of_idle_slots(self, slots: int) -> None:
-        idle = self._machine.scheduler.idle_slots(slots)
-        if idle and idle != self._idle_slots:
-            log.warning(
-                "a staleness bound of %d keeps %d of %d slots idle: set it to at least %d for all to be busy",
-                self._machine.scheduler.staleness_bound,
-                idle,
-                slots,
-                slots - 1,
-            )
-        self._idle_slots = idle
+        warning = self._machine.scheduler.idle_warning(slots)
+        if warning and warning != self._idle_warning:
+            log.warning("%s", warning)
+        self._idle_warning = warning
 
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""

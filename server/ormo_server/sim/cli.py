@@ -40,6 +40,8 @@ def simulate(argv: Sequence[str]) -> int:
     settings = load_settings(SimSettings, argv, program="ormo-sim")
     console = Console()
     plan = Plan(settings)
+    if plan.warning():
+        console.print(plan.warning(), style="yellow", soft_wrap=True)
     directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
     started = time.perf_counter()
     try:

@@ -17,7 +17,7 @@ TOLD_BY_TRACE = ("workers", "slow", "slots", "compute_time", "latency", "bandwid
 
 
 class SimSettings(TrainingSettings):
-    """Train in virtual time, with simulated workers on this machine."""
+    """Train in virtual time, with simulated workers on this machine. Other commands: plot, reproduce."""
 
     # What is computed
     task: str = Field("digits", description="model and data: a built-in task or an import path, as for `ormo-worker`")

@@ -10,6 +10,7 @@ import torch
 from ormo_protos.slow_workers import slow_factors
 from ormo_protos.usage import UsageError
 from ormo_server.core.method import Run
+from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.sim import record
 from ormo_server.sim.compute_times import parse
 from ormo_server.sim.config import SimSettings
@@ -67,6 +68,14 @@ class Plan:
         self._workload = _workload(settings.workload, _workload_settings(settings))
         self._run = _as_simulated(settings, self._workload, self._segment)
         self.gradients = self._count_gradients()
+
+    def warning(self) -> str:
+        """What the user should know beforehand, in one sentence; empty for nothing."""
+        if self._segment is not None:
+            return ""
+        method = self._run.method
+        scheduler = SCHEDULERS[method.scheduler](method.staleness_bound)
+        return scheduler.idle_warning(self.settings.workers * self.settings.slots)
 
     def _count_gradients(self) -> int:
         by_samples = -(-self._run.stop_after_samples // self._workload.batch_samples)

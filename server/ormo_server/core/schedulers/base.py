@@ -53,6 +53,16 @@ class Scheduler(ABC):
         """How many of so many slots can never be busy at the same time as the others, whatever their speed."""
         return 0 if self.staleness_bound is None else max(0, slots - 1 - self.staleness_bound)
 
+    def idle_warning(self, slots: int) -> str:
+        """One sentence about those of so many slots that are always idle; empty if none is."""
+        idle = self.idle_slots(slots)
+        if not idle:
+            return ""
+        return (
+            f"a staleness bound of {self.staleness_bound} keeps {idle} of {slots} slots idle: set it to at least "
+            f"{slots - 1} for all to be busy"
+        )
+
     def check_slots(self, slots: int) -> None:
         """Refuse a worker with more slots than the policy can serve.
 
