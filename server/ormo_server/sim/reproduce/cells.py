@@ -129,7 +129,7 @@ class Processes:
 
     def _submit(self, jobs: Jobs, futures: dict[Future[None], Path]) -> None:
         # The processes start here. A Ctrl-C in a terminal goes to all of them; it is for this one to act on.
-        with _ignoring_interrupts():
+        with _interrupts_held_back():
             if self._pool is None:
                 # torch's threads do not survive a fork.
                 spawning = multiprocessing.get_context("spawn")
@@ -151,12 +151,13 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held_back() -> Iterator[None]:
+    # Processes that are started meanwhile never get one; here one that comes is not lost, as it would be if ignored.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
