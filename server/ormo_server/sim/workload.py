@@ -7,7 +7,7 @@ an import path, as ASGI servers name applications. The worker's package has the 
 import importlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -100,12 +100,4 @@ def load_workload(path: str, settings: WorkloadSettings) -> Workload:
             f"the workload {path!r} can't be imported ({error}): expected 'package.module:attribute'; for the tasks of "
             "the worker install ormo-parameter-server[worker]"
         ) from error
-    return factory(
-        task=settings.task,
-        data_dir=settings.data_dir,
-        batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
-        device=settings.device,
-        train_samples=settings.train_samples,
-        test_samples=settings.test_samples,
-    )
+    return factory(**asdict(settings))
