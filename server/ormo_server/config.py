@@ -53,9 +53,17 @@ class ServerSettings(TrainingSettings):
     trace: Path | None = Field(
         None, description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace"
     )
+    worker_series: int = Field(
+        100,
+        ge=0,
+        description="how many workers have metrics of their own, those that joined first; others are summed up",
+    )
     reflection: bool = Field(False, description="let clients list the service (for development)")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="log lines for people, or for programs: one JSON object each"
     )
 
     @property

@@ -19,6 +19,12 @@ def _choices(names: object) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
 class TrainingSettings(Settings):
     """How to train, and for how long."""
 
@@ -95,6 +101,13 @@ class TrainingSettings(Settings):
             stop_after_samples=self.stop_after_samples,
             seed=self.seed,
         )
+
+    def described(self) -> dict[str, str]:
+        """All of it by name, with the method's choices as they are in force; empty for what is not set."""
+        given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
+        method = self._method()
+        choices = {"method": method.name, "update_rule": method.rule, "step_scale": method.scale}
+        return {name: _text(value) for name, value in (given | choices | {"scheduler": method.scheduler}).items()}
 
     def _method(self) -> Method:
         if self.method not in PRESETS:

@@ -7,7 +7,18 @@ import torch
 
 from ormo_protos.manifest import BFLOAT16
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, state_of
+from service.wire import (
+    LARGE,
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    received_bytes,
+    served,
+    state_of,
+)
 
 
 def test_first_worker_gives_the_model_and_gets_it_back_with_its_buffers(tmp_path: Path) -> None:
@@ -108,7 +119,7 @@ def test_gradient_that_stops_in_the_middle_changes_nothing(tmp_path: Path) -> No
         message = worker.exchange(gradient)
         stream.send(message)
         stream.send(pb.PushPullRequest(chunk=next(gradient.chunks())))
-        eventually(lambda: server.metrics.received_bytes._value.get() > LARGE.sizes["parameters"] * 4)
+        eventually(lambda: received_bytes(server) > LARGE.sizes["parameters"] * 4)
         stream.drop()
         eventually(lambda: len(server.streams) == 0)
         assert server.host.engine.position() == before[0]
@@ -273,7 +284,7 @@ def test_death_of_the_one_that_all_wait_for_opens_the_next_round(tmp_path: Path)
         assert stream.delivery().iteration.number == 1
         with pytest.raises(Refused):
             dead.receive()
-        assert server.metrics.expired_workers._value.get() == 1
+        assert server.metrics.upkeep.expired_workers._value.get() == 1
 
 
 def test_end_of_the_run_is_told_to_all_and_kept_results_are_still_repeated(tmp_path: Path) -> None:

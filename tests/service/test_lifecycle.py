@@ -70,17 +70,18 @@ def test_metrics_are_served_over_http(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
             text = page.read().decode()
     for line in (
-        'ormo_pushes_total{outcome="applied"} 1.0',
-        'ormo_pulls_total{kind="ticket"} 1.0',
+        'ormo_pushes_total{outcome="applied",reason=""} 1.0',
+        'ormo_pulls_total{outcome="ticket",reason=""} 1.0',
         'ormo_refusals_total{reason="NON_FINITE"} 0.0',
         "ormo_iteration 1.0",
         "ormo_live_workers 1.0",
         "ormo_bucket_size 1.0",
         "ormo_samples_total 4.0",
         'ormo_gradient_delay_iterations_bucket{le="0.0"} 1.0',
-        "ormo_update_duration_seconds_count 1.0",
-        "ormo_received_bytes_total 104.0",  # the model with its buffers (40 + 16 + 8) and the gradient (40)
-        "ormo_sent_bytes_total 40.0",
+        'ormo_exchange_stage_seconds_count{stage="apply"} 1.0',
+        'ormo_received_bytes_total{method="OfferModel"} 64.0',  # the model with its buffers (40 + 16 + 8)
+        'ormo_received_bytes_total{method="PushGradient"} 40.0',
+        'ormo_sent_bytes_total{method="PullParams"} 40.0',
     ):
         assert line in text.splitlines(), line
     assert "ormo_lock_wait_seconds_count" in text
@@ -216,7 +217,7 @@ def test_ticket_of_a_hung_worker_is_void_after_the_ticket_timeout(tmp_path: Path
         a.push(payload(SMALL, 1.0))
         assert a.pull().iteration.number == 1  # waits until the hung worker's ticket is void
         assert len(stub.GetStatus(pb.GetStatusRequest()).workers) == 2
-        assert server.metrics.expired_tickets._value.get() >= 1
+        assert server.metrics.upkeep.expired_tickets._value.get() >= 1
 
 
 def test_checkpoint_of_another_rule_is_refused_with_what_to_do(tmp_path: Path) -> None:

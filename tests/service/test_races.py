@@ -16,17 +16,24 @@ from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.cli import _run_until_told
 from ormo_server.service.server import Server
-from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, settings
+from service.wire import (
+    LARGE,
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    received_bytes,
+    served,
+    settings,
+)
 
 FLOATS = pb.DeliveryRequest(dtype=FLOAT32)
 
 
 def refused_times(server: Server, reason: str) -> int:
-    return int(server.metrics.refusals.labels(reason)._value.get())
-
-
-def received_bytes(server: Server) -> int:
-    return int(server.metrics.received_bytes._value.get())
+    return int(server.metrics.traffic.refusals.labels(reason)._value.get())
 
 
 def servicer_buffers(server: Server) -> int:
@@ -359,7 +366,7 @@ def test_background_thread_outlives_a_failure(tmp_path: Path, monkeypatch: pytes
         server.host.last_checkpoint = None
         assert failed.wait(2.0)
         thread = server._upkeep if task == "expiry" else server._checkpoints
-        eventually(lambda: server.metrics.upkeep_failures.labels(task)._value.get() >= 2)
+        eventually(lambda: server.metrics.upkeep.failures.labels(task)._value.get() >= 2)
         assert thread.is_alive()
 
 

@@ -267,3 +267,8 @@ def state_of(server: Server) -> tuple[Any, ...]:
         vectors = tuple(tuple(vector.tolist()) for vector in state.rule.vectors.values())
         tickets = tuple(state.tickets)
         return (state.iteration, tuple(state.params.tolist()), vectors, tuple(state.float_buffers.tolist()), tickets)
+
+
+def received_bytes(server: Server) -> int:
+    """Tensor bytes that a server has received, by whichever method."""
+    return int(sum(counter._value.get() for counter in server.metrics.traffic.received_bytes.values()))

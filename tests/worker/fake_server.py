@@ -76,6 +76,7 @@ class FakeServer(ParameterServerServicer):
     asked: list[str] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
     announced: list[pb.Gradient] = field(default_factory=list)
+    evaluations: list[pb.Evaluation] = field(default_factory=list)
     answers_to_join: deque[pb.JoinResponse] = field(default_factory=deque)
     # What only the shell around the state needs.
     port: int = 0
@@ -215,6 +216,11 @@ class FakeServer(ParameterServerServicer):
         self.at("status", context)
         phase = pb.GetStatusResponse.PHASE_FINISHED if self.finished else pb.GetStatusResponse.PHASE_TRAINING
         return pb.GetStatusResponse(phase=phase, iteration=self._now())
+
+    def ReportEvaluation(self, request: pb.ReportEvaluationRequest, context: Any) -> pb.ReportEvaluationResponse:  # noqa: N802
+        self.at("report", context)
+        self.evaluations.append(request.evaluation)
+        return pb.ReportEvaluationResponse()
 
     # The state.
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker import evaluation
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.errors import ModelMismatch, OptionRefused
 from ormo_worker.tasks import TaskError
 from ormo_worker.transfer import Staging
-from worker.fake_server import FakeServer
+from worker.fake_server import FakeServer, Fault, refuse
 from worker.lines import Lines
 from worker.models import Tied
 
@@ -57,6 +58,27 @@ def test_it_evaluates_what_is_newer_until_the_run_is_over(
         "evaluation iteration=2 loss=0.0000 accuracy=1.0000",
     ]
     assert training.asked == ["pull"] * 5
+
+
+def test_each_evaluation_is_reported_to_the_server(training: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([lambda: train(training, 2.0), lambda: train(training, 3.0)])
+    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: next(looks)())
+    evaluation.run(settings(training, every_seconds=1e-6))
+    told = [(e.iteration.epoch, e.iteration.number, round(e.loss, 4), e.accuracy) for e in training.evaluations]
+    assert told == [(7, 0, 42.0, 0.0), (7, 1, 4.6667, 0.0), (7, 2, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "fault", [refuse("UNIMPLEMENTED"), refuse("INVALID_ARGUMENT", Reason.BAD_REQUEST)], ids=["unknown", "refused"]
+)
+def test_evaluation_that_the_server_does_not_take_ends_nothing(
+    training: FakeServer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, fault: Fault
+) -> None:
+    training.told(("report", fault))
+    with caplog.at_level("INFO"):
+        evaluation.run(settings(training, once=True))
+    assert len(lines_of(capsys)) == 1
+    assert "the server does not show the evaluation of iteration 0" in caplog.text
 
 
 def train(server: FakeServer, weight: float) -> None:
@@ -126,7 +148,7 @@ def test_the_metrics_are_served_while_it_runs(training: FakeServer, monkeypatch:
     monkeypatch.setattr(evaluation.time, "sleep", look)
     before = set(threading.enumerate())
     evaluation.run(settings(training, metrics_listen=f"127.0.0.1:{port}"))
-    for line in ("ormo_test_loss 42.0", "ormo_test_accuracy 0.0", "ormo_test_iteration 0.0"):
+    for line in ("ormo_evaluator_duration_seconds_count 1.0", "ormo_evaluator_iteration 0.0"):
         assert line in pages[0].splitlines()
     assert not {thread for thread in set(threading.enumerate()) - before if "http" in thread.name}
 

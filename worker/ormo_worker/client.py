@@ -10,6 +10,7 @@ from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
 from ormo_worker.identity import Identity
 from ormo_worker.membership import Membership
+from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience, TryAgain
 from ormo_worker.slot import Slot
 from ormo_worker.wire import Delivered, DeliveryReceiver, Wire
@@ -32,6 +33,7 @@ class ParameterClient:
         wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
         pin_memory: whether payloads are received into page-locked memory.
         patience: how long to wait for the server.
+        observer: is told what happens, from any thread.
 
     Raises:
         OptionRefused: the worker id can't be used.
@@ -48,10 +50,11 @@ class ParameterClient:
         wire_dtype: pb.Dtype.ValueType = FLOAT32,
         pin_memory: bool = False,
         patience: Patience | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.identity = Identity() if worker_id is None else Identity(worker_id)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
-        self._connection = Connection(server, Patience() if patience is None else patience)
+        self._connection = Connection(server, patience or Patience(), observer or Observer())
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
         self.slots = tuple(
             Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)
@@ -122,6 +125,23 @@ class ParameterClient:
         get_status = self._connection.stub.GetStatus
         return self._connection.retrying(
             lambda: self._connection.unary(get_status, pb.GetStatusRequest()), "asking for the status"
+        )
+
+    def report(self, evaluation: pb.Evaluation, *, within: float) -> None:
+        """Have the server show how good the parameters of an iteration are.
+
+        Args:
+            evaluation: what was found.
+            within: seconds after which to give up.
+
+        Raises:
+            ServerUnreachable: that time is over.
+            Refused: the server does not take it.
+        """
+        request = pb.ReportEvaluationRequest(evaluation=evaluation)
+        method = self._connection.stub.ReportEvaluation
+        self._connection.retrying(
+            lambda: self._connection.unary(method, request), "reporting an evaluation", within=within
         )
 
     def close(self) -> None:

@@ -33,11 +33,23 @@ class _Common(Settings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="log lines for people, or for programs: one JSON object each"
+    )
+
+    metrics_listen: str = Field(
+        "", description="host and port to serve this process's own metrics on, for Prometheus; empty for none"
+    )
 
     @field_validator("server")
     @classmethod
     def _is_address(cls, value: str) -> str:
         return checked_address(value, lowest_port=1)
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _is_address_or_empty(cls, value: str) -> str:
+        return checked_address(value, lowest_port=0) if value else value
 
     @field_validator("device")
     @classmethod
@@ -81,11 +93,3 @@ class EvaluateSettings(_Common):
     batch_size: int = Field(256, ge=1, description="samples in each batch of the test set")
     every_seconds: float = Field(10.0, gt=0, description="seconds between evaluations; skipped if nothing is newer")
     once: bool = Field(False, description="evaluate once and exit")
-    metrics_listen: str = Field(
-        "", description="host and port to serve loss and accuracy on, for Prometheus; empty for none"
-    )
-
-    @field_validator("metrics_listen")
-    @classmethod
-    def _is_address_or_empty(cls, value: str) -> str:
-        return checked_address(value, lowest_port=0) if value else value

@@ -11,6 +11,7 @@ import grpc
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.errors import ClientClosed, OrmoError
+from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
 from ormo_worker.retries import LONGEST_PAUSE_SECONDS, Patience, RetryLoop, SignsOfLife
 
@@ -33,12 +34,14 @@ class Connection:
     Attributes:
         server: the address as the user gave it.
         patience: how long to wait.
+        observer: is told what happens.
         stub: the server's methods.
     """
 
-    def __init__(self, server: str, patience: Patience) -> None:
+    def __init__(self, server: str, patience: Patience, observer: Observer) -> None:
         self.server = server
         self.patience = patience
+        self.observer = observer
         self._channel = grpc.insecure_channel(server, options=_channel_options(patience))
         self.stub = ParameterServerStub(self._channel)
         self._open: set[Cancellable] = set()
@@ -46,7 +49,7 @@ class Connection:
         self._closed = threading.Event()
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
-        self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check)
+        self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check, observer)
 
     @property
     def closed(self) -> bool:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from torch import nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.devices import resolve_device
-from ormo_worker.errors import OptionRefused
+from ormo_worker.errors import OrmoError
+from ormo_worker.metrics import EvaluatorMetrics, Exporter
+from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience
 from ormo_worker.tasks import Score, Task, load_task
 from ormo_worker.tasks.batches import evaluation_batches, to_device
@@ -22,6 +23,7 @@ from ormo_worker.transfer import Staging
 from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
+_REPORT_SECONDS = 5.0  # the next evaluation is worth more than a report of this one
 _SECONDS_BETWEEN_LOOKS = 1.0  # so that the end of a run is noticed soon, however rare the evaluations
 
 
@@ -30,11 +32,13 @@ class Evaluation:
     """The test set's verdict on one iteration's parameters.
 
     Attributes:
+        epoch: of the server that had the parameters.
         iteration: of the parameters.
         score: of the whole test set.
         seconds: that it took to compute.
     """
 
+    epoch: int
     iteration: int
     score: Score
     seconds: float
@@ -46,9 +50,17 @@ class Evaluation:
             f"accuracy={self.score.accuracy:.4f} seconds={self.seconds:.2f}"
         )
 
+    def to_message(self) -> pb.Evaluation:
+        """The evaluation, as it is reported to the server."""
+        return pb.Evaluation(
+            iteration=pb.Iteration(epoch=self.epoch, number=self.iteration),
+            loss=self.score.mean_loss,
+            accuracy=self.score.accuracy,
+        )
+
 
 def run(settings: EvaluateSettings) -> None:
-    """Print a line, and set the metrics, for each evaluation until the run is over.
+    """Print a line, and tell the server, for each evaluation until the run is over.
 
     Raises:
         TaskError: the task or its data can't be used.
@@ -58,16 +70,26 @@ def run(settings: EvaluateSettings) -> None:
     torch.set_num_threads(settings.threads)
     task = load_task(settings.task, settings.data_dir)
     evaluator = Evaluator(task, resolve_device(settings.device), settings.batch_size)
-    metrics = Metrics(settings.metrics_listen)
+    metrics = EvaluatorMetrics()
+    exporter = Exporter(settings.metrics_listen, metrics.registry)
     patience = Patience(settings.connect_timeout, settings.failure_timeout, settings.give_up_after)
     try:
-        with evaluator.client(settings.server, patience) as client:
+        with evaluator.client(settings.server, patience, metrics) as client:
             for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
-                metrics.show(evaluation)
                 sys.stdout.write(evaluation.line() + "\n")
                 sys.stdout.flush()
+                metrics.evaluated(evaluation.iteration, evaluation.seconds)
+                _report(client, evaluation)
     finally:
-        metrics.close()
+        exporter.close()
+
+
+def _report(client: ParameterClient, evaluation: Evaluation) -> None:
+    """Tell the server. It shows evaluations and needs none: what it does not take is not worth more than a line."""
+    try:
+        client.report(evaluation.to_message(), within=_REPORT_SECONDS)
+    except OrmoError as error:
+        _LOG.info("the server does not show the evaluation of iteration %d: %s", evaluation.iteration, error)
 
 
 def evaluations(
@@ -112,10 +134,10 @@ class Evaluator:
         self._test_set = task.test_set()
         self._staging = Staging(self._model)
 
-    def client(self, server: str, patience: Patience) -> ParameterClient:
+    def client(self, server: str, patience: Patience, observer: Observer | None = None) -> ParameterClient:
         """A reader of this model's parameters."""
         manifest, pin_memory = self._staging.tensors.manifest, self._staging.device is not None
-        return ParameterClient(server, manifest, pin_memory=pin_memory, patience=patience)
+        return ParameterClient(server, manifest, pin_memory=pin_memory, patience=patience, observer=observer)
 
     @torch.no_grad()
     def evaluate(self, delivered: Delivered) -> Evaluation:
@@ -125,45 +147,5 @@ class Evaluator:
         score = Score()
         for batch in evaluation_batches(self._test_set, self._batch_size):
             score += self._task.score(self._model, to_device(batch, self._device))
-        return Evaluation(delivered.iteration.number, score, time.monotonic() - started)
-
-
-class Metrics:
-    """The last evaluation, for Prometheus.
-
-    Args:
-        listen: HOST:PORT to serve them on; empty for nowhere.
-
-    Raises:
-        OptionRefused: that address can't be had.
-    """
-
-    def __init__(self, listen: str) -> None:
-        registry = CollectorRegistry()
-        self._loss = Gauge("ormo_test_loss", "Mean loss over the test set.", registry=registry)
-        self._accuracy = Gauge("ormo_test_accuracy", "Share of the test set predicted right.", registry=registry)
-        self._iteration = Gauge("ormo_test_iteration", "Iteration of the evaluated parameters.", registry=registry)
-        self._server = None
-        if listen:
-            host, _, port = listen.rpartition(":")
-            try:
-                self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
-            except OSError as error:
-                raise OptionRefused(
-                    f"--metrics-listen is {listen}, but that can't be listened on ({error.strerror or error}): "
-                    "name another port, or end the program that has it"
-                ) from None
-            _LOG.info("metrics on %s:%d", host, self._server.server_port)
-
-    def show(self, evaluation: Evaluation) -> None:
-        """Set the metrics."""
-        self._loss.set(evaluation.score.mean_loss)
-        self._accuracy.set(evaluation.score.accuracy)
-        self._iteration.set(evaluation.iteration)
-
-    def close(self) -> None:
-        """Stop serving them."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        epoch, iteration = delivered.iteration.epoch, delivered.iteration.number
+        return Evaluation(epoch, iteration, score, time.monotonic() - started)

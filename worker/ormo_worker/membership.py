@@ -79,6 +79,8 @@ class Membership:
                 self.welcome = self._connection.retrying(self._join, "joining the run")
                 self.joins += 1
                 self._is_member = True
+                if self.joins > 1:
+                    self._connection.observer.rejoined()
                 self._heartbeat.start(self.welcome.lease_seconds)
                 self._log_welcome(self.welcome)
             return self.joins
@@ -147,7 +149,7 @@ class Membership:
             raise TryAgain("offering the model: nothing moved any more, so the call was ended") from None
         except CallEnded as end:
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
-                raise TryAgain(f"offering the model: {end}", end.retry_seconds) from None
+                raise TryAgain.after(end, "offering the model: ") from None
             raise end.error("the model that this worker offered") from None
 
     def _moving(self, requests: Iterable[T]) -> Iterator[T]:

@@ -16,6 +16,9 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, RunFinished
 from ormo_worker.groups import SCALE, ParameterGroup, decays
+from ormo_worker.identity import Identity
+from ormo_worker.metrics import Exporter, WorkerMetrics
+from ormo_worker.observer import Observer, Outcome
 from ormo_worker.retries import Patience
 from ormo_worker.slot import ExchangeOutcome
 from ormo_worker.transfer import Staging, Transfer
@@ -49,6 +52,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         connect_timeout: seconds to wait for the server at first.
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
+        metrics_listen: HOST:PORT to serve this worker's own metrics on, for Prometheus; empty for none.
 
     Attributes:
         last_result: what the server said to the last gradient; None before the first, and for one that was
@@ -60,7 +64,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
-        OptionRefused: an option that the server decides, a parameter of another model, or a bad id or dtype.
+        OptionRefused: an option that the server decides, a parameter of another model, a bad id or dtype, or an
+            address for metrics that can't be had.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
         Refused: the server won't have this worker.
@@ -78,6 +83,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
         give_up_after: float | None = None,
+        metrics_listen: str = "",
     ) -> None:
         self._staging = Staging(model)
         self._own = set(self._staging.tensors.parameters)
@@ -92,16 +98,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         dtype = _wire_dtype(wire_dtype)
         self._outgoing = self._transfer(dtype, with_buffers=self._staging.tensors.has_buffers)
         self._incoming: Transfer | None = None
+        identity = Identity() if worker_id is None else Identity(worker_id)
+        metrics = WorkerMetrics(identity.worker, self._staging.tensors.parameters[0].device)
+        exporter = Exporter(metrics_listen, metrics.registry)
+        self._observer: Observer = metrics
         self._client = ParameterClient(
             server,
             self._staging.tensors.manifest,
             model=self._staging.snapshot,
-            worker_id=worker_id,
+            worker_id=identity.worker,
             wire_dtype=dtype,
             pin_memory=self._staging.device is not None,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
+            observer=metrics,
         )
-        self._close = weakref.finalize(self, self._client.close)  # also at the end of the program
+        self._close = weakref.finalize(self, _close, self._client, exporter)  # also at the end of the program
         self._slot = self._client.slots[0]
         try:
             self._start()
@@ -157,7 +168,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 returned = closure()
         gradient = self._gather(samples, returned if loss is None else loss)
-        self._take(self._slot.exchange(gradient))
+        self._observer.stage("compute", gradient.compute_seconds)
+        outcome = self._slot.exchange(gradient)
+        self._observer.stepped(_became(outcome))
+        self._take(outcome)
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -257,6 +271,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
+
+
+def _close(client: ParameterClient, exporter: Exporter) -> None:
+    client.close()
+    exporter.close()
+
+
+def _became(outcome: ExchangeOutcome) -> Outcome:
+    """Of the gradient."""
+    if outcome.result is not None:
+        return "discarded" if outcome.result.discarded else "applied"
+    return "lost" if outcome.refusal is None else "refused"
 
 
 def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:

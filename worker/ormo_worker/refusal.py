@@ -41,6 +41,11 @@ class CallEnded(Exception):
         return cls(call.code().name, reason, call.details() or "no details", seconds)
 
     @property
+    def cause(self) -> str:
+        """The reason, or the status code where there is none."""
+        return self.reason or self.code
+
+    @property
     def step(self) -> Step:
         """What this leads to, outside an exchange."""
         return step_after(self.code, self.reason)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from ormo_worker.errors import ServerUnreachable
+from ormo_worker.observer import Observer
 from ormo_worker.refusal import CallEnded
 from ormo_worker.session import Step
 
@@ -39,11 +40,22 @@ class Patience:
 
 
 class TryAgain(Exception):
-    """Raised in an attempt: the same call is to be made again, after a pause of at least these seconds."""
+    """Raised in an attempt: the same call is to be made again.
 
-    def __init__(self, message: str, seconds: float = 0.0) -> None:
+    Attributes:
+        retry_seconds: the least pause before.
+        cause: the server's reason, or gRPC's status code.
+    """
+
+    def __init__(self, message: str, seconds: float = 0.0, cause: str = "CANCELLED") -> None:
         super().__init__(message)
         self.retry_seconds = seconds
+        self.cause = cause
+
+    @classmethod
+    def after(cls, end: CallEnded, message: str = "") -> "TryAgain":
+        """For a call that ended so that another attempt may succeed."""
+        return cls(f"{message}{end}", end.retry_seconds, end.cause)
 
 
 class Waiting(TryAgain):
@@ -81,16 +93,24 @@ class RetryLoop:
         signs: of the server's life.
         closed: ends all pauses.
         check: raises what stands against another attempt.
+        observer: is told of every attempt that failed and is followed by another.
     """
 
     def __init__(
-        self, server: str, patience: Patience, signs: SignsOfLife, closed: threading.Event, check: Callable[[], None]
+        self,
+        server: str,
+        patience: Patience,
+        signs: SignsOfLife,
+        closed: threading.Event,
+        check: Callable[[], None],
+        observer: Observer,
     ) -> None:
         self._server = server
         self._patience = patience
         self._signs = signs
         self._closed = closed
         self._check = check
+        self._observer = observer
         self._logged_at: dict[int, float] = {}
 
     def run(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
@@ -118,7 +138,7 @@ class RetryLoop:
             stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
             wait=_pause,
             sleep=self._sleep,
-            before_sleep=lambda state: self._log(what, state),
+            before_sleep=lambda state: self._note(what, state),
             retry_error_callback=lambda state: self._give_up(what, state, within),
         )
         began = time.monotonic()
@@ -142,6 +162,12 @@ class RetryLoop:
         # A client that has just begun to ask can't blame the server for the silence before.
         silent = min(self._signs.silent_seconds, time.monotonic() - state.start_time)
         return self._closed.is_set() or silent >= self._patience_seconds()
+
+    def _note(self, what: str, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, TryAgain | CallEnded) and not isinstance(error, Waiting):
+            self._observer.retried(error.cause)
+        self._log(what, state)
 
     def _log(self, what: str, state: tenacity.RetryCallState) -> None:
         """Say why another attempt follows, but not for each of them."""

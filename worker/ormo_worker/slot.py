@@ -1,6 +1,7 @@
 """One of a worker's in-flight places: exchanges a gradient for the next parameters, whatever happens meanwhile."""
 
 import queue
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from ormo_worker.connection import Connection
 from ormo_worker.errors import ProtocolBroken, RunFinished
 from ormo_worker.identity import Identity
 from ormo_worker.membership import Membership
+from ormo_worker.observer import Stage
 from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain
 from ormo_worker.session import SlotSession, Step
@@ -57,6 +59,7 @@ class Slot:
         self._receiver = DeliveryReceiver(wire)
         self._stream: _Stream | None = None
         self._joins = 0
+        self._since = 0.0
 
     @property
     def holds_ticket(self) -> bool:
@@ -105,7 +108,7 @@ class Slot:
             if step is Step.JOIN:
                 self._membership.lose(self._joins)
             if step in (Step.SEND_AGAIN, Step.PULL, Step.JOIN):
-                raise TryAgain(str(end), end.retry_seconds) from None
+                raise TryAgain.after(end) from None
             if step is not Step.FINISHED:
                 raise
         if step is Step.FINISHED:
@@ -123,6 +126,7 @@ class Slot:
 
     def _converse(self, gradient: Gradient | None) -> Step:
         stream, ask = self._opened(), self._session.ask
+        self._since = time.monotonic()
         stream.send(self._wire.exchange(self._identity, self.number, ask, gradient))
         step = Step.READ
         while step is Step.READ:
@@ -137,18 +141,27 @@ class Slot:
     def _take(self, answer: pb.PushPullResponse) -> Step:
         match answer.WhichOneof("part"):
             case "result":
+                self._over("push")
                 return self._session.on_result(answer.result)
             case "delivery":
+                self._over("wait")
                 asked = self._wire.delivery_request(with_buffers=self._session.ask.wants_buffers)
                 self._receiver.begin(answer.delivery, asked)
                 return Step.READ
             case "chunk":
-                complete = self._receiver.accept(answer.chunk)
-                return self._session.on_delivery(self._receiver.ticket) if complete else Step.READ
+                if not self._receiver.accept(answer.chunk):
+                    return Step.READ
+                self._over("pull")
+                return self._session.on_delivery(self._receiver.ticket)
             case "finished":
                 return self._session.on_finished()
             case _:
                 return Step.FAIL
+
+    def _over(self, stage: Stage) -> None:
+        now = time.monotonic()
+        self._connection.observer.stage(stage, now - self._since)
+        self._since = now
 
     def _outcome(self, delivered: Delivered | None, *, finished: bool) -> ExchangeOutcome:
         return ExchangeOutcome(self._session.result, self._session.refusal, delivered, finished)

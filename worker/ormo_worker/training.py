@@ -47,6 +47,7 @@ def run(settings: RunSettings) -> None:
         connect_timeout=settings.connect_timeout,
         failure_timeout=settings.failure_timeout,
         give_up_after=settings.give_up_after,
+        metrics_listen=settings.metrics_listen,
     ) as optimizer:
         if optimizer.finished:
             _LOG.info("the run was over already, at iteration %d: there is nothing to train", optimizer.iteration)

@@ -1170,6 +1170,81 @@ class LeaveResponse(_message.Message):
 Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
 
 @_typing.final
+class Evaluation(_message.Message):
+    """The verdict on the parameters of one iteration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    loss: _builtins.float
+    """Mean loss over the test set; may be NaN or infinite."""
+    accuracy: _builtins.float
+    """Share of the test set that was predicted right, 0 to 1; not set where the task has no such thing."""
+    @_builtins.property
+    def iteration(self) -> Global___Iteration:
+        """Of the parameters, as delivered."""
+
+    def __init__(
+        self,
+        *,
+        iteration: Global___Iteration | None = ...,
+        loss: _builtins.float = ...,
+        accuracy: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "accuracy", b"accuracy", "iteration", b"iteration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "accuracy", b"accuracy", "iteration", b"iteration", "loss", b"loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accuracy: _TypeAlias = _typing.Literal["accuracy"]  # noqa: Y015
+    _WhichOneofArgType__accuracy: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accuracy) -> _WhichOneofReturnType__accuracy | None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class ReportEvaluationRequest(_message.Message):
+    """Reports an evaluation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """What was found."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: Global___Evaluation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportEvaluationRequest: _TypeAlias = ReportEvaluationRequest  # noqa: Y015
+
+@_typing.final
+class ReportEvaluationResponse(_message.Message):
+    """The evaluation is shown from now on, unless it is of an earlier epoch of the server, or older than what is shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportEvaluationResponse: _TypeAlias = ReportEvaluationResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     """Asks how things are."""
 
@@ -1270,6 +1345,12 @@ class GetStatusResponse(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     DISCARDED_FIELD_NUMBER: _builtins.int
     STEP_SCALE_MEAN_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    TICKETS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    SLOTS_WAITING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     phase: Global___GetStatusResponse.Phase.ValueType
     """What the server is doing."""
     samples: _builtins.int
@@ -1310,6 +1391,16 @@ class GetStatusResponse(_message.Message):
     """Mean step scale, the share of the learning rate in force with which they were applied, of the gradients applied
     since the server started; 0 before the first.
     """
+    tickets_in_flight: _builtins.int
+    """Tickets handed out and not redeemed."""
+    slots_waiting: _builtins.int
+    """Slots that wait for a ticket."""
+    checkpoint_age_seconds: _builtins.float
+    """Seconds since the last checkpoint was written; not set if there is none."""
+    resident_bytes: _builtins.int
+    """Memory of the server's process, bytes; 0 if not known."""
+    version: _builtins.str
+    """Version of the server's package."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The server's epoch and how far it is."""
@@ -1325,6 +1416,10 @@ class GetStatusResponse(_message.Message):
     @_builtins.property
     def settings(self) -> Global___RunSettings:
         """The settings that decide when the run ends."""
+
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """The last evaluation that was reported; not set if none was since the server started."""
 
     def __init__(
         self,
@@ -1352,13 +1447,24 @@ class GetStatusResponse(_message.Message):
         scheduler: _builtins.str = ...,
         discarded: _builtins.int = ...,
         step_scale_mean: _builtins.float = ...,
+        evaluation: Global___Evaluation | None = ...,
+        tickets_in_flight: _builtins.int = ...,
+        slots_waiting: _builtins.int = ...,
+        checkpoint_age_seconds: _builtins.float | None = ...,
+        resident_bytes: _builtins.int = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "iteration", b"iteration", "loss", b"loss", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_loss", b"_loss", "checkpoint_age_seconds", b"checkpoint_age_seconds", "evaluation", b"evaluation", "iteration", b"iteration", "loss", b"loss", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "discarded", b"discarded", "iteration", b"iteration", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "samples", b"samples", "scheduler", b"scheduler", "settings", b"settings", "step_scale", b"step_scale", "step_scale_mean", b"step_scale_mean", "update_rule", b"update_rule", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_age_seconds", b"checkpoint_age_seconds", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "discarded", b"discarded", "evaluation", b"evaluation", "iteration", b"iteration", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "resident_bytes", b"resident_bytes", "samples", b"samples", "scheduler", b"scheduler", "settings", b"settings", "slots_waiting", b"slots_waiting", "step_scale", b"step_scale", "step_scale_mean", b"step_scale_mean", "tickets_in_flight", b"tickets_in_flight", "update_rule", b"update_rule", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checkpoint_age_seconds: _TypeAlias = _typing.Literal["checkpoint_age_seconds"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_age_seconds: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_age_seconds) -> _WhichOneofReturnType__checkpoint_age_seconds | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
@@ -1378,6 +1484,11 @@ class WorkerStatus(_message.Message):
     LAST_LOSS_FIELD_NUMBER: _builtins.int
     SILENT_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    SMOOTHED_DELAY_FIELD_NUMBER: _builtins.int
+    TICKET_SECONDS_FIELD_NUMBER: _builtins.int
+    PUSH_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its id."""
     rank: _builtins.int
@@ -1396,6 +1507,16 @@ class WorkerStatus(_message.Message):
     """Seconds since anything was heard of it."""
     compute_seconds: _builtins.float
     """Seconds that its last gradient took to compute, as reported; 0 if not known."""
+    samples: _builtins.int
+    """Samples in its gradients applied since it joined."""
+    smoothed_delay: _builtins.float
+    """Delay of its applied gradients, smoothed exponentially (each new one counts a tenth)."""
+    ticket_seconds: _builtins.float
+    """Seconds that its last redeemed ticket was out, from being handed out to its gradient being counted; 0 before."""
+    push_age_seconds: _builtins.float
+    """Seconds since its last gradient was counted; not set before the first."""
+    gradient_norm: _builtins.float
+    """Euclidean norm of its last applied gradient; 0 before the first."""
     def __init__(
         self,
         *,
@@ -1408,13 +1529,23 @@ class WorkerStatus(_message.Message):
         last_loss: _builtins.float | None = ...,
         silent_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
+        samples: _builtins.int = ...,
+        smoothed_delay: _builtins.float = ...,
+        ticket_seconds: _builtins.float = ...,
+        push_age_seconds: _builtins.float | None = ...,
+        gradient_norm: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "last_loss", b"last_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "_push_age_seconds", b"_push_age_seconds", "last_loss", b"last_loss", "push_age_seconds", b"push_age_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "applied", b"applied", "compute_seconds", b"compute_seconds", "last_delay", b"last_delay", "last_loss", b"last_loss", "max_delay", b"max_delay", "rank", b"rank", "silent_seconds", b"silent_seconds", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "_push_age_seconds", b"_push_age_seconds", "applied", b"applied", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "last_delay", b"last_delay", "last_loss", b"last_loss", "max_delay", b"max_delay", "push_age_seconds", b"push_age_seconds", "rank", b"rank", "samples", b"samples", "silent_seconds", b"silent_seconds", "slots", b"slots", "smoothed_delay", b"smoothed_delay", "ticket_seconds", b"ticket_seconds", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_loss: _TypeAlias = _typing.Literal["last_loss"]  # noqa: Y015
     _WhichOneofArgType__last_loss: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss"]  # noqa: Y015
+    _WhichOneofReturnType__push_age_seconds: _TypeAlias = _typing.Literal["push_age_seconds"]  # noqa: Y015
+    _WhichOneofArgType__push_age_seconds: _TypeAlias = _typing.Literal["_push_age_seconds", b"_push_age_seconds"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_loss) -> _WhichOneofReturnType__last_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__push_age_seconds) -> _WhichOneofReturnType__push_age_seconds | None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015

@@ -70,6 +70,11 @@ class ParameterServerStub(object):
                 request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveResponse.FromString,
                 _registered_method=True)
+        self.ReportEvaluation = channel.unary_unary(
+                '/ormo.v1.ParameterServer/ReportEvaluation',
+                request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationRequest.SerializeToString,
+                response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/ormo.v1.ParameterServer/GetStatus',
                 request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
@@ -161,6 +166,16 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportEvaluation(self, request, context):
+        """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
+        never used. Safe to retry.
+        INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+        UNAVAILABLE          NOT_READY: there is no model yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What a command line shows. Safe to retry.
         """
@@ -205,6 +220,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveRequest.FromString,
                     response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveResponse.SerializeToString,
+            ),
+            'ReportEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportEvaluation,
+                    request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationRequest.FromString,
+                    response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -402,6 +422,33 @@ class ParameterServer(object):
             '/ormo.v1.ParameterServer/Leave',
             ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveRequest.SerializeToString,
             ormo__protos_dot_v1_dot_parameter__server__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ormo.v1.ParameterServer/ReportEvaluation',
+            ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationRequest.SerializeToString,
+            ormo__protos_dot_v1_dot_parameter__server__pb2.ReportEvaluationResponse.FromString,
             options,
             channel_credentials,
             insecure,

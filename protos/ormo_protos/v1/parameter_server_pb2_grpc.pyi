@@ -108,6 +108,12 @@ class ParameterServerStub:
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
       FAILED_PRECONDITION  REPLACED.
     """
+    ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]
+    """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
+    never used. Safe to retry.
+      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+      UNAVAILABLE          NOT_READY: there is no model yet.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]
     """What a command line shows. Safe to retry."""
 
@@ -167,6 +173,12 @@ class ParameterServerAsyncStub(ParameterServerStub):
     Leave: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]  # type: ignore[assignment]
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
       FAILED_PRECONDITION  REPLACED.
+    """
+    ReportEvaluation: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
+    """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
+    never used. Safe to retry.
+      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+      UNAVAILABLE          NOT_READY: there is no model yet.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What a command line shows. Safe to retry."""
@@ -266,6 +278,18 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.LeaveResponse, _abc.Awaitable[_parameter_server_pb2.LeaveResponse]]:
         """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
           FAILED_PRECONDITION  REPLACED.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportEvaluation(
+        self,
+        request: _parameter_server_pb2.ReportEvaluationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_parameter_server_pb2.ReportEvaluationResponse, _abc.Awaitable[_parameter_server_pb2.ReportEvaluationResponse]]:
+        """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
+        never used. Safe to retry.
+          INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+          UNAVAILABLE          NOT_READY: there is no model yet.
         """
 
     @_abc_1.abstractmethod

@@ -31,6 +31,24 @@ def all_finite(vector: torch.Tensor) -> bool:
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
 
+def squared_norm(vector: torch.Tensor) -> float | None:
+    """Σ x² of a vector, shape (n,), floating: float32 within a block, float64 over the blocks.
+
+    Returns:
+        None if the vector has NaN or infinity. The search for them costs nothing more: they make the sum one of them.
+    """
+    square = sum(_squared(block.float()) for (block,) in walk(vector))
+    if math.isfinite(square):
+        return square
+    if not all_finite(vector):
+        return None
+    return sum(_squared(block.double()) for (block,) in walk(vector))  # squares too large for float32
+
+
+def _squared(block: torch.Tensor) -> float:
+    return float(torch.dot(block, block))
+
+
 def _finite_block(block: torch.Tensor) -> bool:
     # A sum that is finite has no other terms, and is half the work of the rest. A sum of large numbers may overflow.
     if math.isfinite(block.sum()):

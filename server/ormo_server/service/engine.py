@@ -6,10 +6,10 @@ copied under it and sent after it, checkpoints are copied under it and written a
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
@@ -20,13 +20,16 @@ from ormo_server.core.events import Granted, superseded
 from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.snapshot import Snapshot, take
-from ormo_server.core.state import Member, PushResult
+from ormo_server.core.state import Member, PushResult, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
+from ormo_server.metrics.gradients import Landed
 from ormo_server.service.delivery import Delivery, Waiter
-from ormo_server.service.exchange import Outcome, Push, is_finite, non_finite
-from ormo_server.service.observations import Observations
+from ormo_server.service.exchange import Outcome, Push, finite_norm, non_finite
+from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
 from ormo_server.service.streams import draining
+from ormo_server.service.timed_lock import TimedLock
+from ormo_server.service.view import RunView, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ class Engine:
         self._machine = machine
         self._clock = clock
         self._metrics = metrics
-        self._lock = threading.Lock()
+        self._lock = TimedLock(metrics.upkeep)
         self._closed = False
         self._waiters: dict[SlotKey, Waiter] = {}
         self._leases = Leases(lease_seconds)
@@ -68,7 +71,6 @@ class Engine:
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
         self._idle_warning = ""
-        self._export_gauges()
         self._note_end()
         self._warn_of_idle_slots(machine.state.live_slots)
 
@@ -86,6 +88,7 @@ class Engine:
             self._leases.grant(worker, self._clock())
             if member is not known:
                 self.observations.joined(worker)
+                self._metrics.upkeep.joins.inc()
             self._pass_on()
             size, live_slots = machine.bucket_size, machine.state.live_slots
         if member is not known:
@@ -157,10 +160,10 @@ class Engine:
     def _report_expired(self, workers: list[str], slots: list[SlotKey]) -> None:
         for worker in workers:
             log.warning("worker %s was silent for %g s and lost its lease", worker, self._leases.lease_seconds)
-            self._metrics.expired_workers.inc()
+            self._metrics.upkeep.expired_workers.inc()
         for worker, _ in slots:
             log.warning("a ticket of worker %s was out for too long and is void; the worker stays a member", worker)
-            self._metrics.expired_tickets.inc()
+            self._metrics.upkeep.expired_tickets.inc()
 
     # Exchanges
 
@@ -186,27 +189,35 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
         """
-        finite = push is None or is_finite(push.payload)
+        norm = self._checked(push) if push else None
         with self._hold():
+            self._metrics.traffic.stage["lock"].observe(self._lock.waited_seconds)
             if not still_current():
                 raise superseded(requester.slot_key)
-            result, refusal = self._push(requester, push, finite=finite) if push else (None, None)
+            result, refusal = self._push(requester, push, norm) if push else (None, None)
             try:
                 waiter = self._request(requester, wish) if wish else None
-            except Finished:
+            except Finished as over:
+                self._metrics.traffic.pull_refused(over.reason)
                 return Outcome(result, refusal, finished=True)
             return Outcome(result, refusal, waiter)
 
-    def _push(self, requester: Requester, push: Push, *, finite: bool) -> tuple[PushResult | None, OrmoError | None]:
+    def _checked(self, push: Push) -> float | None:
+        started = time.perf_counter()
+        norm = finite_norm(push.payload)
+        self._metrics.traffic.stage["check"].observe(time.perf_counter() - started)
+        return norm
+
+    def _push(self, requester: Requester, push: Push, norm: float | None) -> tuple[PushResult | None, OrmoError | None]:
         try:
-            if not finite:
+            if norm is None:
                 raise non_finite(requester, push)
-            return self._apply(requester, push), None
+            return self._apply(requester, push, norm), None
         except (NonFinite, TicketUnknown, Finished) as refusal:
-            self._metrics.pushes.labels("refused").inc()
+            self._metrics.traffic.push_refused(refusal.reason)
             return None, refusal
 
-    def _apply(self, requester: Requester, push: Push) -> PushResult:
+    def _apply(self, requester: Requester, push: Push, norm: float) -> PushResult:
         payload, layout = push.payload, push.payload.layout
         gradient = Gradient(
             push.ticket,
@@ -219,33 +230,34 @@ class Engine:
         ticket = self._machine.state.tickets.get(push.ticket)
         started = time.perf_counter()
         result = self._machine.push(now, requester, gradient)
-        if not result.repeated:
-            self._metrics.update_seconds.observe(time.perf_counter() - started)
+        if result.repeated:
+            self._metrics.traffic.repeated.inc()
+        else:
+            self._metrics.traffic.stage["apply"].observe(time.perf_counter() - started)
             assert ticket is not None
-            self._ticket_timeout.redeemed(now - ticket.handed_out_seconds)
-        self._observe(requester.worker, push, result)
+            self._observe(requester.worker, push, norm, result, ticket, now)
         self._pass_on()
         self._note_end()
         return result
 
-    def _observe(self, worker: str, push: Push, result: PushResult) -> None:
-        if result.repeated:
-            self._metrics.pushes.labels("repeated").inc()
-            return
-        self._metrics.pushes.labels("discarded" if result.discarded else "applied").inc()
-        self._metrics.delay.observe(result.delay)
-        self._metrics.lag.observe(result.lag_buckets)
+    def _observe(self, worker: str, push: Push, norm: float, result: PushResult, ticket: Ticket, now: float) -> None:
+        ticket_seconds = now - ticket.handed_out_seconds
+        self._ticket_timeout.redeemed(ticket_seconds)
+        size = self._machine.bucket_size
+        self._metrics.gradients.counted(Landed(result.delay, result.lag_buckets, size, ticket_seconds))
+        mine = self.observations.of(worker)
+        mine.counted(now, ticket_seconds)
         if result.discarded:
+            self._metrics.traffic.discarded.inc()
             self.observations.discarded += 1
             return
-        self._metrics.samples.inc(push.samples)
-        self.observations.counted(worker, result, push.loss, push.compute_seconds)
-        self._observe_scale(result)
-
-    def _observe_scale(self, result: PushResult) -> None:
+        self._metrics.traffic.applied.inc()
+        self._metrics.gradients.applied(push.samples, norm)
+        mine.apply(result, push, norm)
+        self.observations.applied_with(result.delay)
         rate = self._machine.state.learning_rate
         if rate:  # a schedule may end at 0: then no scale can be told
-            self._metrics.step_scale.observe(result.step_size / rate)
+            self._metrics.gradients.scaled(result.step_size / rate)
             self.observations.scaled(result.step_size / rate)
 
     def _request(self, requester: Requester, wish: Payload) -> Waiter:
@@ -281,11 +293,11 @@ class Engine:
         with self._hold() as machine:
             state = machine.state
             if newer_than == (state.epoch, state.iteration):
-                self._metrics.pulls.labels("not_modified").inc()
+                self._metrics.traffic.not_modified.inc()
                 return Delivery(state.epoch, state.iteration, state.samples, None, None)
             payload.parameters.copy_(state.params)
             self._copy_buffers(payload)
-            self._metrics.pulls.labels("reader").inc()
+            self._metrics.traffic.read.inc()
             return Delivery(state.epoch, state.iteration, state.samples, None, payload)
 
     # What follows from inputs
@@ -296,13 +308,16 @@ class Engine:
             if isinstance(event, Granted):
                 self._fill(waiter, event)
             else:
+                self._metrics.traffic.pull_refused(event.error.reason)
                 waiter.fail(event.error)
 
     def _fill(self, waiter: Waiter, granted: Granted) -> None:
         state, ticket = self._machine.state, granted.ticket
+        started = time.perf_counter()
         self._machine.write_delivery(granted, waiter.payload.parameters)
         self._copy_buffers(waiter.payload)
-        self._metrics.pulls.labels("ticket").inc()
+        self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
+        self._metrics.traffic.ticketed.inc()
         waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, waiter.payload))
 
     def _copy_buffers(self, payload: Payload) -> None:
@@ -318,9 +333,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[StateMachine]:
-        asked = time.perf_counter()
         with self._lock:
-            self._metrics.lock_wait_seconds.observe(time.perf_counter() - asked)
             if self._closed:
                 raise draining()
             try:
@@ -357,30 +370,48 @@ class Engine:
         with self._lock:
             yield self._machine
 
-    def silent_seconds(self, worker: str) -> float:
-        """Since anything was heard of the worker."""
-        return self._leases.silent_seconds(worker, self._clock())
-
-    def _export_gauges(self) -> None:
-        metrics, state = self._metrics, self._machine.state
-        metrics.model_parameters.set(state.params.numel())
-        metrics.iteration.set_function(lambda: state.iteration)
-        metrics.newest_bucket.set_function(lambda: state.newest_bucket)
-        metrics.bucket_size.set_function(self._bucket_size)
-        metrics.learning_rate.set_function(lambda: state.learning_rate)
-        metrics.live_workers.set_function(lambda: len(state.members))
-        metrics.tickets_in_flight.set_function(lambda: len(state.tickets))
-        metrics.training_loss.set_function(
-            lambda: math.nan if self.observations.loss is None else self.observations.loss
-        )
-        if self._machine.run.method.discard_limit(1) is not None:
-            metrics.show_discard_limit(self._discard_limit)
-
-    def _bucket_size(self) -> int:
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """An evaluation was reported. One of another epoch says nothing of this run as it is now."""
         with self._lock:
-            return self._machine.bucket_size
+            if evaluation.epoch == self._machine.state.epoch:
+                self.observations.evaluated(evaluation)
 
-    def _discard_limit(self) -> float:
-        limit = self._machine.run.method.discard_limit(self._bucket_size())
-        assert limit is not None
-        return limit
+    def view(self) -> RunView:
+        """The run at this moment."""
+        with self._lock:
+            machine, state = self._machine, self._machine.state
+            return RunView(
+                phase=_phase(state),
+                epoch=state.epoch,
+                iteration=state.iteration,
+                samples=state.samples,
+                newest_bucket=state.newest_bucket,
+                bucket_size=machine.bucket_size,
+                learning_rate=state.learning_rate,
+                model_parameters=state.params.numel(),
+                live_slots=state.live_slots,
+                tickets_in_flight=len(state.tickets),
+                slots_waiting=len(state.waiting),
+                training_loss=self.observations.loss,
+                evaluation=self.observations.evaluation,
+                staleness_bound=machine.run.method.staleness_bound,
+                discard_limit=machine.run.method.discard_limit(machine.bucket_size),
+                workers=tuple(self._worker_view(state.members[worker]) for worker in sorted(state.members)),
+            )
+
+    def _worker_view(self, member: Member) -> WorkerView:
+        now, seen = self._clock(), self.observations.workers.get(member.worker, WorkerObservation())
+        return WorkerView(
+            worker=member.worker,
+            rank=member.rank,
+            slots=len(member.slots),
+            silent_seconds=self._leases.silent_seconds(member.worker, now),
+            push_age_seconds=None if seen.pushed_at is None else now - seen.pushed_at,
+            seen=replace(seen),
+        )
+
+
+def _phase(state: State) -> str:
+    if state.finished:
+        return "finished"
+    return "training" if state.started else "waiting_for_workers"

@@ -84,11 +84,17 @@ def streams_answers(method: _Streaming[_Service, _Request, _Answer]) -> _Streami
     return call
 
 
-def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+def named(error: Exception) -> Exception:
+    """The error with a reason, where the contract's own errors have none."""
     if isinstance(error, PayloadError):
-        error = BadPayload(str(error))
-    elif isinstance(error, ManifestError):
-        error = BadManifest(str(error))
+        return BadPayload(str(error))
+    if isinstance(error, ManifestError):
+        return BadManifest(str(error))
+    return error
+
+
+def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+    error = named(error)
     if isinstance(error, OrmoError):
         service.count_refusal(error.reason)
         _abort(context, error.reason, str(error), error.retry_seconds)

@@ -1,9 +1,10 @@
 """What goes into an exchange, and what comes of it."""
 
+import math
 from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
-from ormo_server.core.blocks import all_finite
+from ormo_server.core.blocks import all_finite, squared_norm
 from ormo_server.core.errors import NonFinite, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
@@ -50,6 +51,14 @@ class Outcome:
 def is_finite(payload: Payload) -> bool:
     """Whether the tensors are free of NaN and infinity. Integers always are."""
     return all_finite(payload.parameters) and all_finite(payload.float_buffers)
+
+
+def finite_norm(payload: Payload) -> float | None:
+    """The gradient's Euclidean norm, in one walk with the search for NaN and infinity; None if there is any."""
+    square = squared_norm(payload.parameters)
+    if square is None or not all_finite(payload.float_buffers):
+        return None
+    return math.sqrt(square)
 
 
 def non_finite(requester: Requester, push: Push) -> NonFinite:

@@ -22,7 +22,7 @@ from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
 from ormo_server.service.exchange import is_finite
 from ormo_server.service.model_offers import ModelOffers
-from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError
+from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError, size_bytes
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LastCheckpoint:
-    """Where the newest checkpoint is and what it holds."""
+    """Where the newest checkpoint is, what it holds, and when it was written by the monotonic clock."""
 
     path: Path
     epoch: int
     iteration: int
+    written_at: float
 
 
 class RunHost:
@@ -66,10 +67,11 @@ class RunHost:
         self._writing = threading.Lock()
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
-        metrics.name_method(self._run.method)
+        metrics.process.settings(settings.described())
+        metrics.checkpoints.every(settings.checkpoint_seconds)
         try:
             if settings.trace is not None:
-                self._trace = TraceWriter(settings.trace, metrics.upkeep_failures.labels("trace").inc)
+                self._trace = TraceWriter(settings.trace, metrics.upkeep.failures.labels("trace").inc)
             self._restore_or_load()
         except BaseException:
             self.close()
@@ -198,6 +200,7 @@ class RunHost:
     def _write_first(self, machine: StateMachine, manifest: Manifest) -> None:
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
         # not be good a second time.
+        started = time.perf_counter()
         first = Checkpoint(
             snapshot.take(machine),
             manifest,
@@ -205,7 +208,7 @@ class RunHost:
             clock_seconds=self.clock(),
             settings=self._settings_as_json(),
         )
-        self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration)
+        self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
 
     def _serve(self, machine: StateMachine, manifest: Manifest, *, fresh: bool) -> None:
         if self._trace is not None:
@@ -223,6 +226,7 @@ class RunHost:
         elements = manifest.sizes["parameters"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
         need = memory.need(self._run, elements, slots)
+        self.metrics.process.needs(need)
         rule = self._run.method.rule
         log.info(
             "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "
@@ -267,17 +271,18 @@ class RunHost:
             checkpoint = Checkpoint(state, engine.manifest, drained, clock_seconds, self._settings_as_json())
             path = self._store.write(checkpoint)
         except (StoreError, NotReady) as error:
-            self.metrics.checkpoint_failures.inc()
+            self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             return False
-        self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"])
-        log.info("checkpoint %s in %.2f s", path, time.perf_counter() - started)
+        seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
+        log.info("checkpoint %s in %.2f s", path, seconds, extra={"iteration": state.fields["iteration"]})
         return True
 
-    def _note_checkpoint(self, path: Path, epoch: int, iteration: int) -> None:
-        self.last_checkpoint = LastCheckpoint(path, epoch, iteration)
-        self.metrics.checkpoint_timestamp.set_to_current_time()
-        self.metrics.checkpoint_iteration.set(iteration)
+    def _note_checkpoint(self, path: Path, epoch: int, iteration: int, started: float) -> float:
+        seconds = time.perf_counter() - started
+        self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
+        self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
+        return seconds
 
     def _settings_as_json(self) -> dict[str, object]:
         return self.settings.model_dump(mode="json")

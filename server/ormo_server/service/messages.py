@@ -13,6 +13,7 @@ from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.exchange import Push
+from ormo_server.service.observations import Evaluation
 
 # So that the run's count of them stays far below what an int64 holds.
 MAX_SAMPLES = 2**31 - 1
@@ -84,6 +85,21 @@ def push(message: pb.Gradient, payload: Payload) -> Push:
     """A gradient whose tensors have come."""
     loss = message.loss if message.HasField("loss") else None
     return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds)
+
+
+def evaluation(message: pb.Evaluation) -> Evaluation:
+    """A reported evaluation.
+
+    Raises:
+        BadRequest: a number outside its limits.
+    """
+    accuracy = message.accuracy if message.HasField("accuracy") else None
+    if message.iteration.number < 0 or not (accuracy is None or 0 <= accuracy <= 1):
+        raise BadRequest(
+            f"an evaluation of iteration {message.iteration.number} with accuracy {accuracy}: expected an iteration of "
+            "at least 0 and a share from 0 to 1"
+        )
+    return Evaluation(message.iteration.epoch, message.iteration.number, message.loss, accuracy)
 
 
 def push_result(result: PushResult) -> pb.PushResult:

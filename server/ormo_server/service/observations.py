@@ -3,17 +3,75 @@
 from dataclasses import dataclass
 
 from ormo_server.core.state import PushResult
+from ormo_server.service.exchange import Push
+
+_SMOOTHING = 0.1
 
 
 @dataclass(slots=True)
 class WorkerObservation:
-    """One worker since it joined. Delays are iterations; None and 0 where nothing was reported yet."""
+    """One worker since it joined. Delays are iterations; None and 0 where nothing was reported yet.
+
+    Attributes:
+        applied: its gradients that were.
+        samples: in them.
+        last_delay, smoothed_delay, max_delay: of them.
+        last_loss: that it reported.
+        compute_seconds: that its last gradient took, as reported.
+        compute_seconds_sum: of all its gradients that were applied.
+        ticket_seconds: how long its last redeemed ticket was out.
+        gradient_norm: Euclidean, of its last applied gradient.
+        pushed_at: when its last gradient was counted, by the run's clock.
+    """
 
     applied: int = 0
+    samples: int = 0
     last_delay: int = 0
+    smoothed_delay: float = 0.0
     max_delay: int = 0
     last_loss: float | None = None
     compute_seconds: float = 0.0
+    compute_seconds_sum: float = 0.0
+    ticket_seconds: float = 0.0
+    gradient_norm: float = 0.0
+    pushed_at: float | None = None
+
+    def counted(self, now: float, ticket_seconds: float) -> None:
+        """A gradient came and used its ticket up."""
+        self.pushed_at = now
+        self.ticket_seconds = ticket_seconds
+
+    def apply(self, result: PushResult, push: Push, norm: float) -> None:
+        """It was applied."""
+        delay = result.delay
+        self.smoothed_delay = (
+            delay if not self.applied else self.smoothed_delay + _SMOOTHING * (delay - self.smoothed_delay)
+        )
+        self.applied += 1
+        self.samples += push.samples
+        self.last_delay = delay
+        self.max_delay = max(self.max_delay, delay)
+        self.compute_seconds = push.compute_seconds
+        self.compute_seconds_sum += push.compute_seconds
+        self.gradient_norm = norm
+        if push.loss is not None:
+            self.last_loss = push.loss
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The verdict on the parameters of one iteration.
+
+    Attributes:
+        epoch, iteration: of the parameters.
+        loss: mean over the test set; may be NaN or infinite.
+        accuracy: share that was predicted right; None if not told.
+    """
+
+    epoch: int
+    iteration: int
+    loss: float
+    accuracy: float | None
 
 
 class Observations:
@@ -25,6 +83,7 @@ class Observations:
         self.delay_sum = 0
         self.delay_max = 0
         self.discarded = 0
+        self.evaluation: Evaluation | None = None
         self._scales = 0
         self._scale_sum = 0.0
         self._last_loss: float | None = None
@@ -38,22 +97,28 @@ class Observations:
         self._last_loss = self.loss
         self.workers.pop(worker, None)
 
-    def counted(self, worker: str, result: PushResult, loss: float | None, compute_seconds: float) -> None:
+    def of(self, worker: str) -> WorkerObservation:
+        """A worker's record. One that was restored with the state has none before its first gradient."""
+        if worker not in self.workers:
+            self.workers[worker] = WorkerObservation()
+        return self.workers[worker]
+
+    def applied_with(self, delay: int) -> None:
         """A gradient was applied."""
         self.applied += 1
-        self.delay_sum += result.delay
-        self.delay_max = max(self.delay_max, result.delay)
-        mine = self.workers.setdefault(worker, WorkerObservation())
-        mine.applied += 1
-        mine.last_delay = result.delay
-        mine.max_delay = max(mine.max_delay, result.delay)
-        mine.compute_seconds = compute_seconds
-        mine.last_loss = mine.last_loss if loss is None else loss
+        self.delay_sum += delay
+        self.delay_max = max(self.delay_max, delay)
 
     def scaled(self, scale: float) -> None:
         """A gradient was applied with so much of the learning rate."""
         self._scales += 1
         self._scale_sum += scale
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """An evaluation was reported; it is shown unless it is older than what is."""
+        shown = self.evaluation
+        if shown is None or evaluation.iteration >= shown.iteration:
+            self.evaluation = evaluation
 
     @property
     def step_scale_mean(self) -> float:

@@ -15,8 +15,10 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import add_ParameterServerServicer_to_server
 from ormo_server.config import ServerSettings
 from ormo_server.metrics import Metrics
+from ormo_server.service.call_counter import CallCounter, methods
 from ormo_server.service.host import RunHost
 from ormo_server.service.servicer import Servicer
+from ormo_server.service.status import phase_of
 from ormo_server.service.streams import StreamRegistry
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics(settings.worker_series)
         self.host = RunHost(settings, self.metrics)
         self.streams = StreamRegistry(worker_streams(settings), settings.max_readers)
         self.address = ""
@@ -85,11 +87,21 @@ class Server:
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._health = health.HealthServicer()
         self._grpc = self._grpc_server()
+        self._export()
+
+    def _export(self) -> None:
+        self.metrics.run.watch(
+            lambda: self.host.engine.view() if self.host.has_model else None,
+            lambda: phase_of(self.host, draining=self.streams.draining),
+        )
+        self.metrics.streams.count("worker", lambda: self.streams.count(reader=False))
+        self.metrics.streams.count("reader", lambda: self.streams.count(reader=True))
+        self.metrics.calls.expect(methods(pb.DESCRIPTOR.services_by_name["ParameterServer"]))
 
     def _grpc_server(self) -> grpc.Server:
         threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
         pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
-        server = grpc.server(pool, options=_options(self.settings))
+        server = grpc.server(pool, interceptors=[CallCounter(self.metrics.calls)], options=_options(self.settings))
         add_ParameterServerServicer_to_server(Servicer(self.host, self.streams), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
@@ -146,7 +158,7 @@ class Server:
                 except Exception:  # without this work leases never end, or nothing is kept: it must go on
                     if not self._stopping.is_set():
                         log.exception("%s failed; it is tried again in %g s", work, seconds)
-                        self.metrics.upkeep_failures.labels(work).inc()
+                        self.metrics.upkeep.failures.labels(work).inc()
 
         return threading.Thread(target=repeat, name=work, daemon=True)
 

@@ -20,7 +20,7 @@ from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
-from ormo_server.service.errors import answers, streams_answers
+from ormo_server.service.errors import answers, named, streams_answers
 from ormo_server.service.exchange import Push
 from ormo_server.service.host import RunHost
 from ormo_server.service.model_offers import WAIT_SECONDS
@@ -98,6 +98,15 @@ class Servicer(ParameterServerServicer):
         return pb.LeaveResponse()
 
     @answers
+    def ReportEvaluation(  # noqa: N802, D102
+        self,
+        request: pb.ReportEvaluationRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ReportEvaluationResponse:
+        self._host.engine.evaluated(messages.evaluation(request.evaluation))
+        return pb.ReportEvaluationResponse()
+
+    @answers
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002, N802, D102
         return status_of(self._host, draining=self._streams.draining)
 
@@ -121,7 +130,7 @@ class Servicer(ParameterServerServicer):
         self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
     ) -> pb.OfferModelResponse:
         payload = self._host.begin_offer(worker, incarnation, manifest)
-        for _ in self._received(stream, payload, chunks):
+        for _ in self._received(stream, payload, chunks, "OfferModel"):
             self._host.offers.renew(worker, incarnation, self._host.clock())
         stream.has_all()
         epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
@@ -140,11 +149,16 @@ class Servicer(ParameterServerServicer):
                 self._streams.refuse_if_draining()
 
     def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Chunks) -> Iterator[pb.PushPullResponse]:
-        engine, requester = self._introduced(stream, exchange.requester)
-        gradient = exchange.gradient if exchange.HasField("gradient") else None
-        wanted = exchange.next if exchange.HasField("next") else None
-        with self._tensors(stream, engine, gradient, wanted, chunks) as (push, wish):
-            outcome = engine.exchange(requester, push, wish, lambda: stream.current)
+        wanted = exchange.HasField("next")
+        with contextlib.ExitStack() as borrowed:
+            with self._refusals_counted(push=exchange.HasField("gradient"), pull=wanted):
+                engine, requester = self._introduced(stream, exchange.requester)
+                layout = messages.delivery_layout(engine.manifest, exchange.next) if wanted else None
+                push = None
+                if exchange.HasField("gradient"):
+                    push = self._gradient(borrowed, stream, engine, exchange.gradient, chunks, "PushPull")
+                wish = self._place(borrowed, layout, push) if layout else None
+                outcome = engine.exchange(requester, push, wish, lambda: stream.current)
             with _withdrawn_at_end(engine, outcome.waiter):
                 if outcome.refusal is not None:
                     self.count_refusal(outcome.refusal.reason)
@@ -160,12 +174,12 @@ class Servicer(ParameterServerServicer):
 
     def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter) -> Iterator[pb.PushPullResponse]:
         try:
-            delivery = stream.wait(waiter)
+            delivery = self._waited(stream, waiter)
         except Finished:
             yield _finished(engine)
             return
         yield pb.PushPullResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
-        for chunk in self._sent(stream, engine, delivery):
+        for chunk in self._sent(stream, engine, delivery, "PushPull"):
             yield pb.PushPullResponse(chunk=chunk)
 
     @answers
@@ -174,10 +188,11 @@ class Servicer(ParameterServerServicer):
     ) -> pb.PushGradientResponse:
         with self._streams.open(context) as stream:
             push = _first(request_iterator, "push").push
-            with stream.exchange():
+            chunks = _chunks(request_iterator)
+            with stream.exchange(), contextlib.ExitStack() as borrowed, self._refusals_counted(push=True):
                 engine, requester = self._introduced(stream, push.requester)
-                with self._tensors(stream, engine, push.gradient, None, _chunks(request_iterator)) as (gradient, _):
-                    outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
+                gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
+                outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
         if outcome.refusal is not None:
             self._warn(outcome.refusal)
             raise outcome.refusal
@@ -195,30 +210,39 @@ class Servicer(ParameterServerServicer):
             self._pulled(stream, request) as (engine, delivery),
         ):
             yield pb.PullParamsResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
-            for chunk in self._sent(stream, engine, delivery):
+            for chunk in self._sent(stream, engine, delivery, "PullParams"):
                 yield pb.PullParamsResponse(chunk=chunk)
 
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
-        engine = self._host.engine
-        layout = messages.delivery_layout(engine.manifest, request.delivery)
-        with self._borrowed(layout) as payload:
+        with contextlib.ExitStack() as borrowed:
+            with self._refusals_counted(pull=True):
+                engine = self._host.engine
+                payload = self._borrow(borrowed, messages.delivery_layout(engine.manifest, request.delivery))
+                if request.HasField("requester"):
+                    engine, requester = self._introduced(stream, request.requester)
+                    outcome = engine.exchange(requester, None, payload, lambda: stream.current)
             if not request.HasField("requester"):
                 known = request.newer_than if request.HasField("newer_than") else None
                 yield engine, engine.pull(payload, (known.epoch, known.number) if known else None)
                 return
-            engine, requester = self._introduced(stream, request.requester)
-            outcome = engine.exchange(requester, None, payload, lambda: stream.current)
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")
             with _withdrawn_at_end(engine, outcome.waiter):
-                yield engine, stream.wait(outcome.waiter)
+                yield engine, self._waited(stream, outcome.waiter)
+
+    def _waited(self, stream: OpenStream, waiter: Waiter) -> Delivery:
+        started = time.perf_counter()
+        try:
+            return stream.wait(waiter)
+        finally:
+            self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
 
     # What the methods share
 
     def count_refusal(self, reason: Reason) -> None:
         """Count what was refused, by reason."""
-        self._metrics.refusals.labels(reason.value).inc()
+        self._metrics.traffic.refusals.labels(reason.value).inc()
 
     def _warn(self, refusal: OrmoError) -> None:
         # A worker that has diverged has every gradient refused: one line now and then tells it.
@@ -234,59 +258,67 @@ class Servicer(ParameterServerServicer):
         return engine, requester
 
     @contextlib.contextmanager
-    def _tensors(
+    def _refusals_counted(self, *, push: bool = False, pull: bool = False) -> Iterator[None]:
+        """Count what ends the call before a gradient is applied, or parameters are sent."""
+        try:
+            yield
+        except Exception as error:
+            refusal = named(error)
+            if isinstance(refusal, OrmoError) and push:
+                self._metrics.traffic.push_refused(refusal.reason)
+            if isinstance(refusal, OrmoError) and pull:
+                self._metrics.traffic.pull_refused(refusal.reason)
+            raise
+
+    def _gradient(
         self,
+        borrowed: contextlib.ExitStack,
         stream: OpenStream,
         engine: Engine,
-        gradient: pb.Gradient | None,
-        wanted: pb.DeliveryRequest | None,
+        header: pb.Gradient,
         chunks: Chunks,
-    ) -> Iterator[tuple[Push | None, Payload | None]]:
-        """The gradient, received whole, and where the next parameters go: one buffer if it fits both."""
-        wish = messages.delivery_layout(engine.manifest, wanted) if wanted is not None else None
-        with contextlib.ExitStack() as borrowed:
-            if gradient is None:
-                yield None, borrowed.enter_context(self._borrowed(wish)) if wish else None
-                return
-            layout = messages.gradient_layout(engine.manifest, gradient)
-            payload = borrowed.enter_context(self._borrowed(layout))
-            assert stream.requester is not None
-            for _ in self._received(stream, payload, chunks):
-                engine.heard(stream.requester.worker)
-            push = messages.push(gradient, payload)
-            if wish is None or wish == layout:
-                yield push, payload if wish else None
-            else:
-                yield push, borrowed.enter_context(self._borrowed(wish))
+        method: str,
+    ) -> Push:
+        """A gradient, received whole into a buffer that is given back with `borrowed`."""
+        started = time.perf_counter()
+        payload = self._borrow(borrowed, messages.gradient_layout(engine.manifest, header))
+        assert stream.requester is not None
+        for _ in self._received(stream, payload, chunks, method):
+            engine.heard(stream.requester.worker)
+        self._metrics.traffic.stage["receive"].observe(time.perf_counter() - started)
+        return messages.push(header, payload)
 
-    @contextlib.contextmanager
-    def _borrowed(self, layout: PayloadLayout) -> Iterator[Payload]:
+    def _place(self, borrowed: contextlib.ExitStack, layout: PayloadLayout, push: Push | None) -> Payload:
+        """Where parameters go: the gradient's own buffer, if it fits."""
+        return push.payload if push and push.payload.layout == layout else self._borrow(borrowed, layout)
+
+    def _borrow(self, borrowed: contextlib.ExitStack, layout: PayloadLayout) -> Payload:
         payload = self._buffers.take(layout)
-        try:
-            yield payload
-        finally:
-            self._buffers.give(payload)
+        borrowed.callback(self._buffers.give, payload)
+        return payload
 
-    def _received(self, stream: OpenStream, payload: Payload, chunks: Chunks) -> Iterator[None]:
+    def _received(self, stream: OpenStream, payload: Payload, chunks: Chunks, method: str) -> Iterator[None]:
         """Fill a payload; yields after each chunk."""
-        receiver = PayloadReceiver(payload)
+        receiver, counter = PayloadReceiver(payload), self._metrics.traffic.received_bytes[method]
         while not receiver.complete:
             chunk = next(chunks, None)
             if chunk is None:
                 raise receiver.missing()
             receiver.accept(chunk)
-            self._metrics.received_bytes.inc(len(chunk.data))
+            counter.inc(len(chunk.data))
             stream.moved()
             yield
 
-    def _sent(self, stream: OpenStream, engine: Engine, delivery: Delivery) -> Chunks:
+    def _sent(self, stream: OpenStream, engine: Engine, delivery: Delivery, method: str) -> Chunks:
+        started, counter = time.perf_counter(), self._metrics.traffic.sent_bytes[method]
         for chunk in messages.delivered_chunks(delivery.payload):
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
-            self._metrics.sent_bytes.inc(len(chunk.data))
+            counter.inc(len(chunk.data))
             yield chunk
             stream.moved()
             if stream.requester is not None:
                 engine.heard(stream.requester.worker)
+        self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
 
 
 @contextlib.contextmanager

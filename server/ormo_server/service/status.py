@@ -3,10 +3,10 @@
 import time
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.state import Member, State
-from ormo_server.service.engine import Engine
+from ormo_server.metrics.process import package_version, resident_bytes
 from ormo_server.service.host import RunHost
-from ormo_server.service.observations import WorkerObservation
+from ormo_server.service.observations import Evaluation, Observations
+from ormo_server.service.view import RunView, WorkerView
 
 
 def run_settings(host: RunHost) -> pb.RunSettings:
@@ -26,70 +26,89 @@ def run_settings(host: RunHost) -> pb.RunSettings:
     return message
 
 
+def phase_of(host: RunHost, *, draining: bool) -> str:
+    """What the server is doing, in the words of `Phase` without its prefix, in lower case."""
+    if draining:
+        return "draining"
+    return host.engine.view().phase if host.has_model else "waiting_for_model"
+
+
 def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
     """How things are."""
     method = host.settings.run().method
     status = pb.GetStatusResponse(
-        phase=pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL,
+        phase=_PHASES[phase_of(host, draining=draining)],
         settings=run_settings(host),
         method=method.name,
         update_rule=method.rule,
         step_scale=method.scale,
         scheduler=method.scheduler,
         uptime_seconds=time.monotonic() - host.started,
-        refusals=_refusals(host),
+        refusals=host.metrics.traffic.refused(),
+        resident_bytes=resident_bytes(),
+        version=package_version(),
     )
-    last = host.last_checkpoint
-    if last is not None:
-        status.checkpoint_path, status.checkpoint_iteration = str(last.path), last.iteration
+    _describe_checkpoint(status, host)
     if host.has_model:
-        _describe_run(status, host.engine)
-    if draining:
-        status.phase = pb.GetStatusResponse.PHASE_DRAINING
+        _describe_run(status, host.engine.view())
+        _describe_gradients(status, host.engine.observations)
     return status
 
 
-def _refusals(host: RunHost) -> dict[str, int]:
-    samples = next(iter(host.metrics.refusals.collect())).samples
-    counts = {s.labels["reason"]: int(s.value) for s in samples if s.name.endswith("_total")}
-    return {reason: count for reason, count in counts.items() if count}
+_PHASES = {name.removeprefix("PHASE_").lower(): number for name, number in pb.GetStatusResponse.Phase.items() if number}
 
 
-def _describe_run(status: pb.GetStatusResponse, engine: Engine) -> None:
-    seen = engine.observations
-    with engine.inspect() as machine:
-        state = machine.state
-        status.phase = _phase(state)
-        status.iteration.CopyFrom(pb.Iteration(epoch=state.epoch, number=state.iteration))
-        status.samples = state.samples
-        status.newest_bucket = state.newest_bucket
-        status.bucket_size = machine.bucket_size
-        status.learning_rate = state.learning_rate
-        status.model_parameters = state.params.numel()
-        for worker in sorted(state.members):
-            status.workers.append(_worker(state.members[worker], seen.workers.get(worker), engine))
+def _describe_checkpoint(status: pb.GetStatusResponse, host: RunHost) -> None:
+    last = host.last_checkpoint
+    if last is not None:
+        status.checkpoint_path, status.checkpoint_iteration = str(last.path), last.iteration
+        status.checkpoint_age_seconds = time.monotonic() - last.written_at
+
+
+def _describe_run(status: pb.GetStatusResponse, run: RunView) -> None:
+    status.iteration.CopyFrom(pb.Iteration(epoch=run.epoch, number=run.iteration))
+    status.samples = run.samples
+    status.newest_bucket = run.newest_bucket
+    status.bucket_size = run.bucket_size
+    status.learning_rate = run.learning_rate
+    status.model_parameters = run.model_parameters
+    status.tickets_in_flight = run.tickets_in_flight
+    status.slots_waiting = run.slots_waiting
+    status.workers.extend(_worker(worker) for worker in run.workers)
+    if run.training_loss is not None:
+        status.loss = run.training_loss
+    if run.evaluation is not None:
+        status.evaluation.CopyFrom(_evaluation(run.evaluation))
+
+
+def _describe_gradients(status: pb.GetStatusResponse, seen: Observations) -> None:
     status.applied, status.delay_mean, status.delay_max = seen.applied, seen.delay_mean, seen.delay_max
     status.discarded, status.step_scale_mean = seen.discarded, seen.step_scale_mean
-    if seen.loss is not None:
-        status.loss = seen.loss
 
 
-def _phase(state: State) -> "pb.GetStatusResponse.Phase.ValueType":
-    if state.finished:
-        return pb.GetStatusResponse.PHASE_FINISHED
-    return pb.GetStatusResponse.PHASE_TRAINING if state.started else pb.GetStatusResponse.PHASE_WAITING_FOR_WORKERS
+def _evaluation(evaluation: Evaluation) -> pb.Evaluation:
+    return pb.Evaluation(
+        iteration=pb.Iteration(epoch=evaluation.epoch, number=evaluation.iteration),
+        loss=evaluation.loss,
+        accuracy=evaluation.accuracy,
+    )
 
 
-def _worker(member: Member, seen: WorkerObservation | None, engine: Engine) -> pb.WorkerStatus:
-    seen = seen or WorkerObservation()
+def _worker(worker: WorkerView) -> pb.WorkerStatus:
+    seen = worker.seen
     return pb.WorkerStatus(
-        worker=member.worker,
-        rank=member.rank,
-        slots=len(member.slots),
+        worker=worker.worker,
+        rank=worker.rank,
+        slots=worker.slots,
         applied=seen.applied,
         last_delay=seen.last_delay,
         max_delay=seen.max_delay,
         last_loss=seen.last_loss,
-        silent_seconds=engine.silent_seconds(member.worker),
+        silent_seconds=worker.silent_seconds,
         compute_seconds=seen.compute_seconds,
+        samples=seen.samples,
+        smoothed_delay=seen.smoothed_delay,
+        ticket_seconds=seen.ticket_seconds,
+        push_age_seconds=worker.push_age_seconds,
+        gradient_norm=seen.gradient_norm,
     )

@@ -164,6 +164,10 @@ class StreamRegistry:
         finally:
             self._forget(stream)
 
+    def count(self, *, reader: bool) -> int:
+        """How many are open, of readers or of all others."""
+        return sum(stream.reader == reader for stream in self._snapshot())
+
     def _refuse_if_full(self, *, reader: bool) -> None:
         count = sum(stream.reader == reader for stream in self._open)
         if count >= self._places[reader]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -46,6 +46,13 @@ def make_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for directory in made:
         sync(directory.parent)
+
+
+def size_bytes(directory: Path) -> int:
+    """Of the files in a directory; 0 for what has gone meanwhile."""
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in directory.iterdir())
+    return 0
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,0 +1,46 @@
+"""What the server exports to Prometheus. Names, kinds and meanings are all in this package; `table` lists them."""
+
+from prometheus_client import CollectorRegistry
+
+from ormo_server.metrics.calls import Calls
+from ormo_server.metrics.families import Families
+from ormo_server.metrics.gradients import Gradients
+from ormo_server.metrics.process import Process
+from ormo_server.metrics.run import RunCollector
+from ormo_server.metrics.traffic import Traffic
+from ormo_server.metrics.upkeep import Checkpoints, Streams, Upkeep
+
+__all__ = ["Metrics"]
+
+WORKERS_WITH_SERIES = 100
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own.
+
+    Args:
+        workers_with_series: how many workers have series of their own.
+
+    Attributes:
+        registry: what is scraped.
+        run: what is read from the state at each scrape, of the run and of each worker.
+        gradients: how they land.
+        traffic: what comes and goes, and how long its stages take.
+        upkeep: locks, members, background work.
+        checkpoints: where the run is safe.
+        streams: how many are open.
+        calls: gRPC's.
+        process: build, settings, memory.
+    """
+
+    def __init__(self, workers_with_series: int = WORKERS_WITH_SERIES) -> None:
+        self.registry = CollectorRegistry()
+        families = Families(self.registry)
+        self.run = RunCollector(self.registry, workers_with_series)
+        self.gradients = Gradients(families)
+        self.traffic = Traffic(families)
+        self.upkeep = Upkeep(families)
+        self.checkpoints = Checkpoints(families)
+        self.streams = Streams(families)
+        self.calls = Calls(self.registry)
+        self.process = Process(families, self.registry)

@@ -1,0 +1,92 @@
+"""Counts gRPC calls as they begin and end."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+
+from ormo_server.metrics.calls import Calls, Method
+
+_TYPES = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+
+
+def methods(service: ServiceDescriptor) -> list[Method]:
+    """The methods of a service."""
+    return [
+        Method(_TYPES[method.client_streaming, method.server_streaming], service.full_name, method.name)
+        for method in service.methods
+    ]
+
+
+class CallCounter(grpc.ServerInterceptor):
+    """Stands round every handler. Methods that nobody serves are not counted: their names are the caller's."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
+        """See `grpc.ServerInterceptor`."""
+        handler = continuation(details)
+        if handler is None:
+            return None
+        _, service, name = details.method.split("/")
+        method = Method(_TYPES[handler.request_streaming, handler.response_streaming], service, name)
+        return self._counted(handler, method)
+
+    def _counted(self, handler: Any, method: Method) -> Any:
+        words = {True: "stream", False: "unary"}
+        kind = f"{words[handler.request_streaming]}_{words[handler.response_streaming]}"
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        behaviour = getattr(handler, kind)
+        counted = self._streamed(behaviour, method) if handler.response_streaming else self._answered(behaviour, method)
+        return make(counted, handler.request_deserializer, handler.response_serializer)
+
+    def _answered(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
+        def call(request: Any, context: Any) -> Any:
+            started = self._begin(method)
+            failed = True
+            try:
+                answer = behaviour(request, context)
+                failed = False
+                return answer
+            finally:
+                self._end(method, started, context, failed=failed)
+
+        return call
+
+    def _streamed(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Iterator[Any]]:
+        def call(request: Any, context: Any) -> Iterator[Any]:
+            started = self._begin(method)
+            failed = True
+            try:
+                yield from behaviour(request, context)
+                failed = False
+            finally:
+                self._end(method, started, context, failed=failed)
+
+        return call
+
+    def _begin(self, method: Method) -> float:
+        self._calls.started.labels(*method).inc()
+        return time.perf_counter()
+
+    def _end(self, method: Method, started: float, context: Any, *, failed: bool) -> None:
+        self._calls.handled.labels(*method, _code(context, failed=failed)).inc()
+        self._calls.seconds.labels(*method).observe(time.perf_counter() - started)
+
+
+def _code(context: Any, *, failed: bool) -> str:
+    """The status that the caller sees. A stream that was cancelled is closed, which no exception of ours tells."""
+    code = context.code()
+    if code is not None:
+        return code.name if isinstance(code, grpc.StatusCode) else str(code)
+    if not context.is_active():
+        return "CANCELLED"
+    return "UNKNOWN" if failed else "OK"

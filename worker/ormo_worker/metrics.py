@@ -1,0 +1,168 @@
+"""What a worker and an evaluator export to Prometheus, each on a port of its own, if it is given one."""
+
+import functools
+import logging
+from importlib.metadata import version
+
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+
+from ormo_worker.errors import OptionRefused
+from ormo_worker.observer import Observer, Outcome, Stage
+
+_LOG = logging.getLogger(__name__)
+
+# Else each counter and histogram has one series more, for when it was made; `process_start_time_seconds` says that.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# From 1 ms, a small model's step on loopback, to 5 minutes, a large one's on a slow device.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_STAGES: tuple[Stage, ...] = ("compute", "push", "wait", "pull")
+_OUTCOMES: tuple[Outcome, ...] = ("applied", "discarded", "refused", "lost")
+_GPU_MEMORY = {
+    "allocated": torch.cuda.memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+    "peak": torch.cuda.max_memory_allocated,
+}
+
+
+class WorkerMetrics(Observer):
+    """A worker's figures.
+
+    Args:
+        worker: its id.
+        device: that it computes on.
+
+    Attributes:
+        registry: what is scraped.
+    """
+
+    def __init__(self, worker: str, device: torch.device) -> None:
+        self.registry = _registry()
+        step = Histogram(
+            "ormo_worker_step_seconds",
+            "Time of a step by stage: computing the gradient, pushing it, waiting for parameters, pulling them.",
+            ["stage"],
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        steps = Counter(
+            "ormo_worker_steps",
+            "Gradients given to the server, by what became of them.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._stages = {stage: step.labels(stage) for stage in _STAGES}
+        self._steps = {outcome: steps.labels(outcome) for outcome in _OUTCOMES}
+        self._retries = Counter(
+            "ormo_worker_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
+        )
+        self._rejoins = Counter("ormo_worker_rejoins", "Times that the worker joined again.", registry=self.registry)
+        Info("ormo_worker_process", "Which worker this process is.", registry=self.registry).info(
+            {"worker": worker, "device": str(device), "version": version("ormo-parameter-server")}
+        )
+        if device.type == "cuda":
+            self._export_gpu(device)
+
+    def _export_gpu(self, device: torch.device) -> None:
+        memory = Gauge(
+            "ormo_worker_gpu_memory_bytes", "Memory that PyTorch has on the GPU.", ["kind"], registry=self.registry
+        )
+        for kind, read in _GPU_MEMORY.items():
+            memory.labels(kind).set_function(functools.partial(read, device))
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """See `Observer`."""
+        self._stages[stage].observe(seconds)
+
+    def stepped(self, outcome: Outcome) -> None:
+        """See `Observer`."""
+        self._steps[outcome].inc()
+
+    def retried(self, cause: str) -> None:
+        """See `Observer`."""
+        self._retries.labels(cause).inc()
+
+    def rejoined(self) -> None:
+        """See `Observer`."""
+        self._rejoins.inc()
+
+
+class EvaluatorMetrics(Observer):
+    """An evaluator's figures. What it finds is reported to the server, which exports it.
+
+    Attributes:
+        registry: what is scraped.
+    """
+
+    def __init__(self) -> None:
+        self.registry = _registry()
+        self._seconds = Histogram(
+            "ormo_evaluator_duration_seconds", "Time of an evaluation.", registry=self.registry, buckets=_SECONDS
+        )
+        self._iteration = Gauge(
+            "ormo_evaluator_iteration", "Iteration of the parameters evaluated last.", registry=self.registry
+        )
+        self._retries = Counter(
+            "ormo_evaluator_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
+        )
+
+    def evaluated(self, iteration: int, seconds: float) -> None:
+        """An evaluation is complete."""
+        self._iteration.set(iteration)
+        self._seconds.observe(seconds)
+
+    def retried(self, cause: str) -> None:
+        """See `Observer`."""
+        self._retries.labels(cause).inc()
+
+
+class Exporter:
+    """Serves a registry over HTTP.
+
+    Args:
+        listen: HOST:PORT; port 0 picks a free one. Empty for nowhere.
+        registry: what is scraped.
+
+    Raises:
+        OptionRefused: that address can't be had.
+    """
+
+    def __init__(self, listen: str, registry: CollectorRegistry) -> None:
+        self._server = None
+        if not listen:
+            return
+        host, _, port = listen.rpartition(":")
+        try:
+            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+        except OSError as error:
+            raise OptionRefused(
+                f"--metrics-listen is {listen}, but that can't be listened on ({error.strerror or error}): name "
+                "another port, or end the program that has it"
+            ) from None
+        _LOG.info("metrics on %s:%d", host, self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving; may be called again."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            self._thread.join()
+
+
+def _registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry

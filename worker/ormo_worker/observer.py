@@ -1,0 +1,27 @@
+"""What a worker or reader tells of itself while it works; who wants to know overrides a method."""
+
+from typing import Literal
+
+Stage = Literal["compute", "push", "wait", "pull"]
+Outcome = Literal["applied", "discarded", "refused", "lost"]
+
+
+class Observer:
+    """Takes no notice. Methods are called from any thread."""
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """A part of a step is over: computing the gradient; pushing it, up to its result; waiting for the next
+        parameters, up to their first byte; pulling them."""
+
+    def stepped(self, outcome: Outcome) -> None:
+        """A gradient was given to the server; `lost` if its result was, with the connection or the server."""
+
+    def retried(self, cause: str) -> None:
+        """A call failed and is made again.
+
+        Args:
+            cause: the server's reason, or gRPC's status code.
+        """
+
+    def rejoined(self) -> None:
+        """The worker joined once more."""
