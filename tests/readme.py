@@ -2,28 +2,39 @@
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
 
 from ormo_protos.settings import settings_table
 from ormo_server.core.method import PRESETS
 from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.metrics import Metrics
+from ormo_worker.metrics import EvaluatorMetrics, WorkerMetrics
 
 README = Path(__file__).parents[1] / "README.md"
 _TABLE = re.compile(
     r"(?P<head><!-- (?P<own>own )?settings: (?P<module>[\w.]+):(?P<name>\w+) -->\n).*?(?P<end>\n<!-- end -->)",
     re.DOTALL,
 )
+_METRICS = re.compile(r"(?P<head><!-- metrics: (?P<whose>\w+) -->\n).*?(?P<end>\n<!-- end -->)", re.DOTALL)
 _METHODS = re.compile(r"(?P<head><!-- methods -->\n).*?(?P<end>\n<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
-    """The text with the table of methods, and each settings table, as the code gives them."""
+    """The text with the tables of methods, metrics and settings, as the code gives them."""
 
     def table(match: re.Match[str]) -> str:
         settings = getattr(importlib.import_module(match["module"]), match["name"])
         # A blank line on both sides: inside <details> Markdown needs it.
         return f"{match['head']}\n{settings_table(settings, own=match['own'] is not None)}{match['end']}"
 
+    def metrics(match: re.Match[str]) -> str:
+        return f"{match['head']}\n{metrics_table(registry_of(match['whose']))}{match['end']}"
+
+    text = _METRICS.sub(metrics, text)
     return _METHODS.sub(lambda match: f"{match['head']}{methods_table()}{match['end']}", _TABLE.sub(table, text))
 
 
@@ -36,6 +47,32 @@ def methods_table() -> str:
         discards = f", discards from {method.discard_buckets}K on" if method.discard_buckets else ""
         rows.append(f"| `{method.name}` | {method.rule}{discards} | {method.scale} | {method.scheduler} | {kept} |")
     return "\n".join(rows) + "\n"
+
+
+def registry_of(whose: str) -> CollectorRegistry:
+    """What a server, a worker or an evaluator exports."""
+    if whose == "server":
+        return Metrics().registry
+    # A GPU that need not exist: it is asked when it is scraped.
+    return WorkerMetrics("", torch.device("cuda")).registry if whose == "worker" else EvaluatorMetrics().registry
+
+
+def metrics_table(registry: CollectorRegistry) -> str:
+    """A Markdown table of a registry's metrics, but for those that the library brings for every Python process."""
+    rows = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
+    for name, kind, labels, text in _families(registry):
+        shown = ", ".join(f"`{label}`" for label in labels)
+        rows.append(f"| `{name}` | {kind} | {shown} | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def _families(registry: CollectorRegistry) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    described = [one for one in registry._collector_to_names if hasattr(one, "describe")]
+    for collector in described:
+        for family in collector.describe():
+            labels = getattr(family, "_labelnames", None) or getattr(collector, "_labelnames", ())
+            suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+            yield family.name.removesuffix(suffix) + suffix, family.type, tuple(labels), family.documentation
 
 
 def example(name: str) -> str:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
+
+from ormo_server.metrics.distributions import Distribution, Distributions
 
 # Else each counter and histogram has one series more, for when it was made; `process_start_time_seconds` says that.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -30,16 +32,12 @@ class Families:
         """A gauge."""
         return Gauge(PREFIX + name, text, labels, registry=self._registry)
 
-    def histogram(
-        self,
-        name: str,
-        text: str,
-        buckets: Sequence[float],
-        *labels: str,
-        known: Iterable[Sequence[str]] = (),
-    ) -> Histogram:
+    def histogram(self, name: str, text: str, bounds: Sequence[float]) -> Distribution:
         """A histogram with these upper bounds."""
-        made = Histogram(PREFIX + name, text, labels, registry=self._registry, buckets=buckets)
-        for values in known:
-            made.labels(*values)
-        return made
+        return Distributions(PREFIX + name, text, bounds, self._registry).of[""]
+
+    def histograms(
+        self, name: str, text: str, bounds: Sequence[float], label: str, known: Iterable[str]
+    ) -> dict[str, Distribution]:
+        """A histogram for each value of a label."""
+        return Distributions(PREFIX + name, text, bounds, self._registry, label, known).of

@@ -1,7 +1,5 @@
 """How gradients land: how late, with how much of the learning rate, how long they are."""
 
-from dataclasses import dataclass
-
 from ormo_server.metrics.families import Families
 
 # A run has from one to some thousand slots, and the usual delay is about their number.
@@ -13,23 +11,6 @@ _STALENESS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 3
 # Most scales are at most 1; `rescaled` has a mean of 1 and gives slow workers more.
 _SCALES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _NORMS = tuple(float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 3))[:-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """One gradient that was counted.
-
-    Attributes:
-        delay: in iterations.
-        lag_buckets: behind the newest bucket.
-        bucket_size: K.
-        ticket_seconds: from handing its ticket out to counting it.
-    """
-
-    delay: int
-    lag_buckets: int
-    bucket_size: int
-    ticket_seconds: float
 
 
 class Gradients:
@@ -62,12 +43,19 @@ class Gradients:
         self._norm = families.histogram("gradient_norm", "Euclidean norm of applied gradients.", _NORMS)
         self._samples = families.counter("samples", "Training samples in applied gradients.")
 
-    def counted(self, landed: Landed) -> None:
-        """A gradient was applied or discarded."""
-        self._delay.observe(landed.delay)
-        self._relative_delay.observe(landed.delay / landed.bucket_size)
-        self._lag.observe(landed.lag_buckets)
-        self._staleness.observe(landed.ticket_seconds)
+    def counted(self, delay: int, lag_buckets: int, bucket_size: int, ticket_seconds: float) -> None:
+        """A gradient was applied or discarded.
+
+        Args:
+            delay: in iterations.
+            lag_buckets: behind the newest bucket.
+            bucket_size: K.
+            ticket_seconds: from handing its ticket out to counting it.
+        """
+        self._delay.observe(delay)
+        self._relative_delay.observe(delay / bucket_size)
+        self._lag.observe(lag_buckets)
+        self._staleness.observe(ticket_seconds)
 
     def applied(self, samples: int, norm: float) -> None:
         """It was applied."""

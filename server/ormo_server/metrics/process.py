@@ -67,7 +67,6 @@ class Process:
     """Build, settings and memory."""
 
     def __init__(self, families: Families, registry: CollectorRegistry) -> None:
-        self._registry = registry
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
         limit = memory_limit_bytes()
@@ -77,6 +76,9 @@ class Process:
                 "Memory that this process may take: the container's limit or the machine's memory.",
             ).set(limit)
         self._need = families.gauge("memory_need_bytes", "Memory that the run needs at most, by the formula.", "part")
+        self._settings = Info(
+            f"{PREFIX}settings", "How the run is trained, a label for each setting.", registry=registry
+        )
         Info(f"{PREFIX}build", "Versions that run.", registry=registry).info(
             {
                 "version": package_version(),
@@ -88,7 +90,7 @@ class Process:
 
     def settings(self, values: Mapping[str, str]) -> None:
         """Say how the run is trained."""
-        Info(f"{PREFIX}settings", "How the run is trained.", registry=self._registry).info(dict(values))
+        self._settings.info(dict(values))
 
     def needs(self, need: MemoryNeed) -> None:
         """Say what the model needs."""

@@ -34,13 +34,13 @@ class Traffic:
             "refusals", "Calls and gradients refused.", "reason", known=[(reason.value,) for reason in Reason]
         )
         self._bytes(families)
-        self.stages = families.histogram(
+        self.stage = families.histograms(
             "exchange_stage_seconds",
             "Time of an exchange by stage: receiving the gradient, checking that it is finite, waiting for the lock, "
             "applying, waiting for the next ticket, copying the parameters, sending them.",
             SECONDS,
             "stage",
-            known=[(stage,) for stage in STAGES],
+            STAGES,
         )
         # `labels` takes longer than what it leads to: the hot path has its children at hand.
         self.applied = self.pushes.labels("applied", "")
@@ -49,7 +49,6 @@ class Traffic:
         self.ticketed = self.pulls.labels("ticket", "")
         self.read = self.pulls.labels("reader", "")
         self.not_modified = self.pulls.labels("not_modified", "")
-        self.stage = {stage: self.stages.labels(stage) for stage in STAGES}
 
     def _bytes(self, families: Families) -> None:
         received = families.counter("received_bytes", "Tensor bytes received.", "method")

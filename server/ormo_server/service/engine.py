@@ -23,7 +23,6 @@ from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member, PushResult, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
-from ormo_server.metrics.gradients import Landed
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.exchange import Outcome, Push, finite_norm, non_finite
 from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
@@ -244,7 +243,7 @@ class Engine:
         ticket_seconds = now - ticket.handed_out_seconds
         self._ticket_timeout.redeemed(ticket_seconds)
         size = self._machine.bucket_size
-        self._metrics.gradients.counted(Landed(result.delay, result.lag_buckets, size, ticket_seconds))
+        self._metrics.gradients.counted(result.delay, result.lag_buckets, size, ticket_seconds)
         mine = self.observations.of(worker)
         mine.counted(now, ticket_seconds)
         if result.discarded:

@@ -1,0 +1,173 @@
+"""What the server's metrics cost: processor time per push, and a scrape with many workers.
+
+    python tests/benchmarks/metrics_cost.py [--exchanges N] [--rounds N] [--workers N]
+
+A push is an exchange on an open PushPull stream, given to the servicer without a network. It is measured in turns with
+metrics and without: counters, histograms, records of workers and the timing of the lock are replaced by nothing, and
+the gradient's norm by the search for NaN alone. The time is the process's own on the processor.
+"""
+
+import argparse
+import contextlib
+import itertools
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from prometheus_client import Counter
+
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.metrics.distributions import Distribution
+from ormo_server.service import engine, servicer, timed_lock
+from ormo_server.service.engine import Engine
+from ormo_server.service.exchange import is_finite
+from ormo_server.service.observations import Observations, WorkerObservation
+from ormo_server.service.server import Server
+from ormo_server.service.servicer import Servicer
+from service.wire import SMALL, WireWorker, connected, payload, served
+
+MODEL = Manifest.laid_out([TensorSpec("weight", (1000,), FLOAT32, PARAMETER)])
+STOPPED = SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: 0.0)
+
+
+class UntimedLock:
+    """A lock that measures nothing, in the place of `TimedLock`."""
+
+    waited_seconds = 0.0
+
+    def __init__(self, _: object) -> None:
+        lock = threading.Lock()
+        self.__class__ = type("UntimedLock", (UntimedLock,), {"__enter__": lambda _: lock.acquire()})
+        self.release = lock.release
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@contextlib.contextmanager
+def without_metrics() -> Iterator[None]:
+    """Everything as it is, but that nothing is counted, timed or recorded."""
+
+    def nothing(*_: object, **__: object) -> None:
+        return None
+
+    record = WorkerObservation()
+    with contextlib.ExitStack() as patches:
+        for owner, name, instead in (
+            (Counter, "inc", nothing),
+            (Distribution, "observe", nothing),
+            (Engine, "_observe", nothing),
+            (engine, "finite_norm", lambda gradient: 1.0 if is_finite(gradient) else None),
+            (engine, "time", STOPPED),
+            (servicer, "time", STOPPED),
+            (timed_lock, "time", STOPPED),
+            (engine, "TimedLock", UntimedLock),
+            (Observations, "of", lambda *_: record),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, instead))
+        yield
+
+
+class Context(SimpleNamespace):
+    """As much of a call as the servicer looks at."""
+
+    def is_active(self) -> bool:
+        return True
+
+    def add_callback(self, _: object) -> bool:
+        return True
+
+    def cancel(self) -> None: ...
+
+
+def microseconds_per_push(exchanges: int) -> float:
+    """Of processor time, with metrics or whatever has been put in their place."""
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", MODEL)
+        worker.join()
+        return _timed(server, worker, exchanges)
+
+
+def _timed(server: Server, worker: WireWorker, exchanges: int) -> float:
+    gradient, ticket = payload(MODEL, 1e-6), pb.Ticket()
+
+    def requests() -> Iterator[pb.PushPullRequest]:
+        for number in itertools.count():
+            worker.ticket = ticket
+            yield worker.exchange(gradient if number else None)
+            if number:
+                yield from (pb.PushPullRequest(chunk=chunk) for chunk in gradient.chunks())
+
+    answers: Any = Servicer(server.host, server.streams).PushPull(requests(), Context())  # type: ignore[arg-type]
+    done, started = -1, time.process_time()
+    for answer in answers:
+        if answer.WhichOneof("part") == "delivery":
+            ticket = answer.delivery.ticket
+            done += 1
+            if done == exchanges // 5:  # warm by now
+                started = time.process_time()
+            if done == exchanges:
+                break
+    seconds = time.process_time() - started
+    answers.close()
+    return 1e6 * seconds / (exchanges - exchanges // 5)
+
+
+def scrape(workers: int) -> tuple[float, int, float]:
+    """Milliseconds and bytes of a scrape over HTTP, and series per worker."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder), max_workers=workers + 1, metrics_listen="127.0.0.1:0") as server,
+        connected(server) as stub,
+    ):
+        empty = len(_page(server)[1].splitlines())
+        for number in range(workers):
+            worker = WireWorker(stub, f"worker-{number:03d}", SMALL)
+            worker.join()
+            worker.pull()
+            worker.push(payload(SMALL, 1.0), loss=0.5)
+        pages = [_page(server) for _ in range(9)]
+        per_worker = sum('worker="worker-000"' in line for line in pages[0][1].splitlines())
+        assert len(pages[0][1].splitlines()) > empty + workers
+        return 1e3 * median(seconds for seconds, _ in pages), len(pages[0][1]), per_worker
+
+
+def _page(server: Server) -> tuple[float, str]:
+    started = time.perf_counter()
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:
+        text = answer.read().decode()
+    return time.perf_counter() - started, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--exchanges", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=64)
+    arguments = parser.parse_args()
+    with_them, without = [], []
+    for _ in range(arguments.rounds):
+        with_them.append(microseconds_per_push(arguments.exchanges))
+        with without_metrics():
+            without.append(microseconds_per_push(arguments.exchanges))
+    cost = [a - b for a, b in zip(with_them, without, strict=True)]
+    print(f"a push of 4 KB: {median(with_them):.1f} us with metrics, {median(without):.1f} without")  # noqa: T201
+    print(f"metrics cost {median(cost):.1f} us a push ({min(cost):.1f} to {max(cost):.1f} in {len(cost)} pairs)")  # noqa: T201
+    milliseconds, size, per_worker = scrape(arguments.workers)
+    what = f"{milliseconds:.1f} ms, {size:,} bytes, {per_worker} series a worker"
+    print(f"a scrape with {arguments.workers} workers: {what}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
