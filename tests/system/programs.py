@@ -68,13 +68,14 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.address = "127.0.0.1:0"
-        self._programs: list[Program] = []
+        self.metrics = ""
+        self.programs: list[Program] = []
 
     def program(
         self, name: str, *arguments: object, module: str, environment: Mapping[str, str] | None = None
     ) -> Program:
         program = Program(self.folder, name, *arguments, module=module, environment=environment or {})
-        self._programs.append(program)
+        self.programs.append(program)
         return program
 
     def server(self, **flags: Any) -> Program:
@@ -84,12 +85,15 @@ class Stage:
         assert server.process.stdout is not None
         ready = server.process.stdout.readline()
         assert ready.startswith("serving address="), server.log.read_text()
-        self.address = ready.split()[1].removeprefix("address=")
+        self.address, self.metrics = (word.partition("=")[2] for word in ready.split()[1:3])
         return server
 
     def worker(self, name: str, environment: Mapping[str, str] | None = None, **flags: Any) -> Program:
         given = {"server": self.address, "worker-id": name} | flags
         return self.program(name, "run", *as_flags(given), module="ormo_worker", environment=environment)
+
+    def evaluator(self, name: str, **flags: Any) -> Program:
+        return self.program(name, "evaluate", *as_flags({"server": self.address} | flags), module="ormo_worker")
 
     def status(self) -> pb.GetStatusResponse:
         with grpc.insecure_channel(self.address) as channel:
@@ -109,7 +113,7 @@ class Stage:
         return max((self.folder / "run").glob("checkpoint-*/model.safetensors"))
 
     def close(self) -> None:
-        for program in self._programs:
+        for program in self.programs:
             program.close()
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ormo_protos import logs
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
@@ -36,28 +37,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: RunSettings) -> int:
+    from ormo_worker.identity import default_worker_id
+
+    # Made up here already, so that every line of the log can have it.
+    worker = settings.worker_id or default_worker_id()
+    named = settings.model_copy(update={"worker_id": worker})
+    logs.set_up(settings.log_level, settings.log_format, logs.Fields(worker=worker))
+
     def command() -> None:
         from ormo_worker.training import run  # with PyTorch, which `--help` need not wait for
 
-        run(settings)
+        run(named)
 
-    return _guarded(command, "ormo-worker run", settings.log_level)
+    return _guarded(command, "ormo-worker run", settings.log_format)
 
 
 def _evaluate(settings: EvaluateSettings) -> int:
+    logs.set_up(settings.log_level, settings.log_format)
+
     def command() -> None:
         from ormo_worker.evaluation import run
 
         run(settings)
 
-    return _guarded(command, "ormo-worker evaluate", settings.log_level)
+    return _guarded(command, "ormo-worker evaluate", settings.log_format)
 
 
-def _guarded(command: Callable[[], None], program: str, log_level: str) -> int:
+def _guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
     """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
-    form = "%(asctime)s %(levelname)-7s %(message)s"
-    logging.basicConfig(level=log_level.upper(), format=form, stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
@@ -68,7 +76,7 @@ def _guarded(command: Callable[[], None], program: str, log_level: str) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        sys.stderr.write(f"{program}: {error}\n")
+        logs.last_words(program, error, log_format)
         return code
     return 0
 

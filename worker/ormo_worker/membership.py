@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import grpc
 
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
@@ -171,6 +172,7 @@ class Membership:
             settings.learning_rate,
             settings.momentum,
             settings.weight_decay,
+            extra=Fields(worker=self._identity.worker, iteration=welcome.iteration.number),
         )
 
     def _on_lost(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -260,14 +261,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _note_refusal(self, refusal: pb.PushResult) -> None:
         self.refusals[refusal.refusal] += 1
+        about = Fields(request=refusal.request, iteration=self.iteration, reason=refusal.refusal)
         if refusal.refusal != Reason.NON_FINITE:
-            _LOG.info("a gradient was lost, training goes on: %s: %s", refusal.refusal, refusal.refusal_message)
+            said = "a gradient was lost, training goes on: %s: %s"
+            _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return
         now = time.monotonic()
         if now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:  # a loop that has diverged refuses every gradient
             self._warned_at = now
             count = self.refusals[refusal.refusal]
-            _LOG.warning("the server refused a gradient, %d so far: %s", count, refusal.refusal_message)
+            said = "the server refused a gradient, %d so far: %s"
+            _LOG.warning(said, count, refusal.refusal_message, extra=about)
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.logs import Fields
 from ormo_worker.config import RunSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.groups import decay_groups
@@ -146,18 +147,21 @@ class _Progress:
         state = "the run is over" if self._optimizer.finished else "leaving the run"
         iteration, applied, refused = self._optimizer.iteration, self.applied, self._optimizer.refusals.total()
         line = "%s at iteration %d: %d gradients from here in %.1f s, %d refused"
-        _LOG.info(line, state, iteration, applied, seconds, refused)
+        about = Fields(iteration=iteration, seconds=seconds)
+        _LOG.info(line, state, iteration, applied, seconds, refused, extra=about)
 
     def _line(self, now: float, loss: Tensor) -> None:
         gradients = self.applied - self._line_applied
+        iteration, value = self._optimizer.iteration, loss.item()
         _LOG.info(
             "iteration %d: %d gradients from here, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
-            self._optimizer.iteration,
+            iteration,
             self.applied,
             gradients / (now - self._line_at),
-            loss.item(),
+            value,
             _mean(self._delays),
             max(self._delays),
+            extra=Fields(iteration=iteration, loss=value, delay=self._delays[-1]),
         )
         self._line_at, self._line_applied = now, self.applied
         self._delays.clear()

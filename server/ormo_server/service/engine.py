@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import membership
@@ -91,7 +92,8 @@ class Engine:
             self._pass_on()
             size, live_slots = machine.bucket_size, machine.state.live_slots
         if member is not known:
-            log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size)
+            about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
+            log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size, extra=about)
             self._warn_of_idle_slots(live_slots)
         return member, known.incarnation if known is not None and known is not member else None
 
@@ -128,7 +130,8 @@ class Engine:
                 self._forget(worker)
             self._pass_on()
         if left:
-            log.info("worker %s left", worker)
+            about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
+            log.info("worker %s left", worker, extra=about)
 
     def expire(self) -> list[tuple[str, int]]:
         """Take silent workers for dead, and tickets that were out for too long for lost.
@@ -149,19 +152,24 @@ class Engine:
                 holder = members[ticket.slot[0]]
                 machine.return_ticket(now, holder.worker, holder.incarnation, ticket.key)
                 self._pass_on()
-        self._report_expired([member.worker for member in lapsed], [ticket.slot for ticket in overdue])
+        self._report_expired([member.worker for member in lapsed], overdue)
         return [(member.worker, member.incarnation) for member in lapsed]
 
     def _forget(self, worker: str) -> None:
         self._leases.forget(worker)
         self.observations.gone(worker)
 
-    def _report_expired(self, workers: list[str], slots: list[SlotKey]) -> None:
+    def _report_expired(self, workers: list[str], tickets: Sequence[Ticket]) -> None:
         for worker in workers:
-            log.warning("worker %s was silent for %g s and lost its lease", worker, self._leases.lease_seconds)
+            about = Fields(worker=worker, iteration=self.position()[1])
+            seconds = self._leases.lease_seconds
+            log.warning("worker %s was silent for %g s and lost its lease", worker, seconds, extra=about)
             self._metrics.upkeep.expired_workers.inc()
-        for worker, _ in slots:
-            log.warning("a ticket of worker %s was out for too long and is void; the worker stays a member", worker)
+        for ticket in tickets:
+            worker, slot = ticket.slot
+            about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=self.position()[1])
+            said = "a ticket of worker %s was out for too long and is void; the worker stays a member"
+            log.warning(said, worker, extra=about)
             self._metrics.upkeep.expired_tickets.inc()
 
     # Exchanges
@@ -189,6 +197,19 @@ class Engine:
             OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
         """
         norm = self._checked(push) if push else None
+        outcome = self._exchange(requester, push, norm, wish, still_current)
+        if push is not None and log.isEnabledFor(logging.DEBUG):
+            _tell(requester, push, outcome)
+        return outcome
+
+    def _exchange(
+        self,
+        requester: Requester,
+        push: Push | None,
+        norm: float | None,
+        wish: Payload | None,
+        still_current: Callable[[], bool],
+    ) -> Outcome:
         with self._hold():
             self._metrics.traffic.stage["lock"].observe(self._lock.waited_seconds)
             if not still_current():
@@ -408,6 +429,29 @@ class Engine:
             push_age_seconds=None if seen.pushed_at is None else now - seen.pushed_at,
             seen=replace(seen),
         )
+
+
+def _tell(requester: Requester, push: Push, outcome: Outcome) -> None:
+    """One line for what became of a gradient, of which there are many."""
+    about = Fields(
+        worker=requester.worker,
+        incarnation=f"{requester.incarnation:016x}",
+        slot=requester.slot,
+        request=requester.request,
+        ticket=push.ticket[1],
+        epoch=f"{push.ticket[0]:016x}",
+        samples=push.samples,
+        loss=push.loss,
+    )
+    if outcome.refusal is not None:
+        about["reason"] = outcome.refusal.reason
+        log.debug("refused a gradient of worker %s: %s", requester.worker, outcome.refusal, extra=about)
+    elif outcome.result is not None:
+        result = outcome.result
+        about["iteration"], about["delay"] = result.iteration, result.delay
+        about["lag_buckets"], about["step_size"] = result.lag_buckets, result.step_size
+        what = "repeated the result of" if result.repeated else "discarded" if result.discarded else "applied"
+        log.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
 
 
 def _phase(state: State) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
@@ -275,7 +276,8 @@ class RunHost:
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             return False
         seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
-        log.info("checkpoint %s in %.2f s", path, seconds, extra={"iteration": state.fields["iteration"]})
+        about = Fields(iteration=state.fields["iteration"], seconds=seconds, path=str(path))
+        log.info("checkpoint %s in %.2f s", path, seconds, extra=about)
         return True
 
     def _note_checkpoint(self, path: Path, epoch: int, iteration: int, started: float) -> float:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import grpc
 
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
@@ -162,7 +163,7 @@ class Servicer(ParameterServerServicer):
             with _withdrawn_at_end(engine, outcome.waiter):
                 if outcome.refusal is not None:
                     self.count_refusal(outcome.refusal.reason)
-                    self._warn(outcome.refusal)
+                    self._warn(outcome.refusal, requester)
                     result = messages.refused_result(requester.request, outcome.refusal)
                     yield pb.PushPullResponse(result=result)
                 if outcome.result is not None:
@@ -194,7 +195,7 @@ class Servicer(ParameterServerServicer):
                 gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
                 outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
         if outcome.refusal is not None:
-            self._warn(outcome.refusal)
+            self._warn(outcome.refusal, requester)
             raise outcome.refusal
         assert outcome.result is not None
         return pb.PushGradientResponse(result=messages.push_result(outcome.result))
@@ -244,12 +245,15 @@ class Servicer(ParameterServerServicer):
         """Count what was refused, by reason."""
         self._metrics.traffic.refusals.labels(reason.value).inc()
 
-    def _warn(self, refusal: OrmoError) -> None:
+    def _warn(self, refusal: OrmoError, requester: Requester) -> None:
         # A worker that has diverged has every gradient refused: one line now and then tells it.
         now = time.monotonic()
         if isinstance(refusal, NonFinite) and now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
             self._warned = now
-            log.warning("refused: %s", refusal)
+            about = Fields(
+                worker=requester.worker, slot=requester.slot, request=requester.request, reason=refusal.reason
+            )
+            log.warning("refused: %s", refusal, extra=about)
 
     def _introduced(self, stream: OpenStream, message: pb.Requester) -> tuple[Engine, Requester]:
         engine, requester = self._host.engine, messages.requester(message)

@@ -1,0 +1,123 @@
+"""A program's log on stderr: lines for people, or one JSON object per line for what collects logs.
+
+A record names what it is about through `extra`, in the same words everywhere:
+
+    log.info("worker %s left", worker, extra=Fields(worker=worker))
+
+JSON shows these fields. Text leaves them out: the message says what matters of them.
+"""
+
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Literal, TypedDict
+
+from pythonjsonlogger.json import JsonFormatter
+
+LogFormat = Literal["text", "json"]
+
+_TEXT = "%(asctime)s %(levelname)-7s %(message)s"
+# Python's names for a record's parts, and ours; those with a default come first, in this order.
+_PARTS = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
+_PARTS_OF_FAILURES = {"exc_info": "exception", "stack_info": "stack"}
+
+
+class Fields(TypedDict, total=False):
+    """What a record may be about. Random numbers of 64 bits are 16 hexadecimal digits: JSON readers would round them.
+
+    Attributes:
+        worker: its id.
+        incarnation: which process of that id, in hexadecimal.
+        slot, request: of the exchange.
+        ticket: its number.
+        epoch: of the server, in hexadecimal.
+        iteration: gradients applied so far.
+        samples: in the gradient, or in the run so far.
+        delay, lag_buckets, step_size: of an applied gradient.
+        loss: as reported.
+        accuracy: as evaluated, 0 to 1.
+        seconds: that the thing took.
+        reason: of a refusal, as in `ormo_protos.reasons`.
+        path: of a file.
+    """
+
+    worker: str
+    incarnation: str
+    slot: int
+    request: int
+    ticket: int
+    epoch: str
+    iteration: int
+    samples: int
+    delay: int
+    lag_buckets: int
+    step_size: float
+    loss: float | None
+    accuracy: float
+    seconds: float
+    reason: str
+    path: str
+
+
+def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
+    """Send the log to stderr; where somebody has set logging up before, it stays as it is.
+
+    In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else.
+
+    Args:
+        level: the least important level shown.
+        form: how lines look.
+        about: fields of every record, such as the worker that the process is.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(form, about))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    if form == "json":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
+        logging.captureWarnings(capture=True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+
+
+def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter:
+    """What makes lines of records."""
+    return _JsonLines(about or Fields()) if form == "json" else logging.Formatter(_TEXT)
+
+
+def last_words(program: str, error: object, form: LogFormat) -> None:
+    """Say why a program ends: a plain sentence, or in JSON a record like any other."""
+    if form == "json":
+        logging.getLogger(program).error("%s", error)
+    else:
+        sys.stderr.write(f"{program}: {error}\n")
+
+
+class _JsonLines(JsonFormatter):
+    """JSON with times by RFC 3339 and with `null` for NaN and infinity, which JSON does not have."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self, about: Fields) -> None:
+        super().__init__(list(_PARTS), rename_fields=_PARTS | _PARTS_OF_FAILURES, defaults=dict(about))
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in log_data.items()
+        }
+        return finite | {"level": str(log_data["level"]).lower()}  # as `--log-level` has it
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger(__name__).critical("uncaught %s: %s", kind.__name__, error, exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)

@@ -1,0 +1,142 @@
+"""The stack as it is shipped, watched by a real Prometheus: what breaks is told, and no longer once it is mended.
+
+All durations of the shipped rules, and those of scraping, are divided by `FACTOR`. Nothing else is changed.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.prometheus.prometheus import Prometheus, _free_port, prometheus
+from deploy.prometheus.shortening import configured, write_targets
+from system.programs import Program, Stage, staged
+
+FACTOR = 60
+TASKS = Path(__file__).parent / "paced_task.py"
+# So that some 70 gradients of the two others come before one of the slow worker: with K = 3, more than 16 K.
+SLOWER = 45
+# Longer than any window of a shortened rule with its `for`, on a machine that is busy.
+PATIENCE_SECONDS = 60.0
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Run:
+    """A server and its workers, started as anybody would."""
+
+    def __init__(self, stage: Stage, task: str = "Paced") -> None:
+        self.stage = stage
+        self.task = f"{TASKS}:{task}"
+        self.server = stage.server(
+            metrics_listen="127.0.0.1:0", checkpoint_seconds=1.0, failure_timeout=2.0, learning_rate=1e-4
+        )
+
+    @property
+    def instance(self) -> str:
+        return self.stage.metrics
+
+    def worker(self, name: str, **flags: object) -> Program:
+        return self.stage.worker(name, **{"task": self.task, "failure_timeout": 2.0} | flags)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Three workers, one of them slow, and an evaluator; one of the workers exports metrics of its own."""
+    with staged(tmp_path_factory.mktemp("run")) as stage:
+        yield Run(stage)
+
+
+@pytest.fixture(scope="module")
+def watched(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    worker, evaluator = f"127.0.0.1:{_free_port()}", f"127.0.0.1:{_free_port()}"
+    folder = tmp_path_factory.mktemp("prometheus") / "configuration"
+    targets = {"ormo-server": [run.instance], "ormo-worker": [worker], "ormo-evaluator": [evaluator]}
+    with prometheus(configured(folder, targets, factor=FACTOR)) as running:
+        run.worker("fast", metrics_listen=worker)
+        run.worker("steady")
+        run.worker("slow", slow_factor=SLOWER)
+        run.stage.evaluator("evaluator", task=run.task, metrics_listen=evaluator, every_seconds=0.5)
+        running.until_up(*targets)
+        yield running
+
+
+def until_firing(watched: Prometheus, instance: str, *names: str) -> None:
+    def firing() -> bool:
+        found = {alert.name for alert in watched.alerts(state="firing") if alert.labels["instance"] == instance}
+        return set(names) <= found
+
+    watched.until(firing, f"{names} firing for {instance}", seconds=PATIENCE_SECONDS)
+
+
+def until_resolved(watched: Prometheus, instance: str, *names: str) -> None:
+    def resolved() -> bool:
+        return not [a for a in watched.alerts() if a.labels["instance"] == instance and a.name in names]
+
+    watched.until(resolved, f"{names} resolved for {instance}", seconds=PATIENCE_SECONDS)
+
+
+def test_every_rule_evaluates(watched: Prometheus) -> None:
+    watched.until(lambda: all(rule.health != "unknown" for rule in watched.rules()), "all evaluated", seconds=20)
+    rules = watched.rules()
+    assert {rule.health for rule in rules} == {"ok"}, [(rule.name, rule.last_error) for rule in rules]
+    assert {rule.type for rule in rules} == {"alerting", "recording"}
+
+
+def test_slow_worker_s_delay_fires_and_its_leaving_resolves_it(run: Run, watched: Prometheus) -> None:
+    until_firing(watched, run.instance, "OrmoDelayHigh")
+    assert watched.firing() == {"OrmoDelayHigh"}, "a run that trains has nothing else to tell"
+    (slow,) = [program for program in run.stage.programs if program.name == "slow"]
+    assert slow.terminate() == 0
+    until_resolved(watched, run.instance, "OrmoDelayHigh")
+
+
+def test_killed_worker_fires_and_its_return_resolves_it(run: Run, watched: Prometheus) -> None:
+    (steady,) = [program for program in run.stage.programs if program.name == "steady"]
+    run.worker("third")
+    run.stage.until(lambda status: len(status.workers) == 3, "a third worker")
+    steady.kill()
+    until_firing(watched, run.instance, "OrmoWorkersLost")
+    run.worker("steady-again", worker_id="steady")
+    until_resolved(watched, run.instance, "OrmoWorkersLost")
+
+
+def test_disk_that_takes_no_checkpoint_fires_and_resolves_when_it_does_again(run: Run, watched: Prometheus) -> None:
+    directory = run.stage.folder / "run"
+    aside = directory.rename(directory.with_name("aside"))
+    directory.write_text("")  # where the directory was there is a file now
+    until_firing(watched, run.instance, "OrmoCheckpointFailing", "OrmoCheckpointTooOld")
+    assert run.stage.status().phase == run.stage.status().PHASE_TRAINING
+    directory.unlink()
+    aside.rename(directory)
+    until_resolved(watched, run.instance, "OrmoCheckpointFailing", "OrmoCheckpointTooOld")
+
+
+def test_worker_that_computes_nan_fires_and_a_sound_one_resolves_it(
+    run: Run, watched: Prometheus, tmp_path: Path
+) -> None:
+    with staged(tmp_path) as stage:
+        broken = Run(stage)
+        write_targets(watched.log.parent, "ormo-server", [run.instance, broken.instance])
+        spoiled = broken.worker("spoiled", task=f"{TASKS}:Spoiled")
+        until_firing(watched, broken.instance, "OrmoNonFiniteGradients", "OrmoNoProgress")
+        assert stage.status().iteration.number == 0
+        spoiled.terminate()
+        broken.worker("sound")
+        until_resolved(watched, broken.instance, "OrmoNonFiniteGradients", "OrmoNoProgress")
+        stops_and_goes_on(broken, watched)
+    write_targets(watched.log.parent, "ormo-server", [run.instance])
+
+
+def stops_and_goes_on(run: Run, watched: Prometheus) -> None:
+    """A server that hangs is down; when it goes on, so does the run."""
+    os.kill(run.server.process.pid, signal.SIGSTOP)
+    try:
+        until_firing(watched, run.instance, "OrmoServerDown")
+    finally:
+        os.kill(run.server.process.pid, signal.SIGCONT)
+    until_resolved(watched, run.instance, "OrmoServerDown")
+    reached = run.stage.status().iteration.number
+    run.stage.until(lambda status: status.iteration.number > reached, "it goes on")

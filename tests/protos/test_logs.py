@@ -1,0 +1,72 @@
+"""A program's log: lines for people, or one JSON object each that names what it is about."""
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ormo_protos.logs import Fields, formatter, last_words
+
+
+def record(message: str, *values: object, **fields: object) -> logging.LogRecord:
+    logger = logging.getLogger("ormo_server.service.engine")
+    return logger.makeRecord(logger.name, logging.WARNING, "file.py", 1, message, values, None, extra=dict(fields))
+
+
+def test_a_line_of_json_has_time_level_logger_message_and_what_it_is_about() -> None:
+    line = formatter("json").format(record("worker %s left", "w\n1", worker="w\n1", iteration=7, loss=math.nan))
+    assert "\n" not in line
+    told = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", told.pop("time"))
+    assert told == {
+        "level": "warning",
+        "logger": "ormo_server.service.engine",
+        "message": "worker w\n1 left",
+        "worker": "w\n1",
+        "iteration": 7,
+        "loss": None,
+    }
+
+
+def test_a_program_s_own_fields_are_in_every_line_unless_a_record_has_its_own() -> None:
+    about = formatter("json", Fields(worker="me"))
+    assert json.loads(about.format(record("so")))["worker"] == "me"
+    assert json.loads(about.format(record("so", worker="other")))["worker"] == "other"
+
+
+def test_text_leaves_fields_to_the_message() -> None:
+    line = formatter("text").format(record("worker %s left", "w1", worker="w1", iteration=7))
+    assert line.endswith(" WARNING worker w1 left")
+
+
+@pytest.mark.parametrize(("form", "starts"), [("text", "ormo-x: no such"), ("json", "{")])
+def test_last_words_are_a_sentence_or_a_record(form: str, starts: str) -> None:
+    code = (
+        f"from ormo_protos import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', 'no such', {form!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.startswith(starts)
+    assert last_words  # used by the code above
+
+
+def test_in_json_warnings_and_uncaught_exceptions_are_records_too() -> None:
+    code = """
+import threading, warnings
+from ormo_protos import logs
+logs.set_up("info", "json", logs.Fields(worker="me"))
+warnings.warn("old")
+thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()
+raise ValueError("spoilt")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    warned, in_thread, uncaught = (json.loads(line) for line in done.stderr.splitlines())
+    assert "UserWarning: old" in warned["message"]
+    assert "uncaught ZeroDivisionError" in in_thread["message"]
+    assert "uncaught ValueError: spoilt" in uncaught["message"]
+    assert "Traceback" in uncaught["exception"]
+    assert {told["worker"] for told in (warned, in_thread, uncaught)} == {"me"}
