@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from google.rpc import error_details_pb2
 
-from ormo_server.cli import main
 from ormo_server.service.server import Server
-from service.wire import SMALL, WireWorker, connected, payload, served
+from service.wire import served
 
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
 
@@ -44,20 +43,3 @@ def test_foreign_client_learns_the_service_calls_it_and_reads_its_refusals(tmp_p
 def test_reflection_is_off_unless_asked_for(tmp_path: Path) -> None:
     with served(tmp_path) as server:
         assert curl(server, "GetStatus", {}).returncode != 0
-
-
-def test_status_command_says_how_the_run_is_going(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with served(tmp_path, min_workers=2) as server, connected(server) as stub:
-        worker = WireWorker(stub, "w0")
-        worker.join()
-        assert main(["status", "--server", server.address]) == 0
-        assert "waiting for workers: ormo, iteration 0" in capsys.readouterr().out
-        WireWorker(stub, "w1").join()
-        worker.pull()
-        worker.push(payload(SMALL, 1.0), compute_seconds=0.25)
-        assert main(["status", "--server", server.address]) == 0
-        said = capsys.readouterr().out
-        assert "training: ormo, iteration 1, 4 samples, K 2" in said
-        assert "update rule ormo, step scale constant (mean 1), scheduler asynchronous" in said
-        assert "delay mean 0.00, largest 0; 1 gradients applied and 0 discarded since the server started" in said
-        assert "w0: 1 gradients since it joined, last delay 0, largest 0, 0.250 s a gradient" in said

@@ -39,7 +39,7 @@ SERVER = [
         "can't write the trace .: Is a directory; make it writable or choose another --trace",
     ),
     (["status", "--server", "127.0.0.1:1"], 1, "no answer from 127.0.0.1:1"),
-    (["train"], 2, "expected serve or status"),
+    (["train"], 2, "expected serve or status or top"),
 ]
 
 

