@@ -75,6 +75,15 @@ def _families(registry: CollectorRegistry) -> Iterator[tuple[str, str, tuple[str
             yield family.name.removesuffix(suffix) + suffix, family.type, tuple(labels), family.documentation
 
 
+def exported_names() -> set[str]:
+    """Every name that a page of metrics can have; a histogram has three."""
+    names = set()
+    for whose in ("server", "worker", "evaluator"):
+        for name, kind, _, _ in _families(registry_of(whose)):
+            names |= {f"{name}_{part}" for part in ("bucket", "count", "sum")} if kind == "histogram" else {name}
+    return names
+
+
 def example(name: str) -> str:
     """The Python code that follows a marker."""
     found = re.search(rf"<!-- {name} example -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.prometheus.prometheus import Prometheus, _free_port, prometheus
+from deploy.prometheus.prometheus import Prometheus, free_port, prometheus
 from deploy.prometheus.shortening import configured, write_targets
 from system.programs import Program, Stage, staged
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def watched(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    worker, evaluator = f"127.0.0.1:{_free_port()}", f"127.0.0.1:{_free_port()}"
+    worker, evaluator = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     folder = tmp_path_factory.mktemp("prometheus") / "configuration"
     targets = {"ormo-server": [run.instance], "ormo-worker": [worker], "ormo-evaluator": [evaluator]}
     with prometheus(configured(folder, targets, factor=FACTOR)) as running:

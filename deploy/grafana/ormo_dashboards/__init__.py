@@ -1,0 +1,1 @@
+"""Grafana dashboards of the ordered-momentum parameter server, as code."""
