@@ -3,13 +3,16 @@
 All durations of the shipped rules, and those of scraping, are divided by `FACTOR`. Nothing else is changed.
 """
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from deploy.grafana.dashboards import FILES, filled_in, queries
 from deploy.prometheus.prometheus import Prometheus, free_port, prometheus
 from deploy.prometheus.shortening import configured, write_targets
 from system.programs import Program, Stage, staged
@@ -83,6 +86,38 @@ def test_every_rule_evaluates(watched: Prometheus) -> None:
     rules = watched.rules()
     assert {rule.health for rule in rules} == {"ok"}, [(rule.name, rule.last_error) for rule in rules]
     assert {rule.type for rule in rules} == {"alerting", "recording"}
+
+
+# Queries that rightly find nothing in this run, by what they ask for.
+NOT_HERE = {
+    "ormo_worker_gpu_memory_bytes": "there is no GPU",
+    "ormo_worker_retries_total": "nothing had to be tried again",
+    "ormo_staleness_bound_iterations": "the method has no bound",
+    "ormo_discard_limit_iterations": "the method discards nothing",
+    "ormo_refusals_total": "only reasons that have occurred are shown, and none has",
+    "changes(": "no server was started again",
+    'ALERTS{alertstate="firing"': "nothing is wrong yet",
+}
+
+
+def without_data(watched: Prometheus, run: Run) -> list[str]:
+    """Queries that find nothing with a number, but for those that must not; a quantile of no calls is none."""
+    found = []
+    for query in (query for file in FILES for query in queries(file)):
+        if any(words in query.expression for words in NOT_HERE):
+            continue
+        expression = filled_in(query.expression, job="ormo-server", instance=run.instance, interval="5s")
+        samples = watched.query(expression)
+        if not any(math.isfinite(sample.value) for sample in samples):
+            found.append(f"{query.dashboard}, {query.where}: {expression}: {samples}")
+    return found
+
+
+def test_every_query_of_every_dashboard_returns_data(run: Run, watched: Prometheus) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (missing := without_data(watched, run)) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert missing == []
 
 
 def test_slow_worker_s_delay_fires_and_its_leaving_resolves_it(run: Run, watched: Prometheus) -> None:

@@ -83,7 +83,8 @@ def _unsaved_now() -> Panel:
             bad="Orange: checkpoints fail or are late. Red: the alert's limit; see Checkpoints below.",
         ),
         Query(
-            f"{series('instance:ormo_unsaved_work:seconds')} / on (job, instance) {series('ormo_checkpoint_interval_seconds')}"
+            f"{series('instance:ormo_unsaved_work:seconds')} "
+            f"/ on (job, instance) {series('ormo_checkpoint_interval_seconds')}"
         ),
         unit="count:intervals",
         decimals=1,

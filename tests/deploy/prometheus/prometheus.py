@@ -55,7 +55,7 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One loaded rule; `type` is `alerting` or `recording`, `health` is `ok`, `err` or `unknown` (not evaluated yet)."""
+    """One loaded rule; `type` is `alerting` or `recording`, `health` `ok`, `err` or `unknown` (not evaluated yet)."""
 
     group: str
     name: str
@@ -144,7 +144,7 @@ class Prometheus:
             time.sleep(0.1)
 
     def reload(self) -> None:
-        """Read the configuration again; new targets are scraped up to 5 s later. Files of targets are watched anyway."""
+        """Read the configuration again; new targets are scraped up to 5 s later. Files of targets are watched too."""
         with _DIRECT.open(urllib.request.Request(f"{self.url}/-/reload", method="POST"), timeout=10):
             pass
 

@@ -114,18 +114,18 @@ def test_rules_are_about_metrics_that_exist(name: str) -> None:
 
 
 def test_runbook_is_about_metrics_that_exist() -> None:
-    assert unknown(RUNBOOK.read_text()) == set()
+    histograms = {name.removesuffix("_sum") for name in exported_names() if name.endswith("_sum")}
+    assert unknown(RUNBOOK.read_text()) - histograms == set()
 
 
-@pytest.mark.parametrize(
-    "rule", [*ALERTS.values(), *RECORDINGS.values()], ids=lambda r: r.get("alert", r.get("record"))
-)
-def test_no_aggregation_mixes_runs(rule: dict[str, Any]) -> None:
-    parse(rule["expr"])
-    for kept in re.findall(r"\b(?:sum|max|min|avg|count) (by|without) \(([^)]*)\)", rule["expr"]):
-        assert kept[0] == "by"
-        assert {"job", "instance"} <= set(kept[1].replace(" ", "").split(","))
-    assert not re.search(r"\b(?:sum|max|min|avg|count)\(", rule["expr"])
+@pytest.mark.parametrize("name", [*ALERTS, *RECORDINGS])
+def test_no_aggregation_mixes_runs(name: str) -> None:
+    expression = (ALERTS | RECORDINGS)[name]["expr"]
+    parse(expression)
+    for how, kept in re.findall(r"\b(?:sum|max|min|avg|count) (by|without) \(([^)]*)\)", expression):
+        assert how == "by"
+        assert {"job", "instance"} <= set(kept.replace(" ", "").split(","))
+    assert not re.search(r"\b(?:sum|max|min|avg|count)\(", expression)
 
 
 def test_rules_for_the_operator_are_those_of_the_files() -> None:
@@ -169,21 +169,8 @@ def test_every_duration_is_shortened_and_nothing_else() -> None:
     assert group["interval"] == "500ms"
     assert rule["for"] == "90000ms"
     assert rule["labels"] == {"severity": "5m"}
-    assert rule["expr"].split() == (
-        [
-            "rate(x_total[5000ms])",
-            ">",
-            "10",
-            "and",
-            "max_over_time(y[60000ms:1000ms]",
-            "offset",
-            "2000ms)",
-            ">",
-            "2",
-            "#",
-            "seconds",
-        ]
-    )
+    expected = "rate(x_total[5000ms]) > 10 and max_over_time(y[60000ms:1000ms] offset 2000ms) > 2 # seconds"
+    assert " ".join(rule["expr"].split()) == expected
 
 
 def test_shortened_configuration_is_valid(tmp_path: Path) -> None:
