@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 PROTO_TOOLS = .venv-protos
+CHECKOV_VENV = .venv-checkov
 PROTO = protos/ormo_protos/v1/parameter_server.proto
 GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
     --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
@@ -13,11 +14,11 @@ PACKAGES = ormo_protos ormo_server ormo_worker
 
 .PHONY: help
 help:  ## list these words
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker,vision,sim,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker,vision,sim,dev,deploy]'
 	touch $@
 
 .PHONY: install
@@ -35,12 +36,39 @@ reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the ta
 	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
 
 .PHONY: benchmark
-benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its gradient
+benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its gradient, and what metrics cost
 	$(BIN)/python tests/benchmarks/sim_overhead.py
+	$(BIN)/python tests/benchmarks/metrics_cost.py
+
+# What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
+TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
+    $(BIN)/python -m pytest
 
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+	$(TEST)
+
+.PHONY: test-images
+test-images: $(INSTALLED)  ## run the images' build steps and what they install, without a container engine
+	CHECK_IMAGES=1 $(TEST) tests/deploy/docker
+
+# A linter with so many dependencies that it has an environment of its own.
+$(CHECKOV_VENV):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch $@
+
+.PHONY: checkov
+checkov: $(CHECKOV_VENV)  ## install the linter of manifests and images, for `make test`
+
+# What checks deploy/ is tested as pinned; the rest at both ends of what pyproject.toml allows.
+.PHONY: test-lowest test-newest
+test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newest, versions that are allowed
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[server,worker,vision,sim,dev,deploy]'
+	.venv-$*/bin/python -m pip check
+	.venv-$*/bin/python -m pytest -n 2 --ignore=tests/deploy
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check style, and that the contract only grew since its release
@@ -59,6 +87,9 @@ format: $(INSTALLED)  ## put code and contract in shape
 .PHONY: types
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	cd deploy/grafana && $(abspath $(BIN))/mypy --strict generate.py
+	$(BIN)/mypy --strict deploy/prometheus/generate.py
+	$(BIN)/mypy --strict deploy/docker/metrics_answer.py
 
 # An old generator on purpose: what it writes runs with every gRPC and protobuf since, newer ones refuse older runtimes.
 $(PROTO_TOOLS): protos/generator.txt
@@ -80,10 +111,19 @@ drift: $(PROTO_TOOLS)  ## check that the generated code is the contract's
 release-protos: $(INSTALLED)  ## take the contract as it is for released: from now on it may only grow
 	$(BIN)/buf build -o protos/released.binpb
 
+.PHONY: dashboards
+dashboards: $(INSTALLED)  ## write Grafana's dashboards and the operator's rules anew
+	$(BIN)/python deploy/grafana/generate.py
+	$(BIN)/python deploy/prometheus/generate.py
+
 .PHONY: readme
-readme: $(INSTALLED)  ## write the README's settings tables anew
+readme: $(INSTALLED)  ## write the README's tables anew
 	$(BIN)/python tests/readme.py
+
+.PHONY: picture
+picture: $(INSTALLED)  ## train for some seconds and draw the README's picture of `ormo-server top`
+	cd tests && $(abspath $(BIN))/python readme_top.py
 
 .PHONY: clean
 clean:  ## remove what the other words made
-	rm -rf $(VENV) $(PROTO_TOOLS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis

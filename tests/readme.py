@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from prometheus_client import CollectorRegistry
 
 from ormo_protos.settings import settings_table
@@ -14,7 +16,11 @@ from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.metrics import Metrics
 from ormo_worker.metrics import EvaluatorMetrics, WorkerMetrics
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+ALERTS = ROOT / "deploy" / "prometheus" / "rules" / "alerts.yml"
+# The generator of the dashboards is no installed package.
+sys.path.insert(0, str(ROOT / "deploy" / "grafana"))
 _TABLE = re.compile(
     r"(?P<head><!-- (?P<own>own )?settings: (?P<module>[\w.]+):(?P<name>\w+) -->\n).*?(?P<end>\n<!-- end -->)",
     re.DOTALL,
@@ -35,6 +41,10 @@ def with_tables(text: str) -> str:
         return f"{match['head']}\n{metrics_table(registry_of(match['whose']))}{match['end']}"
 
     text = _METRICS.sub(metrics, text)
+    for name, table_of in (("panels", panels_table), ("alerts", alerts_table)):
+        head, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, _, after = text.partition(head)
+        text = f"{before}{head}\n{table_of()}{end}{after.partition(end)[2]}"
     return _METHODS.sub(lambda match: f"{match['head']}{methods_table()}{match['end']}", _TABLE.sub(table, text))
 
 
@@ -82,6 +92,26 @@ def exported_names() -> set[str]:
         for name, kind, _, _ in _families(registry_of(whose)):
             names |= {f"{name}_{part}" for part in ("bucket", "count", "sum")} if kind == "histogram" else {name}
     return names
+
+
+def panels_table() -> str:
+    """A Markdown table of the dashboards' panels."""
+    from ormo_dashboards import texts
+
+    return texts.panels_table()
+
+
+def alerts_table() -> str:
+    """A Markdown table of the alerts."""
+    groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    rows = ["| alert | severity | after | means |", "| --- | --- | --- | --- |"]
+    for rule in (rule for group in groups for rule in group["rules"]):
+        name, severity = rule["alert"], rule["labels"]["severity"]
+        means = re.sub(r"( on)? \{\{ \$labels\.instance \}\}", "", rule["annotations"]["summary"])
+        means = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", means)
+        link = f"[{name}](deploy/RUNBOOK.md#{name.lower()})"
+        rows.append(f"| {link} | {severity} | {rule['for']} | {means} |")
+    return "\n".join(rows) + "\n"
 
 
 def example(name: str) -> str:

@@ -1,0 +1,54 @@
+"""What the README tells operators to type is about files and services that are there."""
+
+import re
+import shlex
+
+import yaml
+
+from deploy.docker.tree import ROOT
+from ormo_protos.settings import read_settings
+from ormo_server.console.config import StatusSettings, TopSettings
+from readme import README
+
+TEXT = README.read_text(encoding="utf-8")
+RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text(encoding="utf-8")
+
+
+def commands(program: str, text: str = TEXT) -> list[list[str]]:
+    return [
+        shlex.split(found, comments=True) for found in re.findall(rf"(?:^|`)({program} [^`\n]+)", text, re.MULTILINE)
+    ]
+
+
+def test_overlays_that_are_applied_are_there() -> None:
+    applied = commands("kubectl apply")
+    assert len(applied) == 2
+    for _, _, flag, overlay in applied:
+        assert flag == "-k"
+        assert (ROOT / overlay / "kustomization.yaml").is_file()
+
+
+def test_compose_file_and_the_service_that_is_scaled_are_there() -> None:
+    (command,) = [words for words in commands("docker compose") if "-f" in words]
+    services = yaml.safe_load((ROOT / command[command.index("-f") + 1]).read_text())["services"]
+    assert command[command.index("--scale") + 1].split("=")[0] in services
+
+
+def test_status_and_top_are_typed_as_they_are_understood() -> None:
+    settings = {"ormo-server status": StatusSettings, "ormo-server top": TopSettings}
+    typed = {program: commands(program, TEXT + RUNBOOK) for program in settings}
+    assert all(typed.values())
+    for program, cls in settings.items():
+        for words in typed[program]:
+            read_settings(
+                cls, [word.replace("HOST", "h").replace("PORT", "1") for word in words[2:]], {}, program=program
+            )
+
+
+def test_paths_in_the_readme_and_the_runbook_exist() -> None:
+    named = set(re.findall(r"\bdeploy/[\w./*-]*[\w*]", TEXT + RUNBOOK))
+    assert len(named) > 5
+    assert [path for path in named if not list(ROOT.glob(path))] == []
+    pictures = re.findall(r"\]\((\.readme/[^)]+)\)", TEXT)
+    assert ".readme/top.svg" in pictures
+    assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
