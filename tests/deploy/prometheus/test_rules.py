@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from promql_parser import parse
 
 from deploy.prometheus.prometheus import program
 from deploy.prometheus.shortening import DEPLOYED, configured, shortened, shortened_duration, shortened_expression
 from ormo_server.service.server import Server
+from ormo_worker.metrics import EvaluatorMetrics, WorkerMetrics
 from readme import exported_names
 from service.test_metrics import race
 from service.wire import connected, served
@@ -148,6 +150,16 @@ def test_what_the_server_exports_keeps_the_rules_of_prometheus(tmp_path: Path) -
         with connected(server) as stub:
             race(stub)
         promtool("check", "metrics", page=page_of(server))
+
+
+@pytest.mark.parametrize("registry", [WorkerMetrics("w", torch.device("cpu")).registry, EvaluatorMetrics().registry])
+def test_what_workers_and_evaluators_export_keeps_the_rules_of_prometheus(registry: CollectorRegistry) -> None:
+    promtool("check", "metrics", page=generate_latest(registry).decode())
+
+
+def test_page_that_breaks_the_rules_is_found() -> None:
+    with pytest.raises(AssertionError, match="no help text"):
+        promtool("check", "metrics", page="ormo_iteration 1\n")
 
 
 def test_every_duration_is_shortened_and_nothing_else() -> None:
