@@ -4,8 +4,8 @@
 
 A push is an exchange on an open PushPull stream, given to the servicer without a network, and then over gRPC. It is
 measured in turns with metrics and without: counters, histograms, records of workers and the timing of the lock are
-replaced by nothing, and the gradient's norm by the search for NaN alone. Without a network the time is the process's own
-on the processor.
+replaced by nothing, and the gradient's norm by the search for NaN alone. Without a network the time is
+the process's own on the processor.
 """
 
 import argparse
