@@ -1,5 +1,6 @@
 """Answers of a server that never was."""
 
+import io
 from typing import Any
 
 from rich.console import Console
@@ -30,8 +31,7 @@ def screen(
     seen: History, width: int = 160, height: int | None = None, sort: str = "delay", trouble: str = "", **console: Any
 ) -> str:
     """What the view looks like."""
-    shown = Console(width=width, height=height, record=True, quiet=True, **console)
-    with shown.capture() as caught:
-        shown.quiet = False
-        shown.print(View("127.0.0.1:50051", seen, sort, height, trouble))
-    return caught.get()
+    file = io.StringIO()
+    view = View("127.0.0.1:50051", seen, sort, height, trouble)
+    Console(file=file, width=width, height=height, **console).print(view)
+    return file.getvalue()
