@@ -261,7 +261,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _note_refusal(self, refusal: pb.PushResult) -> None:
         self.refusals[refusal.refusal] += 1
-        about = Fields(request=refusal.request, iteration=self.iteration, reason=refusal.refusal)
+        worker = self._client.identity.worker
+        about = Fields(worker=worker, request=refusal.request, iteration=self.iteration, reason=refusal.refusal)
         if refusal.refusal != Reason.NON_FINITE:
             said = "a gradient was lost, training goes on: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)

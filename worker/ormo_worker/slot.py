@@ -1,10 +1,12 @@
 """One of a worker's in-flight places: exchanges a gradient for the next parameters, whatever happens meanwhile."""
 
+import logging
 import queue
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ormo_protos.logs import Fields
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
 from ormo_worker.errors import ProtocolBroken, RunFinished
@@ -15,6 +17,8 @@ from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain
 from ormo_worker.session import SlotSession, Step
 from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Wire
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class Slot:
                 raise TryAgain.after(end) from None
             if step is not Step.FINISHED:
                 raise
+        self._tell(self._session.ask.ticket, self._session.result)
         if step is Step.FINISHED:
             self.close()
             return self._outcome(None, finished=True)
@@ -157,6 +162,20 @@ class Slot:
                 return self._session.on_finished()
             case _:
                 return Step.FAIL
+
+    def _tell(self, ticket: pb.Ticket | None, result: pb.PushResult | None) -> None:
+        if ticket is None or result is None or not _LOG.isEnabledFor(logging.DEBUG):
+            return
+        about = Fields(
+            worker=self._identity.worker,
+            slot=self.number,
+            request=result.request,
+            ticket=ticket.number,
+            iteration=result.iteration.number,
+            delay=result.delay,
+            lag_buckets=result.lag_buckets,
+        )
+        _LOG.debug("a gradient was counted with delay %d", result.delay, extra=about)
 
     def _over(self, stage: Stage) -> None:
         now = time.monotonic()
