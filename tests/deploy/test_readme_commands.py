@@ -1,11 +1,13 @@
 """What the README tells operators to type is about files and services that are there."""
 
+import json
 import re
 import shlex
 
 import yaml
 
 from deploy.docker.tree import ROOT
+from deploy.kubernetes.rendering import overlay
 from ormo_protos.settings import read_settings
 from ormo_server.console.config import StatusSettings, TopSettings
 from readme import README
@@ -23,9 +25,9 @@ def commands(program: str, text: str = TEXT) -> list[list[str]]:
 def test_overlays_that_are_applied_are_there() -> None:
     applied = commands("kubectl apply")
     assert len(applied) == 2
-    for _, _, flag, overlay in applied:
+    for _, _, flag, folder in applied:
         assert flag == "-k"
-        assert (ROOT / overlay / "kustomization.yaml").is_file()
+        assert (ROOT / folder / "kustomization.yaml").is_file()
 
 
 def test_compose_file_and_the_service_that_is_scaled_are_there() -> None:
@@ -52,3 +54,14 @@ def test_paths_in_the_readme_and_the_runbook_exist() -> None:
     pictures = re.findall(r"\]\((\.readme/[^)]+)\)", TEXT)
     assert ".readme/top.svg" in pictures
     assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
+
+
+def test_jobs_that_are_deleted_or_scaled_are_those_of_the_overlays() -> None:
+    local = overlay("local")
+    (delete,) = commands("kubectl -n ormo delete job")
+    name, value = delete[-1].split("=")
+    assert {job["metadata"]["labels"][name] for job in local.of("Job")} == {value}
+    (patch,) = commands("kubectl -n ormo patch job")
+    assert patch[5] in {job["metadata"]["name"] for job in local.of("Job")}
+    given = json.loads(patch[7])["spec"]
+    assert given["parallelism"] == given["completions"]
