@@ -127,8 +127,7 @@ def _stages() -> Panel:
             shows="Mean time of each stage of a push-pull exchange on the server, stacked.",
             normal="receive and send, the transfers, are most of it; lock, apply and copy stay thin.",
             bad="lock grows: the server is saturated. wait grows: the scheduler holds tickets back for the slowest "
-            "worker. "
-            "apply or copy grow: the machine's memory is busy with something else.",
+            "worker. apply or copy grow: the machine's memory is busy with something else.",
         ),
         Query(mean("ormo_exchange_stage_seconds", "stage"), _STAGE),
         unit="s",
@@ -143,8 +142,7 @@ def _slow_stages() -> Panel:
             shows="The time that 99 % of the exchanges stay below, for each stage.",
             normal="A few times the mean.",
             bad="One stage apart from its mean: occasional stalls; receive and send of a slow link, apply and copy of "
-            "a "
-            "starved processor, lock of pulls and pushes that arrive together.",
+            "a starved processor, lock of pulls and pushes that arrive together.",
         ),
         Query(quantile(0.99, "ormo_exchange_stage_seconds", "stage"), _STAGE),
         unit="s",
@@ -158,8 +156,8 @@ def _lock_held() -> Panel:
             shows="Share of the time that the one lock is held: the load of the server; the red line is the alert's "
             "limit.",
             normal="Below 50 %, in proportion to gradients per second and model size.",
-            bad="Above the line more workers bring no more gradients. Larger batches, fewer workers, "
-            "or a machine with faster memory.",
+            bad="Above the line more workers bring no more gradients. Larger batches, fewer workers, or a machine with "
+            "faster memory.",
         ),
         Query(rate("ormo_lock_held_seconds_total")),
         unit="percentunit",
@@ -204,8 +202,8 @@ def _pushes() -> Panel:
             title="Pushes by outcome",
             shows="Gradients per second that were applied, discarded as too late, repeated by a retry, or refused.",
             normal="All applied.",
-            bad="repeated: connections break after the push. refused: see Refusals by reason. "
-            "discarded: see Staleness.",
+            bad="repeated: connections break after the push. refused: see Refusals by reason. discarded: see "
+            "Staleness.",
         ),
         Query(rate("ormo_pushes_total", "outcome"), "{{outcome}} {{instance}}"),
         unit="count:gradients/s",
@@ -235,8 +233,7 @@ def _refusals() -> Panel:
             shows="Calls and gradients refused within each step, by reason; only reasons that have occurred.",
             normal="None; NOT_A_MEMBER, TICKET_UNKNOWN and DRAINING for a moment after a restart or a lost lease.",
             bad="NON_FINITE: a worker diverges or computes in too low a precision. MANIFEST_DIGEST: a worker trains "
-            "another "
-            "model. TOO_MANY_WORKERS: raise --max-workers. UNKNOWN or INTERNAL: see the server's log.",
+            "another model. TOO_MANY_WORKERS: raise --max-workers. UNKNOWN or INTERNAL: see the server's log.",
         ),
         Query(f"{increase('ormo_refusals_total', 'reason')} {happened}", "{{reason}} {{instance}}"),
         unit="none",
@@ -251,8 +248,8 @@ def _streams() -> Panel:
             title="Open streams",
             shows="Streams that are open, of workers and of readers.",
             normal="One for each slot of a worker; readers now and then.",
-            bad="Close to --max-workers times --slots-per-worker: raise them before the next worker is refused. "
-            "Sudden falls: connections break.",
+            bad="As many workers as --max-workers allows: raise it before the next one is refused. Sudden falls: "
+            "connections break.",
         ),
         Query(series("ormo_open_streams"), "{{kind}} {{instance}}"),
         unit="none",
@@ -391,8 +388,7 @@ def _failures() -> Panel:
             shows="Checkpoints that could not be written, within each step.",
             normal="0.",
             bad="Anything else: the log has the reason; mostly a full or read-only volume, or a model with non-finite "
-            "values, "
-            "which never replaces a good checkpoint.",
+            "values, which never replaces a good checkpoint.",
         ),
         Query(increase("ormo_checkpoint_failures_total")),
         unit="none",
@@ -422,8 +418,7 @@ def _memory() -> Panel:
             shows="Resident memory, the limit, and what the server said it needs (state, exchanges, checkpoint).",
             normal="Resident memory is somewhat above the need once all slots are in use, and flat then.",
             bad="Close to the limit: it is about to be killed. Fewer slots, a method that keeps less, or a higher "
-            "limit. "
-            "It climbs without end: report it.",
+            "limit. It climbs without end: report it.",
         ),
         Query(series("process_resident_memory_bytes"), "resident {{instance}}"),
         Query(f"sum by (job, instance) ({series('ormo_memory_need_bytes')})", "stated need {{instance}}"),

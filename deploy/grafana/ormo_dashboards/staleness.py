@@ -86,8 +86,7 @@ def _relative() -> Panel:
             shows="Delay as a multiple of K, so that runs of any size compare; the red line is the alert's limit.",
             normal="Median about 1; p99 about n where a worker is n times slower than the rest.",
             bad="p99 above the red line: those gradients say little about the present model. Leave the slow workers "
-            "out, "
-            "give them smaller batches, or take ormo-da or --discard-delay.",
+            "out, give them smaller batches, or take ormo-da or --discard-delay.",
         ),
         *_quantiles("ormo_gradient_relative_delay"),
         unit="none",
@@ -135,9 +134,10 @@ def _slowest() -> Panel:
             "first.",
             normal="Workers of one kind differ little. Silent for seconds at most: heartbeats come all the time.",
             bad="Few gradients per second with a high compute share: slow hardware or big batches. With a low one: "
-            "slow "
-            "network, or it waits for tickets. Last push in orange though it is not silent: its device or its data "
-            "loading hangs; an alert fires if that is ten times its usual time. Restart it.",
+            "slow network, or it waits for tickets. Last push in orange though it is not silent: its device or its "
+            "data loading hangs; an alert fires if that is ten times its usual time. Restart it. Only applied "
+            "gradients count here: where the method discards, a worker with few, an old last push and a low share is "
+            "one whose gradients come too late.",
         ),
         Column(heading="gradients/s", expression=rate("ormo_worker_gradients_total", *key), unit="none"),
         Column(heading="ticket to push", expression=_newest("ormo_worker_ticket_seconds"), unit="s"),
@@ -242,9 +242,9 @@ def _compute() -> Panel:
             shows="Share of the time that each worker spent computing gradients; with several slots up to their "
             "number.",
             normal="Above 80 %: the hardware is used.",
-            bad="Low: the worker waits for transfers or tickets. Larger batches, bfloat16 on the wire or a second "
-            "slot help. "
-            "It never includes loading data if the loop does that outside the step.",
+            bad="Low: the worker waits for transfers or tickets, or its gradients are discarded, which do not count. "
+            "Larger batches, bfloat16 on the wire or a second slot help. It never includes loading data if the loop "
+            "does that outside the step.",
         ),
         Query(rate("ormo_worker_compute_seconds_total", "worker"), _WORKER),
         unit="percentunit",
@@ -258,8 +258,8 @@ def _tickets() -> Panel:
             title="Tickets",
             shows="Tickets in flight, slots of live workers, and slots that wait for a ticket.",
             normal="As many tickets as slots, and nobody waits, with the asynchronous scheduler.",
-            bad="Slots wait for long: the round or the staleness bound is held up by the slowest worker. "
-            "Fewer tickets than slots and nobody waits: workers joined and then ask for nothing.",
+            bad="Slots wait for long: the round or the staleness bound is held up by the slowest worker. Fewer tickets "
+            "than slots and nobody waits: workers joined and then ask for nothing.",
         ),
         Query(series("ormo_tickets_in_flight"), "in flight {{instance}}"),
         Query(series("ormo_live_slots"), "slots {{instance}}"),
@@ -275,8 +275,8 @@ def _members() -> Panel:
             title="Workers",
             shows="Live workers, those of them that have no metrics of their own, and joins within each step.",
             normal="All workers live. Joins only at the start, and when spot machines come back.",
-            bad="Joins all the time: a worker crashes and starts again, see its log. "
-            "Workers without series: raise --worker-series to see them here.",
+            bad="Joins all the time: a worker crashes and starts again, see its log. Workers without series: raise "
+            "--worker-series to see them here.",
         ),
         Query(series("ormo_live_workers"), "live {{instance}}"),
         Query(series("ormo_workers_without_series"), "without series {{instance}}"),
@@ -292,8 +292,8 @@ def _expired() -> Panel:
             title="Expired",
             shows="Tickets that were out too long, and workers whose lease ran out, within each step.",
             normal="0; with spot machines a worker now and then.",
-            bad="Tickets expire: a worker lives but returns nothing, such as a hung GPU; restart it. "
-            "Workers expire: they died or were cut off for --failure-timeout.",
+            bad="Tickets expire: a worker lives but returns nothing, such as a hung GPU; restart it. Workers expire: "
+            "they died or were cut off for --failure-timeout.",
         ),
         Query(increase("ormo_expired_tickets_total"), "tickets {{instance}}"),
         Query(increase("ormo_expired_workers_total"), "workers {{instance}}"),
@@ -308,8 +308,8 @@ def _bounds() -> Panel:
             title="Limits of the method",
             shows="The staleness bound and the delay from which on gradients are discarded, beside the p99 delay.",
             normal="The delay stays below the lines; most methods have neither.",
-            bad="The delay touches the bound: workers wait for the slowest one. It is above the discard limit: "
-            "their work is thrown away; see Pushes not applied.",
+            bad="The delay touches the bound: workers wait for the slowest one. It is above the discard limit: their "
+            "work is thrown away; see Pushes not applied.",
         ),
         Query(quantile(0.99, "ormo_gradient_delay_iterations"), "p99 delay {{instance}}"),
         Query(series("ormo_staleness_bound_iterations"), "bound {{instance}}"),
@@ -324,8 +324,8 @@ def _not_applied() -> Panel:
             title="Pushes not applied",
             shows="Gradients per second that were discarded as too late, or refused.",
             normal="0; with ringmaster or --discard-delay the slowest workers' gradients are discarded.",
-            bad="A worker whose gradients are all discarded only costs: leave it out, or raise the limit. "
-            "Refused: see Refusals by reason on Server.",
+            bad="A worker whose gradients are all discarded only costs: leave it out, or raise the limit. Refused: see "
+            "Refusals by reason on Server.",
         ),
         Query(rate("ormo_pushes_total", "outcome", where='outcome=~"discarded|refused"'), "{{outcome}} {{instance}}"),
         unit="count:gradients/s",
@@ -341,7 +341,10 @@ def _steps() -> Panel:
             bad="push and pull: the network is slow, or the model is large for it. wait: the server has no ticket to "
             "give.",
         ),
-        Query(at_workers_of_the_run(mean("ormo_worker_step_seconds", "stage", own=True)), "{{stage}} {{worker}}"),
+        Query(
+            at_workers_of_the_run(mean("ormo_worker_step_seconds", "stage", own=True)),
+            "{{stage}} {{worker}} @ {{instance}}",
+        ),
         unit="s",
     )
 
@@ -354,7 +357,10 @@ def _outcomes() -> Panel:
             normal="applied; some discarded with a method that discards.",
             bad="refused or lost: computed for nothing. The worker's log has the reason.",
         ),
-        Query(at_workers_of_the_run(rate("ormo_worker_steps_total", "outcome", own=True)), "{{outcome}} {{worker}}"),
+        Query(
+            at_workers_of_the_run(rate("ormo_worker_steps_total", "outcome", own=True)),
+            "{{outcome}} {{worker}} @ {{instance}}",
+        ),
         unit="count:steps/s",
     )
 
@@ -369,8 +375,13 @@ def _retries() -> Panel:
             bad="UNAVAILABLE or DEADLINE_EXCEEDED all the time: the network between that worker and the server is "
             "broken.",
         ),
-        Query(at_workers_of_the_run(increase("ormo_worker_retries_total", "cause", own=True)), "{{cause}} {{worker}}"),
-        Query(at_workers_of_the_run(increase("ormo_worker_rejoins_total", own=True)), "rejoins {{worker}}"),
+        Query(
+            at_workers_of_the_run(increase("ormo_worker_retries_total", "cause", own=True)),
+            "{{cause}} {{worker}} @ {{instance}}",
+        ),
+        Query(
+            at_workers_of_the_run(increase("ormo_worker_rejoins_total", own=True)), "rejoins {{worker}} @ {{instance}}"
+        ),
         unit="none",
     )
 
@@ -385,7 +396,8 @@ def _gpu() -> Panel:
             bad="allocated climbs: the training loop keeps graphs alive, such as losses summed without .item().",
         ),
         Query(
-            at_workers_of_the_run("sum by (job, instance, kind) (ormo_worker_gpu_memory_bytes)"), "{{kind}} {{worker}}"
+            at_workers_of_the_run("sum by (job, instance, kind) (ormo_worker_gpu_memory_bytes)"),
+            "{{kind}} {{worker}} @ {{instance}}",
         ),
         unit="bytes",
         no_value="no worker on a GPU",

@@ -140,8 +140,8 @@ def _health() -> list[Panel]:
                 title="Learning rate",
                 shows="Learning rate η in force.",
                 normal="Follows the schedule: it rises in the warm-up, then stays, steps down or decays.",
-                bad="Not what was meant: compare the schedule's settings. The gradients of a bucket are summed, "
-                "so a rate for one machine is to be divided by about K.",
+                bad="Not what was meant: compare the schedule's settings. The gradients of a bucket are summed, so a "
+                "rate for one machine is to be divided by about K.",
             ),
             Query(series("ormo_learning_rate")),
             unit="sci",
@@ -152,8 +152,7 @@ def _health() -> list[Panel]:
                 shows="The delay that 99 % of the gradients stay below, divided by K.",
                 normal="1 to 2 among equal workers; about n where a worker is n times slower.",
                 bad="Red: the alert's limit. Staleness shows who is slow; leave that worker out, give it smaller "
-                "batches, "
-                "or take ormo-da.",
+                "batches, or take ormo-da.",
             ),
             Query(quantile(0.99, "ormo_gradient_relative_delay")),
             unit="none",
@@ -294,8 +293,8 @@ def _iteration() -> Panel:
             title="Iteration",
             shows="Gradients applied, and the iteration that the last test result belongs to.",
             normal="Rises steadily, the evaluated one following in steps.",
-            bad="Flat while training: no progress. A fall: the server restarted from a checkpoint. "
-            "An evaluated one that falls behind: the evaluator is too slow or gone.",
+            bad="Flat while training: no progress. A fall: the server restarted from a checkpoint. An evaluated one "
+            "that falls behind: the evaluator is too slow or gone.",
         ),
         Query(series("ormo_iteration"), "applied {{instance}}"),
         Query(series("ormo_test_iteration"), "evaluated {{instance}}"),
@@ -341,8 +340,7 @@ def _non_finite() -> Panel:
             shows="Share of the gradients that were refused because they have NaN or infinite values.",
             normal="0; a few now and then in mixed precision.",
             bad="Above the red line, the alert's limit: from all workers, training diverges, so lower the learning "
-            "rate "
-            "or clip; from one, its device or data is bad, and the server's log names it.",
+            "rate or clip; from one, its device or data is bad, and the server's log names it.",
         ),
         Query(_refused('reason="NON_FINITE"')),
         unit="percentunit",
