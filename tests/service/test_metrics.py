@@ -69,6 +69,10 @@ def test_late_gradient_that_is_discarded_is_counted_and_the_limit_follows_the_bu
         assert "ormo_gradient_delay_iterations_count 5.0" in lines
         assert "ormo_step_scale_count 4.0" in lines
         assert (status.applied, status.discarded, status.iteration.number) == (4, 1, 4)
+        # Who is slow is seen also where slow gradients are not applied.
+        assert 'ormo_worker_last_delay_iterations{worker="slow"} 4.0' in lines
+        assert 'ormo_worker_gradients_total{worker="slow"} 0.0' in lines
+        assert any(line.startswith('ormo_worker_last_push_timestamp_seconds{worker="slow"}') for line in lines)
         WireWorker(stub, "third").join()
         assert "ormo_discard_limit_iterations 6.0" in exported(server)
 

@@ -135,9 +135,8 @@ def _slowest() -> Panel:
             normal="Workers of one kind differ little. Silent for seconds at most: heartbeats come all the time.",
             bad="Few gradients per second with a high compute share: slow hardware or big batches. With a low one: "
             "slow network, or it waits for tickets. Last push in orange though it is not silent: its device or its "
-            "data loading hangs; an alert fires if that is ten times its usual time. Restart it. Only applied "
-            "gradients count here: where the method discards, a worker with few, an old last push and a low share is "
-            "one whose gradients come too late.",
+            "data loading hangs; an alert fires if that is ten times its usual time. Restart it. No pace but a recent "
+            "push: its gradients come so late that the method discards them.",
         ),
         Column(heading="gradients/s", expression=rate("ormo_worker_gradients_total", *key), unit="none"),
         Column(heading="ticket to push", expression=_newest("ormo_worker_ticket_seconds"), unit="s"),
@@ -242,7 +241,7 @@ def _compute() -> Panel:
             shows="Share of the time that each worker spent computing gradients; with several slots up to their "
             "number.",
             normal="Above 80 %: the hardware is used.",
-            bad="Low: the worker waits for transfers or tickets, or its gradients are discarded, which do not count. "
+            bad="Low: the worker waits for transfers or tickets. "
             "Larger batches, bfloat16 on the wire or a second slot help. It never includes loading data if the loop "
             "does that outside the step.",
         ),
@@ -343,7 +342,7 @@ def _steps() -> Panel:
         ),
         Query(
             at_workers_of_the_run(mean("ormo_worker_step_seconds", "stage", own=True)),
-            "{{stage}} {{worker}} @ {{instance}}",
+            "{{stage}} " + _WORKER,
         ),
         unit="s",
     )
@@ -359,7 +358,7 @@ def _outcomes() -> Panel:
         ),
         Query(
             at_workers_of_the_run(rate("ormo_worker_steps_total", "outcome", own=True)),
-            "{{outcome}} {{worker}} @ {{instance}}",
+            "{{outcome}} " + _WORKER,
         ),
         unit="count:steps/s",
     )
@@ -377,11 +376,9 @@ def _retries() -> Panel:
         ),
         Query(
             at_workers_of_the_run(increase("ormo_worker_retries_total", "cause", own=True)),
-            "{{cause}} {{worker}} @ {{instance}}",
+            "{{cause}} " + _WORKER,
         ),
-        Query(
-            at_workers_of_the_run(increase("ormo_worker_rejoins_total", own=True)), "rejoins {{worker}} @ {{instance}}"
-        ),
+        Query(at_workers_of_the_run(increase("ormo_worker_rejoins_total", own=True)), "rejoins " + _WORKER),
         unit="none",
     )
 
@@ -397,7 +394,7 @@ def _gpu() -> Panel:
         ),
         Query(
             at_workers_of_the_run("sum by (job, instance, kind) (ormo_worker_gpu_memory_bytes)"),
-            "{{kind}} {{worker}} @ {{instance}}",
+            "{{kind}} " + _WORKER,
         ),
         unit="bytes",
         no_value="no worker on a GPU",

@@ -275,7 +275,7 @@ def _gradients() -> Panel:
     return lines(
         Text(
             title="Gradients per second and worker",
-            shows="Gradients that came in per second, stacked by worker.",
+            shows="Gradients applied per second, stacked by worker.",
             normal="Bands of steady height, as high as each worker is fast.",
             bad="A band that thins out: that worker slows down. All of them at once: the server or the network; see "
             "Server.",
@@ -376,8 +376,7 @@ def _model_size() -> Panel:
     panel = lines(
         Text(
             title="Model",
-            shows="Elements of all trainable tensors, and the bytes that one transfer of the parameters takes (right "
-            "axis).",
+            shows="Elements of all trainable tensors, and their bytes on the server (right axis).",
             normal="Constant.",
             bad="Another size than expected: the first worker offered another model; start a new run directory.",
         ),

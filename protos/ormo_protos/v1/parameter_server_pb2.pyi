@@ -1498,9 +1498,9 @@ class WorkerStatus(_message.Message):
     applied: _builtins.int
     """Gradients of this worker applied since it joined."""
     last_delay: _builtins.int
-    """Delay of its last applied gradient."""
+    """Delay of its last gradient, applied or discarded."""
     max_delay: _builtins.int
-    """Largest delay of its applied gradients since it joined."""
+    """Largest delay of its gradients since it joined, applied or discarded."""
     last_loss: _builtins.float
     """Last training loss that it reported; not set if none."""
     silent_seconds: _builtins.float
@@ -1510,7 +1510,7 @@ class WorkerStatus(_message.Message):
     samples: _builtins.int
     """Samples in its gradients applied since it joined."""
     smoothed_delay: _builtins.float
-    """Delay of its applied gradients, smoothed exponentially (each new one counts a tenth)."""
+    """Delay of its gradients, applied or discarded, smoothed exponentially (each new one counts a tenth)."""
     ticket_seconds: _builtins.float
     """Seconds that its last redeemed ticket was out, from being handed out to its gradient being counted; 0 before."""
     push_age_seconds: _builtins.float

@@ -76,14 +76,18 @@ _RUN = (
 )
 
 _WORKER = (
-    _WorkerFigure("last_delay_iterations", "Delay of its last applied gradient.", lambda w: w.seen.last_delay),
+    _WorkerFigure(
+        "last_delay_iterations", "Delay of its last gradient, applied or discarded.", lambda w: w.seen.last_delay
+    ),
     _WorkerFigure(
         "smoothed_delay_iterations",
-        "Delay of its applied gradients, smoothed exponentially: each new one counts a tenth.",
+        "Delay of its gradients, applied or discarded, smoothed exponentially: each new one counts a tenth.",
         lambda w: w.seen.smoothed_delay,
     ),
     _WorkerFigure(
-        "max_delay_iterations", "Largest delay of its applied gradients since it joined.", lambda w: w.seen.max_delay
+        "max_delay_iterations",
+        "Largest delay of its gradients since it joined, applied or discarded.",
+        lambda w: w.seen.max_delay,
     ),
     _WorkerFigure(
         "ticket_seconds",

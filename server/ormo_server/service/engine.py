@@ -266,14 +266,14 @@ class Engine:
         size = self._machine.bucket_size
         self._metrics.gradients.counted(result.delay, result.lag_buckets, size, ticket_seconds)
         mine = self.observations.of(worker)
-        mine.counted(now, ticket_seconds)
+        mine.counted(push, result.delay, now, ticket_seconds)
         if result.discarded:
             self._metrics.traffic.discarded.inc()
             self.observations.discarded += 1
             return
         self._metrics.traffic.applied.inc()
         self._metrics.gradients.applied(push.samples, norm)
-        mine.apply(result, push, norm)
+        mine.apply(push, norm)
         self.observations.applied_with(result.delay)
         rate = self._machine.state.learning_rate
         if rate:  # a schedule may end at 0: then no scale can be told

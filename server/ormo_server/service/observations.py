@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ormo_server.core.state import PushResult
 from ormo_server.service.exchange import Push
 
 _SMOOTHING = 0.1
@@ -15,10 +14,10 @@ class WorkerObservation:
     Attributes:
         applied: its gradients that were.
         samples: in them.
-        last_delay, smoothed_delay, max_delay: of them.
+        last_delay, smoothed_delay, max_delay: of all its gradients, discarded ones too.
         last_loss: that it reported.
         compute_seconds: that its last gradient took, as reported.
-        compute_seconds_sum: of all its gradients that were applied.
+        compute_seconds_sum: of all its gradients.
         ticket_seconds: how long its last redeemed ticket was out.
         gradient_norm: Euclidean, of its last applied gradient.
         pushed_at: when its last gradient was counted, by the run's clock.
@@ -36,23 +35,21 @@ class WorkerObservation:
     gradient_norm: float = 0.0
     pushed_at: float | None = None
 
-    def counted(self, now: float, ticket_seconds: float) -> None:
-        """A gradient came and used its ticket up."""
-        self.pushed_at = now
-        self.ticket_seconds = ticket_seconds
-
-    def apply(self, result: PushResult, push: Push, norm: float) -> None:
-        """It was applied."""
-        delay = result.delay
-        self.smoothed_delay = (
-            delay if not self.applied else self.smoothed_delay + _SMOOTHING * (delay - self.smoothed_delay)
-        )
-        self.applied += 1
-        self.samples += push.samples
+    def counted(self, push: Push, delay: int, now: float, ticket_seconds: float) -> None:
+        """A gradient came and used its ticket up, whether it was applied or came too late."""
+        first = self.pushed_at is None
+        self.smoothed_delay = delay if first else self.smoothed_delay + _SMOOTHING * (delay - self.smoothed_delay)
         self.last_delay = delay
         self.max_delay = max(self.max_delay, delay)
         self.compute_seconds = push.compute_seconds
         self.compute_seconds_sum += push.compute_seconds
+        self.pushed_at = now
+        self.ticket_seconds = ticket_seconds
+
+    def apply(self, push: Push, norm: float) -> None:
+        """It was applied."""
+        self.applied += 1
+        self.samples += push.samples
         self.gradient_norm = norm
         if push.loss is not None:
             self.last_loss = push.loss
