@@ -11,7 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 # What only checks or generates: its versions are those of constraints.txt alone.
-CHECKERS = {"mypy", "ruff", *(f"types-{name}" for name in ("protobuf", "pyyaml"))}
+CHECKERS = {"mypy", "ruff"}
 FIXED = ("torch", "torchvision")
 
 
@@ -76,7 +76,7 @@ def test_torch_is_the_same_everywhere(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (("grpcio>=1.76", "grpcio>=1.77"), ["grpcio"]),
+        (("grpcio>=1.80", "grpcio>=1.81"), ["grpcio"]),
         (('"numpy>=1.26"', '"numpy>=1.26", "newcomer>=1"'), ["newcomer"]),
     ],
 )
@@ -88,3 +88,18 @@ def test_bound_that_is_not_tested_is_found(change: tuple[str, str], found: list[
 def test_pin_outside_its_range_is_found() -> None:
     constraints = re.sub(r"^protobuf==.*$", "protobuf==8.1", text("constraints.txt"), flags=re.MULTILINE)
     assert outside_range(text("pyproject.toml"), constraints) == ["protobuf"]
+
+
+def places(text: str) -> list[str]:
+    """What names where packages come from: that is each machine's own setting."""
+    return re.findall(r"\w+://\S+|^\s*-\S+|\b\w+\.(?:org|com|io)\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt", "constraints-newest.txt"])
+def test_no_file_of_versions_names_where_packages_come_from(name: str) -> None:
+    assert places(text(name)) == []
+
+
+@pytest.mark.parametrize("line", ["--index-url x", "numpy @ https://host/numpy.whl", "# from pypi.example.org"])
+def test_place_that_packages_come_from_is_found(line: str) -> None:
+    assert places(f"numpy==2.4.6\n{line}\n")
