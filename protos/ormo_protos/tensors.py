@@ -7,8 +7,9 @@ receiver copies each chunk to its place once, and what arrived is at once a tens
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32, Manifest
@@ -22,6 +23,30 @@ MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + (64 << 10)
 
 _SECTION_ALIGNMENT = 8
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
+
+
+class Chunk(NamedTuple):
+    """A run of a payload's bytes.
+
+    Attributes:
+        offset: where they go, from the payload's start.
+        data: the bytes; a view, which is not copied until they are sent or put in their place.
+    """
+
+    offset: int
+    data: memoryview
+
+
+class ChunkLike(Protocol):
+    """A chunk from whatever source: ours or a generated message."""
+
+    @property
+    def offset(self) -> int:
+        """Where the bytes go."""
+
+    @property
+    def data(self) -> bytes | memoryview:
+        """The bytes."""
 
 
 class PayloadError(ValueError):
@@ -88,7 +113,8 @@ class Payload:
     def __init__(self, layout: PayloadLayout, *, pin_memory: bool = False) -> None:
         self.layout = layout
         self._bytes = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pin_memory)
-        self.memory: memoryview = self._bytes.numpy().data
+        self._array = self._bytes.numpy()
+        self.memory: memoryview = self._array.data
         self.parameters = self._view(0, layout.parameters, torch_dtype(layout.dtype))
         self.float_buffers = self._view(layout.float_buffers_offset, layout.float_buffers, torch.float32)
         self.int_buffers = self._view(layout.int_buffers_offset, layout.int_buffers, torch.int64)
@@ -104,10 +130,14 @@ class Payload:
         end_of_floats = self.layout.float_buffers_offset + self.layout.float_buffers * 4
         self._bytes[end_of_floats : self.layout.int_buffers_offset] = 0
 
-    def chunks(self) -> Iterator[pb.TensorChunk]:
-        """The payload in pieces of `CHUNK_BYTES`, in order."""
-        for start in range(0, self.layout.total_bytes, CHUNK_BYTES):
-            yield pb.TensorChunk(offset=start, data=bytes(self.memory[start : start + CHUNK_BYTES]))
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Copy bytes to their place; unlike slices' assignment NumPy lets other threads run meanwhile."""
+        np.copyto(self._array[offset : offset + len(data)], np.frombuffer(data, np.uint8))
+
+    def chunks(self, start: int = 0) -> Iterator[Chunk]:
+        """The payload's bytes from `start` on in pieces of `CHUNK_BYTES`, in order; views of it."""
+        for offset in range(start, self.layout.total_bytes, CHUNK_BYTES):
+            yield Chunk(offset, self.memory[offset : offset + CHUNK_BYTES])
 
 
 class PayloadReceiver:
@@ -121,11 +151,16 @@ class PayloadReceiver:
         self._received_bytes = 0
 
     @property
+    def received_bytes(self) -> int:
+        """How many bytes are there, from the payload's start."""
+        return self._received_bytes
+
+    @property
     def complete(self) -> bool:
         """Whether all bytes are there."""
         return self._received_bytes == self.payload.layout.total_bytes
 
-    def accept(self, chunk: pb.TensorChunk) -> Self:
+    def accept(self, chunk: ChunkLike) -> Self:
         """Copy one chunk to its place.
 
         Raises:
@@ -144,7 +179,7 @@ class PayloadReceiver:
                 f"a chunk of {size} bytes came at offset {chunk.offset} of a payload of {total} bytes: expected 1 to "
                 f"{min(MAX_CHUNK_BYTES, total - self._received_bytes)} bytes"
             )
-        self.payload.memory[chunk.offset : chunk.offset + size] = chunk.data
+        self.payload.put(chunk.offset, chunk.data)
         self._received_bytes += size
         return self
 

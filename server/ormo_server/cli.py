@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ormo_protos import logs
+from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def serve(settings: "ServerSettings") -> int:
         that can't be used together with what is on disk.
     """
     logs.set_up(settings.log_level, settings.log_format)
+    if settings.keep_freed_memory:
+        keep_freed_memory()
     from ormo_server.core.errors import OrmoError, SettingsError
     from ormo_server.service.server import AddressInUseError, Server
     from ormo_server.store import StoreError

@@ -49,6 +49,12 @@ class ServerSettings(TrainingSettings):
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
 
+    keep_freed_memory: bool = Field(
+        True,
+        description="keep the process' memory at its peak, instead of having the C library give large blocks back to "
+        "the system and fault them in again for the next message (glibc only)",
+    )
+
     # For people
     trace: Path | None = Field(
         None, description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace"

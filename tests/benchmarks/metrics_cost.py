@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from prometheus_client import Counter
 
+from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics.distributions import Distribution
-from ormo_server.service import engine, servicer, timed_lock
+from ormo_server.service import engine, exchange, servicer, timed_lock
 from ormo_server.service.engine import Engine
-from ormo_server.service.exchange import is_finite
+from ormo_server.service.exchange import FiniteNorm, is_finite
 from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
@@ -69,7 +70,9 @@ def without_metrics() -> Iterator[None]:
             (Counter, "inc", nothing),
             (Distribution, "observe", nothing),
             (Engine, "_observe", nothing),
-            (engine, "finite_norm", lambda gradient: 1.0 if is_finite(gradient) else None),
+            (FiniteNorm, "arrived", nothing),
+            (FiniteNorm, "norm", lambda gradient: 1.0 if is_finite(gradient._payload) else None),
+            (exchange, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),
             (timed_lock, "time", STOPPED),
@@ -103,18 +106,18 @@ def microseconds_per_push(exchanges: int) -> float:
 def _timed(server: Server, worker: WireWorker, exchanges: int) -> float:
     gradient, ticket = payload(MODEL, 1e-6), pb.Ticket()
 
-    def requests() -> Iterator[pb.PushPullRequest]:
+    def requests() -> Iterator[Frame[pb.PushPullRequest]]:
         for number in itertools.count():
             worker.ticket = ticket
-            yield worker.exchange(gradient if number else None)
+            yield Headed(worker.exchange(gradient if number else None))
             if number:
-                yield from (pb.PushPullRequest(chunk=chunk) for chunk in gradient.chunks())
+                yield from gradient.chunks()
 
     answers: Any = Servicer(server.host, server.streams).PushPull(requests(), Context())  # type: ignore[arg-type]
     done, started = -1, time.process_time()
     for answer in answers:
-        if answer.WhichOneof("part") == "delivery":
-            ticket = answer.delivery.ticket
+        if isinstance(answer, Headed) and answer.message.WhichOneof("part") == "delivery":
+            ticket = answer.message.delivery.ticket
             done += 1
             if done == exchanges // 5:  # warm by now
                 started = time.process_time()

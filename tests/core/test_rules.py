@@ -7,7 +7,7 @@ import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core import snapshot
-from ormo_server.core.blocks import BLOCK_ELEMENTS, all_finite, blocks, squared_norm
+from ormo_server.core.blocks import BLOCK_ELEMENTS, SquaredNorm, all_finite, blocks
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.rules import UPDATE_RULES, geometric_sum
 from ormo_server.core.schedule import LearningRate
@@ -138,18 +138,18 @@ def test_what_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: flo
     assert all_finite(vector)
     vector[place] = bad
     assert not all_finite(vector)
-    assert squared_norm(vector) is None
+    assert SquaredNorm(vector).total() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0, 1, 1000, 2 * BLOCK_ELEMENTS + 3])
 def test_squared_norm_is_the_sum_of_squares(size: int, dtype: torch.dtype) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    assert squared_norm(vector) == pytest.approx(float(vector.double().square().sum()), rel=1e-5)
+    assert SquaredNorm(vector).total() == pytest.approx(float(vector.double().square().sum()), rel=1e-5)
 
 
 def test_squared_norm_of_numbers_whose_squares_float32_does_not_hold_is_exact() -> None:
-    assert squared_norm(torch.tensor([3e30, -4e30])) == pytest.approx(25e60)
+    assert SquaredNorm(torch.tensor([3e30, -4e30])).total() == pytest.approx(25e60)
 
 
 # Discard

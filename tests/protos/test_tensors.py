@@ -12,6 +12,7 @@ from ormo_protos.tensors import (
     CHUNK_BYTES,
     MAX_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
+    Chunk,
     Payload,
     PayloadError,
     PayloadLayout,
@@ -41,7 +42,7 @@ def filled(layout: PayloadLayout, seed: int = 0) -> Payload:
     return payload
 
 
-def received(layout: PayloadLayout, chunks: Iterable[pb.TensorChunk]) -> PayloadReceiver:
+def received(layout: PayloadLayout, chunks: Iterable[Chunk]) -> PayloadReceiver:
     receiver = PayloadReceiver(Payload(layout))
     for chunk in chunks:
         receiver.accept(chunk)

@@ -18,6 +18,7 @@ from service.wire import (
     received_bytes,
     served,
     state_of,
+    tensor_chunks,
 )
 
 
@@ -118,7 +119,7 @@ def test_gradient_that_stops_in_the_middle_changes_nothing(tmp_path: Path) -> No
         gradient = payload(LARGE, 1.0)
         message = worker.exchange(gradient)
         stream.send(message)
-        stream.send(pb.PushPullRequest(chunk=next(gradient.chunks())))
+        stream.send(pb.PushPullRequest(chunk=next(tensor_chunks(gradient))))
         eventually(lambda: received_bytes(server) > LARGE.sizes["parameters"] * 4)
         stream.drop()
         eventually(lambda: len(server.streams) == 0)
@@ -138,7 +139,7 @@ def test_worker_that_closes_its_side_in_the_middle_is_told(tmp_path: Path) -> No
         gradient = payload(LARGE, 1.0)
         push = pb.Push(requester=worker.requester(), gradient=worker.header(gradient))
         with pytest.raises(Refused, match="ended after 1048576 of 12000000 bytes") as refused:
-            worker.push_messages(push, iter([next(gradient.chunks())]))
+            worker.push_messages(push, iter([next(tensor_chunks(gradient))]))
         assert refused.value.reason == "BAD_PAYLOAD"
         assert server.host.engine.position()[1] == 0
 

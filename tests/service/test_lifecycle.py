@@ -14,7 +14,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import SettingsError
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME, AddressInUseError, Server
-from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, settings
+from service.wire import (
+    LARGE,
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    served,
+    settings,
+    tensor_chunks,
+)
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -191,7 +202,7 @@ def test_worker_whose_bytes_keep_coming_keeps_its_lease_without_heartbeats(tmp_p
         stream = worker.open()
         gradient = payload(LARGE, 1.0)
         stream.send(worker.exchange(gradient, wants=False))
-        for chunk in gradient.chunks():
+        for chunk in tensor_chunks(gradient):
             time.sleep(0.1)
             stream.send(pb.PushPullRequest(chunk=chunk))
         assert stream.result().iteration.number == 1

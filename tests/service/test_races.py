@@ -27,6 +27,7 @@ from service.wire import (
     received_bytes,
     served,
     settings,
+    tensor_chunks,
 )
 
 FLOATS = pb.DeliveryRequest(dtype=FLOAT32)
@@ -66,7 +67,7 @@ def _in_the_middle_of_a_push(worker: WireWorker) -> Callable[[], None]:
     worker.pull()
     stream, gradient = worker.open(), payload(LARGE, 1.0)
     stream.send(worker.exchange(gradient))
-    stream.send(pb.PushPullRequest(chunk=next(gradient.chunks())))
+    stream.send(pb.PushPullRequest(chunk=next(tensor_chunks(gradient))))
     return stream.drop
 
 
@@ -89,7 +90,7 @@ def _in_the_middle_of_a_unary_push(worker: WireWorker) -> Callable[[], None]:
     held, gradient = Held(), payload(LARGE, 1.0)
     call = worker.stub.PushGradient.future(held.messages)
     held.send(pb.PushGradientRequest(push=pb.Push(requester=worker.requester(), gradient=worker.header(gradient))))
-    held.send(pb.PushGradientRequest(chunk=next(gradient.chunks())))
+    held.send(pb.PushGradientRequest(chunk=next(tensor_chunks(gradient))))
 
     def drop() -> None:
         call.cancel()
@@ -179,7 +180,7 @@ def test_old_stream_in_the_middle_of_a_push_applies_nothing_after_the_new_one(tm
         old, gradient = worker.open(), payload(LARGE, 1.0)
         message = worker.exchange(gradient)
         old.send(message)
-        chunks = list(gradient.chunks())
+        chunks = list(tensor_chunks(gradient))
         old.send(pb.PushPullRequest(chunk=chunks[0]))
         eventually(lambda: received_bytes(server) == before + CHUNK_BYTES)
         new = worker.open()
@@ -245,7 +246,7 @@ def test_offer_that_came_too_late_does_not_take_the_lease_of_the_one_that_is_ask
     with served(tmp_path, failure_timeout=0.3) as server, connected(server) as stub:
         a, b, c = (WireWorker(stub, name, LARGE) for name in "abc")
         assert a.ask_to_join().WhichOneof("answer") == "model_wanted"
-        held, chunks = Held(), list(payload(LARGE, 0.0, buffers=True).chunks())
+        held, chunks = Held(), list(tensor_chunks(payload(LARGE, 0.0, buffers=True)))
         call = stub.OfferModel.future(held.messages)
         offer = pb.ModelOffer(worker="a", incarnation=1, manifest=LARGE.to_message())
         held.send(pb.OfferModelRequest(offer=offer))
@@ -457,7 +458,7 @@ def test_push_that_the_drain_cut_off_is_not_applied_after_its_checkpoint(tmp_pat
         stream, gradient = worker.open(), payload(LARGE, 1.0)
         message = worker.exchange(gradient)
         stream.send(message)
-        chunks = list(gradient.chunks())
+        chunks = list(tensor_chunks(gradient))
         stream.send(pb.PushPullRequest(chunk=chunks[0]))
         eventually(lambda: received_bytes(server) == before + CHUNK_BYTES)
         assert server.drain()
@@ -482,7 +483,7 @@ def test_worker_that_expires_in_the_middle_of_a_push_changes_nothing_and_may_joi
         stream, gradient = worker.open(), payload(LARGE, 1.0)
         message = worker.exchange(gradient)
         stream.send(message)
-        stream.send(pb.PushPullRequest(chunk=next(gradient.chunks())))
+        stream.send(pb.PushPullRequest(chunk=next(tensor_chunks(gradient))))
         with pytest.raises(Refused) as refused:
             stream.receive()
         assert refused.value.code == grpc.StatusCode.CANCELLED

@@ -10,7 +10,18 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import Server
-from service.wire import LARGE, SMALL, Refused, WireWorker, connected, eventually, payload, served, state_of
+from service.wire import (
+    LARGE,
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    served,
+    state_of,
+    tensor_chunks,
+)
 
 Serving = tuple[Server, ParameterServerStub, WireWorker]
 
@@ -212,7 +223,7 @@ def test_offer_that_stops_in_the_middle_makes_room_for_the_next(tmp_path: Path) 
         a, b = WireWorker(stub, "a", LARGE), WireWorker(stub, "b", LARGE)
         a.ask_to_join()
         with pytest.raises(Refused, match="send it whole"):
-            a.offer(iter([next(payload(LARGE, 0.0).chunks())]))
+            a.offer(iter([next(tensor_chunks(payload(LARGE, 0.0)))]))
         assert not server.host.has_model
         b.join()
         assert server.host.has_model

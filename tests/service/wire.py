@@ -72,6 +72,11 @@ def payload(manifest: Manifest, value: float, *, buffers: bool = False, dtype: i
     return made
 
 
+def tensor_chunks(sent: Payload) -> Iterator[pb.TensorChunk]:
+    """The payload in pieces, as generated messages."""
+    return (pb.TensorChunk(offset=chunk.offset, data=bytes(chunk.data)) for chunk in sent.chunks())
+
+
 class Refused(AssertionError):
     """A call ended with a status."""
 
@@ -119,7 +124,7 @@ class Exchanges:
 
     def replay(self, message: pb.PushPullRequest, gradient: Payload | None) -> None:
         self.send(message)
-        for chunk in gradient.chunks() if gradient is not None else ():
+        for chunk in tensor_chunks(gradient) if gradient is not None else ():
             self.send(pb.PushPullRequest(chunk=chunk))
 
     def receive(self) -> pb.PushPullResponse:
@@ -176,7 +181,7 @@ class WireWorker:
 
     def offer(self, chunks: Iterator[pb.TensorChunk] | None = None) -> pb.OfferModelResponse:
         offer = pb.ModelOffer(worker=self.name, incarnation=self.incarnation, manifest=self.manifest.to_message())
-        chunks = payload(self.manifest, self.start, buffers=True).chunks() if chunks is None else chunks
+        chunks = tensor_chunks(payload(self.manifest, self.start, buffers=True)) if chunks is None else chunks
         messages = itertools.chain(
             [pb.OfferModelRequest(offer=offer)], (pb.OfferModelRequest(chunk=chunk) for chunk in chunks)
         )
@@ -228,7 +233,7 @@ class WireWorker:
     def push(self, gradient: Payload, **header: Any) -> pb.PushResult:
         """By PushGradient."""
         push = pb.Push(requester=self.requester(), gradient=self.header(gradient, **header))
-        return self.push_messages(push, gradient.chunks())
+        return self.push_messages(push, tensor_chunks(gradient))
 
     def push_messages(self, push: pb.Push, chunks: Iterator[pb.TensorChunk]) -> pb.PushResult:
         messages = itertools.chain(

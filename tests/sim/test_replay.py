@@ -15,7 +15,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan, Result
-from service.wire import WireWorker, connected, served
+from service.wire import WireWorker, connected, served, tensor_chunks
 from sim.by_ticket import SIZE, gradient_of, start
 
 LINE = Manifest.laid_out([TensorSpec("line", (SIZE,), FLOAT32, PARAMETER)])
@@ -85,7 +85,7 @@ def record(trace: Path, directory: Path, settings: dict[str, Any]) -> torch.Tens
         workers = [Worker(stub, number) for number in range(WORKERS)]
         first = workers[0].wire
         assert first.ask_to_join().WhichOneof("answer") == "model_wanted"
-        first.offer(payload(start()).chunks())
+        first.offer(tensor_chunks(payload(start())))
         for worker in workers:
             worker.wire.join()
         with ThreadPoolExecutor(WORKERS) as pool:

@@ -21,6 +21,7 @@ from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import MAX_MESSAGE_BYTES, Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
+from service.wire import tensor_chunks
 
 LEARNING_RATE = 0.5
 Fault = Callable[[Any], None]
@@ -164,7 +165,7 @@ class FakeServer(ParameterServerServicer):
             return
         delivery, payload = self._delivery(request.delivery, None)
         yield pb.PullParamsResponse(delivery=delivery)
-        for chunk in payload.chunks():
+        for chunk in tensor_chunks(payload):
             self.at("pull chunk", context)
             yield pb.PullParamsResponse(chunk=chunk)
 
@@ -197,7 +198,7 @@ class FakeServer(ParameterServerServicer):
             slot.ticket = self.tickets
             delivery, payload = self._delivery(exchange.next, slot.ticket)
             yield pb.PushPullResponse(delivery=delivery)
-            for chunk in payload.chunks():
+            for chunk in tensor_chunks(payload):
                 self.at("delivery", context)
                 yield pb.PushPullResponse(chunk=chunk)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Self
 
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import Payload
+from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
@@ -13,7 +13,7 @@ from ormo_worker.membership import Membership
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience, TryAgain
 from ormo_worker.slot import Slot
-from ormo_worker.wire import Delivered, DeliveryReceiver, Wire
+from ormo_worker.wire import Delivered, DeliveryReceiver, Wire, understood
 
 
 class ParameterClient:
@@ -161,16 +161,17 @@ class ParameterClient:
     def _pull(self, request: pb.PullParamsRequest) -> Delivered | None:
         complete = False
         with self._connection.watched():
-            call = self._connection.stub.PullParams(request)
+            call = self._connection.tensors.pull_params(request)
             with self._connection.guarded(call):
                 for answer in call:
                     self._connection.heard()
-                    if answer.WhichOneof("part") == "chunk":
-                        complete = self._receiver.accept(answer.chunk)
-                    elif answer.delivery.payload_bytes == 0 and request.HasField("newer_than"):
+                    if isinstance(answer, Chunk):
+                        complete = self._receiver.accept(answer)
+                        continue
+                    delivery = understood(answer).message.delivery
+                    if delivery.payload_bytes == 0 and request.HasField("newer_than"):
                         return None
-                    else:
-                        self._receiver.begin(answer.delivery, request.delivery)
+                    self._receiver.begin(delivery, request.delivery)
         if not complete:
             raise TryAgain("the server ended the stream before the last parameter")
         return self._receiver.delivered()

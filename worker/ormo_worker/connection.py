@@ -14,6 +14,7 @@ from ormo_worker.errors import ClientClosed, OrmoError
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
 from ormo_worker.retries import LONGEST_PAUSE_SECONDS, Patience, RetryLoop, SignsOfLife
+from ormo_worker.stub import TensorStub
 
 T = TypeVar("T")
 
@@ -35,7 +36,8 @@ class Connection:
         server: the address as the user gave it.
         patience: how long to wait.
         observer: is told what happens.
-        stub: the server's methods.
+        stub: the server's methods, but for those that carry tensors.
+        tensors: those.
     """
 
     def __init__(self, server: str, patience: Patience, observer: Observer) -> None:
@@ -44,6 +46,7 @@ class Connection:
         self.observer = observer
         self._channel = grpc.insecure_channel(server, options=_channel_options(patience))
         self.stub = ParameterServerStub(self._channel)
+        self.tensors = TensorStub(self._channel)
         self._open: set[Cancellable] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()

@@ -86,6 +86,11 @@ class Membership:
                 self._log_welcome(self.welcome)
             return self.joins
 
+    @property
+    def server_takes_data(self) -> bool:
+        """Whether a gradient may begin in the message that announces it."""
+        return self.welcome is not None and self.welcome.takes_data
+
     def lose(self, joins: int) -> None:
         """Note that the membership of that join is void, so that `ensure` joins again."""
         if joins == self.joins:
@@ -142,7 +147,7 @@ class Membership:
         try:
             with self._connection.watched():
                 requests = self._moving(self._wire.offer(self._identity, payload))
-                call = self._connection.stub.OfferModel.future(requests)
+                call = self._connection.tensors.offer_model.future(requests)
                 with self._connection.guarded(call):
                     call.result()
             self._connection.heard()

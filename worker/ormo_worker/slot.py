@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ormo_protos.framing import Frame
 from ormo_protos.logs import Fields
+from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
 from ormo_worker.errors import ProtocolBroken, RunFinished
@@ -16,7 +18,7 @@ from ormo_worker.observer import Stage
 from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain
 from ormo_worker.session import SlotSession, Step
-from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Wire
+from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, PushPullFrame, Wire, understood
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,7 +134,8 @@ class Slot:
     def _converse(self, gradient: Gradient | None) -> Step:
         stream, ask = self._opened(), self._session.ask
         self._since = time.monotonic()
-        stream.send(self._wire.exchange(self._identity, self.number, ask, gradient))
+        with_data = self._membership.server_takes_data
+        stream.send(self._wire.exchange(self._identity, self.number, ask, gradient, with_data=with_data))
         step = Step.READ
         while step is Step.READ:
             step = self._take(stream.receive())
@@ -143,25 +146,39 @@ class Slot:
             )
         return step
 
-    def _take(self, answer: pb.PushPullResponse) -> Step:
-        match answer.WhichOneof("part"):
+    def _take(self, answer: Frame[pb.PushPullResponse]) -> Step:
+        if isinstance(answer, Chunk):
+            return self._take_chunk(answer)
+        message, data = understood(answer)
+        match message.WhichOneof("part"):
             case "result":
-                self._over("push")
-                return self._session.on_result(answer.result)
+                return self._take_result(message.result)
             case "delivery":
-                self._over("wait")
-                asked = self._wire.delivery_request(with_buffers=self._session.ask.wants_buffers)
-                self._receiver.begin(answer.delivery, asked)
-                return Step.READ
-            case "chunk":
-                if not self._receiver.accept(answer.chunk):
-                    return Step.READ
-                self._over("pull")
-                return self._session.on_delivery(self._receiver.ticket)
+                return self._take_delivery(message.delivery, data)
             case "finished":
                 return self._session.on_finished()
             case _:
                 return Step.FAIL
+
+    def _take_result(self, result: pb.PushResult) -> Step:
+        self._over("push")
+        return self._session.on_result(result)
+
+    def _take_delivery(self, delivery: pb.Delivery, data: memoryview) -> Step:
+        if delivery.HasField("result"):
+            step = self._take_result(delivery.result)
+            if step is not Step.READ:
+                return step
+        self._over("wait")
+        asked = self._wire.delivery_request(with_buffers=self._session.ask.wants_buffers)
+        self._receiver.begin(delivery, asked)
+        return self._take_chunk(Chunk(0, data)) if data else Step.READ
+
+    def _take_chunk(self, chunk: Chunk) -> Step:
+        if not self._receiver.accept(chunk):
+            return Step.READ
+        self._over("pull")
+        return self._session.on_delivery(self._receiver.ticket)
 
     def _tell(self, ticket: pb.Ticket | None, result: pb.PushResult | None) -> None:
         if ticket is None or result is None or not _LOG.isEnabledFor(logging.DEBUG):
@@ -203,14 +220,14 @@ class _Stream:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._exchanges: queue.SimpleQueue[Iterable[pb.PushPullRequest] | None] = queue.SimpleQueue()
+        self._exchanges: queue.SimpleQueue[Iterable[PushPullFrame] | None] = queue.SimpleQueue()
         with connection.watched():
-            self._call = connection.stub.PushPull(self._requests())
+            self._call = connection.tensors.push_pull(self._requests())
 
-    def send(self, requests: Iterable[pb.PushPullRequest]) -> None:
+    def send(self, requests: Iterable[PushPullFrame]) -> None:
         self._exchanges.put(requests)
 
-    def receive(self) -> pb.PushPullResponse:
+    def receive(self) -> Frame[pb.PushPullResponse]:
         """The next answer.
 
         Raises:
@@ -231,6 +248,6 @@ class _Stream:
         self._exchanges.put(None)  # or gRPC's thread would wait for ever
         self._call.cancel()
 
-    def _requests(self) -> Iterator[pb.PushPullRequest]:
+    def _requests(self) -> Iterator[PushPullFrame]:
         while (exchange := self._exchanges.get()) is not None:
             yield from exchange

@@ -1,14 +1,20 @@
-"""From tensors to messages and back: the one place where a faster codec would go."""
+"""From tensors to messages and back."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
+from ormo_protos.framing import Headed, Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ModelMismatch, ProtocolBroken
 from ormo_worker.identity import Identity
 from ormo_worker.session import Ask
+
+M = TypeVar("M", pb.PushPullResponse, pb.PullParamsResponse)
+PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk
+OfferFrame: TypeAlias = Headed[pb.OfferModelRequest] | Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +75,8 @@ class Wire:
         return pb.DeliveryRequest(dtype=self.dtype, with_buffers=with_buffers and self.has_buffers)
 
     def exchange(
-        self, identity: Identity, slot: int, ask: Ask, gradient: Gradient | None
-    ) -> Iterator[pb.PushPullRequest]:
+        self, identity: Identity, slot: int, ask: Ask, gradient: Gradient | None, *, with_data: bool = False
+    ) -> Iterator[PushPullFrame]:
         """The messages of an exchange, each made when it is about to be sent.
 
         Args:
@@ -78,26 +84,28 @@ class Wire:
             slot: its number.
             ask: what to send; the gradient goes along only if it names a ticket.
             gradient: must not change until the exchange is over.
+            with_data: whether its first bytes may go with the first message.
         """
         exchange = pb.Exchange(requester=identity.requester(slot, ask.request))
         if ask.wants_next:
             exchange.next.CopyFrom(self.delivery_request(with_buffers=ask.wants_buffers))
+            exchange.next.takes_data = True
         if ask.ticket is None or gradient is None:
-            yield pb.PushPullRequest(exchange=exchange)
+            yield Headed(pb.PushPullRequest(exchange=exchange))
             return
         exchange.gradient.CopyFrom(self._announced(gradient, ask.ticket))
-        yield pb.PushPullRequest(exchange=exchange)
-        for chunk in gradient.payload.chunks():
-            yield pb.PushPullRequest(chunk=chunk)
+        head, chunks = pb.PushPullRequest(exchange=exchange), gradient.payload.chunks()
+        first = next(chunks, None) if with_data else None
+        yield Headed(head) if first is None else Headed(head, first.data)
+        yield from chunks
 
-    def offer(self, identity: Identity, payload: Payload) -> Iterator[pb.OfferModelRequest]:
+    def offer(self, identity: Identity, payload: Payload) -> Iterator[OfferFrame]:
         """The messages that hand the server its model; the payload is float32 with buffers."""
         offer = pb.ModelOffer(
             worker=identity.worker, incarnation=identity.incarnation, manifest=self.manifest.to_message()
         )
-        yield pb.OfferModelRequest(offer=offer)
-        for chunk in payload.chunks():
-            yield pb.OfferModelRequest(chunk=chunk)
+        yield Headed(pb.OfferModelRequest(offer=offer))
+        yield from payload.chunks()
 
     def _announced(self, gradient: Gradient, ticket: pb.Ticket) -> pb.Gradient:
         layout = gradient.payload.layout
@@ -111,6 +119,17 @@ class Wire:
             loss=gradient.loss,
             compute_seconds=gradient.compute_seconds,
         )
+
+
+def understood(frame: Headed[M] | Malformed) -> Headed[M]:
+    """The message.
+
+    Raises:
+        ProtocolBroken: its bytes were none.
+    """
+    if isinstance(frame, Malformed):
+        raise ProtocolBroken(f"the server sent what can't be understood: {frame.why}")
+    return frame
 
 
 class DeliveryReceiver:
@@ -146,7 +165,7 @@ class DeliveryReceiver:
         self._delivery = delivery
         self._receiver = PayloadReceiver(self._reused(layout))
 
-    def accept(self, chunk: pb.TensorChunk) -> bool:
+    def accept(self, chunk: Chunk) -> bool:
         """Take a piece; True if it was the last one.
 
         Raises:

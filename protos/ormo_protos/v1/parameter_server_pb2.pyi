@@ -374,12 +374,15 @@ class Welcome(_message.Message):
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     DATA_SEED_FIELD_NUMBER: _builtins.int
+    TAKES_DATA_FIELD_NUMBER: _builtins.int
     lease_seconds: _builtins.float
     """The lease: without a heartbeat or a byte for this long the worker is taken for dead. Seconds, above 0."""
     rank: _builtins.int
     """The smallest number from 0 up that no other member has."""
     data_seed: _builtins.int
     """Seed for the worker's data order; differs for every join of a run."""
+    takes_data: _builtins.bool
+    """Whether the server takes PushPullRequest.data. Not set by servers that do not know it."""
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """The model that is trained."""
@@ -401,10 +404,11 @@ class Welcome(_message.Message):
         lease_seconds: _builtins.float = ...,
         rank: _builtins.int = ...,
         data_seed: _builtins.int = ...,
+        takes_data: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "manifest", b"manifest", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_seed", b"data_seed", "iteration", b"iteration", "lease_seconds", b"lease_seconds", "manifest", b"manifest", "rank", b"rank", "settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_seed", b"data_seed", "iteration", b"iteration", "lease_seconds", b"lease_seconds", "manifest", b"manifest", "rank", b"rank", "settings", b"settings", "takes_data", b"takes_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -592,19 +596,23 @@ class DeliveryRequest(_message.Message):
 
     DTYPE_FIELD_NUMBER: _builtins.int
     WITH_BUFFERS_FIELD_NUMBER: _builtins.int
+    TAKES_DATA_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """DTYPE_FLOAT32 or DTYPE_BFLOAT16, for the payload's first section."""
     with_buffers: _builtins.bool
     """Whether floating and integer buffers follow the parameters."""
+    takes_data: _builtins.bool
+    """Whether the worker takes PushPullResponse.data and Delivery.result: for small models, messages are what costs."""
     def __init__(
         self,
         *,
         dtype: Global___Dtype.ValueType = ...,
         with_buffers: _builtins.bool = ...,
+        takes_data: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "takes_data", b"takes_data", "with_buffers", b"with_buffers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -691,6 +699,7 @@ class Delivery(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Dtype of the payload's first section."""
     with_buffers: _builtins.bool
@@ -709,6 +718,12 @@ class Delivery(_message.Message):
     def ticket(self) -> Global___Ticket:
         """The right to push one gradient computed at them. Not set for readers."""
 
+    @_builtins.property
+    def result(self) -> Global___PushResult:
+        """The result of the exchange's gradient, where it comes in this message and not in one of its own; only on PushPull,
+        and only if DeliveryRequest.takes_data was set.
+        """
+
     def __init__(
         self,
         *,
@@ -719,10 +734,11 @@ class Delivery(_message.Message):
         payload_bytes: _builtins.int = ...,
         samples: _builtins.int = ...,
         manifest_digest: _builtins.bytes = ...,
+        result: Global___PushResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "result", b"result", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "result", b"result", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -936,6 +952,11 @@ class PushPullRequest(_message.Message):
 
     EXCHANGE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """With `exchange`: the first bytes of its gradient's payload, up to 4 MiB; chunks follow for the rest, if there is
+    any. Only if Welcome.takes_data was set.
+    """
     @_builtins.property
     def exchange(self) -> Global___Exchange:
         """Begins an exchange."""
@@ -949,10 +970,11 @@ class PushPullRequest(_message.Message):
         *,
         exchange: Global___Exchange | None = ...,
         chunk: Global___TensorChunk | None = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "exchange", b"exchange", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "exchange", b"exchange", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data", "exchange", b"exchange", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["exchange", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
@@ -1008,6 +1030,11 @@ class PushPullResponse(_message.Message):
     DELIVERY_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """With `delivery`: the first bytes of its payload, up to 4 MiB; chunks follow for the rest, if there is any. Only if
+    DeliveryRequest.takes_data was set.
+    """
     @_builtins.property
     def result(self) -> Global___PushResult:
         """What became of the gradient."""
@@ -1031,10 +1058,11 @@ class PushPullResponse(_message.Message):
         delivery: Global___Delivery | None = ...,
         chunk: Global___TensorChunk | None = ...,
         finished: Global___Finished | None = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delivery", b"delivery", "finished", b"finished", "part", b"part", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delivery", b"delivery", "finished", b"finished", "part", b"part", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data", "delivery", b"delivery", "finished", b"finished", "part", b"part", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["result", "delivery", "chunk", "finished"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015

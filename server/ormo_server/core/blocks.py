@@ -31,18 +31,39 @@ def all_finite(vector: torch.Tensor) -> bool:
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
 
-def squared_norm(vector: torch.Tensor) -> float | None:
+class SquaredNorm:
     """Σ x² of a vector, shape (n,), floating: float32 within a block, float64 over the blocks.
 
-    Returns:
-        None if the vector has NaN or infinity. The search for them costs nothing more: they make the sum one of them.
+    Whoever fills the vector from its start can have each block counted while it is still in the processor's cache. The
+    blocks are the same however it is filled, and so is the sum.
     """
-    square = sum(_squared(block.float()) for (block,) in walk(vector))
-    if math.isfinite(square):
-        return square
-    if not all_finite(vector):
-        return None
-    return sum(_squared(block.double()) for (block,) in walk(vector))  # squares too large for float32
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self._vector = vector
+        self._counted = 0
+        self._sum = 0.0
+
+    def count(self, elements: int) -> None:
+        """The first so many elements are there: count the blocks that are whole."""
+        total = self._vector.numel()
+        while self._counted < total and (elements >= total or elements - self._counted >= BLOCK_ELEMENTS):
+            block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
+            self._sum += _squared(block.float())
+            self._counted += block.numel()
+
+    def total(self) -> float | None:
+        """The sum, with all elements there.
+
+        Returns:
+            None if the vector has NaN or infinity. The search for them costs nothing more: they make the sum one of
+            them.
+        """
+        self.count(self._vector.numel())
+        if math.isfinite(self._sum):
+            return self._sum
+        if not all_finite(self._vector):
+            return None
+        return sum(_squared(block.double()) for (block,) in walk(self._vector))  # squares too large for float32
 
 
 def _squared(block: torch.Tensor) -> float:

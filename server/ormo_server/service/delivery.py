@@ -45,6 +45,11 @@ class Waiter:
         self._outcome: Delivery | Exception | None = None
         self._settled = threading.Event()
 
+    @property
+    def delivered(self) -> bool:
+        """Whether the ticket is here."""
+        return isinstance(self._outcome, Delivery)
+
     def resolve(self, delivery: Delivery) -> None:
         """The ticket is here and `payload` is filled."""
         self._settle(delivery)

@@ -25,7 +25,7 @@ from ormo_server.core.state import Member, PushResult, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Delivery, Waiter
-from ormo_server.service.exchange import Outcome, Push, finite_norm, non_finite
+from ormo_server.service.exchange import Outcome, Push, non_finite
 from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
 from ormo_server.service.streams import draining
 from ormo_server.service.timed_lock import TimedLock
@@ -196,8 +196,7 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
         """
-        norm = self._checked(push) if push else None
-        outcome = self._exchange(requester, push, norm, wish, still_current)
+        outcome = self._exchange(requester, push, wish, still_current)
         if push is not None and log.isEnabledFor(logging.DEBUG):
             _tell(requester, push, outcome)
         return outcome
@@ -206,7 +205,6 @@ class Engine:
         self,
         requester: Requester,
         push: Push | None,
-        norm: float | None,
         wish: Payload | None,
         still_current: Callable[[], bool],
     ) -> Outcome:
@@ -214,7 +212,7 @@ class Engine:
             self._metrics.traffic.stage["lock"].observe(self._lock.waited_seconds)
             if not still_current():
                 raise superseded(requester.slot_key)
-            result, refusal = self._push(requester, push, norm) if push else (None, None)
+            result, refusal = self._push(requester, push) if push else (None, None)
             try:
                 waiter = self._request(requester, wish) if wish else None
             except Finished as over:
@@ -222,17 +220,11 @@ class Engine:
                 return Outcome(result, refusal, finished=True)
             return Outcome(result, refusal, waiter)
 
-    def _checked(self, push: Push) -> float | None:
-        started = time.perf_counter()
-        norm = finite_norm(push.payload)
-        self._metrics.traffic.stage["check"].observe(time.perf_counter() - started)
-        return norm
-
-    def _push(self, requester: Requester, push: Push, norm: float | None) -> tuple[PushResult | None, OrmoError | None]:
+    def _push(self, requester: Requester, push: Push) -> tuple[PushResult | None, OrmoError | None]:
         try:
-            if norm is None:
+            if push.norm is None:
                 raise non_finite(requester, push)
-            return self._apply(requester, push, norm), None
+            return self._apply(requester, push, push.norm), None
         except (NonFinite, TicketUnknown, Finished) as refusal:
             self._metrics.traffic.push_refused(refusal.reason)
             return None, refusal

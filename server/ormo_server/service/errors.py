@@ -10,10 +10,11 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from ormo_protos.framing import Malformed
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import PayloadError
-from ormo_server.core.errors import BadManifest, BadPayload, OrmoError
+from ormo_server.core.errors import BadManifest, BadPayload, BadRequest, OrmoError
 from ormo_server.service.delivery import PeerGone
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def answers(method: _Unary[_Service, _Request, _Answer]) -> _Unary[_Service, _Re
     @functools.wraps(method)
     def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> _Answer:
         try:
-            return method(service, request, context)
+            return method(service, understood(request), context)
         except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
             _end(service, context, error)
 
@@ -75,13 +76,24 @@ def streams_answers(method: _Streaming[_Service, _Request, _Answer]) -> _Streami
     @functools.wraps(method)
     def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> Iterator[_Answer]:
         try:
-            yield from method(service, request, context)
+            yield from method(service, understood(request), context)
         except PeerGone:
             return  # there is nobody to answer
         except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
             _end(service, context, error)
 
     return call
+
+
+def understood(request: _Request) -> _Request:
+    """The request.
+
+    Raises:
+        BadRequest: its bytes were no message.
+    """
+    if isinstance(request, Malformed):
+        raise BadRequest(request.why)
+    return request
 
 
 def named(error: Exception) -> Exception:

@@ -1,10 +1,11 @@
 """What goes into an exchange, and what comes of it."""
 
 import math
+import time
 from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
-from ormo_server.core.blocks import all_finite, squared_norm
+from ormo_server.core.blocks import SquaredNorm, all_finite
 from ormo_server.core.errors import NonFinite, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
@@ -22,6 +23,7 @@ class Push:
         samples: in the mini-batch.
         loss: of the mini-batch, None if not told.
         compute_seconds: as the worker measured; 0 if not told.
+        norm: Euclidean, of the gradient; None if it, or a buffer, has NaN or infinity.
     """
 
     ticket: TicketKey
@@ -29,6 +31,7 @@ class Push:
     samples: int
     loss: float | None
     compute_seconds: float
+    norm: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,31 @@ def is_finite(payload: Payload) -> bool:
     return all_finite(payload.parameters) and all_finite(payload.float_buffers)
 
 
-def finite_norm(payload: Payload) -> float | None:
-    """The gradient's Euclidean norm, in one walk with the search for NaN and infinity; None if there is any."""
-    square = squared_norm(payload.parameters)
-    if square is None or not all_finite(payload.float_buffers):
-        return None
-    return math.sqrt(square)
+class FiniteNorm:
+    """The gradient's Euclidean norm, in one walk with the search for NaN and infinity, as its bytes arrive.
+
+    Attributes:
+        seconds: that it took so far.
+    """
+
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
+        self._square = SquaredNorm(payload.parameters)
+        self.seconds = 0.0
+
+    def arrived(self, size: int) -> None:
+        """The payload's first so many bytes are there."""
+        started = time.perf_counter()
+        self._square.count(size // self._payload.parameters.element_size())
+        self.seconds += time.perf_counter() - started
+
+    def norm(self) -> float | None:
+        """None if there is NaN or infinity."""
+        started = time.perf_counter()
+        square = self._square.total()
+        finite = square is not None and all_finite(self._payload.float_buffers)
+        self.seconds += time.perf_counter() - started
+        return math.sqrt(square) if square is not None and finite else None
 
 
 def non_finite(requester: Requester, push: Push) -> NonFinite:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
@@ -81,10 +80,10 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
     return layout
 
 
-def push(message: pb.Gradient, payload: Payload) -> Push:
+def push(message: pb.Gradient, payload: Payload, norm: float | None) -> Push:
     """A gradient whose tensors have come."""
     loss = message.loss if message.HasField("loss") else None
-    return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds)
+    return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
 
 
 def evaluation(message: pb.Evaluation) -> Evaluation:
@@ -136,8 +135,3 @@ def delivery_header(delivery: Delivery, digest: bytes) -> pb.Delivery:
         message.manifest_digest = digest
         message.payload_bytes = delivery.payload.layout.total_bytes
     return message
-
-
-def delivered_chunks(payload: Payload | None) -> Iterator[pb.TensorChunk]:
-    """The parameters that follow."""
-    return iter(()) if payload is None else payload.chunks()

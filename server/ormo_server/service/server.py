@@ -11,11 +11,10 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
-from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_protos.v1.parameter_server_pb2_grpc import add_ParameterServerServicer_to_server
 from ormo_server.config import ServerSettings
 from ormo_server.metrics import Metrics
 from ormo_server.service.call_counter import CallCounter, methods
+from ormo_server.service.handlers import SERVICE, handlers
 from ormo_server.service.host import RunHost
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.status import phase_of
@@ -23,7 +22,8 @@ from ormo_server.service.streams import StreamRegistry
 
 log = logging.getLogger(__name__)
 
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+SERVICE_NAME: str = SERVICE.full_name
+
 # Stays SERVING while the process works, also while it drains: a probe on it must not kill a busy server.
 LIVENESS_NAME = "liveness"
 
@@ -96,13 +96,13 @@ class Server:
         )
         self.metrics.streams.count("worker", lambda: self.streams.count(reader=False))
         self.metrics.streams.count("reader", lambda: self.streams.count(reader=True))
-        self.metrics.calls.expect(methods(pb.DESCRIPTOR.services_by_name["ParameterServer"]))
+        self.metrics.calls.expect(methods(SERVICE))
 
     def _grpc_server(self) -> grpc.Server:
         threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
         pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
         server = grpc.server(pool, interceptors=[CallCounter(self.metrics.calls)], options=_options(self.settings))
-        add_ParameterServerServicer_to_server(Servicer(self.host, self.streams), server)
+        server.add_generic_rpc_handlers((handlers(Servicer(self.host, self.streams)),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -3,18 +3,19 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import grpc
 
+from ormo_protos.framing import NOTHING, Frame, Headed, Malformed
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
-from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import Chunk, Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.service import messages
@@ -22,7 +23,7 @@ from ormo_server.service.buffers import BufferPool
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, named, streams_answers
-from ormo_server.service.exchange import Push
+from ormo_server.service.exchange import FiniteNorm, Outcome, Push
 from ormo_server.service.host import RunHost
 from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
@@ -32,10 +33,14 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WARNINGS = 10.0
 
-Chunks = Iterator[pb.TensorChunk]
+M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
+R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
+
+Chunks = Iterator[Chunk]
+Answers = Iterator[Frame[pb.PushPullResponse]]
 
 
-class Servicer(ParameterServerServicer):
+class Servicer:
     """`ormo.v1.ParameterServer`. The methods are documented in `parameter_server.proto`."""
 
     def __init__(self, host: RunHost, streams: StreamRegistry) -> None:
@@ -78,6 +83,7 @@ class Servicer(ParameterServerServicer):
                 lease_seconds=self._host.settings.failure_timeout,
                 rank=member.rank,
                 data_seed=member.data_seed,
+                takes_data=True,
             )
         )
 
@@ -115,10 +121,10 @@ class Servicer(ParameterServerServicer):
 
     @answers
     def OfferModel(  # noqa: N802, D102
-        self, request_iterator: Iterator[pb.OfferModelRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterator[Frame[pb.OfferModelRequest]], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
         with self._streams.open(context) as stream:
-            offer = _first(request_iterator, "offer").offer
+            offer = _first(request_iterator, "offer").message.offer
             worker, manifest = messages.worker_id(offer.worker), Manifest.from_message(offer.manifest)
             try:
                 with stream.exchange():
@@ -131,7 +137,7 @@ class Servicer(ParameterServerServicer):
         self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
     ) -> pb.OfferModelResponse:
         payload = self._host.begin_offer(worker, incarnation, manifest)
-        for _ in self._received(stream, payload, chunks, "OfferModel"):
+        for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
             self._host.offers.renew(worker, incarnation, self._host.clock())
         stream.has_all()
         epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
@@ -141,15 +147,18 @@ class Servicer(ParameterServerServicer):
 
     @streams_answers
     def PushPull(  # noqa: N802, D102
-        self, request_iterator: Iterator[pb.PushPullRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.PushPullResponse]:
+        self, request_iterator: Iterator[Frame[pb.PushPullRequest]], context: grpc.ServicerContext
+    ) -> Answers:
         with self._streams.open(context) as stream:
-            for message in request_iterator:
+            for frame in request_iterator:
                 with stream.exchange():
-                    yield from self._exchange(stream, _part(message, "exchange").exchange, _chunks(request_iterator))
+                    message, data = _headed(frame, "exchange")
+                    if data and not message.exchange.HasField("gradient"):
+                        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+                    yield from self._exchange(stream, message.exchange, _chunks(request_iterator, data))
                 self._streams.refuse_if_draining()
 
-    def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Chunks) -> Iterator[pb.PushPullResponse]:
+    def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Chunks) -> Answers:
         wanted = exchange.HasField("next")
         with contextlib.ExitStack() as borrowed:
             with self._refusals_counted(push=exchange.HasField("gradient"), pull=wanted):
@@ -161,34 +170,41 @@ class Servicer(ParameterServerServicer):
                 wish = self._place(borrowed, layout, push) if layout else None
                 outcome = engine.exchange(requester, push, wish, lambda: stream.current)
             with _withdrawn_at_end(engine, outcome.waiter):
-                if outcome.refusal is not None:
-                    self.count_refusal(outcome.refusal.reason)
-                    self._warn(outcome.refusal, requester)
-                    result = messages.refused_result(requester.request, outcome.refusal)
-                    yield pb.PushPullResponse(result=result)
-                if outcome.result is not None:
-                    yield pb.PushPullResponse(result=messages.push_result(outcome.result))
-                if outcome.waiter is not None:
-                    yield from self._next_ticket(stream, engine, outcome.waiter)
+                result, waiter = self._result(requester, outcome), outcome.waiter
+                together = exchange.next.takes_data and waiter is not None and waiter.delivered
+                if result is not None and not together:
+                    yield Headed(pb.PushPullResponse(result=result))
+                if waiter is not None:
+                    more = Extras(takes_data=exchange.next.takes_data, result=result if together else None)
+                    yield from self._next_ticket(stream, engine, waiter, more)
                 elif outcome.finished:
                     yield _finished(engine)
 
-    def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter) -> Iterator[pb.PushPullResponse]:
+    def _result(self, requester: Requester, outcome: Outcome) -> pb.PushResult | None:
+        if outcome.refusal is not None:
+            self.count_refusal(outcome.refusal.reason)
+            self._warn(outcome.refusal, requester)
+            return messages.refused_result(requester.request, outcome.refusal)
+        return None if outcome.result is None else messages.push_result(outcome.result)
+
+    def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter, more: "Extras") -> Answers:
         try:
             delivery = self._waited(stream, waiter)
         except Finished:
             yield _finished(engine)
             return
-        yield pb.PushPullResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
-        for chunk in self._sent(stream, engine, delivery, "PushPull"):
-            yield pb.PushPullResponse(chunk=chunk)
+        header = messages.delivery_header(delivery, engine.manifest.digest)
+        if more.result is not None:
+            header.result.CopyFrom(more.result)
+        head = pb.PushPullResponse(delivery=header)
+        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=more.takes_data)
 
     @answers
     def PushGradient(  # noqa: N802, D102
-        self, request_iterator: Iterator[pb.PushGradientRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterator[Frame[pb.PushGradientRequest]], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
         with self._streams.open(context) as stream:
-            push = _first(request_iterator, "push").push
+            push = _first(request_iterator, "push").message.push
             chunks = _chunks(request_iterator)
             with stream.exchange(), contextlib.ExitStack() as borrowed, self._refusals_counted(push=True):
                 engine, requester = self._introduced(stream, push.requester)
@@ -203,16 +219,15 @@ class Servicer(ParameterServerServicer):
     @streams_answers
     def PullParams(  # noqa: N802, D102
         self, request: pb.PullParamsRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.PullParamsResponse]:
+    ) -> Iterator[Frame[pb.PullParamsResponse]]:
         reader = not request.HasField("requester")
         with (
             self._streams.open(context, reader=reader) as stream,
             stream.exchange(),
             self._pulled(stream, request) as (engine, delivery),
         ):
-            yield pb.PullParamsResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
-            for chunk in self._sent(stream, engine, delivery, "PullParams"):
-                yield pb.PullParamsResponse(chunk=chunk)
+            head = pb.PullParamsResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
+            yield from self._sent(stream, engine, head, delivery, "PullParams")
 
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
@@ -287,10 +302,14 @@ class Servicer(ParameterServerServicer):
         started = time.perf_counter()
         payload = self._borrow(borrowed, messages.gradient_layout(engine.manifest, header))
         assert stream.requester is not None
-        for _ in self._received(stream, payload, chunks, method):
+        receiver, finite = PayloadReceiver(payload), FiniteNorm(payload)
+        for _ in self._received(stream, receiver, chunks, method):
+            finite.arrived(receiver.received_bytes)
             engine.heard(stream.requester.worker)
-        self._metrics.traffic.stage["receive"].observe(time.perf_counter() - started)
-        return messages.push(header, payload)
+        norm = finite.norm()
+        self._metrics.traffic.stage["receive"].observe(time.perf_counter() - started - finite.seconds)
+        self._metrics.traffic.stage["check"].observe(finite.seconds)
+        return messages.push(header, payload, norm)
 
     def _place(self, borrowed: contextlib.ExitStack, layout: PayloadLayout, push: Push | None) -> Payload:
         """Where parameters go: the gradient's own buffer, if it fits."""
@@ -301,9 +320,9 @@ class Servicer(ParameterServerServicer):
         borrowed.callback(self._buffers.give, payload)
         return payload
 
-    def _received(self, stream: OpenStream, payload: Payload, chunks: Chunks, method: str) -> Iterator[None]:
+    def _received(self, stream: OpenStream, receiver: PayloadReceiver, chunks: Chunks, method: str) -> Iterator[None]:
         """Fill a payload; yields after each chunk."""
-        receiver, counter = PayloadReceiver(payload), self._metrics.traffic.received_bytes[method]
+        counter = self._metrics.traffic.received_bytes[method]
         while not receiver.complete:
             chunk = next(chunks, None)
             if chunk is None:
@@ -313,16 +332,33 @@ class Servicer(ParameterServerServicer):
             stream.moved()
             yield
 
-    def _sent(self, stream: OpenStream, engine: Engine, delivery: Delivery, method: str) -> Chunks:
+    def _sent(
+        self, stream: OpenStream, engine: Engine, head: R, delivery: Delivery, method: str, *, with_data: bool = False
+    ) -> Iterator[Frame[R]]:
+        """The messages of a delivery."""
         started, counter = time.perf_counter(), self._metrics.traffic.sent_bytes[method]
-        for chunk in messages.delivered_chunks(delivery.payload):
+        for frame in _frames(head, delivery.payload, with_data=with_data):
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
-            counter.inc(len(chunk.data))
-            yield chunk
+            counter.inc(len(frame.data))
+            yield frame
             stream.moved()
             if stream.requester is not None:
                 engine.heard(stream.requester.worker)
-        self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
+        if delivery.payload is not None:
+            self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a delivery's first message may have besides.
+
+    Attributes:
+        takes_data: the worker takes the payload's first bytes there.
+        result: of the exchange's gradient, if it was not sent before.
+    """
+
+    takes_data: bool
+    result: pb.PushResult | None
 
 
 @contextlib.contextmanager
@@ -335,30 +371,48 @@ def _withdrawn_at_end(engine: Engine, waiter: Waiter | None) -> Iterator[None]:
             engine.withdraw(waiter)
 
 
-M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
+def _frames(head: R, payload: Payload | None, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
+    if payload is None:
+        yield Headed(head)
+        return
+    chunks = payload.chunks()
+    first = next(chunks, None) if with_data else None
+    yield Headed(head) if first is None else Headed(head, first.data)
+    yield from chunks
 
 
-def _part(message: M, wanted: str) -> M:
-    got = message.WhichOneof("part")
-    if got != wanted:
+def _headed(frame: Frame[M], wanted: str) -> Headed[M]:
+    if isinstance(frame, Malformed):
+        raise BadRequest(frame.why)
+    got = "chunk" if isinstance(frame, Chunk) else frame.message.WhichOneof("part")
+    if isinstance(frame, Chunk) or got != wanted:
         raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
-    return message
+    return frame
 
 
-def _first(messages_: Iterator[M], wanted: str) -> M:
-    message = next(messages_, None)
-    if message is None:
+def _first(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
+    frame = next(frames, None)
+    if frame is None:
         raise BadRequest(f"the stream ended before its first message, which holds {wanted!r}")
-    return _part(message, wanted)
+    return _headed(frame, wanted)
 
 
-def _chunks(messages_: Iterable[M]) -> Chunks:
-    for message in messages_:
-        yield _part(message, "chunk").chunk
+def _chunks(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Chunks:
+    if first:
+        yield Chunk(0, first)
+    for frame in frames:
+        yield frame if isinstance(frame, Chunk) else _no_chunk(frame)
 
 
-def _finished(engine: Engine) -> pb.PushPullResponse:
-    return pb.PushPullResponse(finished=pb.Finished(iteration=_iteration(engine)))
+def _no_chunk(frame: Headed[M] | Malformed) -> NoReturn:
+    if isinstance(frame, Malformed):
+        raise BadRequest(frame.why)
+    got = frame.message.WhichOneof("part")
+    raise BadRequest(f"a message with {got or 'nothing'!r} came where 'chunk' was expected")
+
+
+def _finished(engine: Engine) -> Headed[pb.PushPullResponse]:
+    return Headed(pb.PushPullResponse(finished=pb.Finished(iteration=_iteration(engine))))
 
 
 def _iteration(engine: Engine) -> pb.Iteration:

@@ -1,0 +1,53 @@
+"""The service's methods as gRPC calls them: which reads and writes messages how."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import Descriptor, MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from ormo_protos.framing import Framing, Malformed
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.service.servicer import Servicer
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
+
+
+def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """The table of the contract's methods. Generated code would copy tensors through protobuf objects."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE.full_name, {method.name: _handler(method, getattr(servicer, method.name)) for method in SERVICE.methods}
+    )
+
+
+def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> "grpc.RpcMethodHandler[Any, Any]":
+    words = {True: "stream", False: "unary"}
+    make = getattr(grpc, f"{words[method.client_streaming]}_{words[method.server_streaming]}_rpc_method_handler")
+    handler: grpc.RpcMethodHandler[Any, Any] = make(
+        behaviour,
+        request_deserializer=_reader(method.input_type),
+        response_serializer=_writer(method.output_type),
+    )
+    return handler
+
+
+def _reader(kind: Descriptor) -> Callable[[bytes], Any]:
+    made = GetMessageClass(kind)
+    return Framing(made).decode if "chunk" in kind.fields_by_name else _parser(made)
+
+
+def _writer(kind: Descriptor) -> Callable[[Any], bytes]:
+    made = GetMessageClass(kind)
+    return Framing(made).encode if "chunk" in kind.fields_by_name else made.SerializeToString
+
+
+def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    def parse(encoded: bytes) -> Message | Malformed:
+        try:
+            return kind.FromString(encoded)
+        except DecodeError as error:
+            return Malformed(f"{len(encoded)} bytes came that are no {kind.DESCRIPTOR.name}: {error}")
+
+    return parse
