@@ -28,6 +28,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
-    done = all([mallopt(option, value) == 1 for option, value in wanted])
-    log.info("freed memory is kept for the next use" if done else "the allocator took only a part of its settings")
-    return done
+    refused = [option for option, value in wanted if mallopt(option, value) != 1]
+    if refused:
+        log.warning("the allocator refused its settings %s: messages may be slower", refused)
+    else:
+        log.info("freed memory is kept for the next use")
+    return not refused

@@ -103,6 +103,11 @@ def _aligned(size: int) -> int:
 class Payload:
     """The bytes of one payload, with views in it.
 
+    Args:
+        layout: where the sections lie.
+        memory: to lie in, shape (at least `layout.total_bytes`,), uint8; by default some of its own.
+        pin_memory: whether its own is page-locked.
+
     Attributes:
         layout: where the sections lie.
         parameters: shape (d,), dtype of the layout.
@@ -110,21 +115,25 @@ class Payload:
         int_buffers: shape (i,), int64; empty without buffers.
     """
 
-    def __init__(self, layout: PayloadLayout, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self, layout: PayloadLayout, memory: torch.Tensor | None = None, *, pin_memory: bool = False
+    ) -> None:
         self.layout = layout
-        self._bytes = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        if memory is None:
+            memory = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        self._bytes = memory[: layout.total_bytes]
         self._array = self._bytes.numpy()
         self.memory: memoryview = self._array.data
         self.parameters = self._view(0, layout.parameters, torch_dtype(layout.dtype))
         self.float_buffers = self._view(layout.float_buffers_offset, layout.float_buffers, torch.float32)
         self.int_buffers = self._view(layout.int_buffers_offset, layout.int_buffers, torch.int64)
-        self._zero_padding()
+        self.zero_padding()
 
     def _view(self, offset: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
         return self._bytes[offset : offset + elements * dtype.itemsize].view(dtype)
 
-    def _zero_padding(self) -> None:
-        # What stands between the sections travels too, and must not be what the memory held before.
+    def zero_padding(self) -> None:
+        """Clear what stands between the sections: it travels too, and must not be what the memory held before."""
         end_of_parameters = self.layout.parameters * self.parameters.element_size()
         self._bytes[end_of_parameters : self.layout.float_buffers_offset] = 0
         end_of_floats = self.layout.float_buffers_offset + self.layout.float_buffers * 4

@@ -2,25 +2,67 @@
 
 import threading
 
+import torch
+
 from ormo_protos.tensors import Payload, PayloadLayout
 
 
+class _Buffer:
+    """Memory that can be any payload that fits."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8)
+        self._payloads: dict[PayloadLayout, Payload] = {}
+        self._layout: PayloadLayout | None = None
+
+    def payload(self, layout: PayloadLayout) -> Payload:
+        if layout not in self._payloads:
+            self._payloads[layout] = Payload(layout, self.memory)
+        if layout != self._layout:
+            self._layout = layout
+            self._payloads[layout].zero_padding()  # where the payload before had numbers
+        return self._payloads[layout]
+
+
 class BufferPool:
-    """Lends payload buffers. It never holds more than were out at one time."""
+    """Lends payloads. It never holds more buffers than were out at one time, each as large as what was asked for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: dict[PayloadLayout, list[Payload]] = {}
+        self._idle: list[_Buffer] = []
+        self._lent: dict[int, _Buffer] = {}
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that is kept and not lent."""
+        return sum(buffer.memory.numel() for buffer in self._idle)
 
     def take(self, layout: PayloadLayout) -> Payload:
-        """A buffer of this layout, with whatever it held before."""
+        """A payload of this layout, with whatever its memory held before."""
         with self._lock:
-            idle = self._idle.get(layout)
-            if idle:
-                return idle.pop()
-        return Payload(layout)
+            fitting = (at for at, buffer in enumerate(self._idle) if buffer.memory.numel() >= layout.total_bytes)
+            at = next(fitting, None)
+            buffer = self._idle.pop(at if at is not None else -1) if self._idle else None
+        if buffer is None or buffer.memory.numel() < layout.total_bytes:
+            buffer = _Buffer(layout.total_bytes)
+        payload = buffer.payload(layout)
+        with self._lock:
+            self._lent[id(payload)] = buffer
+        return payload
+
+    def again(self, payload: Payload, layout: PayloadLayout) -> Payload | None:
+        """The memory of a payload that is lent, as another of the same dtype.
+
+        It may be filled once the payload has been used: each number then lies where one was that is done with.
+
+        Returns:
+            None if it does not fit. It is given back with the payload.
+        """
+        buffer = self._lent[id(payload)]
+        fits = layout.dtype == payload.layout.dtype and layout.total_bytes <= buffer.memory.numel()
+        return buffer.payload(layout) if fits else None
 
     def give(self, payload: Payload) -> None:
-        """The buffer is not used any more."""
+        """The payload is not used any more."""
         with self._lock:
-            self._idle.setdefault(payload.layout, []).append(payload)
+            self._idle.append(self._lent.pop(id(payload)))

@@ -312,8 +312,9 @@ class Servicer:
         return messages.push(header, payload, norm)
 
     def _place(self, borrowed: contextlib.ExitStack, layout: PayloadLayout, push: Push | None) -> Payload:
-        """Where parameters go: the gradient's own buffer, if it fits."""
-        return push.payload if push and push.payload.layout == layout else self._borrow(borrowed, layout)
+        """Where parameters go: the gradient's own memory, if they fit."""
+        again = self._buffers.again(push.payload, layout) if push else None
+        return again or self._borrow(borrowed, layout)
 
     def _borrow(self, borrowed: contextlib.ExitStack, layout: PayloadLayout) -> Payload:
         payload = self._buffers.take(layout)

@@ -1,0 +1,77 @@
+"""Payload buffers: lent to one at a time, used again whatever is wanted next, never with old numbers in the padding."""
+
+import torch
+
+from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.tensors import PayloadLayout
+from ormo_server.service.buffers import BufferPool
+
+MODEL = Manifest.laid_out(
+    [TensorSpec("weight", (3,), FLOAT32, PARAMETER), TensorSpec("running_mean", (5,), FLOAT32, BUFFER)]
+)
+
+
+def layout(dtype: int = FLOAT32, *, buffers: bool = False) -> PayloadLayout:
+    return PayloadLayout.of(MODEL, dtype, with_buffers=buffers)  # type: ignore[arg-type]
+
+
+def memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_what_is_lent_is_nobody_elses() -> None:
+    pool = BufferPool()
+    assert memory(pool.take(layout()).parameters) != memory(pool.take(layout()).parameters)
+
+
+def test_memory_is_used_again_by_whatever_fits() -> None:
+    pool = BufferPool()
+    first = pool.take(layout(buffers=True))
+    pool.give(first)
+    for wanted in (layout(), layout(BFLOAT16), layout(BFLOAT16, buffers=True), layout(buffers=True)):
+        payload = pool.take(wanted)
+        assert (payload.layout, memory(payload.parameters)) == (wanted, memory(first.parameters))
+        pool.give(payload)
+
+
+def test_what_is_too_small_makes_room_for_what_is_wanted() -> None:
+    pool = BufferPool()
+    pool.give(pool.take(layout(BFLOAT16)))
+    pool.give(pool.take(layout(buffers=True)))
+    assert pool.idle_bytes == layout(buffers=True).total_bytes
+
+
+def test_a_buffer_that_fits_is_found_behind_one_that_does_not() -> None:
+    pool = BufferPool()
+    small, large = pool.take(layout(BFLOAT16)), pool.take(layout(buffers=True))
+    pool.give(small)
+    pool.give(large)
+    assert memory(pool.take(layout()).parameters) == memory(large.parameters)
+    assert memory(pool.take(layout(BFLOAT16)).parameters) == memory(small.parameters)
+
+
+def test_padding_never_has_what_the_memory_held_before() -> None:
+    pool = BufferPool()
+    payload = pool.take(layout(buffers=True))
+    payload.memory[:] = b"\xff" * len(payload.memory)
+    pool.give(payload)
+    assert bytes(pool.take(layout()).memory[12:]) == bytes(4)
+
+
+def test_a_gradients_memory_serves_for_the_parameters_that_answer_it() -> None:
+    pool = BufferPool()
+    gradient = pool.take(layout(buffers=True))
+    gradient.float_buffers.fill_(7.0)
+    answer = pool.again(gradient, layout())
+    assert answer is not None
+    assert memory(answer.parameters) == memory(gradient.parameters)
+    assert gradient.float_buffers.tolist() == [7.0] * 5, "its buffers are still to be used"
+    pool.give(gradient)
+    assert pool.idle_bytes == layout(buffers=True).total_bytes
+
+
+def test_memory_is_not_shared_with_another_dtype_nor_with_what_is_larger() -> None:
+    pool = BufferPool()
+    gradient = pool.take(layout())
+    assert pool.again(gradient, layout(BFLOAT16)) is None
+    assert pool.again(gradient, layout(buffers=True)) is None
