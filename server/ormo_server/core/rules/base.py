@@ -61,10 +61,13 @@ class UpdateRule(ABC):
         counters: the rest of the rule's state; checkpoints hold it.
         vectors_per_run: how many vectors of the model's size it keeps, for the memory formula.
         vectors_per_slot: how many more it may keep for each slot of a live worker.
+        vectors_moved: how many vectors an update must read from memory or write to it. A copy of one moves two, which
+            bounds how fast the rule can be.
     """
 
     vectors_per_run: ClassVar[int] = 0
     vectors_per_slot: ClassVar[int] = 0
+    vectors_moved: ClassVar[int]
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         self.coefficients = coefficients

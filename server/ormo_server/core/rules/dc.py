@@ -14,6 +14,7 @@ class DelayCompensated(UpdateRule):
     """
 
     vectors_per_slot = 1
+    vectors_moved = 4
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""

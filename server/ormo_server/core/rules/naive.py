@@ -14,6 +14,7 @@ class Naive(UpdateRule):
     """
 
     vectors_per_run = 1
+    vectors_moved = 5
 
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
         """See `UpdateRule.fresh_vectors`."""

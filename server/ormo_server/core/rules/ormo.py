@@ -20,6 +20,7 @@ class Ormo(UpdateRule):
     """
 
     vectors_per_run = 1
+    vectors_moved = 5
 
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
         """See `UpdateRule.fresh_vectors`."""
@@ -28,6 +29,9 @@ class Ormo(UpdateRule):
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
         beta, opened, lag = self.coefficients.momentum, landing.opened_buckets, landing.lag_buckets
+        if opened == 1 and beta:
+            self._take_momentum_step(params, gradient, landing.step_size)
+            return
         aged, drift = beta**opened, beta * geometric_sum(beta, opened)
         share = landing.step_size * beta**lag
         moved = landing.step_size * self.moves_of_late_gradient(lag)
@@ -38,6 +42,13 @@ class Ormo(UpdateRule):
                 u.mul_(aged)
             u.add_(g, alpha=share)
             w.sub_(g, alpha=moved)
+
+    def _take_momentum_step(self, params: torch.Tensor, gradient: torch.Tensor, step_size: float) -> None:
+        # With m = 1 and l = 0 the formula is u ← βu + ηg, w ← w − u: a pass over the memory less than its three lines.
+        beta = self.coefficients.momentum
+        for w, u, g in walk(params, self.vectors["momentum"], gradient):
+            u.mul_(beta).add_(g.to(w.dtype), alpha=step_size)
+            w.sub_(u)
 
     def moves_of_late_gradient(self, lag: int) -> float:
         """How many times its own length a gradient would have moved w by now, had it come in time."""

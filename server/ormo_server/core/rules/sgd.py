@@ -9,6 +9,8 @@ from ormo_server.core.rules.base import Landing, UpdateRule
 class Sgd(UpdateRule):
     """w ← w − ηg. Under the asynchronous scheduler this is ASGD, under the synchronous one SSGD. Keeps no vector."""
 
+    vectors_moved = 3
+
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
         for w, g in walk(params, gradient):

@@ -16,6 +16,7 @@ class Shifted(UpdateRule):
     """
 
     vectors_per_slot = 1
+    vectors_moved = 5
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""

@@ -20,6 +20,7 @@ class Smega2(UpdateRule):
     """
 
     vectors_per_run = 2
+    vectors_moved = 6  # and v once more where a bucket is full
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         super().__init__(elements, coefficients)
