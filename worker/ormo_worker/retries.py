@@ -128,12 +128,24 @@ class RetryLoop:
             RunFinished: the server says that the run is over.
             Refused: the server won't do it, now or later.
         """
+        began = time.monotonic()
+        try:
+            self._check()
+            return attempt()
+        except (TryAgain, CallEnded) as error:
+            failed: list[TryAgain | CallEnded] = [error]
 
         def checked() -> T:
+            if failed:  # the loop, which costs more than an exchange of a small model, begins with a failure
+                raise failed.pop()
             self._check()
             return attempt()
 
+        def count_from_first(state: tenacity.RetryCallState) -> None:
+            state.start_time = began
+
         loop = tenacity.Retrying(
+            before=count_from_first,
             retry=tenacity.retry_if_exception(_helps),
             stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
             wait=_pause,
@@ -141,7 +153,6 @@ class RetryLoop:
             before_sleep=lambda state: self._note(what, state),
             retry_error_callback=lambda state: self._give_up(what, state, within),
         )
-        began = time.monotonic()
         try:
             outcome = loop(checked)
         except CallEnded as end:

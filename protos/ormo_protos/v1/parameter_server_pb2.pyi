@@ -181,7 +181,7 @@ class TensorChunk(_message.Message):
     offset: _builtins.int
     """Where the bytes go, from the payload's start; the end of the chunk before, 0 for the first."""
     data: _builtins.bytes
-    """1 byte to 4 MiB; senders use 1 MiB."""
+    """1 byte to 4 MiB; senders use 2 MiB."""
     def __init__(
         self,
         *,
