@@ -6,7 +6,7 @@ receiver copies each chunk to its place once, and what arrived is at once a tens
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -65,9 +65,12 @@ def torch_dtype(dtype: int) -> torch.dtype:
     return _TORCH_DTYPES[dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PayloadLayout:
-    """Where the sections of a payload lie. Sizes are elements, offsets and `total_bytes` are bytes."""
+    """Where the sections of a payload lie. Sizes are elements, offsets and `total_bytes` are bytes.
+
+    `of` makes one object for each layout, so that they are compared, and found again, by identity.
+    """
 
     dtype: pb.Dtype.ValueType
     with_buffers: bool
@@ -90,7 +93,7 @@ class PayloadLayout:
         return _layout(dtype, with_buffers, sizes["parameters"], floats, ints)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _layout(dtype: pb.Dtype.ValueType, with_buffers: bool, params: int, floats: int, ints: int) -> PayloadLayout:
     floats_at = _aligned(params * torch_dtype(dtype).itemsize)
     ints_at = floats_at + _aligned(floats * 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ormo_protos.manifest import BFLOAT16
+from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import (
     LARGE,
@@ -138,7 +139,7 @@ def test_worker_that_closes_its_side_in_the_middle_is_told(tmp_path: Path) -> No
         worker.pull()
         gradient = payload(LARGE, 1.0)
         push = pb.Push(requester=worker.requester(), gradient=worker.header(gradient))
-        with pytest.raises(Refused, match="ended after 1048576 of 12000000 bytes") as refused:
+        with pytest.raises(Refused, match=f"ended after {CHUNK_BYTES} of 12000000 bytes") as refused:
             worker.push_messages(push, iter([next(tensor_chunks(gradient))]))
         assert refused.value.reason == "BAD_PAYLOAD"
         assert server.host.engine.position()[1] == 0

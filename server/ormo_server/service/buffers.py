@@ -1,6 +1,7 @@
 """Payload buffers that are used again: memory that is already mapped costs a fifth of fresh memory to fill."""
 
 import threading
+from typing import Self
 
 import torch
 
@@ -37,6 +38,10 @@ class BufferPool:
         """Memory that is kept and not lent."""
         return sum(buffer.memory.numel() for buffer in self._idle)
 
+    def loans(self) -> "Loans":
+        """What is taken through it is given back when it is left."""
+        return Loans(self)
+
     def take(self, layout: PayloadLayout) -> Payload:
         """A payload of this layout, with whatever its memory held before."""
         with self._lock:
@@ -66,3 +71,31 @@ class BufferPool:
         """The payload is not used any more."""
         with self._lock:
             self._idle.append(self._lent.pop(id(payload)))
+
+
+class Loans:
+    """Payloads that are lent for the time of an exchange."""
+
+    __slots__ = ("_pool", "_taken")
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+        self._taken: list[Payload] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for payload in self._taken:
+            self._pool.give(payload)
+
+    def take(self, layout: PayloadLayout) -> Payload:
+        """A payload of this layout."""
+        payload = self._pool.take(layout)
+        self._taken.append(payload)
+        return payload
+
+    def place(self, layout: PayloadLayout, used: Payload | None) -> Payload:
+        """Where parameters can go: the memory of a gradient that will be used before, if they fit there."""
+        again = self._pool.again(used, layout) if used is not None else None
+        return again if again is not None else self.take(layout)

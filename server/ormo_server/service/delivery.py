@@ -1,6 +1,6 @@
 """Parameters on their way to a worker, and the wait for them."""
 
-import threading
+import queue
 from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
@@ -37,41 +37,32 @@ class Waiter:
     Attributes:
         slot: who waits.
         payload: where the parameters will be written.
+        delivered: whether the ticket has come; nothing is written any more then.
     """
 
     def __init__(self, slot: SlotKey, payload: Payload) -> None:
         self.slot = slot
         self.payload = payload
-        self._outcome: Delivery | Exception | None = None
-        self._settled = threading.Event()
-
-    @property
-    def delivered(self) -> bool:
-        """Whether the ticket is here."""
-        return isinstance(self._outcome, Delivery)
+        self.delivered = False
+        self._outcomes: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()  # the first one counts
 
     def resolve(self, delivery: Delivery) -> None:
         """The ticket is here and `payload` is filled."""
-        self._settle(delivery)
+        self.delivered = True
+        self._outcomes.put(delivery)
 
     def fail(self, error: OrmoError | PeerGone) -> None:
         """The ticket will not come."""
-        self._settle(error)
-
-    def _settle(self, outcome: Delivery | Exception) -> None:
-        if self._outcome is None:
-            self._outcome = outcome
-            self._settled.set()
+        self._outcomes.put(error)
 
     def wait(self) -> Delivery:
-        """Block until the ticket is here.
+        """Block until the ticket is here; to be called once.
 
         Raises:
             OrmoError: why it will not come.
             PeerGone: nobody waits for it any more.
         """
-        self._settled.wait()
-        assert self._outcome is not None
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        outcome = self._outcomes.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome

@@ -26,8 +26,8 @@ from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.exchange import Outcome, Push, non_finite
+from ormo_server.service.inputs import Inputs
 from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
-from ormo_server.service.streams import draining
 from ormo_server.service.timed_lock import TimedLock
 from ormo_server.service.view import RunView, WorkerView
 
@@ -59,12 +59,12 @@ class Engine:
         self.manifest = manifest
         self.observations = Observations()
         self.finished = threading.Event()
-        self.broken = threading.Event()
         self._machine = machine
         self._clock = clock
         self._metrics = metrics
         self._lock = TimedLock(metrics.upkeep)
-        self._closed = False
+        self._inputs = Inputs(machine, self._lock)
+        self.broken = self._inputs.broken
         self._waiters: dict[SlotKey, Waiter] = {}
         self._leases = Leases(lease_seconds)
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
@@ -82,7 +82,7 @@ class Engine:
         Returns:
             The member, and the incarnation that it replaced, if it did.
         """
-        with self._hold() as machine:
+        with self._inputs as machine:
             known = machine.state.members.get(worker)
             member = machine.join(self._clock(), worker, incarnation, slots)
             self._leases.grant(worker, self._clock())
@@ -105,7 +105,7 @@ class Engine:
 
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
-        with self._hold() as machine:
+        with self._inputs as machine:
             machine.requesting_slot(requester)
             self._leases.heard(requester.worker, self._clock())
 
@@ -115,7 +115,7 @@ class Engine:
 
     def heartbeat(self, worker: str, incarnation: int, returned: Sequence[TicketKey]) -> None:
         """Keep a lease, and take back tickets that will not be used."""
-        with self._hold() as machine:
+        with self._inputs as machine:
             membership.find(machine.state, worker, incarnation)
             self._leases.heard(worker, self._clock())
             for key in returned:
@@ -124,7 +124,7 @@ class Engine:
 
     def leave(self, worker: str, incarnation: int) -> None:
         """A worker gives up its lease."""
-        with self._hold() as machine:
+        with self._inputs as machine:
             left = machine.leave(self._clock(), worker, incarnation)
             if left:
                 self._forget(worker)
@@ -139,7 +139,7 @@ class Engine:
         Returns:
             (id, incarnation) of the workers that lost their lease.
         """
-        with self._hold() as machine:
+        with self._inputs as machine:
             now = self._clock()
             members = machine.state.members
             lapsed = [members[worker] for worker in self._leases.lapsed(now) if worker in members]
@@ -208,7 +208,7 @@ class Engine:
         wish: Payload | None,
         still_current: Callable[[], bool],
     ) -> Outcome:
-        with self._hold():
+        with self._inputs:
             self._metrics.traffic.stage["lock"].observe(self._lock.waited_seconds)
             if not still_current():
                 raise superseded(requester.slot_key)
@@ -290,6 +290,8 @@ class Engine:
 
     def withdraw(self, waiter: Waiter) -> None:
         """Nobody listens any more: after this the waiter's payload is not written to."""
+        if waiter.delivered:
+            return
         with self._lock:
             if self._waiters.get(waiter.slot) is waiter:
                 del self._waiters[waiter.slot]
@@ -302,7 +304,7 @@ class Engine:
             payload: where they go.
             newer_than: (epoch, iteration) that the reader has; if nothing is newer, the answer has no payload.
         """
-        with self._hold() as machine:
+        with self._inputs as machine:
             state = machine.state
             if newer_than == (state.epoch, state.iteration):
                 self._metrics.traffic.not_modified.inc()
@@ -343,25 +345,10 @@ class Engine:
 
     # The lock
 
-    @contextlib.contextmanager
-    def _hold(self) -> Iterator[StateMachine]:
-        with self._lock:
-            if self._closed:
-                raise draining()
-            try:
-                yield self._machine
-            except OrmoError:
-                raise
-            except BaseException:
-                # The state may be half changed: nothing may be served, or kept, from it.
-                self._closed = True
-                self.broken.set()
-                raise
-
     def close(self) -> None:
         """Refuse every input from now on."""
         with self._lock:
-            self._closed = True
+            self._inputs.closed = True
 
     def snapshot(self) -> tuple[Snapshot, float]:
         """A copy of the state, and the run's clock at that moment."""

@@ -119,19 +119,16 @@ def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
     return pb.PushResult(request=request, refusal=refusal.reason, refusal_message=str(refusal))
 
 
-def delivery_header(delivery: Delivery, digest: bytes) -> pb.Delivery:
+def write_delivery(message: pb.Delivery, delivery: Delivery, digest: bytes) -> None:
     """What is said about parameters of the model with this manifest digest before they follow."""
-    message = pb.Delivery(
-        iteration=pb.Iteration(epoch=delivery.epoch, number=delivery.iteration), samples=delivery.samples
-    )
-    if delivery.ticket is not None:
-        ticket = delivery.ticket
-        message.ticket.CopyFrom(
-            pb.Ticket(epoch=ticket.epoch, number=ticket.number, iteration=ticket.iteration, bucket=ticket.bucket)
-        )
+    message.iteration.epoch, message.iteration.number = delivery.epoch, delivery.iteration
+    message.samples = delivery.samples
+    ticket = delivery.ticket
+    if ticket is not None:
+        there = message.ticket
+        there.epoch, there.number, there.iteration = ticket.epoch, ticket.number, ticket.iteration
+        there.bucket = ticket.bucket
     if delivery.payload is not None:
-        message.dtype = delivery.payload.layout.dtype
-        message.with_buffers = delivery.payload.layout.with_buffers
-        message.manifest_digest = digest
-        message.payload_bytes = delivery.payload.layout.total_bytes
-    return message
+        layout = delivery.payload.layout
+        message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
+        message.payload_bytes, message.manifest_digest = layout.total_bytes, digest

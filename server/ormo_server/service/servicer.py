@@ -13,13 +13,14 @@ from ormo_protos.framing import NOTHING, Frame, Headed, Malformed
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
-from ormo_protos.tensors import Chunk, Payload, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import Chunk, Payload, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
+from ormo_server.metrics.traffic import Traffic
 from ormo_server.service import messages
-from ormo_server.service.buffers import BufferPool
+from ormo_server.service.buffers import BufferPool, Loans
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, named, streams_answers
@@ -155,28 +156,31 @@ class Servicer:
                     message, data = _headed(frame, "exchange")
                     if data and not message.exchange.HasField("gradient"):
                         raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
-                    yield from self._exchange(stream, message.exchange, _chunks(request_iterator, data))
+                    yield from self._exchange(stream, message.exchange, data, request_iterator)
                 self._streams.refuse_if_draining()
 
-    def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Chunks) -> Answers:
-        wanted = exchange.HasField("next")
-        with contextlib.ExitStack() as borrowed:
+    def _exchange(
+        self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
+    ) -> Answers:
+        chunks, wanted = _chunks(more, data), exchange.HasField("next")
+        with self._buffers.loans() as borrowed:
             with self._refusals_counted(push=exchange.HasField("gradient"), pull=wanted):
-                engine, requester = self._introduced(stream, exchange.requester)
+                whole = len(data) >= exchange.gradient.payload_bytes
+                engine, requester = self._introduced(stream, exchange.requester, nothing_follows=whole)
                 layout = messages.delivery_layout(engine.manifest, exchange.next) if wanted else None
                 push = None
                 if exchange.HasField("gradient"):
                     push = self._gradient(borrowed, stream, engine, exchange.gradient, chunks, "PushPull")
-                wish = self._place(borrowed, layout, push) if layout else None
+                wish = borrowed.place(layout, push.payload if push else None) if layout else None
                 outcome = engine.exchange(requester, push, wish, lambda: stream.current)
-            with _withdrawn_at_end(engine, outcome.waiter):
+            with _WithdrawnAtEnd(engine, outcome.waiter):
                 result, waiter = self._result(requester, outcome), outcome.waiter
                 together = exchange.next.takes_data and waiter is not None and waiter.delivered
                 if result is not None and not together:
                     yield Headed(pb.PushPullResponse(result=result))
                 if waiter is not None:
-                    more = Extras(takes_data=exchange.next.takes_data, result=result if together else None)
-                    yield from self._next_ticket(stream, engine, waiter, more)
+                    extras = Extras(takes_data=exchange.next.takes_data, result=result if together else None)
+                    yield from self._next_ticket(stream, engine, waiter, extras)
                 elif outcome.finished:
                     yield _finished(engine)
 
@@ -187,17 +191,17 @@ class Servicer:
             return messages.refused_result(requester.request, outcome.refusal)
         return None if outcome.result is None else messages.push_result(outcome.result)
 
-    def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter, more: "Extras") -> Answers:
+    def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter, extras: "Extras") -> Answers:
         try:
             delivery = self._waited(stream, waiter)
         except Finished:
             yield _finished(engine)
             return
-        header = messages.delivery_header(delivery, engine.manifest.digest)
-        if more.result is not None:
-            header.result.CopyFrom(more.result)
-        head = pb.PushPullResponse(delivery=header)
-        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=more.takes_data)
+        head = pb.PushPullResponse()
+        messages.write_delivery(head.delivery, delivery, engine.manifest.digest)
+        if extras.result is not None:
+            head.delivery.result.CopyFrom(extras.result)
+        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=extras.takes_data)
 
     @answers
     def PushGradient(  # noqa: N802, D102
@@ -206,7 +210,7 @@ class Servicer:
         with self._streams.open(context) as stream:
             push = _first(request_iterator, "push").message.push
             chunks = _chunks(request_iterator)
-            with stream.exchange(), contextlib.ExitStack() as borrowed, self._refusals_counted(push=True):
+            with stream.exchange(), self._buffers.loans() as borrowed, self._refusals_counted(push=True):
                 engine, requester = self._introduced(stream, push.requester)
                 gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
                 outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
@@ -226,15 +230,16 @@ class Servicer:
             stream.exchange(),
             self._pulled(stream, request) as (engine, delivery),
         ):
-            head = pb.PullParamsResponse(delivery=messages.delivery_header(delivery, engine.manifest.digest))
+            head = pb.PullParamsResponse()
+            messages.write_delivery(head.delivery, delivery, engine.manifest.digest)
             yield from self._sent(stream, engine, head, delivery, "PullParams")
 
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
-        with contextlib.ExitStack() as borrowed:
+        with self._buffers.loans() as borrowed:
             with self._refusals_counted(pull=True):
                 engine = self._host.engine
-                payload = self._borrow(borrowed, messages.delivery_layout(engine.manifest, request.delivery))
+                payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
                 if request.HasField("requester"):
                     engine, requester = self._introduced(stream, request.requester)
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
@@ -244,13 +249,13 @@ class Servicer:
                 return
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")
-            with _withdrawn_at_end(engine, outcome.waiter):
+            with _WithdrawnAtEnd(engine, outcome.waiter):
                 yield engine, self._waited(stream, outcome.waiter)
 
     def _waited(self, stream: OpenStream, waiter: Waiter) -> Delivery:
         started = time.perf_counter()
         try:
-            return stream.wait(waiter)
+            return waiter.wait() if waiter.delivered else stream.wait(waiter)
         finally:
             self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
 
@@ -270,28 +275,24 @@ class Servicer:
             )
             log.warning("refused: %s", refusal, extra=about)
 
-    def _introduced(self, stream: OpenStream, message: pb.Requester) -> tuple[Engine, Requester]:
+    def _introduced(
+        self, stream: OpenStream, message: pb.Requester, *, nothing_follows: bool = False
+    ) -> tuple[Engine, Requester]:
         engine, requester = self._host.engine, messages.requester(message)
-        engine.check_requester(requester)
-        stream.introduce(requester)
+        if nothing_follows and stream.serves(requester):
+            engine.heard(requester.worker)  # the input itself is checked, and nothing is received in vain
+        else:
+            engine.check_requester(requester)
+            stream.introduce(requester)
         return engine, requester
 
-    @contextlib.contextmanager
-    def _refusals_counted(self, *, push: bool = False, pull: bool = False) -> Iterator[None]:
+    def _refusals_counted(self, *, push: bool = False, pull: bool = False) -> "_RefusalsCounted":
         """Count what ends the call before a gradient is applied, or parameters are sent."""
-        try:
-            yield
-        except Exception as error:
-            refusal = named(error)
-            if isinstance(refusal, OrmoError) and push:
-                self._metrics.traffic.push_refused(refusal.reason)
-            if isinstance(refusal, OrmoError) and pull:
-                self._metrics.traffic.pull_refused(refusal.reason)
-            raise
+        return _RefusalsCounted(self._metrics.traffic, push=push, pull=pull)
 
     def _gradient(
         self,
-        borrowed: contextlib.ExitStack,
+        borrowed: Loans,
         stream: OpenStream,
         engine: Engine,
         header: pb.Gradient,
@@ -300,7 +301,7 @@ class Servicer:
     ) -> Push:
         """A gradient, received whole into a buffer that is given back with `borrowed`."""
         started = time.perf_counter()
-        payload = self._borrow(borrowed, messages.gradient_layout(engine.manifest, header))
+        payload = borrowed.take(messages.gradient_layout(engine.manifest, header))
         assert stream.requester is not None
         receiver, finite = PayloadReceiver(payload), FiniteNorm(payload)
         for _ in self._received(stream, receiver, chunks, method):
@@ -310,16 +311,6 @@ class Servicer:
         self._metrics.traffic.stage["receive"].observe(time.perf_counter() - started - finite.seconds)
         self._metrics.traffic.stage["check"].observe(finite.seconds)
         return messages.push(header, payload, norm)
-
-    def _place(self, borrowed: contextlib.ExitStack, layout: PayloadLayout, push: Push | None) -> Payload:
-        """Where parameters go: the gradient's own memory, if they fit."""
-        again = self._buffers.again(push.payload, layout) if push else None
-        return again or self._borrow(borrowed, layout)
-
-    def _borrow(self, borrowed: contextlib.ExitStack, layout: PayloadLayout) -> Payload:
-        payload = self._buffers.take(layout)
-        borrowed.callback(self._buffers.give, payload)
-        return payload
 
     def _received(self, stream: OpenStream, receiver: PayloadReceiver, chunks: Chunks, method: str) -> Iterator[None]:
         """Fill a payload; yields after each chunk."""
@@ -362,14 +353,38 @@ class Extras:
     result: pb.PushResult | None
 
 
-@contextlib.contextmanager
-def _withdrawn_at_end(engine: Engine, waiter: Waiter | None) -> Iterator[None]:
+class _RefusalsCounted:
+    __slots__ = ("_pull", "_push", "_traffic")
+
+    def __init__(self, traffic: Traffic, *, push: bool, pull: bool) -> None:
+        self._traffic = traffic
+        self._push = push
+        self._pull = pull
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        refusal = named(error) if isinstance(error, Exception) else None
+        if isinstance(refusal, OrmoError) and self._push:
+            self._traffic.push_refused(refusal.reason)
+        if isinstance(refusal, OrmoError) and self._pull:
+            self._traffic.pull_refused(refusal.reason)
+
+
+class _WithdrawnAtEnd:
     """Before its buffer is lent to somebody else, nobody may write to it any more."""
-    try:
-        yield
-    finally:
-        if waiter is not None:
-            engine.withdraw(waiter)
+
+    __slots__ = ("_engine", "_waiter")
+
+    def __init__(self, engine: Engine, waiter: Waiter | None) -> None:
+        self._engine = engine
+        self._waiter = waiter
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        if self._waiter is not None:
+            self._engine.withdraw(self._waiter)
 
 
 def _frames(head: R, payload: Payload | None, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:

@@ -55,24 +55,23 @@ class OpenStream:
         mine = self.requester
         if mine is None:
             self._registry.take_over(self, requester)
-        elif (mine.slot_key, mine.incarnation) != (requester.slot_key, requester.incarnation):
+        elif not self.serves(requester):
             raise BadRequest(
                 f"this stream began as slot {mine.slot} of worker {mine.worker!r} and goes on as slot "
                 f"{requester.slot} of worker {requester.worker!r}: open a stream for each slot"
             )
 
-    @contextlib.contextmanager
-    def exchange(self) -> Iterator[None]:
+    def serves(self, requester: Requester) -> bool:
+        """Whether it was introduced as the stream of this incarnation's slot."""
+        return self.requester is not None and self.requester[:3] == requester[:3]
+
+    def exchange(self) -> "_Exchange":
         """While inside, a drain waits for the stream.
 
         Raises:
             Draining: the server is about to stop.
         """
-        self._registry.begin(self)
-        try:
-            yield
-        finally:
-            self._registry.finish(self)
+        return _Exchange(self, self._registry)
 
     def wait(self, waiter: Waiter) -> Delivery:
         """Block until the ticket is here, the stream ends, or the server drains.
@@ -120,6 +119,20 @@ class OpenStream:
         self.current = False
         if self._waiter is not None:
             self._waiter.fail(PeerGone())
+
+
+class _Exchange:
+    __slots__ = ("_registry", "_stream")
+
+    def __init__(self, stream: OpenStream, registry: "StreamRegistry") -> None:
+        self._stream = stream
+        self._registry = registry
+
+    def __enter__(self) -> None:
+        self._registry.begin(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        self._registry.finish(self._stream)
 
 
 class StreamRegistry:
@@ -202,15 +215,18 @@ class StreamRegistry:
         Raises:
             Draining: the server is about to stop.
         """
-        with self._lock:
-            self.refuse_if_draining()
-            stream.in_exchange = True
+        # In this order, and without the lock: a drain that is not seen here sees the exchange.
+        stream.in_exchange = True
+        if self._draining:
+            self.finish(stream)
+            raise draining()
 
     def finish(self, stream: OpenStream) -> None:
         """An exchange is over."""
-        with self._lock:
-            stream.in_exchange = False
-            self._idle.notify_all()
+        stream.in_exchange = False
+        if self._draining:
+            with self._lock:
+                self._idle.notify_all()
 
     def refuse_if_draining(self) -> None:
         """End a stream between two exchanges.

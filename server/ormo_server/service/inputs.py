@@ -1,0 +1,40 @@
+"""The way to the core: one input at a time, and none after a failure that may have left it half changed."""
+
+import threading
+
+from ormo_server.core.errors import OrmoError
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.service.streams import draining
+from ormo_server.service.timed_lock import TimedLock
+
+
+class Inputs:
+    """Holds the lock while an input is given to the machine.
+
+    Args:
+        machine: that takes them.
+        lock: that whoever touches the machine holds.
+
+    Attributes:
+        closed: every input is refused from now on.
+        broken: set if the state may be half changed: nothing may be served, or kept, from it.
+    """
+
+    def __init__(self, machine: StateMachine, lock: TimedLock) -> None:
+        self.closed = False
+        self.broken = threading.Event()
+        self._machine = machine
+        self._lock = lock
+
+    def __enter__(self) -> StateMachine:
+        self._lock.__enter__()
+        if self.closed:
+            self._lock.__exit__()
+            raise draining()
+        return self._machine
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, OrmoError):
+            self.closed = True
+            self.broken.set()
+        self._lock.__exit__()
