@@ -67,10 +67,13 @@ def serve(settings: "ServerSettings") -> int:
     logs.set_up(settings.log_level, settings.log_format)
     if settings.keep_freed_memory:
         keep_freed_memory()
+    import torch
+
     from ormo_server.core.errors import OrmoError, SettingsError
     from ormo_server.service.server import AddressInUseError, Server
     from ormo_server.store import StoreError
 
+    torch.set_num_threads(settings.threads)
     stop = _stop_signal()
     try:
         server = Server(settings)

@@ -49,6 +49,13 @@ class ServerSettings(TrainingSettings):
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
 
+    # How fast
+    threads: int = Field(
+        1,
+        ge=1,
+        description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
+        "and updates get slower unless the processor has nothing else to do",
+    )
     keep_freed_memory: bool = Field(
         True,
         description="keep the process' memory at its peak, instead of having the C library give large blocks back to "

@@ -193,12 +193,19 @@ class StateMachine:
 
         Call it before the next input, so that these are the parameters of the ticket's iteration.
         """
-        if granted.params is None:
-            state = self.state
-            state.rule.write_delivery(state.params, out, state.sending(self.bucket_size))
-        else:
-            out.copy_(granted.params)
+        self.delivery(granted)(out, slice(None))
         self.state.rule.ticket_delivered(granted.slot, out)
+
+    def delivery(self, granted: Granted) -> Callable[[torch.Tensor, slice], object]:
+        """As `write_delivery`, for rules that keep no deliveries: writes one part, and may be called until `push` is.
+
+        Call it before the next input; what it returns is called with `out` and the part of it to write.
+        """
+        params = granted.params
+        if params is not None:
+            return lambda out, part: out[part].copy_(params[part])
+        state, sending = self.state, self.state.sending(self.bucket_size)
+        return lambda out, part: state.rule.write_delivery(state.params, out, sending, part)
 
     # Inputs: gradients
 

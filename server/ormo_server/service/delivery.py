@@ -1,12 +1,14 @@
 """Parameters on their way to a worker, and the wait for them."""
 
 import queue
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ormo_protos.tensors import Payload
+from ormo_protos.tensors import Chunk, Payload
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.state import Ticket
+from ormo_server.service.copies import Copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Delivery:
         samples: counted so far in the run.
         ticket: None for readers.
         payload: None if nothing is newer than what the reader has.
+        copy: that fills the payload; None if it is full.
     """
 
     epoch: int
@@ -25,6 +28,14 @@ class Delivery:
     samples: int
     ticket: Ticket | None
     payload: Payload | None
+    copy: Copy | None = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The payload in pieces, each as soon as it is there."""
+        for chunk in self.payload.chunks() if self.payload is not None else ():
+            if self.copy is not None:
+                self.copy.wait_for(chunk.offset + len(chunk.data))
+            yield chunk
 
 
 class PeerGone(Exception):
@@ -37,18 +48,18 @@ class Waiter:
     Attributes:
         slot: who waits.
         payload: where the parameters will be written.
-        delivered: whether the ticket has come; nothing is written any more then.
+        delivery: that has come; None before.
     """
 
     def __init__(self, slot: SlotKey, payload: Payload) -> None:
         self.slot = slot
         self.payload = payload
-        self.delivered = False
+        self.delivery: Delivery | None = None
         self._outcomes: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()  # the first one counts
 
     def resolve(self, delivery: Delivery) -> None:
-        """The ticket is here and `payload` is filled."""
-        self.delivered = True
+        """The ticket is here and `payload` is filled, or being filled."""
+        self.delivery = delivery
         self._outcomes.put(delivery)
 
     def fail(self, error: OrmoError | PeerGone) -> None:

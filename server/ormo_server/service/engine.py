@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
-from ormo_protos.tensors import Payload
+from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
@@ -24,6 +24,7 @@ from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member, PushResult, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.metrics import Metrics
+from ormo_server.service.copies import Copies
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.exchange import Outcome, Push, non_finite
 from ormo_server.service.inputs import Inputs
@@ -32,6 +33,9 @@ from ormo_server.service.timed_lock import TimedLock
 from ormo_server.service.view import RunView, WorkerView
 
 log = logging.getLogger(__name__)
+
+# Handing a copy to another thread costs as much as copying some 2 MiB.
+_COPIED_UNDER_LOCK = 2 * CHUNK_BYTES
 
 
 class Engine:
@@ -66,6 +70,7 @@ class Engine:
         self._inputs = Inputs(machine, self._lock)
         self.broken = self._inputs.broken
         self._waiters: dict[SlotKey, Waiter] = {}
+        self._copies = Copies(metrics.traffic.stage["copy"])
         self._leases = Leases(lease_seconds)
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
         for worker in machine.state.members:
@@ -209,7 +214,8 @@ class Engine:
         still_current: Callable[[], bool],
     ) -> Outcome:
         with self._inputs:
-            self._metrics.traffic.stage["lock"].observe(self._lock.waited_seconds)
+            waited = self._lock.waited_seconds + (self._copies.finish() if push else 0.0)
+            self._metrics.traffic.stage["lock"].observe(waited)
             if not still_current():
                 raise superseded(requester.slot_key)
             result, refusal = self._push(requester, push) if push else (None, None)
@@ -290,7 +296,9 @@ class Engine:
 
     def withdraw(self, waiter: Waiter) -> None:
         """Nobody listens any more: after this the waiter's payload is not written to."""
-        if waiter.delivered:
+        if waiter.delivery is not None:
+            if waiter.delivery.copy is not None:
+                waiter.delivery.copy.wait()
             return
         with self._lock:
             if self._waiters.get(waiter.slot) is waiter:
@@ -326,13 +334,17 @@ class Engine:
                 waiter.fail(event.error)
 
     def _fill(self, waiter: Waiter, granted: Granted) -> None:
-        state, ticket = self._machine.state, granted.ticket
-        started = time.perf_counter()
-        self._machine.write_delivery(granted, waiter.payload.parameters)
-        self._copy_buffers(waiter.payload)
-        self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
+        state, ticket, payload = self._machine.state, granted.ticket, waiter.payload
+        self._copy_buffers(payload)
+        copy = None
+        if payload.layout.total_bytes > _COPIED_UNDER_LOCK and not state.rule.keeps_deliveries:
+            copy = self._copies.begin(payload, self._machine.delivery(granted))
+        else:
+            started = time.perf_counter()
+            self._machine.write_delivery(granted, payload.parameters)
+            self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
         self._metrics.traffic.ticketed.inc()
-        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, waiter.payload))
+        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy))
 
     def _copy_buffers(self, payload: Payload) -> None:
         if payload.layout.with_buffers:
@@ -349,6 +361,7 @@ class Engine:
         """Refuse every input from now on."""
         with self._lock:
             self._inputs.closed = True
+        self._copies.close()
 
     def snapshot(self) -> tuple[Snapshot, float]:
         """A copy of the state, and the run's clock at that moment."""

@@ -13,7 +13,7 @@ from ormo_protos.framing import NOTHING, Frame, Headed, Malformed
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
-from ormo_protos.tensors import Chunk, Payload, PayloadReceiver
+from ormo_protos.tensors import Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, OrmoError, ProtocolVersion
@@ -175,7 +175,7 @@ class Servicer:
                 outcome = engine.exchange(requester, push, wish, lambda: stream.current)
             with _WithdrawnAtEnd(engine, outcome.waiter):
                 result, waiter = self._result(requester, outcome), outcome.waiter
-                together = exchange.next.takes_data and waiter is not None and waiter.delivered
+                together = exchange.next.takes_data and waiter is not None and waiter.delivery is not None
                 if result is not None and not together:
                     yield Headed(pb.PushPullResponse(result=result))
                 if waiter is not None:
@@ -255,7 +255,7 @@ class Servicer:
     def _waited(self, stream: OpenStream, waiter: Waiter) -> Delivery:
         started = time.perf_counter()
         try:
-            return waiter.wait() if waiter.delivered else stream.wait(waiter)
+            return stream.wait(waiter) if waiter.delivery is None else waiter.wait()
         finally:
             self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
 
@@ -329,7 +329,7 @@ class Servicer:
     ) -> Iterator[Frame[R]]:
         """The messages of a delivery."""
         started, counter = time.perf_counter(), self._metrics.traffic.sent_bytes[method]
-        for frame in _frames(head, delivery.payload, with_data=with_data):
+        for frame in _frames(head, delivery, with_data=with_data):
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
             counter.inc(len(frame.data))
             yield frame
@@ -387,11 +387,8 @@ class _WithdrawnAtEnd:
             self._engine.withdraw(self._waiter)
 
 
-def _frames(head: R, payload: Payload | None, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
-    if payload is None:
-        yield Headed(head)
-        return
-    chunks = payload.chunks()
+def _frames(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
+    chunks = delivery.chunks()
     first = next(chunks, None) if with_data else None
     yield Headed(head) if first is None else Headed(head, first.data)
     yield from chunks

@@ -63,11 +63,13 @@ class UpdateRule(ABC):
         vectors_per_slot: how many more it may keep for each slot of a live worker.
         vectors_moved: how many vectors an update must read from memory or write to it. A copy of one moves two, which
             bounds how fast the rule can be.
+        keeps_deliveries: whether `ticket_delivered` does anything.
     """
 
     vectors_per_run: ClassVar[int] = 0
     vectors_per_slot: ClassVar[int] = 0
     vectors_moved: ClassVar[int]
+    keeps_deliveries: ClassVar[bool] = False
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         self.coefficients = coefficients
@@ -88,9 +90,18 @@ class UpdateRule(ABC):
             landing: where it counts.
         """
 
-    def write_delivery(self, params: torch.Tensor, out: torch.Tensor, sending: Sending) -> None:  # noqa: ARG002
-        """Write what a ticketed delivery carries into `out`, shape (d,), float32 or bfloat16. By default that is w."""
-        out.copy_(params)
+    def write_delivery(
+        self,
+        params: torch.Tensor,
+        out: torch.Tensor,
+        sending: Sending,  # noqa: ARG002
+        part: slice = slice(None),
+    ) -> None:
+        """Write a part of what a ticketed delivery carries into `out`, shape (d,), float32 or bfloat16.
+
+        By default that is w. Reads only what the next gradient changes, so that it may go on until then.
+        """
+        out[part].copy_(params[part])
 
     def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:  # noqa: B027
         """These parameters, shape (d,), went out with the slot's ticket: keep what the formula will ask for."""

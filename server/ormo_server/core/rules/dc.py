@@ -14,6 +14,7 @@ class DelayCompensated(UpdateRule):
     """
 
     vectors_per_slot = 1
+    keeps_deliveries = True
     vectors_moved = 4
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:

@@ -45,13 +45,15 @@ class Smega2(UpdateRule):
                 gathered.zero_()
         self.counters["gathered"] = 0 if bucket_is_full else count
 
-    def write_delivery(self, params: torch.Tensor, out: torch.Tensor, sending: Sending) -> None:
+    def write_delivery(
+        self, params: torch.Tensor, out: torch.Tensor, sending: Sending, part: slice = slice(None)
+    ) -> None:
         """See `UpdateRule.write_delivery`."""
         beta, count = self.coefficients.momentum, self.counters["gathered"]
         size = max(sending.bucket_size, count)
         ahead = sending.learning_rate * beta
         by_momentum, by_gathered = ahead * (size + count * (beta - 1.0)), ahead * count / size
         momentum, gathered = self.vectors["momentum"], self.vectors["gathered"]
-        for w, v, partial, sent in walk(params, momentum, gathered, out):
+        for w, v, partial, sent in walk(params[part], momentum[part], gathered[part], out[part]):
             expected = torch.sub(w, v, alpha=by_momentum)
             sent.copy_(expected.sub_(partial, alpha=by_gathered))
