@@ -40,6 +40,10 @@ benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its grad
 	$(BIN)/python tests/benchmarks/sim_overhead.py
 	$(BIN)/python tests/benchmarks/metrics_cost.py
 
+.PHONY: scale
+scale: $(INSTALLED)  ## measure how evenly many small workers are served (FLAGS=, see --help)
+	$(BIN)/python tests/benchmarks/scale.py $(FLAGS)
+
 # What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
 TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
     $(BIN)/python -m pytest
