@@ -44,6 +44,10 @@ benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its grad
 scale: $(INSTALLED)  ## measure how evenly many small workers are served (FLAGS=, see --help)
 	$(BIN)/python tests/benchmarks/scale.py $(FLAGS)
 
+.PHONY: links
+links: $(INSTALLED)  ## measure what `--in-flight 2` and bfloat16 gain on a slow link
+	$(BIN)/python tests/benchmarks/links.py
+
 # What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
 TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
     $(BIN)/python -m pytest
@@ -73,6 +77,14 @@ test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newes
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[server,worker,vision,sim,dev,deploy]'
 	.venv-$*/bin/python -m pip check
 	.venv-$*/bin/python -m pytest -n 2 --ignore=tests/deploy
+
+# Seconds for each of the two targets.
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: $(INSTALLED)  ## search, guided by coverage, for requests that the server misreads (SECONDS=)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py fuzz_framing $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py fuzz_exchange $(SECONDS)
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check style, and that the contract only grew since its release

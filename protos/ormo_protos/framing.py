@@ -19,6 +19,8 @@ _FIELDS_LOOKED_AT = 4
 NOTHING = memoryview(b"")
 # Of TensorChunk, as protobuf writes them: an int64 with the number 1, and bytes with the number 2.
 _OFFSET_TAG, _DATA_TAG = b"\x08", b"\x12"
+# What is longer is the generated code's to judge: it takes no longer lengths, and ten bytes are a negative offset.
+_BYTES_OF_LENGTH, _BYTES_OF_OFFSET = 5, 9
 
 
 class Headed(NamedTuple, Generic[M]):
@@ -102,7 +104,7 @@ class Framing(Generic[M]):
         for _ in range(_FIELDS_LOOKED_AT):
             if at >= size or encoded[at] & 0x87 != _LENGTH_DELIMITED:  # a tag of one byte
                 return None
-            length = _read_varint(encoded, at + 1)
+            length = _read_varint(encoded, at + 1, _BYTES_OF_LENGTH)
             if length is None or length.end + length.value > size:
                 return None
             if length.end + length.value == size:
@@ -124,27 +126,27 @@ class _Varint(NamedTuple):
 def _plain_chunk(encoded: bytes) -> Chunk | None:
     """The chunk, if the message is nothing else, and as it is mostly written: offset, if there is one, then data."""
     size = len(encoded)
-    whole = _read_varint(encoded, 1)
+    whole = _read_varint(encoded, 1, _BYTES_OF_LENGTH)
     if whole is None or whole.end + whole.value != size:
         return None
     at, offset = whole.end, 0
     if encoded[at : at + 1] == _OFFSET_TAG:
-        number = _read_varint(encoded, at + 1)
+        number = _read_varint(encoded, at + 1, _BYTES_OF_OFFSET)
         if number is None:
             return None
         offset, at = number
     if encoded[at : at + 1] != _DATA_TAG:
         return None
-    length = _read_varint(encoded, at + 1)
+    length = _read_varint(encoded, at + 1, _BYTES_OF_LENGTH)
     if length is None or length.end + length.value != size:
         return None
     return Chunk(offset, memoryview(encoded)[length.end :])
 
 
-def _read_varint(encoded: bytes, at: int) -> _Varint | None:
-    """The number there; None if it has more than 63 bits, which is for the generated code to judge, or no end."""
+def _read_varint(encoded: bytes, at: int, longest: int) -> _Varint | None:
+    """The number there; None if it has no end within `longest` bytes."""
     value = 0
-    for shift, byte in zip(range(0, 63, 7), encoded[at : at + 9], strict=False):
+    for shift, byte in zip(range(0, 7 * longest, 7), encoded[at : at + longest], strict=False):
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return _Varint(value, at + shift // 7 + 1)

@@ -15,7 +15,7 @@ import torch
 from ormo_protos.manifest import BFLOAT16, FLOAT32, Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
-# Measured: 256 KiB costs a third more per byte (each message is three hand-offs between threads); above 2 MiB nothing is
+# Measured: 256 KiB costs a third more per byte (a message is three hand-offs between threads); above 2 MiB nothing is
 # gained.
 CHUNK_BYTES = 2 << 20
 MAX_CHUNK_BYTES = 4 << 20
@@ -119,9 +119,7 @@ class Payload:
         int_buffers: shape (i,), int64; empty without buffers.
     """
 
-    def __init__(
-        self, layout: PayloadLayout, memory: torch.Tensor | None = None, *, pin_memory: bool = False
-    ) -> None:
+    def __init__(self, layout: PayloadLayout, memory: torch.Tensor | None = None, *, pin_memory: bool = False) -> None:
         self.layout = layout
         if memory is None:
             memory = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pin_memory)

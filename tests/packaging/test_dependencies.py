@@ -13,12 +13,14 @@ ROOT = Path(__file__).parents[2]
 # What only checks or generates: its versions are those of constraints.txt alone.
 CHECKERS = {"mypy", "ruff"}
 FIXED = ("torch", "torchvision")
+# Extras that are tested as pinned in constraints.txt alone.
+PINNED = ("deploy", "fuzz")
 
 
 def requirements(text: str) -> dict[str, Requirement]:
-    """Every direct dependency, of the package and of all extras but `deploy`, whose tools are tested as pinned."""
+    """Every direct dependency, of the package and of the extras whose dependencies are tested at both ends."""
     project = tomllib.loads(text)["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "deploy"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in PINNED]
     found = [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
     return {canonicalize_name(one.name): one for one in found}
 
@@ -61,9 +63,9 @@ def test_lowest_versions_are_the_lower_bounds() -> None:
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
     assert outside_range(text("pyproject.toml"), text("constraints.txt")) == []
-    deploy = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]["deploy"]
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]
     pinned = pins(text("constraints.txt"))
-    for one in map(Requirement, deploy):
+    for one in map(Requirement, (line for extra in PINNED for line in extras[extra])):
         assert pinned[canonicalize_name(one.name)] in one.specifier, one
 
 

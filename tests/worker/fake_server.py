@@ -47,6 +47,22 @@ def refuse(code: str, reason: str | None = None, retry_seconds: float = 0.0, mes
     return fault
 
 
+class _Writing(grpc.ServerInterceptor):
+    """Has answers that carry tensors written by the fake server's `written`."""
+
+    def __init__(self, fake: "FakeServer") -> None:
+        self._fake = fake
+
+    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        handler = continuation(details)
+        if handler is None or not handler.response_streaming:
+            return handler
+        return handler._replace(response_serializer=self._written)
+
+    def _written(self, answer: Any) -> bytes:
+        return self._fake.written(answer)
+
+
 LOST = refuse("UNAVAILABLE", message="the connection broke")
 
 
@@ -79,6 +95,11 @@ class FakeServer(ParameterServerServicer):
     announced: list[pb.Gradient] = field(default_factory=list)
     evaluations: list[pb.Evaluation] = field(default_factory=list)
     answers_to_join: deque[pb.JoinResponse] = field(default_factory=deque)
+    # As servers that know of `data`: the first chunk goes with the message that announces it, the result with both.
+    takes_data: bool = False
+    # Makes each answer's bytes; a test may have it write others.
+    written: Callable[[Any], bytes] = lambda answer: answer.SerializeToString()
+    with_data: int = 0  # gradients whose first chunk came so
     # What only the shell around the state needs.
     port: int = 0
     server: Any = None
@@ -90,6 +111,7 @@ class FakeServer(ParameterServerServicer):
         self.pool = futures.ThreadPoolExecutor(8)
         self.server = grpc.server(
             self.pool,
+            interceptors=[_Writing(self)],
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
         )
         add_ParameterServerServicer_to_server(self, self.server)
@@ -141,6 +163,7 @@ class FakeServer(ParameterServerServicer):
             lease_seconds=self.lease_seconds,
             rank=len(self.members) - 1,
             data_seed=1234 + len(self.asked),
+            takes_data=self.takes_data,
         )
         return pb.JoinResponse(welcome=welcome)
 
@@ -181,13 +204,15 @@ class FakeServer(ParameterServerServicer):
             slot = self.slots.setdefault((who.worker, who.slot), SlotRecord())
             if who.request < slot.request:
                 refuse("FAILED_PRECONDITION", Reason.STALE_REQUEST)(context)
+            together, result = self.takes_data and exchange.next.takes_data, None
             if exchange.HasField("gradient"):
-                gradient = self._received(exchange.gradient, requests)
+                gradient = self._received(exchange.gradient, message.data, requests)
                 self.at("received", context)
                 with self.lock:
                     result = self._result(who, slot, exchange.gradient, gradient)
                 self.at("result", context)
-                yield pb.PushPullResponse(result=result)
+                if not together or self.finished:
+                    yield pb.PushPullResponse(result=result)
             slot.request = who.request
             if not exchange.HasField("next"):
                 continue
@@ -196,11 +221,22 @@ class FakeServer(ParameterServerServicer):
                 continue
             self.tickets += 1
             slot.ticket = self.tickets
-            delivery, payload = self._delivery(exchange.next, slot.ticket)
-            yield pb.PushPullResponse(delivery=delivery)
-            for chunk in tensor_chunks(payload):
-                self.at("delivery", context)
-                yield pb.PushPullResponse(chunk=chunk)
+            yield from self._next_ticket(exchange.next, slot.ticket, result, context)
+
+    def _next_ticket(
+        self, asked: pb.DeliveryRequest, ticket: int, result: pb.PushResult | None, context: Any
+    ) -> Iterator[pb.PushPullResponse]:
+        delivery, payload = self._delivery(asked, ticket)
+        answer, chunks = pb.PushPullResponse(delivery=delivery), list(tensor_chunks(payload))
+        if self.takes_data and asked.takes_data:
+            self.at("delivery", context)
+            if result is not None:
+                answer.delivery.result.CopyFrom(result)
+            answer.data = chunks.pop(0).data
+        yield answer
+        for chunk in chunks:
+            self.at("delivery", context)
+            yield pb.PushPullResponse(chunk=chunk)
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:  # noqa: N802
         self.at("heartbeat", context)
@@ -228,14 +264,20 @@ class FakeServer(ParameterServerServicer):
     def _now(self) -> pb.Iteration:
         return pb.Iteration(epoch=self.epoch, number=self.iteration)
 
-    def _received(self, announced: pb.Gradient, requests: Iterator[pb.PushPullRequest]) -> Payload:
+    def _received(self, announced: pb.Gradient, data: bytes, requests: Iterator[pb.PushPullRequest]) -> Payload:
         assert self.manifest is not None
         assert announced.manifest_digest == self.manifest.digest
         layout = PayloadLayout.of(self.manifest, announced.dtype, with_buffers=announced.with_buffers)
         assert announced.payload_bytes == layout.total_bytes
         receiver = PayloadReceiver(Payload(layout))
+        if data:
+            assert self.takes_data, "data came to a server that has not said that it takes any"
+            self.with_data += 1
+            receiver.accept(pb.TensorChunk(data=data))
         while not receiver.complete:
-            receiver.accept(next(requests).chunk)
+            message = next(requests)
+            assert not message.data
+            receiver.accept(message.chunk)
         return receiver.payload
 
     def _result(self, who: pb.Requester, slot: SlotRecord, announced: pb.Gradient, gradient: Payload) -> pb.PushResult:

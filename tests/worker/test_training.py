@@ -57,6 +57,27 @@ def test_a_worker_can_leave_before_the_end(server: FakeServer) -> None:
     assert server.asked[-1] == "leave"
 
 
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_worker_with_gradients_in_flight_leaves_after_as_many(
+    server: FakeServer, caplog: pytest.LogCaptureFixture, stop_after: int
+) -> None:
+    with caplog.at_level("INFO"):
+        run(settings(server, stop_after=stop_after, in_flight=2))
+    assert server.iteration == stop_after
+    assert server.asked[-1] == "leave"
+    assert f": {stop_after} gradients from here in" in caplog.text
+
+
+def test_a_task_is_trained_with_gradients_in_flight_until_the_run_is_over(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.stop_after = 40
+    with caplog.at_level("INFO"):
+        run(settings(server, in_flight=2))
+    assert trained(server) == pytest.approx(3.0, abs=1e-2)
+    assert "the run is over at iteration 40: 40 gradients from here" in caplog.text
+
+
 def test_a_run_that_is_over_is_left_at_once(server: FakeServer) -> None:
     run(settings(server, stop_after=1))
     server.stop_after, server.iteration = 1, 1
@@ -114,7 +135,7 @@ def test_a_line_is_logged_every_few_seconds(
     with caplog.at_level("INFO"):
         run(settings(server, stop_after=2))
     assert "iteration 2: 2 gradients from here" in caplog.text
-    assert "leaving the run at iteration 2: 2 gradients from here in" in caplog.text
+    assert "left the run at iteration 2: 2 gradients from here in" in caplog.text
 
 
 def test_a_busy_server_slows_the_loop_down_and_no_more(server: FakeServer) -> None:

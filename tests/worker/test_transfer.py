@@ -1,20 +1,28 @@
 """Tensors between a model and a payload, straight and through a mirror of the payload on their device."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_worker.transfer import Staging
-from worker.models import Tied
+from worker.models import Tied, line
+from worker.streams import LateStreams
 
 
 def staging_of(model: nn.Module, way: str) -> Staging:
     staging = Staging(model)
     assert staging.device is None
-    if way == "mirror":  # what happens on CUDA, but for page-locked memory and events
-        staging.device = torch.device("cpu")
+    if way == "mirror":  # what happens on CUDA, but for page-locked memory and with all streams in step
+        through_device(staging, LateStreams())
     return staging
+
+
+def through_device(staging: Staging, streams: LateStreams) -> None:
+    staging.device = torch.device("cpu")
+    staging.streams = streams
 
 
 @pytest.fixture(params=["direct", "mirror"])
@@ -137,3 +145,97 @@ def test_loading_needs_no_gradient_history(way: str) -> None:
     assert model.weight.requires_grad
     assert model.weight.is_leaf
     assert model(torch.ones(1, 2)).item() == 3.0
+
+
+# Copies beside the computation. Whichever stream runs ahead and however late the others are, the numbers are the same.
+
+
+class Device:
+    """A model with one weight, and the streams of a device that is as late as it may be."""
+
+    def __init__(self, ahead: str) -> None:
+        self.streams = LateStreams(ahead)
+        self.model = line(weight=1.0)
+        self.model.weight.grad = torch.zeros(1, 1)
+        self.staging = Staging(self.model)
+        through_device(self.staging, self.streams)
+        self.payloads = [self.staging.payload(FLOAT32, with_buffers=False) for _ in range(4)]
+
+    def compute(self, gradient: float) -> None:
+        """A gradient that is the weight plus a number."""
+        assert self.model.weight.grad is not None
+        with torch.no_grad():
+            self.model.weight.grad.fill_(gradient)
+            torch._foreach_add_([self.model.weight.grad], [self.model.weight])
+
+
+@pytest.fixture(params=["", "compute", "outward", "inward"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    made = Device(request.param)
+    with made.streams.queueing():
+        yield made
+
+
+def test_gradients_leave_one_mirror_one_after_the_other_while_the_next_is_computed(device: Device) -> None:
+    copies = []
+    for number, payload in enumerate(device.payloads):
+        device.compute(10.0 * number)
+        copies.append(device.staging.transfer(payload).begin_gradients([0.0]))
+    for each in reversed(copies):
+        each.wait()
+    assert [payload.parameters.item() for payload in device.payloads] == [1.0, 11.0, 21.0, 31.0]
+
+
+def test_parameters_can_be_overwritten_on_the_host_once_they_are_loaded(device: Device) -> None:
+    incoming, outgoing = device.payloads[:2]
+    for number in (2.0, 3.0):
+        incoming.parameters.numpy().fill(number)
+        device.staging.transfer(incoming).load()
+    incoming.parameters.numpy().fill(99.0)
+    device.compute(0.0)
+    device.staging.transfer(outgoing).gather_gradients([0.0])
+    assert outgoing.parameters.item() == 3.0
+
+
+@pytest.mark.parametrize("mirror", [0, 1])
+def test_each_gradient_is_that_of_the_parameters_loaded_before_it(device: Device, mirror: int) -> None:
+    copies = []
+    for number, payload in enumerate(device.payloads):
+        delivered = device.staging.payload(FLOAT32, with_buffers=False)
+        delivered.parameters.numpy().fill(float(number))
+        device.staging.transfer(delivered, mirror=mirror).load()
+        device.compute(10.0)
+        copies.append(device.staging.transfer(payload).begin_gradients([0.0]))
+    for each in copies:
+        each.wait()
+    assert [payload.parameters.item() for payload in device.payloads] == [10.0, 11.0, 12.0, 13.0]
+
+
+def test_a_loss_arrives_as_it_was_when_it_was_asked_for(device: Device) -> None:
+    loss = torch.tensor(0.0)
+    with torch.no_grad():
+        loss.fill_(2.5)
+        arrived = device.staging.fetch(loss)
+        loss.fill_(7.5)
+    assert arrived() == 2.5
+    assert len(device.streams.kept) == 1
+
+
+def test_parameters_come_in_while_the_gradient_before_is_still_computed() -> None:
+    device = Device("")
+    with device.streams.queueing():
+        for mirror, waits in ((1, False), (0, True)):
+            device.staging.transfer(device.payloads[1], mirror=mirror).load()
+            device.streams.synchronize()
+            device.compute(0.0)
+            before = len(device.streams.compute.work)
+            device.staging.transfer(device.payloads[0]).begin_gradients([0.0])
+            device.staging.transfer(device.payloads[1], mirror=mirror).load()
+            assert (device.streams.compute.done > before) == waits
+
+
+def test_memory_that_copies_use_is_kept_for_them() -> None:
+    device = Device("")
+    device.staging.transfer(device.payloads[0], mirror=0)
+    device.staging.transfer(device.payloads[1], mirror=1)
+    assert [tensor.numel() for tensor in device.streams.kept] == [1, 0, 0] * 2

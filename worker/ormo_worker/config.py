@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 
 from ormo_protos.settings import Settings, checked_address
 
+# What the protocol allows a worker.
+MOST_IN_FLIGHT = 16
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -74,6 +77,13 @@ class RunSettings(_Common):
     )
     wire_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"
+    )
+    in_flight: int = Field(
+        1,
+        ge=1,
+        le=MOST_IN_FLIGHT,
+        description="gradients that may be on their way: with `2` the next one is computed while the last one travels; "
+        "the server allows as many as its `--slots-per-worker`",
     )
     amp: Literal["off", "bfloat16", "float16"] = Field(
         "off", description="automatic mixed precision: the dtype to compute in where PyTorch thinks it safe"

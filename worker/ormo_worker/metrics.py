@@ -62,6 +62,12 @@ class WorkerMetrics(Observer):
             ["outcome"],
             registry=self.registry,
         )
+        self._blocked = Histogram(
+            "ormo_worker_blocked_seconds",
+            "Time for which a step waited for parameters; with several gradients in flight less than an exchange.",
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
         self._stages = {stage: step.labels(stage) for stage in _STAGES}
         self._steps = {outcome: steps.labels(outcome) for outcome in _OUTCOMES}
         self._retries = Counter(
@@ -84,6 +90,10 @@ class WorkerMetrics(Observer):
     def stage(self, stage: Stage, seconds: float) -> None:
         """See `Observer`."""
         self._stages[stage].observe(seconds)
+
+    def blocked(self, seconds: float) -> None:
+        """See `Observer`."""
+        self._blocked.observe(seconds)
 
     def stepped(self, outcome: Outcome) -> None:
         """See `Observer`."""

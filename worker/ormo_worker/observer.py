@@ -13,6 +13,9 @@ class Observer:
         """A part of a step is over: computing the gradient; pushing it, up to its result; waiting for the next
         parameters, up to their first byte; pulling them."""
 
+    def blocked(self, seconds: float) -> None:
+        """A step has waited so long for parameters; less than its exchange took, where others are in flight."""
+
     def stepped(self, outcome: Outcome) -> None:
         """A gradient was given to the server; `lost` if its result was, with the connection or the server."""
 

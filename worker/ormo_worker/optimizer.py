@@ -15,19 +15,22 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
-from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, RunFinished
+from ormo_worker.config import MOST_IN_FLIGHT
+from ormo_worker.copy_streams import Copies
+from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, Refused, Replaced, RunFinished
 from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.identity import Identity
+from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.observer import Observer, Outcome
 from ormo_worker.retries import Patience
-from ormo_worker.slot import ExchangeOutcome
 from ormo_worker.transfer import Staging, Transfer
-from ormo_worker.wire import Delivered, Gradient
+from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
 _WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
+# A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
+_SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
 
 
@@ -42,6 +45,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
     weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
     it after the model is on its device. It leaves the run when closed, or at the end of the program.
 
+    With several gradients in flight, `step` hands the gradient to a thread and loads the parameters of another
+    slot, so that the next gradient is computed while this one travels. What the server says of a gradient is
+    then known some steps later; an error, too, is raised in a later step, and in each one after it.
+
     Args:
         model: parameters float32 or bfloat16; updated in place.
         server: HOST:PORT.
@@ -50,14 +57,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
         batch_size: samples that a step counts if it is not told; 1 by default.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
         wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way.
+        in_flight: gradients that may be on their way, 1 to 16, each with a slot of its own; the server must
+            allow as many, and its synchronous scheduler allows 1. More than 2 pay only if an exchange takes
+            longer than a gradient. Each needs memory for two payloads.
         connect_timeout: seconds to wait for the server at first.
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
         metrics_listen: HOST:PORT to serve this worker's own metrics on, for Prometheus; empty for none.
 
     Attributes:
-        last_result: what the server said to the last gradient; None before the first, and for one that was
-            refused.
+        last_result: what the server said to the last gradient whose outcome is known, with several in flight not
+            the last that was pushed; None before the first, and for one that was refused.
+        counted: how many gradients the server is known to have counted: applied, or discarded as too late.
         iteration: gradients that the server had applied when it sent the parameters that the model has.
         finished: whether the run is over. The model then has the parameters and buffers that it ended with,
             if the server could still be asked for them.
@@ -81,6 +92,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         batch_size: int = 1,
         worker_id: str | None = None,
         wire_dtype: torch.dtype = torch.float32,
+        in_flight: int = 1,
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
         give_up_after: float | None = None,
@@ -93,28 +105,34 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_result: pb.PushResult | None = None
         self.iteration = 0
         self.finished = False
+        self.counted = 0
         self.refusals: Counter[str] = Counter()
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
+        self._gathered: Copies | None = None
+        self._in_flight = _checked_in_flight(in_flight)
         dtype = _wire_dtype(wire_dtype)
-        self._outgoing = self._transfer(dtype, with_buffers=self._staging.tensors.has_buffers)
-        self._incoming: Transfer | None = None
+        with_buffers = self._staging.tensors.has_buffers
+        self._outgoing = tuple(self._transfer(dtype, with_buffers=with_buffers) for _ in range(in_flight))
+        self._incoming: dict[int | None, Transfer] = {}
         identity = Identity() if worker_id is None else Identity(worker_id)
         metrics = WorkerMetrics(identity.worker, self._staging.tensors.parameters[0].device)
         exporter = Exporter(metrics_listen, metrics.registry)
-        self._observer: Observer = metrics
         self._client = ParameterClient(
             server,
             self._staging.tensors.manifest,
             model=self._staging.snapshot,
             worker_id=identity.worker,
+            slots=in_flight,
             wire_dtype=dtype,
-            pin_memory=self._staging.device is not None,
+            pin_memory=self._staging.pinned,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
             observer=metrics,
         )
-        self._close = weakref.finalize(self, _close, self._client, exporter)  # also at the end of the program
-        self._slot = self._client.slots[0]
+        slots = self._client.slots
+        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if in_flight == 1 else InFlight(slots, metrics)
+        # Also at the end of the program.
+        self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
         try:
             self._start()
         except BaseException:
@@ -136,6 +154,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """How the server trains."""
         return self._client.welcome.settings
 
+    @property
+    def under_way(self) -> int:
+        """Gradients that were pushed and whose outcome is not known yet; always below the number in flight."""
+        return self._exchanges.under_way
+
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -143,7 +166,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         samples: int | None = None,
         loss: float | Tensor | None = None,
     ) -> Any:
-        """Push the gradients, wait, and load the parameters that come back.
+        """Push the gradients, wait, and load the parameters that come back, or those that another slot has got.
 
         A gradient with values that are not finite is refused by the server: it is counted in `refusals`, and
         training goes on with newer parameters. So it does if the server has restarted or the network failed.
@@ -168,11 +191,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        gradient = self._gather(samples, returned if loss is None else loss)
-        self._observer.stage("compute", gradient.compute_seconds)
-        outcome = self._slot.exchange(gradient)
-        self._observer.stepped(_became(outcome))
-        self._take(outcome)
+        slot = self._exchanges.current
+        if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
+            self._take(self._exchanges.next())
+        else:
+            self._take(self._exchanges.swap(self._gather(slot, samples, returned if loss is None else loss)))
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -203,8 +226,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.param_groups = [ParameterGroup(group) for group in self.param_groups]
 
     def close(self) -> None:
-        """Leave the run; may be called again, also after the run is over."""
+        """Leave the run; may be called again, also after the run is over.
+
+        Gradients in flight are waited for, some seconds at most.
+        """
         self._close()
+        self._settle(0.0)
 
     def __enter__(self) -> Self:
         return self
@@ -217,38 +244,66 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._client.join()
         except RunFinished:
             self._finish()
+        except Refused as error:
+            raise self._explained(error) from None
         else:
-            self._take(self._slot.exchange(None))
+            self._take(self._exchanges.start())
 
-    def _gather(self, samples: int | None, loss: float | Tensor | None) -> Gradient:
-        self._outgoing.gather_gradients(self._decays())
-        compute_seconds = time.monotonic() - self._loaded_at
-        # Read only now: the gradients have waited for the device already.
-        mean = float(loss.detach() if isinstance(loss, Tensor) else loss) if loss is not None else None
-        count = self._batch_size if samples is None else samples
-        return Gradient(self._outgoing.payload, count, mean, compute_seconds)
+    def _explained(self, error: Refused) -> Refused:
+        if self._in_flight == 1 or isinstance(error, Replaced):
+            return error
+        return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
+
+    def _gather(self, slot: int, samples: int | None, loss: float | Tensor | None) -> Gathered:
+        outgoing = self._outgoing[slot]
+        before, self._gathered = self._gathered, outgoing.begin_gradients(self._decays())
+        return Gathered(
+            payload=outgoing.payload,
+            copies=self._gathered,
+            samples=self._batch_size if samples is None else samples,
+            loss=self._staging.fetch(loss) if isinstance(loss, Tensor) else _known(loss),
+            loaded_at=self._loaded_at,
+            before=before,
+        )
 
     def _decays(self) -> list[float | None]:
         return decays(self.param_groups, self._staging.tensors.parameters, self.settings.weight_decay)
 
-    def _take(self, outcome: ExchangeOutcome) -> None:
-        self.last_result = outcome.result
-        if outcome.refusal is not None and not outcome.finished:
-            self._note_refusal(outcome.refusal)
-        if outcome.delivered is not None:
-            self._load(outcome.delivered)
-        if outcome.finished:
+    def _take(self, exchanged: Exchanged) -> None:
+        self._note(exchanged)
+        if exchanged.outcome.delivered is not None:
+            self._load(exchanged.slot, exchanged.outcome.delivered)
+        if exchanged.outcome.finished:
             self._finish()
 
-    def _load(self, delivered: Delivered) -> None:
-        if self._incoming is None or self._incoming.payload is not delivered.payload:
-            self._incoming = self._staging.transfer(delivered.payload)
-        self._incoming.load()
+    def _note(self, exchanged: Exchanged) -> None:
+        outcome = exchanged.outcome
+        if exchanged.gathered is None:
+            return
+        self.last_result = outcome.result
+        self.counted += outcome.result is not None
+        if outcome.refusal is not None and not outcome.finished:
+            self._note_refusal(outcome.refusal)
+
+    def _load(self, slot: int | None, delivered: Delivered) -> None:
+        incoming = self._incoming.get(slot)
+        if incoming is None or incoming.payload is not delivered.payload:
+            # With one slot nothing comes in before the gradient has left: one mirror serves both.
+            incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
+            self._incoming[slot] = incoming
+        incoming.load()
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 
+    def _settle(self, seconds: float) -> None:
+        """Wait for gradients in flight, and note what became of those that are through."""
+        self._exchanges.settle(seconds)
+        for exchanged in self._exchanges.collected():
+            self._note(exchanged)
+
     def _finish(self) -> None:
         self.finished = True
+        self._settle(_FINAL_PULL_SECONDS)
         try:
             delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
         except ModelMismatch:
@@ -257,7 +312,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             _LOG.warning("the run is over, but its last parameters could not be loaded: %s", error)
             return
         if delivered is not None:
-            self._load(delivered)
+            self._load(None, delivered)
 
     def _note_refusal(self, refusal: pb.PushResult) -> None:
         self.refusals[refusal.refusal] += 1
@@ -278,16 +333,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
-def _close(client: ParameterClient, exporter: Exporter) -> None:
-    client.close()
-    exporter.close()
+def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
+    try:
+        exchanges.settle(_SETTLE_SECONDS)
+    finally:  # an interrupted wait ends the rest all the sooner
+        client.close()
+        exchanges.stop()
+        exporter.close()
 
 
-def _became(outcome: ExchangeOutcome) -> Outcome:
-    """Of the gradient."""
-    if outcome.result is not None:
-        return "discarded" if outcome.result.discarded else "applied"
-    return "lost" if outcome.refusal is None else "refused"
+def _known(loss: float | None) -> Callable[[], float] | None:
+    if loss is None:
+        return None
+    number = float(loss)
+    return lambda: number
+
+
+def _checked_in_flight(in_flight: int) -> int:
+    if not 1 <= in_flight <= MOST_IN_FLIGHT:
+        raise OptionRefused(f"in_flight is {in_flight}: expected 1 to {MOST_IN_FLIGHT}")
+    return in_flight
 
 
 def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:

@@ -45,6 +45,7 @@ def run(settings: RunSettings) -> None:
         batch_size=samples,
         worker_id=settings.worker_id,
         wire_dtype=getattr(torch, settings.wire_dtype),
+        in_flight=settings.in_flight,
         connect_timeout=settings.connect_timeout,
         failure_timeout=settings.failure_timeout,
         give_up_after=settings.give_up_after,
@@ -85,7 +86,10 @@ class Training:
         self._progress = _Progress(self.optimizer)
 
     def run(self, stream: Iterator[Any], stop_after: int = 0) -> None:
-        """Train until the run is over, the stream ends, or `stop_after` gradients (if not 0) were applied."""
+        """Train until the run is over, the stream ends, or `stop_after` gradients (if not 0) were counted.
+
+        Then the optimizer is closed, which waits for those in flight: they are taken for counted before.
+        """
         self.model.train()
         for batch in stream:
             started = time.monotonic()
@@ -94,8 +98,9 @@ class Training:
             self._scaler.step(self.optimizer, loss=loss)
             self._scaler.update()
             self._progress.step(loss)
-            if self.optimizer.finished or 0 < stop_after <= self._progress.applied:
+            if self.optimizer.finished or 0 < stop_after <= self.optimizer.counted + self.optimizer.under_way:
                 break
+        self.optimizer.close()
         self._progress.end()
 
     def _backward(self, batch: Any) -> Tensor:
@@ -118,25 +123,19 @@ class Training:
 
 
 class _Progress:
-    """Counts gradients, and writes a line to the log every few seconds.
-
-    Attributes:
-        applied: gradients of this worker that the server has counted.
-    """
+    """Writes a line to the log every few seconds."""
 
     def __init__(self, optimizer: RemoteOptimizer) -> None:
-        self.applied = 0
         self._optimizer = optimizer
         self._result: object = None
         self._delays: list[int] = []
         self._started = self._line_at = time.monotonic()
-        self._line_applied = 0
+        self._line_counted = 0
 
     def step(self, loss: Tensor) -> None:
         result = self._optimizer.last_result
         if result is not None and result is not self._result:  # a scaler may have skipped the step
             self._result = result
-            self.applied += 1
             self._delays.append(result.delay)
         now = time.monotonic()
         if now - self._line_at >= _SECONDS_BETWEEN_LINES and self._delays:
@@ -144,26 +143,26 @@ class _Progress:
 
     def end(self) -> None:
         seconds = time.monotonic() - self._started
-        state = "the run is over" if self._optimizer.finished else "leaving the run"
-        iteration, applied, refused = self._optimizer.iteration, self.applied, self._optimizer.refusals.total()
+        state = "the run is over" if self._optimizer.finished else "left the run"
+        iteration, refused = self._optimizer.iteration, self._optimizer.refusals.total()
         line = "%s at iteration %d: %d gradients from here in %.1f s, %d refused"
         about = Fields(iteration=iteration, seconds=seconds)
-        _LOG.info(line, state, iteration, applied, seconds, refused, extra=about)
+        _LOG.info(line, state, iteration, self._optimizer.counted, seconds, refused, extra=about)
 
     def _line(self, now: float, loss: Tensor) -> None:
-        gradients = self.applied - self._line_applied
+        counted = self._optimizer.counted
         iteration, value = self._optimizer.iteration, loss.item()
         _LOG.info(
             "iteration %d: %d gradients from here, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
             iteration,
-            self.applied,
-            gradients / (now - self._line_at),
+            counted,
+            (counted - self._line_counted) / (now - self._line_at),
             value,
             _mean(self._delays),
             max(self._delays),
             extra=Fields(iteration=iteration, loss=value, delay=self._delays[-1]),
         )
-        self._line_at, self._line_applied = now, self.applied
+        self._line_at, self._line_counted = now, counted
         self._delays.clear()
 
 

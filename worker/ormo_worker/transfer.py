@@ -1,7 +1,8 @@
 """Tensors on the way between a model and the payload in which they travel."""
 
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.copy_streams import Copies, Event, Streams, queue_copies
 from ormo_worker.module import ModelTensors
 
 Tensors = list[Tensor]
@@ -20,62 +22,112 @@ class Staging:
     """Makes payloads for a model, and the ways between the two.
 
     Where all parameters are on one CUDA device, tensors are packed and unpacked there and cross to
-    page-locked host memory in one piece. Otherwise they are copied straight to and from their places.
+    page-locked host memory in one piece, on streams of their own beside what the device computes.
+    Otherwise they are copied straight to and from their places.
 
     Attributes:
         tensors: the model's.
         device: the CUDA device that holds all parameters, if there is one.
+        streams: its streams, made when first needed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = ModelTensors(model)
         devices = {parameter.device for parameter in self.tensors.parameters}
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
-        self._mirrors: dict[int, _Mirror] = {}
+        self.streams: Streams | None = None
+        self._mirrors: dict[tuple[int, int], _Mirror] = {}
+        self._loading = threading.Lock()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether payloads lie in page-locked memory, as copies beside the computation need it."""
+        return self.device is not None and self.device.type == "cuda"
 
     def payload(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Payload:
         """Memory for one payload of this model."""
         layout = PayloadLayout.of(self.tensors.manifest, dtype, with_buffers=with_buffers)
-        return Payload(layout, pin_memory=self.device is not None and self.device.type == "cuda")
+        return Payload(layout, pin_memory=self.pinned)
 
-    def transfer(self, payload: Payload) -> "Transfer":
-        """The way between the model and this payload."""
+    def transfer(self, payload: Payload, *, mirror: int = 0) -> "Transfer":
+        """The way between the model and this payload; all ways of a model are for one thread.
+
+        Args:
+            payload: with the model's layout.
+            mirror: number of the memory on the device in which tensors are packed. Payloads of one dtype
+                share it with those of the same number, at the price that each waits until the one before
+                has left it: what comes in while a gradient is still being computed needs another.
+        """
         if self.device is None:
-            return Transfer(self.tensors, payload, _Direct(payload))
-        dtype = payload.layout.dtype
-        if dtype not in self._mirrors:  # one serves all payloads of a dtype: only one is under way at a time
-            self._mirrors[dtype] = self._mirror(dtype, self.device)
-        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[dtype], self.device))
+            return Transfer(self.tensors, payload, _Direct(payload), self._loading)
+        if self.streams is None:
+            self.streams = Streams(self.device)
+        key = (payload.layout.dtype, mirror)
+        if key not in self._mirrors:
+            self._mirrors[key] = self._mirror(payload.layout.dtype, self.device, self.streams)
+        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self._loading)
 
     def snapshot(self) -> Payload:
-        """The model as it is now, float32 with buffers: what a server without a model is offered."""
+        """The model as it is now, float32 with buffers: what a server without a model is offered.
+
+        From any thread: parameters that are being loaded are waited for.
+        """
         layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True)
         payload = Payload(layout)  # wanted once or twice in a run: not worth page-locked memory, nor a mirror
-        Transfer(self.tensors, payload, _Direct(payload)).gather_parameters()
+        with self._loading:
+            if self.device is not None and self.pinned:
+                torch.cuda.synchronize(self.device)  # another thread's current stream need not be this one's
+            Transfer(self.tensors, payload, _Direct(payload), self._loading).gather_parameters()
         return payload
 
-    def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device) -> "_Mirror":
+    def fetch(self, value: Tensor) -> Callable[[], float]:
+        """Get a number from the device without waiting for what is queued after it.
+
+        Returns:
+            The number, once it has arrived; from any thread.
+        """
+        if self.streams is None or value.device != self.device:
+            number = float(value.detach())
+            return lambda: number
+        source = torch.empty_like(value.detach()).copy_(value.detach())  # the caller may overwrite its own
+        here = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.pinned)
+        self.streams.keep(source)
+        computed = self.streams.mark(self.streams.computing())
+        copies = Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)]))
+
+        def arrived() -> float:
+            copies.wait()
+            return float(here)
+
+        return arrived
+
+    def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
-        return _Mirror(
+        sections = (
             torch.empty(sizes["parameters"], dtype=torch_dtype(dtype), device=device),
             torch.empty(sizes["float_buffers"], dtype=torch.float32, device=device),
             torch.empty(sizes["int_buffers"], dtype=torch.int64, device=device),
         )
+        for section in sections:
+            streams.keep(section)
+        # What had this memory before may still be queued.
+        return _Mirror(*sections, free=streams.mark(streams.computing()))
 
 
 class Transfer:
     """Moves tensors between a model and one payload, in either direction, converting dtypes as it goes.
 
-    Every method returns when the payload may be read, sent or overwritten.
+    Every method but `begin_gradients` returns when the payload may be read, sent or overwritten.
 
     Attributes:
         payload: where the tensors go or come from.
     """
 
-    def __init__(self, tensors: ModelTensors, payload: Payload, way: "_Way") -> None:
+    def __init__(self, tensors: ModelTensors, payload: Payload, way: "_Way", loading: threading.Lock) -> None:
         self.payload = payload
         self._tensors = tensors
         self._way = way
+        self._loading = loading
         self._parameters = _cut(way.flat.parameters, tensors.parameters)
         self._float_buffers: Tensors = []
         self._int_buffers: Tensors = []
@@ -83,7 +135,6 @@ class Transfer:
             self._float_buffers = _cut(way.flat.float_buffers, tensors.float_buffers)
             self._int_buffers = _cut(way.flat.int_buffers, tensors.int_buffers)
 
-    @torch.no_grad()
     def gather_gradients(self, decays: Sequence[float | None]) -> None:
         """Write `g + decay * w` for each parameter, and the buffers if the payload has them.
 
@@ -91,6 +142,12 @@ class Transfer:
             decays: one number for each of the model's distinct parameters; None for one that is not
                 trained. Such a one, and one without a gradient, counts as zero, without decay.
         """
+        self.begin_gradients(decays).wait()
+
+    @torch.no_grad()
+    def begin_gradients(self, decays: Sequence[float | None]) -> Copies:
+        """As `gather_gradients`; the payload may be read once these copies are done, the model changed at once."""
+        self._way.claim()
         idle: Tensors = []
         active: defaultdict[float, _Rows] = defaultdict(_Rows)  # by decay
         for decay, view, weight in zip(decays, self._parameters, self._tensors.parameters, strict=True):
@@ -104,24 +161,27 @@ class Transfer:
         for decay, rows in active.items():
             _write_decayed(rows, decay)
         self._gather_buffers()
-        self._way.to_payload()
+        return self._way.to_payload()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
         """Write the parameters, and the buffers if the payload has them."""
+        self._way.claim()
         torch._foreach_copy_(self._parameters, self._tensors.parameters)
         self._gather_buffers()
-        self._way.to_payload()
+        self._way.to_payload().wait()
 
     @torch.no_grad()
     def load(self) -> None:
         """Copy the payload into the model in place: parameters, and buffers if the payload has them."""
-        copies = self._way.from_payload()
-        torch._foreach_copy_(self._tensors.parameters, self._parameters)
-        if self._float_buffers:
-            torch._foreach_copy_(self._tensors.float_buffers, self._float_buffers)
-        if self._int_buffers:
-            torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
+        with self._loading:
+            copies = self._way.from_payload()
+            torch._foreach_copy_(self._tensors.parameters, self._parameters)
+            if self._float_buffers:
+                torch._foreach_copy_(self._tensors.float_buffers, self._float_buffers)
+            if self._int_buffers:
+                torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
+            self._way.release()
         copies.wait()
 
     def _gather_buffers(self) -> None:
@@ -147,8 +207,10 @@ class _Way(Protocol):
 
     @property
     def flat(self) -> _Flat: ...
-    def to_payload(self) -> None: ...
-    def from_payload(self) -> "_Copies": ...
+    def claim(self) -> None: ...
+    def to_payload(self) -> Copies: ...
+    def from_payload(self) -> Copies: ...
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,39 +219,60 @@ class _Direct:
 
     flat: Payload
 
-    def to_payload(self) -> None:
-        """Nothing is left to do."""
+    def claim(self) -> None:
+        """Nothing else uses the payload."""
 
-    def from_payload(self) -> "_Copies":
-        return _Copies(None)
+    def to_payload(self) -> Copies:
+        return Copies()
+
+    def from_payload(self) -> Copies:
+        return Copies()
+
+    def release(self) -> None:
+        """Copies between host and device wait by themselves."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Mirror:
-    """The sections of a payload, on a device."""
+    """The sections of a payload, on a device.
+
+    Attributes:
+        free: when what used them last is done.
+    """
 
     parameters: Tensor
     float_buffers: Tensor
     int_buffers: Tensor
+    free: Event
 
 
 @dataclass(frozen=True, slots=True)
 class _ThroughDevice:
-    """Tensors are packed on their device, and the sections cross whole."""
+    """Tensors are packed on their device, and the sections cross whole, on a stream beside the computation."""
 
     payload: Payload
     flat: _Mirror
-    device: torch.device
+    streams: Streams
 
-    def to_payload(self) -> None:
-        for there, here in self._pairs():
-            here.copy_(there, non_blocking=True)
-        _Copies(self.device).wait()
+    def claim(self) -> None:
+        """What is computed from now on may overwrite the mirror."""
+        self.streams.computing().wait_event(self.flat.free)
 
-    def from_payload(self) -> "_Copies":
-        for there, here in self._pairs():
-            there.copy_(here, non_blocking=True)
-        return _Copies(self.device)
+    def to_payload(self) -> Copies:
+        packed = self.streams.mark(self.streams.computing())
+        outward = [(here, there) for there, here in self._pairs()]
+        self.flat.free = queue_copies(self.streams, self.streams.outward, packed, outward)
+        return Copies(self.flat.free)
+
+    def from_payload(self) -> Copies:
+        # Not after all that is queued: parameters come in while the gradient before is still being computed.
+        arrived = queue_copies(self.streams, self.streams.inward, self.flat.free, self._pairs())
+        self.streams.computing().wait_event(arrived)
+        return Copies(arrived)
+
+    def release(self) -> None:
+        """What is computed by now was the last to read the mirror."""
+        self.flat.free = self.streams.mark(self.streams.computing())
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.flat.parameters, self.payload.parameters)]
@@ -197,22 +280,6 @@ class _ThroughDevice:
             pairs.append((self.flat.float_buffers, self.payload.float_buffers))
             pairs.append((self.flat.int_buffers, self.payload.int_buffers))
         return pairs
-
-
-class _Copies:
-    """What has been queued on the device's current stream up to this moment; None if all is done.
-
-    Waiting for an event leaves what is queued behind it running, which synchronizing the device would not.
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._event: torch.cuda.Event | None = None
-        if device is not None and device.type == "cuda":
-            self._event = torch.cuda.current_stream(device).record_event()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
 
 
 class _Rows:

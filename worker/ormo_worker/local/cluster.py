@@ -113,6 +113,7 @@ class Cluster:
             "--weight-decay": settings.weight_decay,
             "--min-workers": settings.workers,
             "--max-workers": max(64, settings.workers),
+            "--slots-per-worker": max(2, settings.in_flight),
             "--stop-after-gradients": settings.stop_after_gradients,
             "--stop-after-samples": settings.stop_after_samples,
         }
@@ -123,6 +124,7 @@ class Cluster:
         flags = {
             "--worker-id": f"worker-{number}",
             "--batch-size": settings.batch_size,
+            "--in-flight": settings.in_flight,
             "--slow-factor": factor,
             "--threads": max(1, (os.cpu_count() or 1) // settings.workers),
         }

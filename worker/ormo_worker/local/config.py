@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ormo_protos.settings import Settings
 from ormo_protos.slow_workers import slow_factors
+from ormo_worker.config import MOST_IN_FLIGHT
 
 
 class LocalSettings(Settings):
@@ -16,6 +17,12 @@ class LocalSettings(Settings):
     workers: int = Field(4, ge=1, le=256, description="worker processes")
     slow: str = Field("", description="make some slower: `1:10x` is one worker ten times slower, `1:10x,2:3x` three")
     batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
+    in_flight: int = Field(
+        1,
+        ge=1,
+        le=MOST_IN_FLIGHT,
+        description="gradients of each worker that may be on their way, as for `ormo-worker`",
+    )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
     stop_after_gradients: int = Field(1500, ge=0, description="end the run after so many gradients; 0 for no such end")
     stop_after_samples: int = Field(0, ge=0, description="end the run after so many samples; 0 for no such end")

@@ -1,0 +1,121 @@
+"""The fuzz targets do what they say, on their own seeds and without a fuzzer; `make fuzz` goes on from there."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fuzz import fuzz_exchange, fuzz_framing
+from fuzz.fuzz_exchange import World
+from fuzz.fuzz_framing import message
+from ormo_protos.framing import Framing
+from ormo_protos.tensors import Chunk, PayloadReceiver
+from ormo_server.core.state_machine import StateMachine
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+def variations(seeds: list[bytes], count: int) -> Iterator[bytes]:
+    """Seeds put together, with some bytes changed."""
+    dice = random.Random(0)
+    for _ in range(count):
+        made = bytearray(dice.choice(seeds) + dice.choice(seeds))
+        for _ in range(dice.randrange(4)):
+            made[dice.randrange(len(made))] = dice.randrange(256)
+        yield bytes(made)
+
+
+def test_seeds_of_the_framing_are_messages_of_each_kind_and_shape() -> None:
+    read = {(kind, fuzz_framing.agree(kind, encoded)[0]) for kind, encoded in map(message, fuzz_framing.seeds())}
+    assert read == {(kind, shape) for kind in fuzz_framing.KINDS for shape in ("chunk", "headed")}
+
+
+def test_a_script_describes_fields_however_oddly_they_are_written() -> None:
+    header, data = b"\x00\x00\x00\x00", b"\x02\x00\x90\x02ab"  # 0x90: four bytes too many for the length
+    _, encoded = message(b"\x80" + b"\x01" + header + data)
+    assert encoded == b"\x0a\x00" + b"\x1a\x82\x80\x80\x80\x00ab"
+
+
+def test_framing_is_checked_on_variations_of_its_seeds() -> None:
+    for fuzzed in variations(list(fuzz_framing.seeds()), 500):
+        fuzz_framing.check(fuzzed)
+
+
+def test_scripts_reach_each_way_in_which_an_exchange_can_end(world: World) -> None:
+    endings = [fuzz_exchange.check(seed, world) for seed in fuzz_exchange.seeds()]
+    assert {ending for ending, _ in endings} == {
+        "OK",
+        "GONE",
+        "BAD_PAYLOAD",
+        "BAD_REQUEST",
+        "MANIFEST_DIGEST",
+        "NOT_A_MEMBER",
+        "REPLACED",
+        "STALE_REQUEST",
+    }
+    assert {count for _, count in endings} == {0, 1, 2, 3}
+
+
+def test_exchanges_are_checked_on_variations_of_their_scripts(world: World) -> None:
+    endings = {fuzz_exchange.check(fuzzed, world) for fuzzed in variations(list(fuzz_exchange.seeds()), 500)}
+    assert len(endings) > 10
+
+
+# The targets find what they look for.
+
+
+def found(check: Callable[[bytes], object], seeds: Iterator[bytes]) -> bool:
+    for seed in seeds:
+        try:
+            check(seed)
+        except AssertionError:
+            return True
+    return False
+
+
+def test_framing_that_takes_one_byte_for_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Framing.decode
+
+    def off_by_one(self: Framing, encoded: bytes) -> object:
+        frame = decode(self, encoded)
+        return Chunk(frame.offset + 1, frame.data) if isinstance(frame, Chunk) else frame
+
+    assert not found(fuzz_framing.check, fuzz_framing.seeds())
+    monkeypatch.setattr(Framing, "decode", off_by_one)
+    assert found(fuzz_framing.check, fuzz_framing.seeds())
+
+
+def test_gradient_that_is_applied_otherwise_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = StateMachine.push
+
+    def more(self: StateMachine, *arguments: object) -> object:
+        result = push(self, *arguments)
+        self.state.params[0] += 1
+        return result
+
+    monkeypatch.setattr(StateMachine, "push", more)
+    assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
+
+
+def test_gradient_that_did_not_come_whole_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PayloadReceiver, "complete", property(lambda self: self.received_bytes > 0))
+    assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
+
+
+def test_failure_of_the_server_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: PayloadReceiver, chunk: Chunk) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(PayloadReceiver, "accept", fail)
+    assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
+
+
+def test_buffer_that_is_not_given_back_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.pool, "give", lambda payload: None)
+    assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
