@@ -40,6 +40,15 @@ benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its grad
 	$(BIN)/python tests/benchmarks/sim_overhead.py
 	$(BIN)/python tests/benchmarks/metrics_cost.py
 
+.PHONY: bench
+bench: $(INSTALLED)  ## measure how fast tensors travel, next to what one would use instead (FLAGS=--quick)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	cd tests && $(abspath $(BIN))/python -m benchmarks.round_trips --into ../build/bench $(FLAGS)
+
+.PHONY: soak
+soak: $(INSTALLED)  ## push 20,000 gradients of a 1 MB model and check that the server's memory stays as it is
+	$(BIN)/python tests/benchmarks/soak.py
+
 .PHONY: scale
 scale: $(INSTALLED)  ## measure how evenly many small workers are served (FLAGS=, see --help)
 	$(BIN)/python tests/benchmarks/scale.py $(FLAGS)
