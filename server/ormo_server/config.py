@@ -56,6 +56,13 @@ class ServerSettings(TrainingSettings):
         description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
         "and updates get slower unless the processor has nothing else to do",
     )
+    receive_window: ByteSize = Field(
+        ByteSize(4 << 20),
+        ge=1 << 16,
+        le=1 << 30,
+        description="bytes of a gradient that may be under way to the server, or wait there to be read, for each slot, "
+        "such as 16MiB: below bandwidth times round-trip time it slows a link down, above it only costs memory",
+    )
     keep_freed_memory: bool = Field(
         True,
         description="keep the process' memory at its peak, instead of having the C library give large blocks back to "

@@ -49,6 +49,9 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # gRPC's own estimate of the window grows to 16 MB and more for each stream that the server has no time for.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", int(settings.receive_window)),
         # By default a second server would share the port without an error.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", ping_ms),
