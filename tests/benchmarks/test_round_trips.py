@@ -32,6 +32,7 @@ def test_row_is_the_median_of_its_turns() -> None:
         report.line(mine)
         == "| 1 MB, 2 workers | ormo | 20.00 | 2.00 (1.00–4.00), 0.50 of its rate | 0.10 | 25.00 | 300 |"
     )
+    assert report.summary([mine]).splitlines()[-1] == "| 1 MB, 2 workers | 2.00 (1.00–4.00) |"
     assert report.stages(mine) == "1 MB, 2 workers, ms by stage: apply 3.00, send 2.00"
 
 

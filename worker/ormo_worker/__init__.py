@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ormo_protos.allocator import keep_freed_memory
     from ormo_worker.client import ParameterClient
     from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.module import manifest_of
@@ -25,6 +26,7 @@ __all__ = [
     "Score",
     "Task",
     "TaskError",
+    "keep_freed_memory",
     "load_task",
     "manifest_of",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "Score": "ormo_worker.tasks",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",
+    "keep_freed_memory": "ormo_protos.allocator",
     "load_task": "ormo_worker.tasks",
     "manifest_of": "ormo_worker.module",
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ormo_protos import logs
+from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
@@ -44,6 +45,9 @@ def _run(settings: RunSettings) -> int:
     named = settings.model_copy(update={"worker_id": worker})
     logs.set_up(settings.log_level, settings.log_format, logs.Fields(worker=worker))
 
+    if settings.keep_freed_memory:
+        keep_freed_memory()
+
     def command() -> None:
         from ormo_worker.training import run  # with PyTorch, which `--help` need not wait for
 
@@ -54,6 +58,9 @@ def _run(settings: RunSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings) -> int:
     logs.set_up(settings.log_level, settings.log_format)
+
+    if settings.keep_freed_memory:
+        keep_freed_memory()
 
     def command() -> None:
         from ormo_worker.evaluation import run

@@ -33,6 +33,11 @@ class _Common(Settings):
     give_up_after: float | None = Field(
         None, gt=0, description="seconds without the server, once it was there, after which to fail; none: go on trying"
     )
+    keep_freed_memory: bool = Field(
+        True,
+        description="keep the process' memory at its peak, instead of having the C library give large blocks back to "
+        "the system and fault them in again for the next message (glibc only)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
     )

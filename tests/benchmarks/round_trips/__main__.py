@@ -32,7 +32,7 @@ def main() -> None:
         rows += found
         for row in found:
             _say(report.line(row))
-    _say("")
+    _say(f"\nTimes the socket's time:\n\n{report.summary(rows)}\n")
     for row in rows:
         if row.contender == ORMO:
             _say(report.stages(row))

@@ -27,9 +27,24 @@ def line(row: Row) -> str:
 def _ratio(row: Row) -> str:
     if row.contender == SOCKET:
         return "1"
-    middle = median(row.ratios)
-    share = f", {1 / middle:.2f} of its rate" if row.case.workers > 1 else ""
-    return f"{middle:.2f} ({min(row.ratios):.2f}–{max(row.ratios):.2f}){share}"
+    share = f", {1 / median(row.ratios):.2f} of its rate" if row.case.workers > 1 else ""
+    return f"{_range(row.ratios)}{share}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table with a line for each case and a column for each contender: times the socket's time."""
+    names = list(dict.fromkeys(row.contender for row in rows if row.contender != SOCKET))
+    cases = list(dict.fromkeys(row.case for row in rows))
+    ratios = {(row.case, row.contender): row.ratios for row in rows}
+    lines = [f"| model | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for case in cases:
+        cells = (_range(ratios[case, name]) if (case, name) in ratios else "" for name in names)
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def stages(row: Row) -> str:
