@@ -10,6 +10,7 @@ from benchmarks.round_trips.team import Team, Turn, team
 
 _TURN_SECONDS = 0.25
 _MOST_TRIPS = 2000
+_ALL_AT_ONCE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def measured(case: Case, contenders: Sequence[str], pairs: int, window: float) -
     """
     others = [name for name in contenders if name != SOCKET]
     socket_row = Row(case, SOCKET)
-    if case.workers == 1:
+    if case.workers * case.size < _ALL_AT_ONCE_BYTES:
         return [socket_row, *_rows(case, others, socket_row, pairs, window)]
-    # Two teams of many workers are all that a machine of some GB has room for.
+    # Two teams are all that a machine of some GB has room for.
     rows = [row for name in others for row in _rows(case, [name], socket_row, pairs, window)]
     return [socket_row, *rows]
 

@@ -63,7 +63,10 @@ class Team:
         for worker in self._workers:
             assert worker.stdin is not None
             worker.stdin.write(f"{order}\n")
-        told = [json.loads(_said(worker)) for worker in self._workers]
+        said = [_said(worker) for worker in self._workers]
+        if not all(said):
+            raise ChildProcessError(f"a worker of {self.name} has ended; its error, if it had time for one, is above")
+        told = [json.loads(line) for line in said]
         return Turn(
             trips=sum(each["trips"] for each in told),
             seconds=max(each["seconds"] for each in told),
