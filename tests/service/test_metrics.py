@@ -326,9 +326,8 @@ def test_calls_are_counted_by_method_and_code(tmp_path: Path) -> None:
         assert len(list(stub.PullParams(pb.PullParamsRequest(delivery=pb.DeliveryRequest(dtype=FLOAT32))))) == 2
         eventually(lambda: value(server, f"grpc_server_handling_seconds_count{{{pull}}}") == 2)
         assert (value(server, f'grpc_server_handled_total{{grpc_code="OK",{pull}}}') or 0) >= 1
-        stream.drop()
-        code = both.replace("grpc_method", 'grpc_code="CANCELLED",grpc_method')
-        eventually(lambda: value(server, f"grpc_server_handled_total{{{code}}}") == 1)
+        stream.finish()
+        eventually(lambda: value(server, f'grpc_server_handled_total{{grpc_code="OK",{both}}}') == 1)
         for series, expected in {
             f"grpc_server_started_total{{{push}}}": 2,
             f'grpc_server_handled_total{{grpc_code="OK",{push}}}': 1,
@@ -337,6 +336,20 @@ def test_calls_are_counted_by_method_and_code(tmp_path: Path) -> None:
             f"grpc_server_handling_seconds_count{{{status}}}": 1,
         }.items():
             assert value(server, series) == expected, series
+
+
+def test_stream_that_is_dropped_while_it_waits_counts_as_cancelled(tmp_path: Path) -> None:
+    both = 'grpc_method="PushPull",grpc_service="ormo.v1.ParameterServer",grpc_type="bidi_stream"'
+    with served(tmp_path, method="ssgd") as server, connected(server) as stub:
+        worker, other = WireWorker(stub, "a"), WireWorker(stub, "b")
+        worker.join()
+        other.join()
+        worker.pull()
+        stream = worker.open()
+        stream.begin(payload(SMALL, 1.0))
+        assert not stream.result().refusal
+        stream.drop()  # The next ticket waits for the other's gradient.
+        eventually(lambda: value(server, f'grpc_server_handled_total{{grpc_code="CANCELLED",{both}}}') == 1)
 
 
 def test_call_of_a_method_that_nobody_serves_makes_no_series(tmp_path: Path) -> None:

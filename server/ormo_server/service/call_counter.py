@@ -83,7 +83,10 @@ class CallCounter(grpc.ServerInterceptor):
 
 
 def _code(context: Any, *, failed: bool) -> str:
-    """The status that the caller sees. A stream that was cancelled is closed, which no exception of ours tells."""
+    """The status that the caller sees. A stream that was cancelled is closed, which no exception of ours tells.
+
+    One that is cancelled between two exchanges may count as OK: gRPC ends the requests a moment before it says why.
+    """
     code = context.code()
     if code is not None:
         return code.name if isinstance(code, grpc.StatusCode) else str(code)
