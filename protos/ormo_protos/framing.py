@@ -145,11 +145,12 @@ def _plain_chunk(encoded: bytes) -> Chunk | None:
 
 def _read_varint(encoded: bytes, at: int, longest: int) -> _Varint | None:
     """The number there; None if it has no end within `longest` bytes."""
-    value = 0
-    for shift, byte in zip(range(0, 7 * longest, 7), encoded[at : at + longest], strict=False):
+    value = shift = 0
+    for byte in encoded[at : at + longest]:
         value |= (byte & 0x7F) << shift
+        shift += 7
         if byte < 0x80:
-            return _Varint(value, at + shift // 7 + 1)
+            return _Varint(value, at + shift // 7)
     return None
 
 
