@@ -19,7 +19,8 @@ _FIELDS_LOOKED_AT = 4
 NOTHING = memoryview(b"")
 # Of TensorChunk, as protobuf writes them: an int64 with the number 1, and bytes with the number 2.
 _OFFSET_TAG, _DATA_TAG = b"\x08", b"\x12"
-# What is longer is the generated code's to judge: it takes no longer lengths, and ten bytes are a negative offset.
+# What is longer is the generated code's to judge: not every version takes such lengths, and ten bytes are a negative
+# offset.
 _BYTES_OF_LENGTH, _BYTES_OF_OFFSET = 5, 9
 
 
