@@ -19,6 +19,7 @@ class Reason(StrEnum):
     MODEL_EXISTS = "MODEL_EXISTS"
     NON_FINITE = "NON_FINITE"
     NOT_A_MEMBER = "NOT_A_MEMBER"
+    NORM_TOO_LARGE = "NORM_TOO_LARGE"
     NOT_READY = "NOT_READY"
     NOT_WANTED = "NOT_WANTED"
     PROTOCOL_VERSION = "PROTOCOL_VERSION"
@@ -28,3 +29,8 @@ class Reason(StrEnum):
     TICKET_UNKNOWN = "TICKET_UNKNOWN"
     TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     TOO_MANY_WORKERS = "TOO_MANY_WORKERS"
+    UNSOUND_WORKER = "UNSOUND_WORKER"
+
+
+# A gradient that is refused for one of these leaves its ticket to another one.
+UNSOUND_GRADIENT = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})

@@ -40,6 +40,21 @@ class ServerSettings(TrainingSettings):
         "20 times the median, at least 60",
     )
 
+    # What gradients are taken
+    max_gradient_norm: float | None = Field(
+        None, gt=0, description="largest Euclidean norm of a gradient; none: any that is finite"
+    )
+    over_norm: Literal["clip", "refuse"] = Field(
+        "clip", description="what becomes of a gradient of a larger norm: it is scaled down to it, or not applied"
+    )
+    max_refused_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="send a worker's process away once more than this share of its gradients was refused, as not "
+        "finite or too large (smoothed over some 32 gradients); none: never",
+    )
+
     # What is kept
     exit_when_finished: bool = Field(False, description="exit at the end of the run instead of staying up for readers")
     checkpoint_seconds: float = Field(60.0, gt=0, description="time between checkpoints")

@@ -260,6 +260,14 @@ def test_floating_buffers_move_by_one_kth_towards_the_workers_and_integers_to_th
     assert (state.float_buffers.tolist(), state.int_buffers.tolist()) == ([1.0, 6.0], [9, 2])
 
 
+def test_buffers_at_both_ends_of_float32_have_a_finite_mean() -> None:
+    driver = with_buffers("ab")
+    largest = torch.finfo(torch.float32).max
+    driver.machine.state.float_buffers.copy_(torch.tensor([largest, -largest]))
+    push_buffers(driver, "a", [-largest, -largest], [0, 0])
+    assert driver.machine.state.float_buffers.tolist() == [0.0, -largest]
+
+
 def test_with_one_worker_buffers_are_its_own() -> None:
     driver = with_buffers("a")
     push_buffers(driver, "a", [0.1, -0.3], [7, 7])

@@ -169,7 +169,9 @@ def test_the_result_and_the_refusal_are_kept_for_the_caller() -> None:
     assert session.refusal is None
 
 
-@pytest.mark.parametrize(("refusal", "left"), [("", None), ("TICKET_UNKNOWN", None), ("NON_FINITE", TICKET)])
+@pytest.mark.parametrize(
+    ("refusal", "left"), [("", None), ("TICKET_UNKNOWN", None), ("NON_FINITE", TICKET), ("NORM_TOO_LARGE", TICKET)]
+)
 def test_without_a_wish_for_the_next_ticket_the_result_is_the_end(refusal: str, left: pb.Ticket | None) -> None:
     session = with_ticket()
     session.begin(with_gradient=True, wants_next=False)

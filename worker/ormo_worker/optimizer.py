@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
-from ormo_protos.reasons import Reason
+from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT
@@ -318,7 +318,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.refusals[refusal.refusal] += 1
         worker = self._client.identity.worker
         about = Fields(worker=worker, request=refusal.request, iteration=self.iteration, reason=refusal.refusal)
-        if refusal.refusal != Reason.NON_FINITE:
+        if refusal.refusal not in UNSOUND_GRADIENT:
             said = "a gradient was lost, training goes on: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return

@@ -7,7 +7,7 @@ the `Step` that it is told. Gradients and parameters pass by outside.
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_protos.reasons import Reason
+from ormo_protos.reasons import UNSOUND_GRADIENT, Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 
@@ -53,6 +53,7 @@ AFTER_REASON = {
     Reason.MEMORY_LIMIT: Step.FAIL,
     Reason.MODEL_EXISTS: Step.JOIN,
     Reason.NON_FINITE: Step.FAIL,  # only of an offered model: a gradient's comes as a result
+    Reason.NORM_TOO_LARGE: Step.FAIL,  # of a gradient it comes as a result
     Reason.NOT_A_MEMBER: Step.JOIN,
     Reason.NOT_READY: Step.SEND_AGAIN,
     Reason.NOT_WANTED: Step.JOIN,
@@ -63,6 +64,7 @@ AFTER_REASON = {
     Reason.TICKET_UNKNOWN: Step.PULL,
     Reason.TOO_MANY_STREAMS: Step.SEND_AGAIN,
     Reason.TOO_MANY_WORKERS: Step.SEND_AGAIN,
+    Reason.UNSOUND_WORKER: Step.FAIL,
 }
 
 # Without a reason the connection, a proxy or gRPC itself ended the call. These would do so every time.
@@ -133,8 +135,7 @@ class SlotSession:
         else:
             self.result = result
         if not self._ask.wants_next:
-            # NON_FINITE alone leaves the ticket valid: another gradient may use it.
-            self.ticket = self.ticket if result.refusal == Reason.NON_FINITE else None
+            self.ticket = self.ticket if result.refusal in UNSOUND_GRADIENT else None
             return Step.DONE
         return Step.READ
 

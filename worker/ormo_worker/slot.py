@@ -30,8 +30,8 @@ class ExchangeOutcome:
     Attributes:
         result: of the gradient; None if there was none, if it was refused, or if its result was lost with
             the end of the run.
-        refusal: why the gradient was refused (NON_FINITE, TICKET_UNKNOWN or FINISHED), with a sentence for
-            people; None if it was not.
+        refusal: why the gradient was refused (NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN or FINISHED), with a
+            sentence for people; None if it was not.
         delivered: the next parameters; None if none were wanted, or the run is over.
         finished: whether the run is over.
     """

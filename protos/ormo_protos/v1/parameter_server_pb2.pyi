@@ -914,8 +914,8 @@ class PushResult(_message.Message):
     repeated: _builtins.bool
     """This is the result of an earlier try of the same request, repeated."""
     refusal: _builtins.str
-    """Set if the gradient was refused: NON_FINITE (the ticket stays valid), TICKET_UNKNOWN (pull again), FINISHED. The
-    other fields but `request` are not set then.
+    """Set if the gradient was refused: NON_FINITE or NORM_TOO_LARGE (the ticket stays valid), TICKET_UNKNOWN (pull
+    again), FINISHED. The other fields but `request` are not set then.
     """
     refusal_message: _builtins.str
     """Set with `refusal`: one sentence for people."""

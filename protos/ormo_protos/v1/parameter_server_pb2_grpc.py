@@ -92,6 +92,7 @@ class ParameterServerServicer(object):
         FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
         REPLACED: a newer incarnation of this worker id has joined; give up.
         FINISHED: the run is over.
+        UNSOUND_WORKER: too many gradients of this process were refused; give up.
         RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -138,13 +139,13 @@ class ParameterServerServicer(object):
         with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
         INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
+        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
         ABORTED              SUPERSEDED: a newer stream of the same slot took over.
         CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
         server began to drain: try again on a new stream.
-        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
-        the same exchange asked for still follows.
+        NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and
+        the ticket that the same exchange asked for still follows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,7 +153,8 @@ class ParameterServerServicer(object):
 
     def Heartbeat(self, request, context):
         """Keeps the worker's lease. Safe to retry.
-        FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED: give up.
+        FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
+        up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

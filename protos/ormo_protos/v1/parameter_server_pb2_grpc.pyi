@@ -62,6 +62,7 @@ class ParameterServerStub:
       FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
+                           UNSOUND_WORKER: too many gradients of this process were refused; give up.
       RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
     """
     OfferModel: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]
@@ -92,17 +93,18 @@ class ParameterServerStub:
     with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
-    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
-    the same exchange asked for still follows.
+    NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and
+    the ticket that the same exchange asked for still follows.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.HeartbeatRequest, _parameter_server_pb2.HeartbeatResponse]
     """Keeps the worker's lease. Safe to retry.
-      FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED: give up.
+      FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
+                           up.
     """
     Leave: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
@@ -128,6 +130,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
       FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
+                           UNSOUND_WORKER: too many gradients of this process were refused; give up.
       RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
     """
     OfferModel: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]  # type: ignore[assignment]
@@ -158,17 +161,18 @@ class ParameterServerAsyncStub(ParameterServerStub):
     with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
-    NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
-    the same exchange asked for still follows.
+    NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and
+    the ticket that the same exchange asked for still follows.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.HeartbeatRequest, _parameter_server_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Keeps the worker's lease. Safe to retry.
-      FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED: give up.
+      FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
+                           up.
     """
     Leave: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]  # type: ignore[assignment]
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
@@ -197,6 +201,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
                                REPLACED: a newer incarnation of this worker id has joined; give up.
                                FINISHED: the run is over.
+                               UNSOUND_WORKER: too many gradients of this process were refused; give up.
           RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
         """
 
@@ -251,13 +256,13 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST.
+          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                                server began to drain: try again on a new stream.
-        NON_FINITE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and the ticket that
-        the same exchange asked for still follows.
+        NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN and FINISHED do not end the stream: they come as PushResult.refusal, and
+        the ticket that the same exchange asked for still follows.
         """
 
     @_abc_1.abstractmethod
@@ -267,7 +272,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.HeartbeatResponse, _abc.Awaitable[_parameter_server_pb2.HeartbeatResponse]]:
         """Keeps the worker's lease. Safe to retry.
-          FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED: give up.
+          FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
+                               up.
         """
 
     @_abc_1.abstractmethod

@@ -78,6 +78,12 @@ class NonFinite(OrmoError):
     reason = Reason.NON_FINITE
 
 
+class NormTooLarge(OrmoError):
+    """A gradient whose norm is above the set bound."""
+
+    reason = Reason.NORM_TOO_LARGE
+
+
 class NotAMember(OrmoError):
     """The worker never joined, has left, or its lease ran out: join again."""
 
@@ -136,3 +142,9 @@ class TooManyWorkers(OrmoError):
     """As many workers as allowed are members already."""
 
     reason = Reason.TOO_MANY_WORKERS
+
+
+class UnsoundWorker(OrmoError):
+    """Too many of the worker's gradients were refused: this process must stop."""
+
+    reason = Reason.UNSOUND_WORKER

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ormo_server.core import membership, tickets
+from ormo_server.core.blocks import all_finite
 from ormo_server.core.errors import (
     BadRequest,
     Finished,
@@ -274,9 +275,17 @@ class StateMachine:
     def _merge_buffers(self, gradient: Gradient) -> None:
         # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
         if gradient.float_buffers is not None:
-            self.state.float_buffers.lerp_(gradient.float_buffers, 1.0 / self.bucket_size)
+            self._merge_float_buffers(gradient.float_buffers, 1.0 / self.bucket_size)
         if gradient.int_buffers is not None:
             torch.maximum(self.state.int_buffers, gradient.int_buffers, out=self.state.int_buffers)
+
+    def _merge_float_buffers(self, sent: torch.Tensor, weight: float) -> None:
+        held = self.state.float_buffers
+        merged = torch.lerp(held, sent, weight)
+        if not all_finite(merged):
+            # The difference of two finite numbers may be too large for float32; their mean is not.
+            merged = torch.lerp(held.double(), sent.double(), weight).float()
+        held.copy_(merged)
 
     # What follows from inputs
 

@@ -41,6 +41,7 @@ class Gradients:
             "step_scale", "Step size of applied gradients, as a share of the learning rate in force.", _SCALES
         )
         self._norm = families.histogram("gradient_norm", "Euclidean norm of applied gradients.", _NORMS)
+        self._clipped = families.counter("clipped_gradients", "Gradients scaled down to the largest norm allowed.")
         self._samples = families.counter("samples", "Training samples in applied gradients.")
 
     def counted(self, delay: int, lag_buckets: int, bucket_size: int, ticket_seconds: float) -> None:
@@ -61,6 +62,10 @@ class Gradients:
         """It was applied."""
         self._samples.inc(samples)
         self._norm.observe(norm)
+
+    def clipped(self) -> None:
+        """It was scaled down to the largest norm allowed."""
+        self._clipped.inc()
 
     def scaled(self, scale: float) -> None:
         """It was applied with so much of the learning rate."""

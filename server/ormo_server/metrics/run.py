@@ -107,6 +107,17 @@ _WORKER = (
     _WorkerFigure("training_loss", "Loss that it reported last.", lambda w: w.seen.last_loss),
     _WorkerFigure("gradient_norm", "Euclidean norm of its last applied gradient.", lambda w: w.seen.gradient_norm),
     _WorkerFigure(
+        "refused_gradients",
+        "Its gradients since it joined that were refused: not finite, or of too large a norm.",
+        lambda w: w.seen.refused,
+        counts=True,
+    ),
+    _WorkerFigure(
+        "refused_gradients_ratio",
+        "Share of its gradients that were refused for that, smoothed exponentially: each new one counts 1/32.",
+        lambda w: w.seen.refused_share,
+    ),
+    _WorkerFigure(
         "last_heard_timestamp_seconds",
         "When bytes or a heartbeat came from it last, Unix time.",
         lambda w: time.time() - w.silent_seconds,

@@ -8,7 +8,14 @@ STAGES = ("receive", "check", "lock", "apply", "wait", "copy", "send")
 RECEIVING = ("PushPull", "PushGradient", "OfferModel")
 SENDING = ("PushPull", "PullParams")
 # Why single gradients and single requests for parameters are refused; other reasons come as they occur.
-_USUAL = (Reason.NON_FINITE, Reason.TICKET_UNKNOWN, Reason.FINISHED, Reason.BAD_PAYLOAD, Reason.NOT_A_MEMBER)
+_USUAL = (
+    Reason.NON_FINITE,
+    Reason.NORM_TOO_LARGE,
+    Reason.TICKET_UNKNOWN,
+    Reason.FINISHED,
+    Reason.BAD_PAYLOAD,
+    Reason.NOT_A_MEMBER,
+)
 
 
 class Traffic:

@@ -16,7 +16,7 @@ from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
 from ormo_server.core.deadlines import Leases, TicketTimeout
-from ormo_server.core.errors import Finished, NonFinite, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.errors import Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
 from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
@@ -29,6 +29,7 @@ from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.exchange import Outcome, Push, non_finite
 from ormo_server.service.inputs import Inputs
 from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
+from ormo_server.service.soundness import Bounds, UnsoundWorkers
 from ormo_server.service.timed_lock import TimedLock
 from ormo_server.service.view import RunView, WorkerView
 
@@ -48,6 +49,7 @@ class Engine:
         metrics: what to count in.
         lease_seconds: how long a worker may be silent.
         ticket_timeout: seconds that a live worker may keep a ticket; None: the scheduler's choice.
+        bounds: of gradients.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         *,
         lease_seconds: float,
         ticket_timeout: float | None = None,
+        bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
     ) -> None:
         self.manifest = manifest
         self.observations = Observations()
@@ -71,6 +74,8 @@ class Engine:
         self.broken = self._inputs.broken
         self._waiters: dict[SlotKey, Waiter] = {}
         self._copies = Copies(metrics.traffic.stage["copy"])
+        self._bounds = bounds
+        self._unsound = UnsoundWorkers()
         self._leases = Leases(lease_seconds)
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
         for worker in machine.state.members:
@@ -88,6 +93,7 @@ class Engine:
             The member, and the incarnation that it replaced, if it did.
         """
         with self._inputs as machine:
+            self._refuse_unsound(worker, incarnation)
             known = machine.state.members.get(worker)
             member = machine.join(self._clock(), worker, incarnation, slots)
             self._leases.grant(worker, self._clock())
@@ -111,6 +117,7 @@ class Engine:
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
         with self._inputs as machine:
+            self._refuse_unsound(requester.worker, requester.incarnation)
             machine.requesting_slot(requester)
             self._leases.heard(requester.worker, self._clock())
 
@@ -121,6 +128,7 @@ class Engine:
     def heartbeat(self, worker: str, incarnation: int, returned: Sequence[TicketKey]) -> None:
         """Keep a lease, and take back tickets that will not be used."""
         with self._inputs as machine:
+            self._refuse_unsound(worker, incarnation)
             membership.find(machine.state, worker, incarnation)
             self._leases.heard(worker, self._clock())
             for key in returned:
@@ -159,6 +167,14 @@ class Engine:
                 self._pass_on()
         self._report_expired([member.worker for member in lapsed], overdue)
         return [(member.worker, member.incarnation) for member in lapsed]
+
+    def _refuse_unsound(self, worker: str, incarnation: int) -> None:
+        if not self._unsound.has(worker, incarnation):
+            return
+        if self._machine.leave(self._clock(), worker, incarnation):
+            self._forget(worker)
+            self._pass_on()
+        raise self._unsound.refusal(worker)
 
     def _forget(self, worker: str) -> None:
         self._leases.forget(worker)
@@ -201,6 +217,9 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `StateMachine.push` and `request_ticket`, but for what `Outcome` holds.
         """
+        if push is not None and self._bounds.clips and self._bounds.exceeded_by(push):
+            push = self._bounds.clipped(push)  # before the lock: it is a walk over the gradient
+            self._metrics.gradients.clipped()
         outcome = self._exchange(requester, push, wish, still_current)
         if push is not None and log.isEnabledFor(logging.DEBUG):
             _tell(requester, push, outcome)
@@ -218,6 +237,7 @@ class Engine:
             self._metrics.traffic.stage["lock"].observe(waited)
             if not still_current():
                 raise superseded(requester.slot_key)
+            self._refuse_unsound(requester.worker, requester.incarnation)
             result, refusal = self._push(requester, push) if push else (None, None)
             try:
                 waiter = self._request(requester, wish) if wish else None
@@ -230,10 +250,27 @@ class Engine:
         try:
             if push.norm is None:
                 raise non_finite(requester, push)
+            if self._bounds.exceeded_by(push):
+                raise self._bounds.too_large(requester, push)
             return self._apply(requester, push, push.norm), None
-        except (NonFinite, TicketUnknown, Finished) as refusal:
+        except (NonFinite, NormTooLarge, TicketUnknown, Finished) as refusal:
             self._metrics.traffic.push_refused(refusal.reason)
+            if isinstance(refusal, NonFinite | NormTooLarge):
+                self._note_unsound(requester)
             return None, refusal
+
+    def _note_unsound(self, requester: Requester) -> None:
+        member = self._machine.state.members.get(requester.worker)
+        if member is None or member.incarnation != requester.incarnation:
+            return
+        seen, limit = self.observations.of(requester.worker), self._bounds.refused_share
+        seen.refuse()
+        if limit is not None and seen.refused_share > limit:
+            # From its next call on: this one has its answer.
+            self._unsound.add(requester)
+            about = Fields(worker=requester.worker, incarnation=f"{requester.incarnation:016x}")
+            said = "worker %s is sent away: %d of its gradients were refused, %.0f %% of the latest"
+            log.warning(said, requester.worker, seen.refused, 100 * seen.refused_share, extra=about)
 
     def _apply(self, requester: Requester, push: Push, norm: float) -> PushResult:
         payload, layout = push.payload, push.payload.layout

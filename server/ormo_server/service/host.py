@@ -23,6 +23,7 @@ from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
 from ormo_server.service.exchange import is_finite
 from ormo_server.service.model_offers import ModelOffers
+from ormo_server.service.soundness import Bounds
 from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError, size_bytes
 from ormo_server.trace.writer import TraceWriter
 
@@ -221,6 +222,11 @@ class RunHost:
             self.metrics,
             lease_seconds=self.settings.failure_timeout,
             ticket_timeout=self.settings.ticket_timeout,
+            bounds=Bounds(
+                self.settings.max_gradient_norm,
+                self.settings.over_norm == "clip",
+                self.settings.max_refused_share,
+            ),
         )
 
     def _check_memory(self, manifest: Manifest) -> None:

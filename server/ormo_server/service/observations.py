@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ormo_server.service.exchange import Push
 
 _SMOOTHING = 0.1
+# Of the share of refused gradients: from 0, some 22 refused ones in a row make a half.
+_SHARE_SMOOTHING = 1 / 32
 
 
 @dataclass(slots=True)
@@ -20,6 +22,8 @@ class WorkerObservation:
         compute_seconds_sum: of all its gradients.
         ticket_seconds: how long its last redeemed ticket was out.
         gradient_norm: Euclidean, of its last applied gradient.
+        refused: its gradients that were not finite or too large.
+        refused_share: of all its gradients, smoothed exponentially: each new one counts 1/32.
         pushed_at: when its last gradient was counted, by the run's clock.
     """
 
@@ -33,6 +37,8 @@ class WorkerObservation:
     compute_seconds_sum: float = 0.0
     ticket_seconds: float = 0.0
     gradient_norm: float = 0.0
+    refused: int = 0
+    refused_share: float = 0.0
     pushed_at: float | None = None
 
     def counted(self, push: Push, delay: int, now: float, ticket_seconds: float) -> None:
@@ -45,6 +51,12 @@ class WorkerObservation:
         self.compute_seconds_sum += push.compute_seconds
         self.pushed_at = now
         self.ticket_seconds = ticket_seconds
+        self.refused_share -= _SHARE_SMOOTHING * self.refused_share
+
+    def refuse(self) -> None:
+        """A gradient came that was not finite or too large."""
+        self.refused += 1
+        self.refused_share += _SHARE_SMOOTHING * (1 - self.refused_share)
 
     def apply(self, push: Push, norm: float) -> None:
         """It was applied."""

@@ -16,7 +16,7 @@ from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, Finished, NonFinite, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
 from ormo_server.service import messages
@@ -268,7 +268,7 @@ class Servicer:
     def _warn(self, refusal: OrmoError, requester: Requester) -> None:
         # A worker that has diverged has every gradient refused: one line now and then tells it.
         now = time.monotonic()
-        if isinstance(refusal, NonFinite) and now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
+        if isinstance(refusal, NonFinite | NormTooLarge) and now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
             self._warned = now
             about = Fields(
                 worker=requester.worker, slot=requester.slot, request=requester.request, reason=refusal.reason
