@@ -59,6 +59,20 @@ class ServerSettings(TrainingSettings):
     exit_when_finished: bool = Field(False, description="exit at the end of the run instead of staying up for readers")
     checkpoint_seconds: float = Field(60.0, gt=0, description="time between checkpoints")
     checkpoints_kept: int = Field(3, ge=1, description="how many of the last checkpoints stay on disk")
+    journal: bool = Field(
+        False, description="keep every input since the last checkpoint on disk, so that a crash loses nothing"
+    )
+    journal_fsync: Literal["always", "interval", "off"] = Field(
+        "always",
+        description="when the journal is made safe from a power cut: before each answer, once a second, or when the "
+        "system sees fit; a crash of the server alone loses nothing in any case",
+    )
+    journal_max_bytes: ByteSize = Field(
+        ByteSize(4 << 30),
+        gt=0,
+        description="write a checkpoint, and begin the journal anew, when it has grown to this, such as 512MiB: bounds "
+        "the time of a restart; gradients wait while it is twice as large",
+    )
     drain_seconds: float = Field(20.0, gt=0, description="how long exchanges under way may take to end on SIGTERM")
     memory_limit: ByteSize | None = Field(
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"

@@ -46,6 +46,7 @@ AFTER_REASON = {
     Reason.BAD_MANIFEST: Step.FAIL,
     Reason.BAD_PAYLOAD: Step.FAIL,
     Reason.BAD_REQUEST: Step.FAIL,
+    Reason.DISK_FULL: Step.SEND_AGAIN,
     Reason.DRAINING: Step.SEND_AGAIN,
     Reason.FINISHED: Step.FINISHED,
     Reason.INTERNAL: Step.SEND_AGAIN,  # what stopped on a bug or a full disk restores itself and answers again

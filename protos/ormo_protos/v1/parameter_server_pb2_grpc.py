@@ -93,7 +93,7 @@ class ParameterServerServicer(object):
         REPLACED: a newer incarnation of this worker id has joined; give up.
         FINISHED: the run is over.
         UNSOUND_WORKER: too many gradients of this process were refused; give up.
-        RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
+        RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +118,8 @@ class ParameterServerServicer(object):
         UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
         than one already used. FINISHED: no more tickets.
-        RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
+        RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
+        RetryInfo says when to come back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +141,7 @@ class ParameterServerServicer(object):
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
         INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
-        RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
+        RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
         ABORTED              SUPERSEDED: a newer stream of the same slot took over.
         CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
         server began to drain: try again on a new stream.

@@ -63,7 +63,7 @@ class ParameterServerStub:
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
-      RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
+      RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
     """
     OfferModel: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
@@ -80,7 +80,8 @@ class ParameterServerStub:
       UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
-      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
+                           RetryInfo says when to come back.
     """
     PushGradient: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
@@ -94,7 +95,7 @@ class ParameterServerStub:
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
-      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -131,7 +132,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
-      RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
+      RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
     """
     OfferModel: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]  # type: ignore[assignment]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
@@ -148,7 +149,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
-      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
+                           RetryInfo says when to come back.
     """
     PushGradient: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]  # type: ignore[assignment]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
@@ -162,7 +164,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
-      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -202,7 +204,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
                                REPLACED: a newer incarnation of this worker id has joined; give up.
                                FINISHED: the run is over.
                                UNSOUND_WORKER: too many gradients of this process were refused; give up.
-          RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already.
+          RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
         """
 
     @_abc_1.abstractmethod
@@ -231,7 +233,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                                than one already used. FINISHED: no more tickets.
-          RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; RetryInfo says when to come back.
+          RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
+                               RetryInfo says when to come back.
         """
 
     @_abc_1.abstractmethod
@@ -257,7 +260,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
-          RESOURCE_EXHAUSTED   TOO_MANY_STREAMS.
+          RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                                server began to drain: try again on a new stream.

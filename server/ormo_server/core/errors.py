@@ -42,6 +42,12 @@ class BadRequest(OrmoError):
     reason = Reason.BAD_REQUEST
 
 
+class DiskFull(OrmoError):
+    """There is no room to keep what came: the same again later."""
+
+    reason = Reason.DISK_FULL
+
+
 class Draining(OrmoError):
     """The server is about to stop."""
 

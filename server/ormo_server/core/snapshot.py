@@ -59,11 +59,24 @@ def take(machine: StateMachine) -> Snapshot:
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
     fields["departed"] = dict(state.departed)
+    fields["waiting"] = [list(key) for key in state.waiting]
     return Snapshot({name: view.clone() for name, view in views.items()}, fields)
 
 
+def resume(run: Run, snapshot: Snapshot) -> StateMachine:
+    """The very machine that a snapshot was taken of, down to who waited: for what came after it to be done again.
+
+    Args:
+        run: the settings that were in force.
+        snapshot: taken over, not copied.
+    """
+    state = _state(run, snapshot)
+    state.waiting = dict.fromkeys((worker, slot) for worker, slot in snapshot.fields["waiting"])
+    return StateMachine(run, state)
+
+
 def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> StateMachine:
-    """The machine that a snapshot was taken of.
+    """The machine that a snapshot was taken of, as a server goes on with it. Nobody waits: streams have ended.
 
     Args:
         run: the settings to go on with.

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry
 from ormo_server.metrics.calls import Calls
 from ormo_server.metrics.families import Families
 from ormo_server.metrics.gradients import Gradients
+from ormo_server.metrics.journal import JournalMetrics
 from ormo_server.metrics.process import Process
 from ormo_server.metrics.run import RunCollector
 from ormo_server.metrics.traffic import Traffic
@@ -28,6 +29,7 @@ class Metrics:
         traffic: what comes and goes, and how long its stages take.
         upkeep: locks, members, background work.
         checkpoints: where the run is safe.
+        journal: what came since.
         streams: how many are open.
         calls: gRPC's.
         process: build, settings, memory.
@@ -41,6 +43,7 @@ class Metrics:
         self.traffic = Traffic(families)
         self.upkeep = Upkeep(families)
         self.checkpoints = Checkpoints(families)
+        self.journal = JournalMetrics(families)
         self.streams = Streams(families)
         self.calls = Calls(self.registry)
         self.process = Process(families, self.registry)

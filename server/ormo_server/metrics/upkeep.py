@@ -6,7 +6,7 @@ from ormo_server.metrics.families import SECONDS, Families
 
 # A checkpoint of a large model to a slow disk takes minutes.
 _CHECKPOINT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-WORKS = ("expiry", "checkpoints", "trace")
+WORKS = ("expiry", "checkpoints", "trace", "journal")
 
 
 class Upkeep:
@@ -24,7 +24,7 @@ class Upkeep:
         self.expired_tickets = families.counter("expired_tickets", "Tickets of live workers that were out too long.")
         self.failures = families.counter(
             "upkeep_failures",
-            "Background work that failed: ending leases, writing checkpoints, writing the trace.",
+            "Background work that failed: ending leases, writing checkpoints, the trace or the journal.",
             "work",
             known=[(work,) for work in WORKS],
         )

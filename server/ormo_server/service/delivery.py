@@ -21,6 +21,7 @@ class Delivery:
         ticket: None for readers.
         payload: None if nothing is newer than what the reader has.
         copy: that fills the payload; None if it is full.
+        position: in the journal, of what it follows from.
     """
 
     epoch: int
@@ -29,6 +30,7 @@ class Delivery:
     ticket: Ticket | None
     payload: Payload | None
     copy: Copy | None = None
+    position: int = 0
 
     def chunks(self) -> Iterator[Chunk]:
         """The payload in pieces, each as soon as it is there."""

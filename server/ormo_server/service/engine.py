@@ -18,11 +18,12 @@ from ormo_server.core import membership
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Input, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member, PushResult, State, Ticket
 from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Journal, NoJournal, StoredGradient
 from ormo_server.metrics import Metrics
 from ormo_server.service.copies import Copies
 from ormo_server.service.delivery import Delivery, Waiter
@@ -50,6 +51,7 @@ class Engine:
         lease_seconds: how long a worker may be silent.
         ticket_timeout: seconds that a live worker may keep a ticket; None: the scheduler's choice.
         bounds: of gradients.
+        journal: what inputs are recorded in, and waited for before anybody hears of what followed from them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Engine:
         lease_seconds: float,
         ticket_timeout: float | None = None,
         bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
+        journal: Journal | NoJournal = NoJournal(),  # noqa: B008 - it has no state
     ) -> None:
         self.manifest = manifest
         self.observations = Observations()
@@ -75,6 +78,9 @@ class Engine:
         self._waiters: dict[SlotKey, Waiter] = {}
         self._copies = Copies(metrics.traffic.stage["copy"])
         self._bounds = bounds
+        self._journal = journal
+        if isinstance(journal, Journal):
+            machine.listener = _both(machine.listener, journal.take)
         self._unsound = UnsoundWorkers()
         self._leases = Leases(lease_seconds)
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
@@ -101,7 +107,8 @@ class Engine:
                 self.observations.joined(worker)
                 self._metrics.upkeep.joins.inc()
             self._pass_on()
-            size, live_slots = machine.bucket_size, machine.state.live_slots
+            size, live_slots, position = machine.bucket_size, machine.state.live_slots, self._journal.position
+        self._journal.settle(position)
         if member is not known:
             about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
             log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size, extra=about)
@@ -134,6 +141,9 @@ class Engine:
             for key in returned:
                 machine.return_ticket(self._clock(), worker, incarnation, key)
             self._pass_on()
+            position = self._journal.position
+        if returned:
+            self._journal.settle(position)
 
     def leave(self, worker: str, incarnation: int) -> None:
         """A worker gives up its lease."""
@@ -142,6 +152,8 @@ class Engine:
             if left:
                 self._forget(worker)
             self._pass_on()
+            position = self._journal.position
+        self._journal.settle(position)
         if left:
             about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
             log.info("worker %s left", worker, extra=about)
@@ -220,31 +232,59 @@ class Engine:
         if push is not None and self._bounds.clips and self._bounds.exceeded_by(push):
             push = self._bounds.clipped(push)  # before the lock: it is a walk over the gradient
             self._metrics.gradients.clipped()
-        outcome = self._exchange(requester, push, wish, still_current)
+        stored = self._stored(push)
+        try:
+            outcome, position = self._exchange(requester, push, stored, wish, still_current)
+        finally:
+            self._journal.release(stored)
+        self._settle(outcome, position)
         if push is not None and log.isEnabledFor(logging.DEBUG):
             _tell(requester, push, outcome)
         return outcome
+
+    def _stored(self, push: Push | None) -> StoredGradient | None:
+        if push is None or push.norm is None or self._bounds.exceeded_by(push):
+            return None
+        return self._journal.store(push.payload)
+
+    def _settle(self, outcome: Outcome, position: int) -> None:
+        try:
+            self._journal.settle(position)
+        except OrmoError:
+            if outcome.waiter is not None:
+                self.withdraw(outcome.waiter)
+            raise
+
+    def settle(self, delivery: Delivery) -> None:
+        """Return when all that led to this delivery is as safe as it will be: no earlier may it be sent.
+
+        Raises:
+            DiskFull, NotReady: see `Journal.settle`.
+        """
+        self._journal.settle(delivery.position)
 
     def _exchange(
         self,
         requester: Requester,
         push: Push | None,
+        stored: StoredGradient | None,
         wish: Payload | None,
         still_current: Callable[[], bool],
-    ) -> Outcome:
+    ) -> tuple[Outcome, int]:
         with self._inputs:
             waited = self._lock.waited_seconds + (self._copies.finish() if push else 0.0)
             self._metrics.traffic.stage["lock"].observe(waited)
             if not still_current():
                 raise superseded(requester.slot_key)
             self._refuse_unsound(requester.worker, requester.incarnation)
+            self._journal.announce(stored)
             result, refusal = self._push(requester, push) if push else (None, None)
             try:
-                waiter = self._request(requester, wish) if wish else None
+                outcome = Outcome(result, refusal, self._request(requester, wish) if wish else None)
             except Finished as over:
                 self._metrics.traffic.pull_refused(over.reason)
-                return Outcome(result, refusal, finished=True)
-            return Outcome(result, refusal, waiter)
+                outcome = Outcome(result, refusal, finished=True)
+            return outcome, self._journal.position
 
     def _push(self, requester: Requester, push: Push) -> tuple[PushResult | None, OrmoError | None]:
         try:
@@ -380,8 +420,11 @@ class Engine:
             started = time.perf_counter()
             self._machine.write_delivery(granted, payload.parameters)
             self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
+            if state.rule.keeps_deliveries:
+                self._journal.delivered(granted.slot, payload.layout.dtype)
         self._metrics.traffic.ticketed.inc()
-        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy))
+        position = self._journal.position
+        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, position))
 
     def _copy_buffers(self, payload: Payload) -> None:
         if payload.layout.with_buffers:
@@ -400,12 +443,16 @@ class Engine:
             self._inputs.closed = True
         self._copies.close()
 
-    def snapshot(self) -> tuple[Snapshot, float]:
-        """A copy of the state, and the run's clock at that moment."""
+    def fail(self) -> None:
+        """What happens can't be recorded any more: refuse every input, and let the server stop."""
+        self._inputs.fail()
+
+    def snapshot(self) -> tuple[Snapshot, float, int | None]:
+        """A copy of the state, the run's clock at that moment, and the log of the journal that begins with it."""
         with self._lock:
             if self.broken.is_set():
                 raise NotReady("the state is broken and must not be kept; the server stops")
-            return take(self._machine), self._clock()
+            return take(self._machine), self._clock(), self._journal.begin_log()
 
     # What people see
 
@@ -458,6 +505,17 @@ class Engine:
             push_age_seconds=None if seen.pushed_at is None else now - seen.pushed_at,
             seen=replace(seen),
         )
+
+
+def _both(first: Callable[[Input], None] | None, second: Callable[[Input], None]) -> Callable[[Input], None]:
+    if first is None:
+        return second
+
+    def tell(taken: Input) -> None:
+        first(taken)
+        second(taken)
+
+    return tell
 
 
 def _tell(requester: Requester, push: Push, outcome: Outcome) -> None:

@@ -23,6 +23,7 @@ STATUS_CODES: dict[Reason, int] = {
     Reason.BAD_MANIFEST: code_pb2.INVALID_ARGUMENT,
     Reason.BAD_PAYLOAD: code_pb2.INVALID_ARGUMENT,
     Reason.BAD_REQUEST: code_pb2.INVALID_ARGUMENT,
+    Reason.DISK_FULL: code_pb2.RESOURCE_EXHAUSTED,
     Reason.DRAINING: code_pb2.UNAVAILABLE,
     Reason.FINISHED: code_pb2.FAILED_PRECONDITION,
     Reason.INTERNAL: code_pb2.INTERNAL,

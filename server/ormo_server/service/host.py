@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -15,19 +16,23 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
-from ormo_server.core.errors import BadManifest, MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Journal, NoJournal
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
 from ormo_server.service.exchange import is_finite
 from ormo_server.service.model_offers import ModelOffers
+from ormo_server.service.recovery import Recovered, recovered
 from ormo_server.service.soundness import Bounds
 from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError, size_bytes
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
+
+_HARMLESS = "the next checkpoint tries again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,10 @@ class RunHost:
         self._writing = threading.Lock()
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
+        self._journal: Journal | NoJournal = NoJournal()
         metrics.process.settings(settings.described())
         metrics.checkpoints.every(settings.checkpoint_seconds)
+        metrics.journal.size(lambda: self._journal.size_bytes)
         try:
             if settings.trace is not None:
                 self._trace = TraceWriter(settings.trace, metrics.upkeep.failures.labels("trace").inc)
@@ -80,9 +87,10 @@ class RunHost:
             raise
 
     def close(self) -> None:
-        """Finish the trace, and let another server have the directory."""
+        """Finish the trace and the journal, and let another server have the directory."""
         if self._trace is not None:
             self._trace.close()
+        self._journal.close()
         self._directory_lock.release()
 
     @property
@@ -112,25 +120,83 @@ class RunHost:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._check_memory(checkpoint.manifest)
-        self.clock = RunClock(checkpoint.clock_seconds)
         _warn_if_bits_may_differ(checkpoint)
-        machine = self._restored(checkpoint, keep_tickets=checkpoint.drained)
+        found = recovered(checkpoint, self._journal_directory)
+        if found.damage:
+            log.error("the journal is damaged, and what came after is lost, with all tickets: %s", found.damage)
+        self.clock = RunClock(found.clock_seconds)
+        machine = self._restored(found, keep_tickets=found.complete)
         try:
             self._write_first(machine, checkpoint.manifest)
         except StoreError as error:
+            if self.settings.journal:
+                raise  # what is recorded from now on would follow from a state that is nowhere on disk
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
-            machine = self._restored(checkpoint, keep_tickets=False)
+            machine = self._restored(found, keep_tickets=False)
+        else:
+            self._forget_older_journal(found.damage)
         self._serve(machine, checkpoint.manifest, fresh=False)
 
-    def _restored(self, checkpoint: Checkpoint, *, keep_tickets: bool) -> StateMachine:
-        machine = snapshot.restore(self._run, checkpoint.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
+    def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
+        machine = snapshot.restore(self._run, found.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
         log.info(
             "restored iteration %d from %s (%s)",
             machine.state.iteration,
             self.settings.directory,
-            "drained: tickets stay good" if keep_tickets else "not drained: all tickets are void",
+            "nothing came after it: tickets stay good"
+            if keep_tickets
+            else "something may be lost: all tickets are void",
         )
         return machine
+
+    # The journal
+
+    @property
+    def _journal_directory(self) -> Path:
+        return self.settings.directory / "journal"
+
+    def _open_journal(self) -> None:
+        if not self.settings.journal or isinstance(self._journal, Journal):
+            return
+        try:
+            self._journal = Journal(
+                self._journal_directory,
+                self.settings.journal_fsync,
+                int(self.settings.journal_max_bytes),
+                self._journal_failed,
+                self.metrics.journal.commit_seconds.observe,
+            )
+        except OSError as error:
+            raise StoreError(f"the journal in {self._journal_directory} can't be written ({error})") from error
+
+    def _journal_failed(self) -> None:
+        if self._engine is not None:
+            self._engine.fail()
+
+    def _forget_older_journal(self, damage: str) -> None:
+        """The state is in a checkpoint now. A damaged journal is kept, for people."""
+        older = self._journal_directory
+        if not older.exists():
+            return
+        aside = older.with_name(f"journal-damaged-{self._epoch:016x}")
+        if damage:
+            aside.mkdir()
+            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        if isinstance(self._journal, Journal):
+            keep = (lambda path: path.rename(aside / path.name)) if damage else Path.unlink
+            self._journal.forget_before(self._journal.log, keep)
+        elif damage:
+            older.rename(aside)
+        else:
+            shutil.rmtree(older, ignore_errors=True)
+
+    def relieve_journal(self) -> bool:
+        """Write a checkpoint if the journal has grown to its bound.
+
+        Returns:
+            Whether it is below it now.
+        """
+        return not self._journal.full or self.checkpoint()
 
     def _load(self, path: Path) -> None:
         weights = ModelFile.load(path)
@@ -203,12 +269,14 @@ class RunHost:
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
         # not be good a second time.
         started = time.perf_counter()
+        self._open_journal()
         first = Checkpoint(
             snapshot.take(machine),
             manifest,
             drained=False,
             clock_seconds=self.clock(),
             settings=self._settings_as_json(),
+            journal_log=self._journal.log,
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
 
@@ -227,6 +295,7 @@ class RunHost:
                 self.settings.over_norm == "clip",
                 self.settings.max_refused_share,
             ),
+            journal=self._journal,
         )
 
     def _check_memory(self, manifest: Manifest) -> None:
@@ -267,24 +336,35 @@ class RunHost:
             return True
         with self._writing:
             last = self.last_checkpoint
-            if not drained and last is not None and (last.epoch, last.iteration) == self._engine.position():
+            as_before = last is not None and (last.epoch, last.iteration) == self._engine.position()
+            if as_before and not drained and not self._journal.full:
                 return True
             return self._write_current(self._engine, drained=drained)
 
     def _write_current(self, engine: Engine, *, drained: bool) -> bool:
         started = time.perf_counter()
         try:
-            state, clock_seconds = engine.snapshot()
-            checkpoint = Checkpoint(state, engine.manifest, drained, clock_seconds, self._settings_as_json())
+            state, clock_seconds, journal_log = engine.snapshot()
+            self._journal.settle(self._journal.position)  # the log that it names must be there
+            checkpoint = Checkpoint(
+                state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
+            )
             path = self._store.write(checkpoint)
-        except (StoreError, NotReady) as error:
+        except (StoreError, NotReady, DiskFull) as error:
             self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             return False
+        self._forget_journal_before(journal_log)
         seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
         about = Fields(iteration=state.fields["iteration"], seconds=seconds, path=str(path))
         log.info("checkpoint %s in %.2f s", path, seconds, extra=about)
         return True
+
+    def _forget_journal_before(self, log_number: int | None) -> None:
+        try:
+            self._journal.forget_before(log_number)
+        except OSError as error:
+            log.warning("files of the journal that are no longer needed can't be removed (%s): %s", error, _HARMLESS)
 
     def _note_checkpoint(self, path: Path, epoch: int, iteration: int, started: float) -> float:
         seconds = time.perf_counter() - started

@@ -17,7 +17,7 @@ class Inputs:
 
     Attributes:
         closed: every input is refused from now on.
-        broken: set if the state may be half changed: nothing may be served, or kept, from it.
+        broken: set if the state may be half changed, or can't be kept: nothing may be served, or kept, from it.
     """
 
     def __init__(self, machine: StateMachine, lock: TimedLock) -> None:
@@ -35,6 +35,10 @@ class Inputs:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, OrmoError):
-            self.closed = True
-            self.broken.set()
+            self.fail()
         self._lock.__exit__()
+
+    def fail(self) -> None:
+        """The state must not be used any more."""
+        self.closed = True
+        self.broken.set()

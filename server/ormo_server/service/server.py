@@ -30,6 +30,9 @@ LIVENESS_NAME = "liveness"
 # Calls that hold no thread for long (Join, heartbeats, health, status) share these.
 _RESERVE_THREADS = 16
 _PING_SECONDS = 10.0
+# How often the journal's size is looked at, and how long a full disk is left alone.
+_RELIEF_SECONDS = 0.2
+_FULL_SECONDS = 5.0
 
 
 class AddressInUseError(OSError):
@@ -88,6 +91,7 @@ class Server:
         self._stopping = threading.Event()
         self._upkeep = self._repeating("expiry", min(1.0, settings.failure_timeout / 4), self._expire)
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
+        self._relief = self._repeating("journal", _RELIEF_SECONDS, self._relieve_journal)
         self._health = health.HealthServicer()
         self._grpc = self._grpc_server()
         self._export()
@@ -125,6 +129,8 @@ class Server:
         self._grpc.start()
         self._upkeep.start()
         self._checkpoints.start()
+        if self.settings.journal:
+            self._relief.start()
 
     def _bind(self) -> str:
         host = self.settings.listen.rpartition(":")[0]
@@ -170,6 +176,10 @@ class Server:
         if self.host.has_model and not self.host.engine.broken.is_set():
             for worker, incarnation in self.host.engine.expire():
                 self.streams.end_worker(worker, incarnation)
+
+    def _relieve_journal(self) -> None:
+        if not self.host.relieve_journal():
+            self._stopping.wait(_FULL_SECONDS)
 
     # At the end
 

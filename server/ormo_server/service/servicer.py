@@ -193,7 +193,7 @@ class Servicer:
 
     def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter, extras: "Extras") -> Answers:
         try:
-            delivery = self._waited(stream, waiter)
+            delivery = self._waited(stream, engine, waiter)
         except Finished:
             yield _finished(engine)
             return
@@ -250,14 +250,16 @@ class Servicer:
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")
             with _WithdrawnAtEnd(engine, outcome.waiter):
-                yield engine, self._waited(stream, outcome.waiter)
+                yield engine, self._waited(stream, engine, outcome.waiter)
 
-    def _waited(self, stream: OpenStream, waiter: Waiter) -> Delivery:
+    def _waited(self, stream: OpenStream, engine: Engine, waiter: Waiter) -> Delivery:
         started = time.perf_counter()
         try:
-            return stream.wait(waiter) if waiter.delivery is None else waiter.wait()
+            delivery = stream.wait(waiter) if waiter.delivery is None else waiter.wait()
         finally:
             self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
+        engine.settle(delivery)
+        return delivery
 
     # What the methods share
 

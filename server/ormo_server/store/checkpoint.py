@@ -48,6 +48,7 @@ class Checkpoint:
         drained: nothing was applied after it, so tickets in flight and kept results stay good.
         clock_seconds: the run's clock.
         settings: of the server, as JSON holds them; they inform, a restore does not use them.
+        journal_log: number of the journal's log that begins with it; None without a journal.
         format_version: of the files.
         torch_version: a replay gives the same bits on the same build only.
         cpu_capability: which vector instructions torch used, for the same reason.
@@ -58,6 +59,7 @@ class Checkpoint:
     drained: bool
     clock_seconds: float
     settings: Mapping[str, Any]
+    journal_log: int | None = None
     format_version: int = FORMAT_VERSION
     torch_version: str = field(default_factory=_torch_version)
     cpu_capability: str = field(default_factory=torch.backends.cpu.get_cpu_capability)
@@ -119,6 +121,7 @@ def _document_text(checkpoint: Checkpoint) -> str:
         "drained": checkpoint.drained,
         "clock_seconds": checkpoint.clock_seconds,
         "settings": dict(checkpoint.settings),
+        "journal_log": checkpoint.journal_log,
         "fields": checkpoint.snapshot.fields,
         "manifest": checkpoint.manifest.to_json(),
     }

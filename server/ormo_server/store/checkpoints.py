@@ -72,7 +72,7 @@ class CheckpointStore:
                 continue
             for failure in failures:
                 log.error("corrupt checkpoint: %s; %s is used instead, what came after it is lost", failure, path)
-            return replace(checkpoint, drained=False) if failures else checkpoint
+            return replace(checkpoint, drained=False, journal_log=None) if failures else checkpoint
         if failures:
             raise StoreError(
                 f"none of the {len(failures)} checkpoints in {self._directory} is whole (the newest: {failures[0]}): "

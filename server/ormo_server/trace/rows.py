@@ -197,16 +197,20 @@ class _PushedRow(_InputRow):
         )
 
 
-AnyRow = Start | _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow
+InputRow = Annotated[
+    _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow, Field(discriminator="event")
+]
+AnyRow = Start | InputRow
 
 
 def line_of(entry: Start | Input) -> bytes:
     """The line that an entry becomes."""
-    row = entry if isinstance(entry, Start) else _row(entry)
+    row = entry if isinstance(entry, Start) else row_of(entry)
     return row.model_dump_json().encode() + b"\n"
 
 
-def _row(taken: Input) -> _InputRow:
+def row_of(taken: Input) -> InputRow:
+    """The row of an input."""
     match taken:
         case Pushed():
             return _pushed(taken)

@@ -1,0 +1,150 @@
+"""The files that gradients' payloads are kept in."""
+
+import os
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ormo_protos.tensors import Payload
+from ormo_server.journal.log_file import new_file
+from ormo_server.journal.no_room import disk_full
+from ormo_server.journal.records import GRADIENTS_NAME, StoredGradient, gradients_path, numbered
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    """Each place in it is one gradient's, written once.
+
+    Attributes:
+        number: in its name.
+        descriptor: of the open file.
+        end: bytes given out so far.
+        users: gradients whose exchange is not over.
+        last_log: the newest log that names a gradient of it.
+        unsynced: written to since the last fsync.
+    """
+
+    number: int
+    descriptor: int
+    end: int = 0
+    users: int = 0
+    last_log: int = 0
+    unsynced: bool = False
+
+
+class GradientFiles:
+    """Takes payloads from many threads at once.
+
+    Args:
+        directory: of the journal.
+        max_bytes: no more is taken while there is more than this.
+
+    Attributes:
+        size_bytes: of all its files.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._next = 1 + max(numbered(directory, GRADIENTS_NAME), default=0)
+        self._lock = threading.Lock()
+        self._files: dict[int, _File] = {}
+        self._current: _File | None = None
+        self.size_bytes = 0
+
+    def store(self, payload: Payload) -> StoredGradient:
+        """Write a payload. Its file stays until `release` at least.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        layout, memory = payload.layout, payload.memory
+        try:
+            file, offset = self._place(layout.total_bytes)
+        except OSError as error:
+            raise disk_full(self._directory, error.strerror) from error
+        try:
+            _write(file.descriptor, memory, offset)
+        except OSError as error:
+            self._done_with(file)
+            raise disk_full(self._directory, error.strerror) from error
+        file.unsynced = True  # from now on: an fsync before would not have had it
+        return StoredGradient(
+            file=file.number,
+            offset=offset,
+            size=layout.total_bytes,
+            checksum=zlib.crc32(memory),
+            dtype=layout.dtype,
+            with_buffers=layout.with_buffers,
+        )
+
+    def _place(self, size: int) -> tuple[_File, int]:
+        with self._lock:
+            if self.size_bytes > self._max_bytes:
+                raise disk_full(
+                    self._directory, f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
+                )
+            if self._current is None:
+                self._current = _File(self._next, new_file(gradients_path(self._directory, self._next)))
+                self._files[self._next] = self._current
+                self._next += 1
+            file = self._current
+            offset = file.end
+            file.end += size
+            file.users += 1
+            self.size_bytes += size
+            return file, offset
+
+    def release(self, stored: StoredGradient) -> None:
+        """The exchange is over: the payload is needed only if a log names it."""
+        self._done_with(self._files[stored.file])
+
+    def _done_with(self, file: _File) -> None:
+        with self._lock:
+            file.users -= 1
+
+    def named(self, stored: StoredGradient, log: int) -> None:
+        """A line of this log names it."""
+        self._files[stored.file].last_log = log
+
+    def begin_file(self) -> None:
+        """What comes from now on goes into a new file; else one that is always in use could never go."""
+        with self._lock:
+            self._current = None
+
+    def sync(self) -> None:
+        """Return when all that was stored so far is on the disk."""
+        with self._lock:
+            files = [file for file in self._files.values() if file.unsynced]
+            for file in files:
+                file.unsynced = False
+        for file in files:
+            os.fdatasync(file.descriptor)
+
+    def let_go_before(self, log: int) -> list[Path]:
+        """The files that only older logs name, and those of earlier servers: nobody uses them any more.
+
+        Not to be called while `sync` is.
+        """
+        with self._lock:
+            old = [file for file in self._files.values() if self._is_needless(file, log)]
+            for file in old:
+                os.close(file.descriptor)
+                self.size_bytes -= self._files.pop(file.number).end
+            found = numbered(self._directory, GRADIENTS_NAME)
+            return [path for number, path in found.items() if number not in self._files]
+
+    def _is_needless(self, file: _File, log: int) -> bool:
+        return file is not self._current and not file.users and file.last_log < log
+
+    def close(self) -> None:
+        """Let the files go."""
+        for file in self._files.values():
+            os.close(file.descriptor)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,37 @@
+"""What a run without a journal has in its place."""
+# ruff: noqa: D102 - `Journal` says what they do
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ormo_protos.tensors import Payload
+from ormo_server.core.inputs import Input
+from ormo_server.core.keys import SlotKey
+from ormo_server.journal.records import StoredGradient
+
+
+class NoJournal:
+    """As `Journal`, and keeps nothing."""
+
+    log = None
+    position = 0
+    size_bytes = 0
+    full = False
+
+    def store(self, payload: Payload) -> StoredGradient | None: ...
+
+    def release(self, stored: StoredGradient | None) -> None: ...
+
+    def announce(self, stored: StoredGradient | None) -> None: ...
+
+    def take(self, taken: Input) -> None: ...
+
+    def delivered(self, slot: SlotKey, dtype: int) -> None: ...
+
+    def begin_log(self) -> None: ...
+
+    def settle(self, position: int) -> None: ...
+
+    def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None: ...
+
+    def close(self) -> None: ...

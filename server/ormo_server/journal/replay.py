@@ -1,0 +1,86 @@
+"""Does again what the journal says, and ends with the very same bits."""
+
+from collections.abc import Iterable
+
+import torch
+
+from ormo_protos.tensors import Payload, torch_dtype
+from ormo_server.core.events import Granted
+from ormo_server.core.inputs import Gradient, Input, Joined, Left, Pushed, Requested, Returned, Withdrawn
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal.records import Delivered, Record
+from ormo_server.store import StoreError
+
+
+def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None]], clock_seconds: float) -> float:
+    """Give a machine the recorded inputs.
+
+    Args:
+        machine: as it was when the first of them came.
+        records: see `Reading`.
+        clock_seconds: of the run at that moment.
+
+    Returns:
+        The run's clock at the last input.
+
+    Raises:
+        StoreError: an input has another outcome than it had.
+    """
+    granted: dict[SlotKey, Granted] = {}
+    for number, (record, payload) in enumerate(records, start=1):
+        try:
+            if record.input is not None:
+                taken = record.input.input(machine.state.epoch)
+                same = _feed(machine, taken, payload)
+                clock_seconds = max(clock_seconds, getattr(taken, "now", clock_seconds))
+                granted |= {event.slot: event for event in machine.take_events() if isinstance(event, Granted)}
+            else:
+                same = _deliver(machine, granted, record.delivered)
+        except Exception as error:
+            raise _differs(number, record, f"it fails ({type(error).__name__}: {error})") from error
+        if not same:
+            raise _differs(number, record, "its outcome is another one")
+    return clock_seconds
+
+
+def _feed(machine: StateMachine, taken: Input, payload: Payload | None) -> bool:
+    match taken:
+        case Joined(now, worker, incarnation, slots):
+            machine.join(now, worker, incarnation, slots)
+        case Left(now, worker, incarnation):
+            return machine.leave(now, worker, incarnation)
+        case Requested(now, requester):
+            machine.request_ticket(now, requester)
+        case Withdrawn(slot):
+            machine.withdraw_request(slot)
+        case Returned(now, worker, incarnation, ticket):
+            return machine.return_ticket(now, worker, incarnation, ticket)
+        case Pushed(now, requester, ticket, samples, result):
+            assert payload is not None
+            with_buffers = payload.layout.with_buffers
+            gradient = Gradient(
+                ticket.key,
+                payload.parameters,
+                samples,
+                payload.float_buffers if with_buffers else None,
+                payload.int_buffers if with_buffers else None,
+            )
+            return machine.push(now, requester, gradient) == result
+    return True
+
+
+def _deliver(machine: StateMachine, granted: dict[SlotKey, Granted], delivered: Delivered | None) -> bool:
+    if delivered is None:
+        return False
+    out = torch.empty(machine.state.params.shape, dtype=torch_dtype(delivered.dtype))
+    machine.write_delivery(granted.pop((delivered.worker, delivered.slot)), out)
+    return True
+
+
+def _differs(number: int, record: Record, how: str) -> StoreError:
+    return StoreError(
+        f"record {number} of the journal ({record}) can't be done again as it was: {how}. Was it written by another "
+        "version of this program, of PyTorch, or on another processor? Start with those, or move the folder `journal` "
+        "away to go on from the last checkpoint"
+    )

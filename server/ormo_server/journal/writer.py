@@ -1,0 +1,242 @@
+"""Writes a journal."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ormo_protos.tensors import Payload
+from ormo_server.core.errors import NotReady
+from ormo_server.core.inputs import Input, Pushed
+from ormo_server.core.keys import SlotKey
+from ormo_server.journal.gradient_files import GradientFiles
+from ormo_server.journal.log_file import LogFile
+from ormo_server.journal.no_room import disk_full, is_full
+from ormo_server.journal.records import LOG_NAME, Delivered, StoredGradient, line_of, log_path, numbered
+from ormo_server.store.files import make_directory, sync
+
+log = logging.getLogger(__name__)
+
+Fsync = Literal["always", "interval", "off"]
+
+INTERVAL_SECONDS = 1.0
+
+
+class _Entry(NamedTuple):
+    """What a line will say. `taken` is None where a new log begins instead."""
+
+    taken: Input | Delivered | None
+    gradient: StoredGradient | None = None
+
+
+class Journal:
+    """Records a run's inputs.
+
+    Three groups of methods: `store` before the lock of whoever drives the core is taken, `announce` to `begin_log`
+    under it, and the rest after it.
+
+    Args:
+        directory: made if it is missing.
+        fsync: when what was written is made safe from a power cut: before every answer, once a second, or when the
+            system sees fit. From a crash of the process it is safe in any case.
+        max_bytes: a checkpoint is due when there is more; beyond twice this no gradient is taken.
+        on_failure: is called when the disk is broken: no answer may be given from then on.
+        on_commit: is told the seconds of each write.
+
+    Attributes:
+        log: number of the log that lines are put in now.
+        position: how many entries there are.
+
+    Raises:
+        OSError: the directory can't be used.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        fsync: Fsync,
+        max_bytes: int,
+        on_failure: Callable[[], object],
+        on_commit: Callable[[float], object],
+    ) -> None:
+        make_directory(directory)
+        self._directory = directory
+        self._fsync = fsync
+        self._max_bytes = max_bytes
+        self._on_failure = on_failure
+        self._on_commit = on_commit
+        self._gradients = GradientFiles(directory, 2 * max_bytes)
+        # Under the engine's lock.
+        self.log = 1 + max(numbered(directory, LOG_NAME), default=0)
+        self.position = 0
+        self._announced: StoredGradient | None = None
+        self._taken: deque[_Entry] = deque()
+        # One thread at a time writes for all.
+        self._committing = threading.Lock()
+        self._unwritten: deque[_Entry] = deque()
+        self._written = 0
+        self._safe = 0
+        self._failed = False
+        self._open_log = self.log
+        self._file = LogFile(log_path(directory, self.log))
+        self._closing = threading.Event()
+        self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
+        if fsync == "interval":
+            self._syncing.start()
+
+    # Before the lock
+
+    def store(self, payload: Payload) -> StoredGradient:
+        """Write a gradient's payload; it counts once its push is taken. Give it back with `release`.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        return self._gradients.store(payload)
+
+    # Under the lock
+
+    def announce(self, stored: StoredGradient | None) -> None:
+        """The payload of the push that may be taken next."""
+        self._announced = stored
+
+    def take(self, taken: Input) -> None:
+        """An input took effect."""
+        stored = None
+        if isinstance(taken, Pushed):
+            stored = self._announced
+            assert stored is not None
+            self._gradients.named(stored, self.log)
+        self._append(_Entry(taken, stored))
+
+    def delivered(self, slot: SlotKey, dtype: int) -> None:
+        """Parameters went out that the update rule keeps."""
+        self._append(_Entry(Delivered(worker=slot[0], slot=slot[1], dtype=dtype)))
+
+    def begin_log(self) -> int:
+        """Put what comes from now on into a new log; returns its number. A checkpoint of this moment names it."""
+        self.log += 1
+        self._append(_Entry(None))
+        self._gradients.begin_file()
+        return self.log
+
+    def _append(self, entry: _Entry) -> None:
+        self._taken.append(entry)
+        self.position += 1
+
+    # After the lock
+
+    def release(self, stored: StoredGradient | None) -> None:
+        """The gradient's exchange is over, whether it was taken or not."""
+        if stored is not None:
+            self._gradients.release(stored)
+
+    def settle(self, position: int) -> None:
+        """Return when the entries up to a position are as safe as they will be; many wait for one write.
+
+        Raises:
+            DiskFull: there is no room; nothing is lost, and a later call may do better.
+            NotReady: the disk is broken.
+        """
+        if position <= self._safe:
+            return
+        with self._committing:
+            if position <= self._safe:
+                return
+            started = time.perf_counter()
+            self._guarded(self._commit)
+            self._on_commit(time.perf_counter() - started)
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        if not self._failed:
+            try:
+                return act()
+            except OSError as error:
+                if is_full(error):
+                    raise disk_full(self._directory, error.strerror) from error
+                self._failed = True
+                log.critical("the journal in %s can't be written: %s", self._directory, error)
+        self._on_failure()
+        raise NotReady(f"the journal in {self._directory} can't be written: this server stops", retry_seconds=2.0)
+
+    def _commit(self) -> None:
+        for _ in range(len(self._taken)):
+            self._unwritten.append(self._taken.popleft())
+        if self._fsync == "always":
+            self._gradients.sync()  # first: a line must not be safe before what it names
+        self._write()
+        if self._fsync == "always":
+            self._file.sync()
+        self._safe = self._written
+
+    def _write(self) -> None:
+        while self._unwritten:
+            entries = list(takewhile(lambda entry: entry.taken is not None, self._unwritten))
+            if entries:
+                self._file.append(b"".join(line_of(taken, stored) for taken, stored in entries if taken is not None))
+            else:
+                self._turn_over()
+            for _ in entries or (None,):
+                self._unwritten.popleft()
+                self._written += 1
+
+    def _turn_over(self) -> None:
+        after = LogFile(log_path(self._directory, self._open_log + 1))
+        if self._fsync != "off":
+            self._file.sync()
+        self._file.close()
+        self._open_log, self._file = self._open_log + 1, after
+
+    def _sync_often(self) -> None:
+        while not self._closing.wait(INTERVAL_SECONDS):
+            with self._committing:
+                try:
+                    self._guarded(self._sync)
+                except NotReady:
+                    return
+
+    def _sync(self) -> None:
+        self._gradients.sync()
+        self._file.sync()
+
+    # Its size
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes written since the last checkpoint."""
+        return self._gradients.size_bytes + self._file.size_bytes
+
+    @property
+    def full(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self.size_bytes > self._max_bytes
+
+    def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None:
+        """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
+
+        Args:
+            log: that begins with the checkpoint.
+            dispose: takes away a file.
+
+        Raises:
+            OSError: a file can't be taken away.
+        """
+        assert log is not None
+        with self._committing:
+            gradients = self._gradients.let_go_before(log)
+        logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
+        for path in (*logs, *gradients):
+            dispose(path)
+        sync(self._directory)
+
+    def close(self) -> None:
+        """Let the files go; nothing may be stored or taken any more."""
+        self._closing.set()
+        if self._syncing.ident is not None:
+            self._syncing.join()
+        self._file.close()
+        self._gradients.close()

@@ -1,0 +1,89 @@
+"""A state machine whose inputs go into a journal, as those of the engine do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.driving import Driver
+from core.scripts import SIZE, START
+from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
+from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_server.core import snapshot
+from ormo_server.core.events import Granted
+from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.method import Run
+from ormo_server.core.snapshot import Snapshot
+from ormo_server.core.state import PushResult
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Fsync, Journal, Reading, replay
+
+MANIFEST = Manifest.laid_out(
+    [
+        TensorSpec("weight", (SIZE,), FLOAT32, PARAMETER),
+        TensorSpec("mean", (2,), FLOAT32, BUFFER),
+        TensorSpec("count", (), INT64, BUFFER),
+    ]
+)
+MUCH = 1 << 30
+
+
+def journal_in(directory: Path, fsync: Fsync = "off", max_bytes: int = MUCH, **calls: Any) -> Journal:
+    return Journal(directory, fsync, max_bytes, calls.get("on_failure", int), calls.get("on_commit", float))
+
+
+def payload_of(gradient: Gradient) -> Payload:
+    dtype = BFLOAT16 if gradient.values.dtype == torch.bfloat16 else FLOAT32
+    payload = Payload(PayloadLayout.of(MANIFEST, dtype, with_buffers=gradient.float_buffers is not None))
+    payload.parameters.copy_(gradient.values)
+    if gradient.float_buffers is not None and gradient.int_buffers is not None:
+        payload.float_buffers.copy_(gradient.float_buffers)
+        payload.int_buffers.copy_(gradient.int_buffers)
+    return payload
+
+
+class RecordedMachine(StateMachine):
+    """As the engine drives it: bytes first, then the input, then its line."""
+
+    journal: Journal
+
+    def push(self, now: float, requester: Requester, gradient: Gradient) -> PushResult:
+        stored = self.journal.store(payload_of(gradient))
+        self.journal.announce(stored)
+        try:
+            return super().push(now, requester, gradient)
+        finally:
+            self.journal.release(stored)
+
+    def write_delivery(self, granted: Granted, out: torch.Tensor) -> None:
+        super().write_delivery(granted, out)
+        if self.state.rule.keeps_deliveries:
+            self.journal.delivered(granted.slot, BFLOAT16 if out.dtype == torch.bfloat16 else FLOAT32)
+
+
+def recorded(run: Run, journal: Journal) -> Driver:
+    """The driver of a fresh machine that is recorded from its first input on."""
+    machine = RecordedMachine.fresh(run, START.clone(), torch.zeros(2), torch.zeros(1, dtype=torch.int64), epoch=7)
+    assert isinstance(machine, RecordedMachine)
+    machine.journal, machine.listener = journal, journal.take
+    return Driver(machine)
+
+
+def checkpoint(driver: Driver) -> tuple[Snapshot, int]:
+    """What a checkpoint of this moment would hold, and the log that begins with it."""
+    assert isinstance(driver.machine, RecordedMachine)
+    taken = snapshot.take(driver.machine)
+    return Snapshot(taken.tensors, json.loads(json.dumps(taken.fields))), driver.machine.journal.begin_log()
+
+
+def fresh_copy(taken: Snapshot) -> Snapshot:
+    return Snapshot({name: tensor.clone() for name, tensor in taken.tensors.items()}, taken.fields)
+
+
+def replayed(run: Run, taken: Snapshot, directory: Path, log: int) -> tuple[StateMachine, Reading]:
+    """The machine that comes back, and how the journal was read."""
+    machine = snapshot.resume(run, fresh_copy(taken))
+    reading = Reading(directory, log, MANIFEST)
+    replay(machine, reading, 0.0)
+    return machine, reading

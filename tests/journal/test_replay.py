@@ -1,0 +1,214 @@
+"""A checkpoint and what the journal says came after it give the very same bits, wherever the journal ends."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.driving import Driver, fingerprint, run_of
+from core.scripts import START, Command, carry_out, runs, stories
+from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, recorded, replayed
+from ormo_server.core import snapshot
+from ormo_server.core.method import Run
+from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Reading, replay
+from ormo_server.journal.records import gradients_path, log_path
+from ormo_server.store import StoreError
+
+
+@settings(max_examples=150, deadline=None)
+@given(run=runs(UPDATE_RULES), before=stories(), after=stories(), wire=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_story_since_any_checkpoint_comes_back_bit_for_bit(
+    run: Run, before: list[Command], after: list[Command], wire: torch.dtype
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = journal_in(Path(folder))
+        driver = recorded(run, journal)
+        driver.wire = wire
+        for command in before:
+            carry_out(driver, command)
+        taken, log = checkpoint(driver)
+        for command in after[4:]:  # without its joins
+            carry_out(driver, command)
+        journal.settle(journal.position)
+        journal.close()
+        again, reading = replayed(run, taken, Path(folder), log)
+        assert fingerprint(again) == fingerprint(driver.machine)
+        assert (reading.torn, reading.lost) == (False, "")
+        assert again.state.epoch == 7
+
+
+def a_story(driver: Driver) -> None:
+    driver.join("a")
+    driver.join("b", slots=2)
+    for worker, slot in (("a", 0), ("b", 0), ("b", 1)):
+        driver.request(worker, slot)
+    for value in range(1, 6):
+        mean, count = torch.tensor([0.5, value]), torch.tensor([value])
+        driver.push("b", START * value, value % 2, samples=value, float_buffers=mean, int_buffers=count)
+        driver.request("b", value % 2)
+        driver.exchange("a", 0.1 * value)
+    driver.hand_back("b", 1)
+    driver.leave("b")
+
+
+class Recording:
+    """A story in a journal, with what the state was after each of its lines."""
+
+    def __init__(self, directory: Path, run: Run) -> None:
+        self.directory, self.run = directory, run
+        journal = journal_in(directory)
+        driver = recorded(run, journal)
+        self.taken, self.log = checkpoint(driver)
+        self.states = [fingerprint(driver.machine)]
+        tell = driver.machine.listener
+        assert tell is not None
+        inputs: list[object] = []
+        driver.machine.listener = lambda taken: (tell(taken), inputs.append(taken))[0]
+        a_story(driver)
+        self.inputs = len(inputs)
+        self.end, self.clock_seconds = fingerprint(driver.machine), driver.now
+        journal.settle(journal.position)
+        journal.close()
+        self.path = log_path(directory, self.log)
+        self.gradients = gradients_path(directory, 1)
+        self.lines = self.path.read_bytes().splitlines(keepends=True)
+
+    def state_after(self, count: int) -> object:
+        """What the first lines lead to, by a journal that has no more."""
+        whole = self.path.read_bytes()
+        try:
+            self.path.write_bytes(b"".join(self.lines[:count]))
+            machine, reading = self.read()
+            assert (reading.records, reading.torn, reading.lost) == (count, False, "")
+            return fingerprint(machine)
+        finally:
+            self.path.write_bytes(whole)
+
+    def read(self) -> tuple[StateMachine, Reading]:
+        return replayed(self.run, self.taken, self.directory, self.log)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    return Recording(tmp_path, run_of())
+
+
+def test_the_story_has_a_line_for_each_input(recording: Recording) -> None:
+    assert len(recording.lines) == recording.inputs > 25
+    machine, reading = recording.read()
+    assert (fingerprint(machine), reading.records) == (recording.end, recording.inputs)
+
+
+def test_a_line_cut_short_at_any_byte_ends_the_journal_before_it(recording: Recording) -> None:
+    whole = b"".join(recording.lines)
+    for cut in [*range(0, len(whole), 97), len(whole) - 1]:
+        count = whole[:cut].count(b"\n")
+        expected = recording.state_after(count)
+        recording.path.write_bytes(whole[:cut])
+        machine, reading = recording.read()
+        at_a_line = whole[:cut] == b"".join(recording.lines[:count])
+        assert (reading.records, reading.torn, reading.lost) == (count, not at_a_line, "")
+        assert fingerprint(machine) == expected
+        recording.path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\xff" * 70_000, b"00000000 {}\n"])
+def test_rubbish_behind_the_last_line_is_what_a_crash_leaves(recording: Recording, tail: bytes) -> None:
+    recording.path.write_bytes(b"".join(recording.lines) + tail)
+    machine, reading = recording.read()
+    assert (fingerprint(machine), reading.torn, reading.lost) == (recording.end, True, "")
+
+
+def test_a_damaged_line_before_whole_ones_is_told_and_nothing_after_it_is_used(recording: Recording) -> None:
+    expected = recording.state_after(10)
+    lines = list(recording.lines)
+    lines[10] = lines[10].replace(b"e", b"f", 1)
+    recording.path.write_bytes(b"".join(lines))
+    machine, reading = recording.read()
+    assert (fingerprint(machine), reading.records, reading.torn) == (expected, 10, False)
+    assert "line 11 of" in reading.lost
+    assert "there are whole lines behind it" in reading.lost
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
+def test_a_damaged_gradient_ends_the_journal_before_its_push(recording: Recording, damage: str) -> None:
+    pushes = [at for at, line in enumerate(recording.lines) if b'"pushed"' in line]
+    expected = recording.state_after(pushes[0])
+    data = bytearray(recording.gradients.read_bytes())
+    if damage == "flipped":
+        data[3] ^= 1
+        recording.gradients.write_bytes(data)
+    elif damage == "short":
+        recording.gradients.write_bytes(data[:8])
+    else:
+        recording.gradients.unlink()
+    machine, reading = recording.read()
+    assert fingerprint(machine) == expected
+    assert f"line {pushes[0] + 1} of" in reading.lost
+
+
+def test_a_missing_log_is_told(recording: Recording) -> None:
+    recording.path.unlink()
+    machine, reading = recording.read()
+    assert fingerprint(machine) == recording.states[0]
+    assert reading.lost == f"inputs-00000002.log of {recording.directory} is missing"
+
+
+def test_a_log_missing_between_others_is_told(recording: Recording) -> None:
+    log_path(recording.directory, recording.log + 2).write_bytes(b"")
+    machine, reading = recording.read()
+    assert fingerprint(machine) == recording.end
+    assert "inputs-00000003.log" in reading.lost
+
+
+def test_logs_follow_each_other_where_a_checkpoint_failed(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    a_story(driver)
+    checkpoint(driver)  # which was never written
+    driver.exchange("a", 3.0)
+    journal.settle(journal.position)
+    journal.close()
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert fingerprint(machine) == fingerprint(driver.machine)
+    assert reading.records > 25
+
+
+def test_another_outcome_than_the_recorded_one_is_an_error(recording: Recording) -> None:
+    changed = run_of(discard_delay=1)
+    machine = snapshot.resume(changed, fresh_copy(recording.taken))
+    with pytest.raises(
+        StoreError, match=r"of the journal .* can't be done again as it was: its outcome is another one"
+    ):
+        replay(machine, Reading(recording.directory, recording.log, MANIFEST), 0.0)
+
+
+def test_the_clock_goes_on_where_it_was(recording: Recording) -> None:
+    machine = snapshot.resume(recording.run, fresh_copy(recording.taken))
+    seconds = replay(machine, Reading(recording.directory, recording.log, MANIFEST), 2.5)
+    assert seconds == recording.clock_seconds > 2.5
+    empty = snapshot.resume(recording.run, fresh_copy(recording.taken))
+    assert replay(empty, [], 2.5) == 2.5
+
+
+def test_waiting_slots_are_part_of_what_comes_back(tmp_path: Path) -> None:
+    run = run_of(scheduler="synchronous", min_workers=2)
+    journal = journal_in(tmp_path)
+    driver = recorded(run, journal)
+    driver.join("a")
+    driver.request("a")
+    taken, log = checkpoint(driver)
+    assert taken.fields["waiting"] == [["a", 0]]
+    driver.join("b")
+    driver.request("b")
+    assert driver.places["a", 0].granted is not None
+    journal.settle(journal.position)
+    journal.close()
+    machine, _ = replayed(run, taken, tmp_path, log)
+    assert fingerprint(machine) == fingerprint(driver.machine)

@@ -1,0 +1,351 @@
+"""The journal's files: what is written when, what goes when, and what a full or broken disk does."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.driving import Driver, fingerprint, run_of
+from journal.recording import checkpoint, journal_in, payload_of, recorded, replayed
+from ormo_server.core.errors import DiskFull, NotReady
+from ormo_server.journal import Journal, writer
+from ormo_server.journal.records import gradients_path, log_path
+
+ROOM = errno.ENOSPC
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def steps(driver: Driver, count: int = 3) -> None:
+    """Some inputs; those before them have been answered."""
+    if "a" not in driver.incarnations:
+        driver.join("a")
+        driver.request("a")
+    for value in range(count):
+        driver.exchange("a", 1.0 + value)
+
+
+def kind_of(descriptor: int) -> str:
+    kinds = {".log": "log", ".bin": "gradients"}
+    return kinds.get(Path(f"/proc/self/fd/{descriptor}").readlink().suffix, "directory")
+
+
+class Disk:
+    """Stands in for the system's calls; tells which came, on which file, and fails them when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.failing: dict[tuple[str, str], OSError] = {}
+        self.written_at_once = 1 << 30
+        self.before: Callable[[str, str], object] = lambda call, kind: None
+        self._pwrite = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self._write)
+        for call in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, call, self._synced(call, getattr(os, call)))
+
+    def fail(self, call: str, kind: str, number: int) -> None:
+        self.failing[call, kind] = OSError(number, os.strerror(number))
+
+    def _note(self, call: str, descriptor: int) -> str:
+        kind = kind_of(descriptor)
+        self.before(call, kind)
+        self.calls.append((call, kind))
+        if (call, kind) in self.failing:
+            raise self.failing[call, kind]
+        return kind
+
+    def _write(self, descriptor: int, data: Any, offset: int) -> int:
+        kind = kind_of(descriptor)
+        if ("pwrite", kind) in self.failing and self.failing["pwrite", kind].errno == ROOM:
+            self._pwrite(descriptor, bytes(data[:5]), offset)  # a disk fills up in the middle of a write
+        self._note("pwrite", descriptor)
+        return self._pwrite(descriptor, data[: self.written_at_once], offset)
+
+    def _synced(self, call: str, real: Callable[[int], None]) -> Callable[[int], None]:
+        def sync(descriptor: int) -> None:
+            self._note(call, descriptor)
+            real(descriptor)
+
+        return sync
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+# When
+
+
+def test_a_gradient_is_on_the_disk_before_its_line_and_its_line_before_the_answer(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    steps(driver, 1)
+    journal.settle(journal.position)
+    disk.calls.clear()
+    steps(driver, 1)
+    assert disk.calls == [("pwrite", "gradients")]
+    journal.settle(journal.position)
+    assert disk.calls[1:] == [("fdatasync", "gradients"), ("pwrite", "log"), ("fsync", "log")]
+
+
+def test_without_fsync_an_answer_waits_for_the_write_alone(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path, "off")
+    driver = recorded(run_of(), journal)
+    disk.calls.clear()
+    steps(driver, 1)
+    journal.settle(journal.position)
+    assert disk.calls == [("fsync", "directory"), ("pwrite", "gradients"), ("pwrite", "log")]
+
+
+def test_with_an_interval_all_of_it_is_on_the_disk_soon(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "INTERVAL_SECONDS", 0.01)
+    synced = threading.Event()
+    disk.before = lambda call, kind: synced.set() if (call, kind) == ("fsync", "log") else None
+    journal = journal_in(tmp_path, "interval")
+    driver = recorded(run_of(), journal)
+    steps(driver, 1)
+    journal.settle(journal.position)
+    synced.clear()
+    assert synced.wait(10)
+    assert ("fdatasync", "gradients") in disk.calls
+    journal.close()
+
+
+def test_what_is_settled_already_costs_nothing(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path, "always")
+    steps(recorded(run_of(), journal))
+    journal.settle(journal.position)
+    disk.calls.clear()
+    journal.settle(journal.position)
+    journal.settle(1)
+    assert disk.calls == []
+
+
+def test_one_write_and_one_fsync_serve_all_who_wait(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    steps(driver, 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(call: str, kind: str) -> None:
+        if (call, kind) == ("fsync", "log"):
+            begun.set()
+            assert go_on.wait(10)
+
+    disk.before = hold
+    threads = [threading.Thread(target=journal.settle, args=(journal.position,))]
+    threads[0].start()
+    assert begun.wait(10)
+    for _ in range(5):
+        steps(driver, 1)
+        threads.append(threading.Thread(target=journal.settle, args=(journal.position,)))
+        threads[-1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert disk.calls.count(("fsync", "log")) == 2
+
+
+# What goes
+
+
+def test_a_checkpoint_takes_away_what_it_holds(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    assert journal.size_bytes > 3 * 12
+    _, log = checkpoint(driver)
+    steps(driver)
+    journal.settle(journal.position)
+    assert names(tmp_path) == [
+        "gradients-00000001.bin",
+        "gradients-00000002.bin",
+        "inputs-00000001.log",
+        "inputs-00000002.log",
+    ]
+    journal.forget_before(log)
+    assert names(tmp_path) == ["gradients-00000002.bin", "inputs-00000002.log"]
+    assert journal.size_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_not_taken_yet_keeps_its_file(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    place = driver.places["a", 0]
+    assert place.granted is not None
+    gradient = driver.gradients[next(iter(driver.gradients))]
+    stored = journal.store(payload_of(gradient))
+    _, log = checkpoint(driver)
+    journal.settle(journal.position)
+    journal.forget_before(log)
+    assert "gradients-00000001.bin" in names(tmp_path)
+    journal.release(stored)
+    journal.forget_before(log)
+    assert names(tmp_path) == ["inputs-00000002.log"]
+
+
+def test_a_gradient_named_after_the_checkpoint_keeps_its_file(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    real = journal.announce
+    found: list[Any] = []
+    journal.announce = lambda stored: (found.append(checkpoint(driver)), real(stored))[1]  # type: ignore[method-assign]
+    driver.push("a", 5.0)  # stored before the checkpoint, applied after it
+    journal.settle(journal.position)
+    taken, log = found[0]
+    journal.forget_before(log)
+    assert "gradients-00000001.bin" in names(tmp_path)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+def test_files_of_an_earlier_server_go_and_their_numbers_are_not_used_again(tmp_path: Path) -> None:
+    log_path(tmp_path, 8).write_bytes(b"")
+    gradients_path(tmp_path, 5).write_bytes(b"12")
+    journal = journal_in(tmp_path)
+    steps(recorded(run_of(), journal))
+    assert journal.log == 9
+    assert names(tmp_path)[:2] == ["gradients-00000005.bin", "gradients-00000006.bin"]
+    journal.forget_before(9)
+    assert names(tmp_path) == ["gradients-00000006.bin", "inputs-00000009.log"]
+
+
+# Size
+
+
+def test_a_checkpoint_is_due_at_the_bound_and_gradients_wait_at_twice_that(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path, max_bytes=300)
+    driver = recorded(run_of(), journal)
+    assert not journal.full
+    with pytest.raises(DiskFull, match=r"it has [\d,]+ bytes, and no checkpoint could be written") as refused:
+        steps(driver, 1000)
+    assert journal.full
+    assert refused.value.retry_seconds
+    before = fingerprint(driver.machine)
+    with pytest.raises(DiskFull):
+        driver.push("a", 1.0)
+    assert fingerprint(driver.machine) == before
+    _, log = checkpoint(driver)
+    journal.settle(journal.position)
+    journal.forget_before(log)
+    assert not journal.full
+    driver.push("a", 1.0)
+
+
+# A full disk
+
+
+def test_parts_of_a_write_make_a_whole(tmp_path: Path, disk: Disk) -> None:
+    disk.written_at_once = 7
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    steps(driver)
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
+
+
+def test_no_room_for_a_gradient_refuses_it_and_nothing_else(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    before = fingerprint(driver.machine)
+    disk.fail("pwrite", "gradients", ROOM)
+    with pytest.raises(DiskFull, match=r"No space left on device.*: make room there"):
+        driver.push("a", 1.0)
+    assert fingerprint(driver.machine) == before
+    disk.failing.clear()
+    driver.push("a", 1.0)
+
+
+@pytest.mark.parametrize("fsync", ["always", "off"])
+def test_no_room_for_lines_keeps_answers_back_until_there_is_some(tmp_path: Path, disk: Disk, fsync: Any) -> None:
+    journal = journal_in(tmp_path, fsync)
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    steps(driver)
+    journal.settle(journal.position)
+    disk.fail("pwrite", "log", ROOM)
+    steps(driver)
+    for _ in range(2):
+        with pytest.raises(DiskFull):
+            journal.settle(journal.position)
+    # A crash now loses what nobody was told of.
+    _, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (reading.torn, reading.lost) == (False, "")
+    steps(driver)
+    disk.failing.clear()
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
+
+
+def test_no_room_for_a_new_log_is_waited_for(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    journal.settle(journal.position)
+    steps(driver)
+    checkpoint(driver)
+    steps(driver)
+    disk.fail("fsync", "directory", ROOM)
+    with pytest.raises(DiskFull):
+        journal.settle(journal.position)
+    disk.failing.clear()
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+# A broken one
+
+
+@pytest.mark.parametrize(("call", "kind"), [("pwrite", "log"), ("fsync", "log"), ("fdatasync", "gradients")])
+def test_a_broken_disk_ends_it_for_good(tmp_path: Path, disk: Disk, call: str, kind: str) -> None:
+    failures: list[None] = []
+    journal = journal_in(tmp_path, "always", on_failure=lambda: failures.append(None))
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    journal.settle(journal.position)
+    steps(driver)
+    disk.fail(call, kind, errno.EIO)
+    with pytest.raises(NotReady, match="this server stops"):
+        journal.settle(journal.position)
+    assert failures
+    disk.failing.clear()  # what an fsync failed on may be gone: that it goes well later means nothing
+    with pytest.raises(NotReady):
+        journal.settle(journal.position)
+    journal.close()
+
+
+def test_a_disk_that_breaks_between_answers_is_noticed(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "INTERVAL_SECONDS", 0.01)
+    failed = threading.Event()
+    journal = journal_in(tmp_path, "interval", on_failure=failed.set)
+    steps(recorded(run_of(), journal))
+    disk.fail("fsync", "log", errno.EIO)
+    assert failed.wait(10)
+    journal.close()
+
+
+def test_each_write_tells_its_seconds(tmp_path: Path) -> None:
+    told: list[float] = []
+    journal: Journal = journal_in(tmp_path, on_commit=told.append)
+    steps(recorded(run_of(), journal))
+    journal.settle(journal.position)
+    assert len(told) == 1
+    assert 0 < told[0] < 60
