@@ -349,3 +349,18 @@ def test_each_write_tells_its_seconds(tmp_path: Path) -> None:
     journal.settle(journal.position)
     assert len(told) == 1
     assert 0 < told[0] < 60
+
+
+def test_after_its_end_nothing_is_taken_and_who_still_writes_may_finish(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    late = payload_of(driver.gradients[next(iter(driver.gradients))])
+    stored = journal.store(late)
+    journal.close()
+    journal.close()
+    with pytest.raises(NotReady, match="is closed"):
+        journal.store(late)
+    with pytest.raises(NotReady):
+        journal.settle(journal.position)
+    journal.release(stored)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ormo_protos.tensors import Payload
+from ormo_server.core.errors import NotReady
 from ormo_server.journal.log_file import new_file
 from ormo_server.journal.no_room import disk_full
 from ormo_server.journal.records import GRADIENTS_NAME, StoredGradient, gradients_path, numbered
@@ -51,6 +52,7 @@ class GradientFiles:
         self._lock = threading.Lock()
         self._files: dict[int, _File] = {}
         self._current: _File | None = None
+        self._closed = False
         self.size_bytes = 0
 
     def store(self, payload: Payload) -> StoredGradient:
@@ -58,6 +60,7 @@ class GradientFiles:
 
         Raises:
             DiskFull: there is no room for it.
+            NotReady: they are closed.
         """
         layout, memory = payload.layout, payload.memory
         try:
@@ -81,6 +84,8 @@ class GradientFiles:
 
     def _place(self, size: int) -> tuple[_File, int]:
         with self._lock:
+            if self._closed:
+                raise NotReady(f"the journal in {self._directory} is closed: this server stops", retry_seconds=1.0)
             if self.size_bytes > self._max_bytes:
                 raise disk_full(
                     self._directory, f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
@@ -103,6 +108,8 @@ class GradientFiles:
     def _done_with(self, file: _File) -> None:
         with self._lock:
             file.users -= 1
+            if self._closed and not file.users:
+                os.close(file.descriptor)
 
     def named(self, stored: StoredGradient, log: int) -> None:
         """A line of this log names it."""
@@ -139,9 +146,12 @@ class GradientFiles:
         return file is not self._current and not file.users and file.last_log < log
 
     def close(self) -> None:
-        """Let the files go."""
-        for file in self._files.values():
-            os.close(file.descriptor)
+        """Let the files go, each when nobody writes to it any more."""
+        with self._lock:
+            for file in self._files.values():
+                if not self._closed and not file.users:
+                    os.close(file.descriptor)
+            self._closed = True
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

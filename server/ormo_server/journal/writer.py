@@ -80,7 +80,7 @@ class Journal:
         self._unwritten: deque[_Entry] = deque()
         self._written = 0
         self._safe = 0
-        self._failed = False
+        self._failed = self._closed = False
         self._open_log = self.log
         self._file = LogFile(log_path(directory, self.log))
         self._closing = threading.Event()
@@ -152,7 +152,7 @@ class Journal:
             self._on_commit(time.perf_counter() - started)
 
     def _guarded(self, act: Callable[[], None]) -> None:
-        if not self._failed:
+        if not (self._failed or self._closed):
             try:
                 return act()
             except OSError as error:
@@ -160,7 +160,8 @@ class Journal:
                     raise disk_full(self._directory, error.strerror) from error
                 self._failed = True
                 log.critical("the journal in %s can't be written: %s", self._directory, error)
-        self._on_failure()
+        if self._failed:
+            self._on_failure()
         raise NotReady(f"the journal in {self._directory} can't be written: this server stops", retry_seconds=2.0)
 
     def _commit(self) -> None:
@@ -234,9 +235,12 @@ class Journal:
         sync(self._directory)
 
     def close(self) -> None:
-        """Let the files go; nothing may be stored or taken any more."""
+        """Let the files go; nothing can be stored or settled any more."""
         self._closing.set()
         if self._syncing.ident is not None:
             self._syncing.join()
-        self._file.close()
+        with self._committing:
+            if not self._closed:
+                self._closed = True
+                self._file.close()
         self._gradients.close()
