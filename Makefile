@@ -87,13 +87,15 @@ test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newes
 	.venv-$*/bin/python -m pip check
 	.venv-$*/bin/python -m pytest -n 2 --ignore=tests/deploy
 
-# Seconds for each of the two targets.
+# Seconds for each of the four targets.
 SECONDS ?= 60
 .PHONY: fuzz
 fuzz: $(INSTALLED)  ## search, guided by coverage, for requests that the server misreads (SECONDS=)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/run.py fuzz_framing $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_exchange $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py fuzz_journal $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py fuzz_checkpoint $(SECONDS)
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check style, and that the contract only grew since its release

@@ -13,7 +13,9 @@ LONGEST = 2048  # room for some exchanges, each with several requests
 def main(name: str, seconds: str) -> None:
     """Let atheris try inputs, from the target's own seeds on; what it finds is written to build/."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    with atheris.instrument_imports(include=["fuzz", "ormo_protos.framing", "ormo_server.service"]):
+    with atheris.instrument_imports(
+        include=["fuzz", "ormo_protos.framing", "ormo_server.service", "ormo_server.journal", "ormo_server.store"]
+    ):
         target = importlib.import_module(f"fuzz.{name}")
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(target.seeds()):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import fuzz_exchange, fuzz_framing
+from fuzz import fuzz_checkpoint, fuzz_exchange, fuzz_framing, fuzz_journal
 from fuzz.fuzz_exchange import World
 from fuzz.fuzz_framing import message
 from ormo_protos.framing import Framing
@@ -119,3 +119,20 @@ def test_failure_of_the_server_is_found(world: World, monkeypatch: pytest.Monkey
 def test_buffer_that_is_not_given_back_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.pool, "give", lambda payload: None)
     assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
+
+
+def test_a_journal_ends_in_each_way_there_is() -> None:
+    assert {fuzz_journal.check(seed) for seed in fuzz_journal.seeds()} == {"whole", "lost", "error"}
+    _, log, _ = fuzz_journal.recording()
+    assert fuzz_journal.check(b"\x00" + log[:100]) == "torn"
+
+
+def test_journals_are_read_in_variations_of_the_seeds() -> None:
+    for fuzzed in variations(list(fuzz_journal.seeds()), 200):
+        fuzz_journal.check(fuzzed)
+
+
+def test_checkpoints_are_read_or_refused() -> None:
+    assert {fuzz_checkpoint.check(seed) for seed in fuzz_checkpoint.seeds()} == {"read", "refused"}
+    for fuzzed in variations(list(fuzz_checkpoint.seeds()), 100):
+        fuzz_checkpoint.check(fuzzed)

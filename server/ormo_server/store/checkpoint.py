@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ormo_protos.manifest import Manifest
 from ormo_server.core.snapshot import Snapshot
@@ -95,10 +96,10 @@ def read_files(directory: Path) -> Checkpoint:
     check_sums(directory, _FILES)
     document = _read_document(directory / DOCUMENT_FILE)
     with reading(directory / DOCUMENT_FILE):
-        manifest = Manifest.from_json(document.pop("manifest"))
-        fields = document.pop("fields")
-        tensors, _ = load_tensors(directory / STATE_FILE)
-        return Checkpoint(Snapshot(tensors, fields), manifest, **document)
+        fields, rows, rest = document.fields, document.manifest, document.model_dump(exclude={"fields", "manifest"})
+        manifest = Manifest.from_json(rows)
+    tensors, _ = load_tensors(directory / STATE_FILE)
+    return Checkpoint(Snapshot(tensors, fields), manifest, **rest)
 
 
 def model_of(directory: Path) -> Path:
@@ -131,16 +132,31 @@ def _document_text(checkpoint: Checkpoint) -> str:
         raise StoreError(f"the run's counters or settings can't be written as JSON ({error})") from error
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    format_version: int
+    torch_version: str
+    cpu_capability: str
+    drained: bool
+    clock_seconds: float
+    settings: dict[str, Any]
+    journal_log: int | None = None
+    fields: dict[str, Any]
+    manifest: Any
+
+
+def _read_document(path: Path) -> _Document:
     with reading(path):
-        document: dict[str, Any] = json.loads(path.read_bytes())
-        version = document["format_version"]
+        content = json.loads(path.read_bytes())
+        version = content["format_version"]
     if version != FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {version!r}, and this server reads {FORMAT_VERSION}: use the server that "
             "wrote it"
         )
-    return document
+    with reading(path):
+        return _Document.model_validate(content)
 
 
 def _refuse_non_finite(tensors: Mapping[str, torch.Tensor]) -> None:
