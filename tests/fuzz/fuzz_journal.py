@@ -17,6 +17,7 @@ from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import gradients_path, log_path
 from ormo_server.store import StoreError
 
+LONGEST_BYTES = 1 << 14  # all of the recording
 RUN = run_of(rule="dc")  # which has records of every kind
 
 

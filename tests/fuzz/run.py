@@ -21,7 +21,7 @@ def main(name: str, seconds: str) -> None:
         for number, seed in enumerate(target.seeds()):
             (Path(corpus) / f"seed-{number}").write_bytes(seed)
         Path("build").mkdir(exist_ok=True)
-        limits = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", "-timeout=10"]
+        limits = [f"-max_total_time={seconds}", f"-max_len={getattr(target, 'LONGEST_BYTES', LONGEST)}", "-timeout=10"]
         flags = [*limits, "-print_final_stats=1", f"-artifact_prefix=build/{name}-"]
         atheris.Setup([name, *flags, corpus], target.check)
         atheris.Fuzz()
