@@ -1,6 +1,5 @@
 """The files that gradients' payloads are kept in."""
 
-import os
 import threading
 import zlib
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from pathlib import Path
 
 from ormo_protos.tensors import Payload
 from ormo_server.core.errors import NotReady
-from ormo_server.journal.log_file import new_file
 from ormo_server.journal.no_room import disk_full
+from ormo_server.journal.placed_writer import PlacedWriter, place_after
 from ormo_server.journal.records import GRADIENTS_NAME, StoredGradient, gradients_path, numbered
 
 
@@ -19,7 +18,7 @@ class _File:
 
     Attributes:
         number: in its name.
-        descriptor: of the open file.
+        writer: of its bytes.
         end: bytes given out so far.
         users: gradients whose exchange is not over.
         last_log: the newest log that names a gradient of it.
@@ -27,7 +26,7 @@ class _File:
     """
 
     number: int
-    descriptor: int
+    writer: PlacedWriter
     end: int = 0
     users: int = 0
     last_log: int = 0
@@ -68,7 +67,7 @@ class GradientFiles:
         except OSError as error:
             raise disk_full(self._directory, error.strerror) from error
         try:
-            _write(file.descriptor, memory, offset)
+            file.writer.write(memory, offset)
         except OSError as error:
             self._done_with(file)
             raise disk_full(self._directory, error.strerror) from error
@@ -91,14 +90,14 @@ class GradientFiles:
                     self._directory, f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
                 )
             if self._current is None:
-                self._current = _File(self._next, new_file(gradients_path(self._directory, self._next)))
+                self._current = _File(self._next, PlacedWriter(gradients_path(self._directory, self._next)))
                 self._files[self._next] = self._current
                 self._next += 1
             file = self._current
-            offset = file.end
-            file.end += size
+            before, offset = file.end, place_after(file.end, size)
+            file.end = offset + size
             file.users += 1
-            self.size_bytes += size
+            self.size_bytes += file.end - before
             return file, offset
 
     def release(self, stored: StoredGradient) -> None:
@@ -109,7 +108,7 @@ class GradientFiles:
         with self._lock:
             file.users -= 1
             if self._closed and not file.users:
-                os.close(file.descriptor)
+                file.writer.close()
 
     def named(self, stored: StoredGradient, log: int) -> None:
         """A line of this log names it."""
@@ -127,7 +126,7 @@ class GradientFiles:
             for file in files:
                 file.unsynced = False
         for file in files:
-            os.fdatasync(file.descriptor)
+            file.writer.sync()
 
     def let_go_before(self, log: int) -> list[Path]:
         """The files that only older logs name, and those of earlier servers: nobody uses them any more.
@@ -137,7 +136,7 @@ class GradientFiles:
         with self._lock:
             old = [file for file in self._files.values() if self._is_needless(file, log)]
             for file in old:
-                os.close(file.descriptor)
+                file.writer.close()
                 self.size_bytes -= self._files.pop(file.number).end
             found = numbered(self._directory, GRADIENTS_NAME)
             return [path for number, path in found.items() if number not in self._files]
@@ -150,11 +149,5 @@ class GradientFiles:
         with self._lock:
             for file in self._files.values():
                 if not self._closed and not file.users:
-                    os.close(file.descriptor)
+                    file.writer.close()
             self._closed = True
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.round_trips import kernel, report
-from benchmarks.round_trips.contenders import NAMES, ORMO
+from benchmarks.round_trips.contenders import NAMES, ORMO, USUAL
 from benchmarks.round_trips.measure import Case, Row, measured
 from ormo_protos.allocator import keep_freed_memory
 
@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small cases, for breakage and not for speed")
     parser.add_argument("--only", nargs="+", metavar="BYTESxWORKERS", help="cases, such as 45000000x1; all by default")
-    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=NAMES, help="besides the socket")
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=USUAL, help="besides the socket")
     parser.add_argument("--pairs", type=int, help="turns of each contender, each after one of the socket")
     parser.add_argument("--windows", type=int, help="the same, with several workers")
     parser.add_argument("--seconds", type=float, help="length of a turn with several workers")

@@ -14,9 +14,12 @@ _MODULES = {
     "grpcio + protobuf": "grpcio",
     "pyzmq": "zmq",
 }
-NAMES = tuple(_MODULES)
+# Only when asked for.
+_MORE = {"ormo, journal": "ormo_journal", "ormo, journal without fsync": "ormo_journal_off"}
+USUAL = tuple(_MODULES)
+NAMES = (*USUAL, *_MORE)
 
 
 def module(name: str) -> ModuleType:
     """The contender of this name."""
-    return import_module(f"benchmarks.round_trips.contenders.{_MODULES[name]}")
+    return import_module(f"benchmarks.round_trips.contenders.{(_MODULES | _MORE)[name]}")

@@ -6,8 +6,8 @@ import sys
 from benchmarks.round_trips.place import LEARNING_RATE, MOMENTUM, Place, RoundTrip
 
 
-def serve(place: Place) -> None:
-    """Become the server's program."""
+def serve(place: Place, *more: str) -> None:
+    """Become the server's program, with more flags if there are some."""
     flags = {
         "--listen": "127.0.0.1:0",
         "--metrics-listen": "127.0.0.1:0",
@@ -18,7 +18,7 @@ def serve(place: Place) -> None:
         "--checkpoint-seconds": 3600,
         "--log-level": "error",
     }
-    arguments = [str(word) for flag in flags.items() for word in flag]
+    arguments = [*(str(word) for flag in flags.items() for word in flag), *more]
     os.execv(sys.executable, [sys.executable, "-m", "ormo_server", "serve", *arguments])
 
 
