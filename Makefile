@@ -90,12 +90,13 @@ test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newes
 # Seconds for each of the four targets.
 SECONDS ?= 60
 .PHONY: fuzz
-fuzz: $(INSTALLED)  ## search, guided by coverage, for requests that the server misreads (SECONDS=)
+fuzz: $(INSTALLED)  ## search, guided by coverage, for bytes that the server misreads, and send it some (SECONDS=)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/run.py fuzz_framing $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_exchange $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_journal $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_checkpoint $(SECONDS)
+	HOSTILE_SECONDS=$(SECONDS) $(BIN)/pytest -q -s tests/system/test_hostile_traffic.py
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check style, and that the contract only grew since its release

@@ -66,7 +66,8 @@ class Fields(TypedDict, total=False):
 def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """Send the log to stderr; where somebody has set logging up before, it stays as it is.
 
-    In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else.
+    In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else. What gRPC says
+    of itself is limited: whoever reaches the port can make it complain, thousands of times a second.
 
     Args:
         level: the least important level shown.
@@ -75,12 +76,41 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form, about))
+    handler.addFilter(FewOf("grpc"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
     if form == "json":
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
         logging.captureWarnings(capture=True)
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
+
+
+class FewOf(logging.Filter):
+    """Lets a few records of a library through in each spell of time, and says how many it left out.
+
+    Args:
+        name: of the library's loggers.
+        count: how many in a spell.
+        seconds: of a spell.
+    """
+
+    def __init__(self, name: str, count: int = 5, seconds: float = 10.0) -> None:
+        super().__init__(name)
+        self._count, self._seconds = count, seconds
+        self._began, self._seen = float("-inf"), 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is shown."""
+        if not super().filter(record):
+            return True  # another's
+        if record.created >= self._began + self._seconds:
+            left_out = max(0, self._seen - self._count)
+            self._began, self._seen = record.created, 0
+            if left_out:
+                record.msg = f"{record.getMessage()} ({left_out} more lines like this before it were left out)"
+                record.args = ()
+        self._seen += 1
+        return self._seen <= self._count
 
 
 def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter:

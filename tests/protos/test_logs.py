@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ormo_protos.logs import Fields, formatter
+from ormo_protos.logs import FewOf, Fields, formatter
 
 
 def record(message: str, *values: object, **fields: object) -> logging.LogRecord:
@@ -69,3 +69,22 @@ raise ValueError("spoilt")
     assert "uncaught ValueError: spoilt" in uncaught["message"]
     assert "Traceback" in uncaught["exception"]
     assert {told["worker"] for told in (warned, in_thread, uncaught)} == {"me"}
+
+
+def test_a_librarys_lines_are_few_however_many_there_would_be() -> None:
+    few, shown = FewOf("grpc", count=2, seconds=10.0), []
+    for name, created in [
+        *[("grpc._cython", 100.0 + second / 100) for second in range(500)],
+        ("ormo", 104.0),
+        ("grpc", 111.0),
+    ]:
+        line = record("came %d", 7)
+        line.name, line.created = name, created
+        if few.filter(line):
+            shown.append((name, line.getMessage()))
+    assert shown == [
+        ("grpc._cython", "came 7"),
+        ("grpc._cython", "came 7"),
+        ("ormo", "came 7"),
+        ("grpc", "came 7 (498 more lines like this before it were left out)"),
+    ]

@@ -118,7 +118,13 @@ class Stage:
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [word for name, value in values.items() for word in _flag(name.replace("_", "-"), value)]
+
+
+def _flag(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return (f"--{name}",) if value else (f"--no-{name}",)
+    return f"--{name}", str(value)
 
 
 @contextlib.contextmanager
