@@ -98,6 +98,10 @@ fuzz: $(INSTALLED)  ## search, guided by coverage, for bytes that the server mis
 	$(BIN)/python tests/fuzz/run.py fuzz_checkpoint $(SECONDS)
 	HOSTILE_SECONDS=$(SECONDS) $(BIN)/pytest -q -s tests/system/test_hostile_traffic.py
 
+.PHONY: chaos
+chaos: $(INSTALLED)  ## kill and cut off servers and workers under load, and prove that nothing is lost or doubled (FLAGS=)
+	cd tests && $(abspath $(BIN))/python -m chaos $(FLAGS)
+
 .PHONY: lint
 lint: $(INSTALLED)  ## check style, and that the contract only grew since its release
 	$(BIN)/ruff check .

@@ -1,0 +1,57 @@
+"""Keeps every file that a server writes: by hard links, which stay when it removes its own."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+_EVERY_SECONDS = 0.02
+
+
+class Archive:
+    """Watches the directory of a run; each life of the server has a folder of its own.
+
+    Args:
+        run: directory that the server was given.
+        folder: for the lives, on the same file system.
+    """
+
+    def __init__(self, run: Path, folder: Path) -> None:
+        self._run = run
+        self.folder = folder
+        self.lives = 0
+        self._looking = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def begin_life(self) -> None:
+        """A server starts: to be called while none runs."""
+        self.look()  # the rest of the life before
+        self.lives += 1
+        (self.folder / f"life-{self.lives:05d}").mkdir(parents=True)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Take what is left, and stop."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self.look()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_EVERY_SECONDS):
+            self.look()
+
+    def look(self) -> None:
+        """Link what is new."""
+        with self._looking:
+            if not self.lives:
+                return
+            life = self.folder / f"life-{self.lives:05d}"
+            for path in [*self._run.glob("journal/*"), *self._run.glob("checkpoint-*/*")]:
+                kept = life / path.relative_to(self._run)
+                if not kept.exists():
+                    kept.parent.mkdir(exist_ok=True)
+                    with contextlib.suppress(OSError):  # it went meanwhile
+                        os.link(path, kept)

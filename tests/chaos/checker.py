@@ -1,0 +1,123 @@
+"""What is wrong with a run, by its evidence. No violation means that nothing was lost and nothing counted twice."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+
+from chaos.evidence import Evidence, Name, Told
+from chaos.loads import MARKS
+from ormo_protos.reasons import Reason
+
+# Who was cut off for longer than its lease, after its gradient was applied and before it heard so, has no kept result
+# any more: it is told that the ticket is unknown, and goes on with another gradient.
+_LEASE_HAD_RUN_OUT = Reason.TICKET_UNKNOWN
+
+
+def violations(evidence: Evidence, *, workers: int, bound_seconds: float, plain_sgd: bool) -> list[str]:
+    """One sentence for each.
+
+    Args:
+        evidence: of the run.
+        workers: columns that their gradients have.
+        bound_seconds: how long a worker may be silent when nothing stands in its way.
+        plain_sgd: the parameters count what was applied.
+    """
+    found = [*evidence.differences, *_memory(evidence)]
+    found += _journaled(evidence) if evidence.applied is not None else _unjournaled(evidence)
+    if plain_sgd:
+        found += _counted(evidence, workers)
+    found += [
+        f"worker {who} was silent for {seconds:.1f} s and may be for {bound_seconds:g} s"
+        for who, seconds in evidence.silences
+        if seconds > bound_seconds
+    ]
+    return found
+
+
+def _journaled(evidence: Evidence) -> Iterator[str]:
+    assert evidence.applied is not None
+    applied = evidence.applied
+    yield from _repeated("gradient", "applied", (each.name for each in applied))
+    yield from _repeated("ticket", "used", (each.ticket for each in applied))
+    yield from _gaps([each.iteration for each in applied if not each.discarded], evidence.end)
+    where = {each.name: each for each in applied}
+    for told in evidence.told:
+        if told.name not in where:
+            yield f"gradient {told.name} was acknowledged at iteration {told.iteration} and is lost"
+        elif (at := where[told.name].iteration) != told.iteration:
+            yield f"gradient {told.name} was acknowledged at {told.iteration} and applied at {at}"
+    for each in applied:
+        if (ticket := evidence.tried.get(each.name)) != each.ticket:
+            yield f"gradient {each.name} was applied for ticket {each.ticket}, and its worker had {ticket}"
+    for name, reason in evidence.refused.items():
+        if name in where and reason != _LEASE_HAD_RUN_OUT:
+            yield f"gradient {name} was refused ({reason}) and applied"
+
+
+def _repeated(what: str, done: str, names: Iterable[Hashable]) -> Iterator[str]:
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield f"{what} {name} was {done} {count} times"
+
+
+def _gaps(iterations: list[int], end: int) -> Iterator[str]:
+    for expected, iteration in enumerate(iterations, start=1):
+        if iteration != expected:
+            yield f"iteration {iteration} came where {expected} was expected"
+            break
+    if len(iterations) != end:
+        yield f"{len(iterations)} gradients were applied, and the last checkpoint is at iteration {end}"
+
+
+def kept(evidence: Evidence) -> list[Told]:
+    """Without a journal: the acknowledged gradients that the checkpoints say are in the model."""
+    epochs, starts = list(evidence.starts), list(evidence.starts.values())
+    limits = {epoch: min(starts[at + 1 :], default=evidence.end) for at, epoch in enumerate(epochs)}
+    return [told for told in evidence.told if told.epoch not in limits or told.iteration <= limits[told.epoch]]
+
+
+def unheard(evidence: Evidence) -> int:
+    """How many gradients were applied whose workers were told that their ticket is unknown: their lease had run out."""
+    applied = {each.name for each in evidence.applied or ()}
+    return sum(name in applied for name in evidence.refused)
+
+
+def _unjournaled(evidence: Evidence) -> Iterator[str]:
+    survivors = kept(evidence)
+    yield from _repeated("iteration", "acknowledged", (told.iteration for told in survivors))
+    yield from _repeated("gradient", "acknowledged", (told.name for told in survivors))
+
+
+def _counted(evidence: Evidence, workers: int) -> Iterator[str]:
+    """With the rate 1, element j is minus the number of column j's gradients, and the next ones sum their marks."""
+    counts = [-round(value) for value in evidence.parameters[:workers]]
+    if sum(counts) != evidence.end:
+        yield f"the parameters have {sum(counts)} gradients, and the iteration is {evidence.end}"
+    for column, count in enumerate(counts):
+        worker = f"w{column}"
+        marks = -round(evidence.parameters[workers + column])
+        if evidence.applied is not None:
+            names = [each.name for each in evidence.applied if each.name[0] == worker and not each.discarded]
+            if (count, marks) != (len(names), _marks(names)):
+                yield (
+                    f"the parameters have {count} gradients of {worker} with marks {marks}, the journal {len(names)} "
+                    f"with {_marks(names)}"
+                )
+        else:
+            certain = sum(told.name[0] == worker for told in kept(evidence))
+            told = {told.name for told in evidence.told}
+            open_ = sum(name[0] == worker and name not in told for name in evidence.tried)
+            if not certain <= count <= certain + open_:
+                yield f"the parameters have {count} gradients of {worker}: {certain} are certain, {open_} are open"
+
+
+def _marks(names: list[Name]) -> int:
+    return sum(number % MARKS for _, number in names)
+
+
+def _memory(evidence: Evidence) -> Iterator[str]:
+    third = len(evidence.memory) // 3
+    if third < 3:
+        return  # too few to say
+    early, late = (sorted(part)[third // 2] for part in (evidence.memory[:third], evidence.memory[-third:]))
+    if late > 1.2 * early + 20e6:
+        yield f"the server's memory grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"

@@ -1,0 +1,55 @@
+"""The server's command with a disk that can be made slow or full: `python -m chaos.faulty_server CONTROL serve ...`.
+
+The file CONTROL holds JSON, read at every use of the disk: `{"sync_seconds": 0.1, "full": true}`.
+"""
+
+import errno
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def control(path: Path) -> dict[str, Any]:
+    """What the disk is like now."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def make_faulty(path: Path) -> None:
+    """Put the faults between this process and its disk."""
+    real_write = os.pwrite
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        if control(path).get("full"):
+            # A disk fills up in the middle of a write.
+            real_write(descriptor, memoryview(data)[: len(data) // 4096 * 4096 // 2], offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(descriptor, data, offset)
+
+    def slowed(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def slow(descriptor: int) -> None:
+            threading.Event().wait(control(path).get("sync_seconds", 0.0))  # libfaketime breaks `time.sleep`
+            sync(descriptor)
+
+        return slow
+
+    os.pwrite = pwrite
+    os.fsync, os.fdatasync = slowed(os.fsync), slowed(os.fdatasync)
+
+
+def main() -> None:
+    """Serve."""
+    make_faulty(Path(sys.argv[1]))
+    from ormo_server.cli import main as serve
+
+    raise SystemExit(serve(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()
