@@ -10,6 +10,7 @@ import torch
 import yaml
 from prometheus_client import CollectorRegistry
 
+from ormo_protos.failure_detection import DESCRIPTIONS, FailureDetection
 from ormo_protos.settings import settings_table
 from ormo_server.core.method import PRESETS
 from ormo_server.core.rules import UPDATE_RULES
@@ -41,11 +42,22 @@ def with_tables(text: str) -> str:
         return f"{match['head']}\n{metrics_table(registry_of(match['whose']))}{match['end']}"
 
     text = _METRICS.sub(metrics, text)
-    for name, table_of in (("panels", panels_table), ("alerts", alerts_table)):
+    for name, table_of in (("panels", panels_table), ("alerts", alerts_table), ("failures", failures_table)):
         head, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, _, after = text.partition(head)
-        text = f"{before}{head}\n{table_of()}{end}{after.partition(end)[2]}"
+        behind = f"\n{after}".partition(end)[2]  # there may be nothing between the marks yet
+        text = f"{before}{head}\n{table_of()}{end}{behind}"
     return _METHODS.sub(lambda match: f"{match['head']}{methods_table()}{match['end']}", _TABLE.sub(table, text))
+
+
+def failures_table() -> str:
+    """A Markdown table of what follows from some failure timeouts."""
+    timeouts = (5.0, 30.0, 120.0)
+    rows = [f"| seconds | {' | '.join(f'{seconds:g}' for seconds in timeouts)} |", "| --- " * (len(timeouts) + 1) + "|"]
+    for name, what in DESCRIPTIONS.items():
+        values = (getattr(FailureDetection(seconds), name) for seconds in timeouts)
+        rows.append(f"| {what} | {' | '.join(f'{value:.3g}' for value in values)} |")
+    return "\n".join(rows) + "\n"
 
 
 def methods_table() -> str:

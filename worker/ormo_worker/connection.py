@@ -8,18 +8,18 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.errors import ClientClosed, OrmoError
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
-from ormo_worker.retries import LONGEST_PAUSE_SECONDS, Patience, RetryLoop, SignsOfLife
+from ormo_worker.retries import Patience, RetryLoop, SignsOfLife
 from ormo_worker.stub import TensorStub
 
 T = TypeVar("T")
 
 # gRPC allows no client to ping more often.
-_KEEPALIVE_SECONDS = 10.0
 
 
 class Cancellable(Protocol):
@@ -95,7 +95,7 @@ class Connection:
         Raises:
             CallEnded: it ended without its answer.
         """
-        limit = self.patience.failure_timeout if seconds is None else seconds
+        limit = FailureDetection(self.patience.failure_timeout).call_seconds if seconds is None else seconds
         if not self._signs.any:
             limit = min(limit, self.patience.connect_timeout)
         with self.watched():
@@ -177,20 +177,21 @@ class Connection:
 
 
 def _channel_options(patience: Patience) -> list[tuple[str, int]]:
-    failure_ms = max(1000, int(patience.failure_timeout * 1000))
+    failures = FailureDetection(patience.failure_timeout)
+    ping_timeout_ms, pause_ms = int(1000 * failures.ping_timeout_seconds), int(1000 * failures.longest_pause_seconds)
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.enable_retries", 0),  # they would be off for large requests alone; `retrying` serves all
-        ("grpc.keepalive_time_ms", int(_KEEPALIVE_SECONDS * 1000)),
-        ("grpc.keepalive_timeout_ms", failure_ms),
+        ("grpc.keepalive_time_ms", int(1000 * failures.ping_seconds)),
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
         # Without it a stopped server on a live host is noticed after a minute only.
-        ("grpc.http2.ping_timeout_ms", failure_ms),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
         # A round of the synchronous scheduler may be silent for many pings.
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.initial_reconnect_backoff_ms", min(100, pause_ms)),
         ("grpc.min_reconnect_backoff_ms", 5000),  # also the time that one attempt to connect may take
-        ("grpc.max_reconnect_backoff_ms", int(LONGEST_PAUSE_SECONDS * 1000)),
+        ("grpc.max_reconnect_backoff_ms", pause_ms),
         # Else clients of one process share a connection, and one's backoff holds up another.
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
@@ -12,7 +13,6 @@ from ormo_worker.refusal import CallEnded, replaced
 from ormo_worker.session import Step
 
 _LOG = logging.getLogger(__name__)
-_BEATS_PER_LEASE = 3  # one may get lost, and the next one late
 
 
 class Heartbeat:
@@ -55,7 +55,7 @@ class Heartbeat:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._lease_seconds / _BEATS_PER_LEASE):
+        while not self._stopped.wait(FailureDetection(self._lease_seconds).heartbeat_seconds):
             try:
                 self._beat()
             except OrmoError:  # closed, or stopped for a reason that the next exchange tells
@@ -64,7 +64,7 @@ class Heartbeat:
     def _beat(self) -> None:
         try:
             answer = self._connection.unary(
-                self._connection.stub.Heartbeat, self._request, self._lease_seconds / _BEATS_PER_LEASE
+                self._connection.stub.Heartbeat, self._request, FailureDetection(self._lease_seconds).heartbeat_seconds
             )
         except CallEnded as end:
             self._missed(end)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_worker.errors import ServerUnreachable
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import CallEnded
@@ -17,9 +18,7 @@ from ormo_worker.session import Step
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A restarted server should not be met by all its workers in the same moment, nor wait long for any.
-LONGEST_PAUSE_SECONDS = 2.0
-_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, min=0.05, max=LONGEST_PAUSE_SECONDS)
+_FIRST_PAUSE_SECONDS = 0.1
 _SECONDS_BETWEEN_LOGS = 15.0
 
 
@@ -105,8 +104,12 @@ class RetryLoop:
         check: Callable[[], None],
         observer: Observer,
     ) -> None:
+        failures = FailureDetection(patience.failure_timeout)
         self._server = server
         self._patience = patience
+        self._backoff = tenacity.wait_random_exponential(
+            multiplier=_FIRST_PAUSE_SECONDS, min=failures.shortest_pause_seconds, max=failures.longest_pause_seconds
+        )
         self._signs = signs
         self._closed = closed
         self._check = check
@@ -148,7 +151,7 @@ class RetryLoop:
             before=count_from_first,
             retry=tenacity.retry_if_exception(_helps),
             stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
-            wait=_pause,
+            wait=self._pause,
             sleep=self._sleep,
             before_sleep=lambda state: self._note(what, state),
             retry_error_callback=lambda state: self._give_up(what, state, within),
@@ -160,6 +163,12 @@ class RetryLoop:
         if self._logged_at.get(logging.WARNING, float("-inf")) >= began:
             _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
         return outcome
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
+        return max(self._backoff(state), asked_for)
 
     def _sleep(self, seconds: float) -> None:
         self._closed.wait(seconds)
@@ -207,13 +216,6 @@ class RetryLoop:
 def _helps(error: BaseException) -> bool:
     """Whether the attempt that raised this may succeed later."""
     return isinstance(error, TryAgain) or (isinstance(error, CallEnded) and error.step is Step.SEND_AGAIN)
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
-    return max(_BACKOFF(state), asked_for)
 
 
 def _cause(state: tenacity.RetryCallState) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
@@ -63,7 +64,7 @@ class RunHost:
         self.metrics = metrics
         self.started = time.monotonic()
         self.clock = RunClock()
-        self.offers = ModelOffers(settings.failure_timeout)
+        self.offers = ModelOffers(FailureDetection(settings.failure_timeout).offer_seconds)
         self.last_checkpoint: LastCheckpoint | None = None
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
@@ -288,7 +289,7 @@ class RunHost:
             manifest,
             self.clock,
             self.metrics,
-            lease_seconds=self.settings.failure_timeout,
+            lease_seconds=FailureDetection(self.settings.failure_timeout).lease_seconds,
             ticket_timeout=self.settings.ticket_timeout,
             bounds=Bounds(
                 self.settings.max_gradient_norm,

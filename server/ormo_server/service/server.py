@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_server.config import ServerSettings
 from ormo_server.metrics import Metrics
@@ -29,7 +30,6 @@ LIVENESS_NAME = "liveness"
 
 # Calls that hold no thread for long (Join, heartbeats, health, status) share these.
 _RESERVE_THREADS = 16
-_PING_SECONDS = 10.0
 # How often the journal's size is looked at, and how long a full disk is left alone.
 _RELIEF_SECONDS = 0.2
 _FULL_SECONDS = 5.0
@@ -48,7 +48,8 @@ def worker_streams(settings: ServerSettings) -> int:
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
-    ping_ms = int(1000 * min(_PING_SECONDS, settings.failure_timeout))
+    failures = FailureDetection(settings.failure_timeout)
+    ping_ms, ping_timeout_ms = int(1000 * failures.ping_seconds), int(1000 * failures.ping_timeout_seconds)
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -58,10 +59,10 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # By default a second server would share the port without an error.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", ping_ms),
-        ("grpc.keepalive_timeout_ms", int(1000 * settings.failure_timeout)),
-        ("grpc.http2.ping_timeout_ms", int(1000 * settings.failure_timeout)),
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Workers ping as often as every 10 s; the default would send them away for it.
+        # Workers may ping as often; the default would send them away for it.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),
     ]
@@ -89,7 +90,7 @@ class Server:
         self.address = ""
         self.metrics_address = ""
         self._stopping = threading.Event()
-        self._upkeep = self._repeating("expiry", min(1.0, settings.failure_timeout / 4), self._expire)
+        self._upkeep = self._repeating("expiry", FailureDetection(settings.failure_timeout).check_seconds, self._expire)
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._relief = self._repeating("journal", _RELIEF_SECONDS, self._relieve_journal)
         self._health = health.HealthServicer()
