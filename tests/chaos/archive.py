@@ -49,9 +49,18 @@ class Archive:
             if not self.lives:
                 return
             life = self.folder / f"life-{self.lives:05d}"
-            for path in [*self._run.glob("journal/*"), *self._run.glob("checkpoint-*/*")]:
-                kept = life / path.relative_to(self._run)
-                if not kept.exists():
-                    kept.parent.mkdir(exist_ok=True)
-                    with contextlib.suppress(OSError):  # it went meanwhile
-                        os.link(path, kept)
+            for folder in [self._run / "journal", *_listed(self._run, "checkpoint-*")]:
+                for path in _listed(folder, "*"):
+                    kept = life / path.relative_to(self._run)
+                    if not kept.exists():
+                        kept.parent.mkdir(exist_ok=True)
+                        with contextlib.suppress(FileNotFoundError):
+                            os.link(path, kept)
+
+
+def _listed(folder: Path, names: str) -> list[Path]:
+    """What there is now; nothing in a folder that has gone meanwhile."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.match(names))
+    except FileNotFoundError:
+        return []
