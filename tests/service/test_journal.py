@@ -208,6 +208,15 @@ def test_a_drain_leaves_an_empty_journal(tmp_path: Path) -> None:
         assert not anna.push(payload(SMALL, 1.0)).refusal
 
 
+def test_a_trace_is_written_beside_it(tmp_path: Path) -> None:
+    with crashing(tmp_path / "run", trace=tmp_path / "trace.jsonl") as server:
+        trained(server)
+        before = everything(server)
+    assert (tmp_path / "trace.jsonl").read_text().count('"pushed"') == 6
+    with crashing(tmp_path / "run") as again:
+        assert everything(again) == before
+
+
 def test_a_checkpoint_begins_the_journal_anew(tmp_path: Path) -> None:
     with crashing(tmp_path) as server:
         trained(server)
