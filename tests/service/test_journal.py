@@ -348,18 +348,24 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
     return Fault(monkeypatch)
 
 
-def test_a_full_disk_refuses_gradients_until_there_is_room(tmp_path: Path, fault: Fault) -> None:
+def test_a_full_disk_refuses_gradients_until_there_is_room(
+    tmp_path: Path, fault: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
     with crashing(tmp_path) as server:
         anna, _ = trained(server)
         before = state_of(server)
         with connected(server) as stub:
             anna.stub = stub
             fault.number, fault.suffix = errno.ENOSPC, ".bin"
-            with pytest.raises(Refused, match="make room there; workers try again by themselves") as refused:
+            with pytest.raises(Refused, match="mend the disk; workers try again by themselves") as refused:
                 anna.push(payload(SMALL, 1.0))
             assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
             assert refused.value.retry_seconds == 2.0
             assert state_of(server) == before
+            anna.request -= 1
+            with pytest.raises(Refused, match="DISK_FULL"):
+                anna.push(payload(SMALL, 1.0))
+            assert caplog.text.count("can't take more (No space left on device)") == 1, "one line for many refusals"
             fault.number, anna.request = 0, anna.request - 1
             result = anna.push(payload(SMALL, 1.0))
             assert (result.iteration.number, result.repeated) == (7, False)

@@ -16,7 +16,7 @@ def is_full(error: OSError) -> bool:
 def disk_full(where: object, why: object) -> DiskFull:
     """What a worker is told: it tries again, and training goes on once there is room."""
     return DiskFull(
-        f"the journal in {where} can't take more ({why}): make room there; workers try again by themselves, and "
-        "nothing is lost",
+        f"the journal in {where} can't take more ({why}): make room there, or mend the disk; workers try again by "
+        "themselves, and nothing is lost",
         retry_seconds=_RETRY_SECONDS,
     )

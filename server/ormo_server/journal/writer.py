@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ormo_protos.tensors import Payload
-from ormo_server.core.errors import NotReady
+from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.core.inputs import Input, Pushed
 from ormo_server.core.keys import SlotKey
 from ormo_server.journal.gradient_files import GradientFiles
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 Fsync = Literal["always", "interval", "off"]
 
 INTERVAL_SECONDS = 1.0
+_SECONDS_BETWEEN_COMPLAINTS = 10.0
 
 
 class _Entry(NamedTuple):
@@ -73,6 +74,7 @@ class Journal:
         # Under the engine's lock.
         self.log = 1 + max(numbered(directory, LOG_NAME), default=0)
         self.position = 0
+        self._complained = float("-inf")
         self._announced: StoredGradient | None = None
         self._taken: deque[_Entry] = deque()
         # One thread at a time writes for all.
@@ -96,7 +98,18 @@ class Journal:
         Raises:
             DiskFull: there is no room for it.
         """
-        return self._gradients.store(payload)
+        try:
+            return self._gradients.store(payload)
+        except DiskFull as refusal:
+            self._complain(refusal)
+            raise
+
+    def _complain(self, refusal: DiskFull) -> None:
+        # Every worker comes again every other second: one line now and then tells it.
+        now = time.monotonic()
+        if now - self._complained >= _SECONDS_BETWEEN_COMPLAINTS:
+            self._complained = now
+            log.error("%s", refusal)
 
     # Under the lock
 
@@ -157,7 +170,9 @@ class Journal:
                 return act()
             except OSError as error:
                 if is_full(error):
-                    raise disk_full(self._directory, error.strerror) from error
+                    refusal = disk_full(self._directory, error.strerror)
+                    self._complain(refusal)
+                    raise refusal from error
                 self._failed = True
                 log.critical("the journal in %s can't be written: %s", self._directory, error)
         if self._failed:
