@@ -25,6 +25,8 @@ _TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 _PARTS = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
 _PARTS_OF_FAILURES = {"exc_info": "exception", "stack_info": "stack"}
 
+_LIMITED = ("grpc", "ormo_server.refused", "ormo_server.denied")
+
 
 class Fields(TypedDict, total=False):
     """What a record may be about. Random numbers of 64 bits are 16 hexadecimal digits: JSON readers would round them.
@@ -43,6 +45,9 @@ class Fields(TypedDict, total=False):
         seconds: that the thing took.
         reason: of a refusal, as in `ormo_protos.reasons`.
         path: of a file.
+        peer: the address that a call came from.
+        caller: name of whoever called.
+        action: of an operator.
     """
 
     worker: str
@@ -61,13 +66,16 @@ class Fields(TypedDict, total=False):
     seconds: float
     reason: str
     path: str
+    peer: str
+    caller: str
+    action: str
 
 
 def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """Send the log to stderr; where somebody has set logging up before, it stays as it is.
 
     In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else. What gRPC says
-    of itself is limited: whoever reaches the port can make it complain, thousands of times a second.
+    of itself is limited, and what is said of refusals: whoever reaches the port can cause thousands a second.
 
     Args:
         level: the least important level shown.
@@ -76,7 +84,8 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form, about))
-    handler.addFilter(FewOf("grpc"))
+    for name in _LIMITED:
+        handler.addFilter(FewOf(name))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
     if form == "json":

@@ -1,4 +1,4 @@
-"""The command line: `ormo-server serve`, `ormo-server status` and `ormo-server top`.
+"""The command line: `ormo-server serve`, `status`, `top` and `control`.
 
 Each command imports what it needs: only `serve` waits for PyTorch.
 """
@@ -26,6 +26,7 @@ commands:
   serve    hold a model's parameters and train them with what workers push
   status   show how a server is doing
   top      show how a server and its workers are doing, again and again
+  control  have a server write a checkpoint, change its learning rate, or stop without losing anything
 
 `ormo-server COMMAND --help` lists the flags.
 """
@@ -33,7 +34,7 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    commands = {"serve": _serve, "status": _status, "top": _top}
+    commands = {"serve": _serve, "status": _status, "top": _top, "control": _control}
     return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-server", usage=USAGE)
 
 
@@ -57,6 +58,13 @@ def _top(argv: Sequence[str]) -> int:
     return watch(load_settings(TopSettings, argv, program="ormo-server top"))
 
 
+def _control(argv: Sequence[str]) -> int:
+    from ormo_server.console.config import ControlSettings
+    from ormo_server.console.control import act
+
+    return act(load_settings(ControlSettings, argv, program="ormo-server control"))
+
+
 def serve(settings: "ServerSettings") -> int:
     """Serve until SIGTERM or SIGINT, or until the run ends if the settings say so.
 
@@ -69,6 +77,7 @@ def serve(settings: "ServerSettings") -> int:
         keep_freed_memory()
     import torch
 
+    from ormo_protos.usage import UsageError
     from ormo_server.core.errors import OrmoError, SettingsError
     from ormo_server.service.server import AddressInUseError, Server
     from ormo_server.store import StoreError
@@ -78,9 +87,9 @@ def serve(settings: "ServerSettings") -> int:
     try:
         server = Server(settings)
         server.start()
-    except (StoreError, AddressInUseError, OrmoError, SettingsError) as error:
+    except (StoreError, AddressInUseError, OrmoError, SettingsError, UsageError) as error:
         logs.last_words("ormo-server", error, settings.log_format)
-        return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError) else 1
+        return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
     sys.stdout.write(f"serving address={server.address} metrics={server.metrics_address}\n")
     sys.stdout.flush()
@@ -97,7 +106,7 @@ def _stop_signal() -> threading.Event:
 
 def _run_until_told(server: "Server", stop: threading.Event) -> int:
     checkpointed_end = False
-    while not stop.wait(0.1):
+    while not stop.wait(0.1) and not server.told_to_stop.is_set():
         if not server.host.has_model:
             continue
         engine = server.host.engine

@@ -1,11 +1,12 @@
 """The server's settings: one frozen class."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ByteSize, Field, ValidationInfo, field_validator
+from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
 from ormo_protos.settings import checked_address
+from ormo_server.security import is_loopback
 from ormo_server.training_settings import TrainingSettings
 
 
@@ -23,6 +24,31 @@ class ServerSettings(TrainingSettings):
     model: Path | None = Field(
         None,
         description="safetensors file or checkpoint that a new run starts from; none: the first worker's model",
+    )
+
+    # Who may
+    tls_cert: Path | None = Field(
+        None, description="PEM file with the server's certificate, and those up to its authority; none: no TLS"
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the key of --tls-cert")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the authorities that a client's certificate must be signed by; none: clients need "
+        "no certificate",
+    )
+    access: Path | None = Field(
+        None,
+        description="TOML file that lists who may call and with which role, by certificate or bearer token; none: "
+        "whoever reaches the port",
+    )
+    insecure: bool = Field(
+        False, description="serve other machines without TLS, or without --access: where nobody else reaches the port"
+    )
+    max_bytes_in_flight: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="bytes of tensors that one caller (one name of --access, or else one host) may have under way at a "
+        "time, such as 2GiB; none: as many as its streams",
     )
 
     # Who
@@ -119,6 +145,24 @@ class ServerSettings(TrainingSettings):
     def workers_allowed(self) -> tuple[int, int]:
         """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
+
+    @model_validator(mode="after")
+    def _nobody_else_gets_in(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
+        if self.tls_cert is None and (self.tls_client_ca or self.access):
+            raise ValueError("--tls-client-ca and --access need TLS: give --tls-cert and --tls-key, too")
+        if self.tls_client_ca and not self.access:
+            raise ValueError(
+                "--tls-client-ca says whose certificates are believed, and nothing of who may do what: name the roles "
+                "in a file for --access"
+            )
+        if not (self.access or self.insecure or is_loopback(self.listen.rpartition(":")[0])):
+            raise ValueError(
+                f"--listen is {self.listen!r}: whoever reaches it could change or copy the model. Give --tls-cert, "
+                "--tls-key and --access; or --insecure, if nobody else can reach it; or listen on 127.0.0.1"
+            )
+        return self
 
     @field_validator("listen", "metrics_listen")
     @classmethod

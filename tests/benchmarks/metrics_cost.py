@@ -31,7 +31,9 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics.distributions import Distribution
+from ormo_server.security import OpenAccess
 from ormo_server.service import engine, exchange, servicer, timed_lock
+from ormo_server.service.controls import Controls
 from ormo_server.service.engine import Engine
 from ormo_server.service.exchange import FiniteNorm, is_finite
 from ormo_server.service.observations import Observations, WorkerObservation
@@ -89,6 +91,9 @@ class Context(SimpleNamespace):
     def is_active(self) -> bool:
         return True
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def add_callback(self, _: object) -> bool:
         return True
 
@@ -113,7 +118,9 @@ def _timed(server: Server, worker: WireWorker, exchanges: int) -> float:
             if number:
                 yield from gradient.chunks()
 
-    answers: Any = Servicer(server.host, server.streams).PushPull(requests(), Context())  # type: ignore[arg-type]
+    controls = Controls(server.host, server.told_to_stop)
+    servicer = Servicer(server.host, server.streams, OpenAccess(), controls)
+    answers: Any = servicer.PushPull(requests(), Context())  # type: ignore[arg-type]
     done, started = -1, time.process_time()
     for answer in answers:
         if isinstance(answer, Headed) and answer.message.WhichOneof("part") == "delivery":

@@ -13,6 +13,7 @@ from ormo_server.core.inputs import (
     Gradient,
     Input,
     Joined,
+    LearningRateSet,
     Left,
     Pushed,
     Requested,
@@ -139,6 +140,9 @@ class Driver:
         self.collect()
         return returned
 
+    def set_learning_rate(self, peak: float) -> None:
+        self.machine.set_learning_rate(self._tick(), peak)
+
     def requester(self, worker: str, slot: int = 0, number: int | None = None) -> Requester:
         request = self.places[worker, slot].request + 1 if number is None else number
         return Requester(worker, self.incarnations[worker], slot, request)
@@ -225,6 +229,8 @@ def feed(machine: StateMachine, taken: Input, gradients: dict[TicketKey, Gradien
             machine.withdraw_request(slot)
         case Returned(now, worker, incarnation, ticket):
             assert machine.return_ticket(now, worker, incarnation, ticket)
+        case LearningRateSet(now, learning_rate):
+            machine.set_learning_rate(now, learning_rate)
         case Pushed(now, requester, ticket, samples, result):
             assert gradients[ticket.key].samples == samples
             assert machine.push(now, requester, gradients[ticket.key]) == result

@@ -34,9 +34,9 @@ WHO = st.sampled_from([*range(10), *[0] * 6])  # number 0 is fast, so that the o
 OPENING = [Command("join", 0, 0), Command("join", 1, 2), Command("join", 2, 1), Command("everyone", 0, 1)]
 
 
-def stories() -> st.SearchStrategy[list[Command]]:
+def stories(*more_verbs: str) -> st.SearchStrategy[list[Command]]:
     """Short ones shrink to what matters; left to itself hypothesis would hardly draw a long one."""
-    command = st.builds(Command, st.sampled_from(VERBS), WHO, st.integers(-8, 8))
+    command = st.builds(Command, st.sampled_from(VERBS + more_verbs), WHO, st.integers(-8, 8))
     short, long = st.lists(command, max_size=10), st.lists(command, min_size=30, max_size=70)
     return st.one_of(short, long, long).map(lambda story: OPENING + story)
 
@@ -148,6 +148,11 @@ def _stop_listening(driver: Driver, key: SlotKey, value: int) -> None:
     driver.machine.withdraw_request(key)
 
 
+def _tune(driver: Driver, key: SlotKey, value: int) -> None:
+    """The operator sets the learning rate."""
+    driver.set_learning_rate(driver.machine.run.learning_rate.peak * (1.5 + abs(value) / 4) / 2)
+
+
 _DO = {
     "exchange": _exchange,
     "push": _push,
@@ -158,4 +163,5 @@ _DO = {
     "return": _return,
     "expire": _expire,
     "stop_listening": _stop_listening,
+    "tune": _tune,
 }

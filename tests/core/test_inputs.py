@@ -26,7 +26,7 @@ def listened_to(driver: Driver) -> list[Input]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(run=runs(UPDATE_RULES), story=stories())
+@given(run=runs(UPDATE_RULES), story=stories("tune"))
 def test_the_inputs_of_any_story_lead_another_machine_to_the_same_bits(run: Run, story: list[Command]) -> None:
     driver = Driver(fresh(run))
     told = listened_to(driver)
@@ -38,7 +38,7 @@ def test_the_inputs_of_any_story_lead_another_machine_to_the_same_bits(run: Run,
 
 
 @settings(max_examples=60, deadline=None)
-@given(run=runs(UPDATE_RULES), before=stories(), after=stories())
+@given(run=runs(UPDATE_RULES), before=stories("tune"), after=stories("tune"))
 def test_the_inputs_since_a_restore_do_so_from_the_same_snapshot(
     run: Run, before: list[Command], after: list[Command]
 ) -> None:

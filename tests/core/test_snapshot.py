@@ -43,7 +43,7 @@ def ask_again(driver: Driver, waiting: list[tuple[str, int]]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(run=runs(UPDATE_RULES), before=stories(), after=stories())
+@given(run=runs(UPDATE_RULES), before=stories("tune"), after=stories("tune"))
 def test_a_restored_run_continues_bit_for_bit_like_the_uninterrupted_one(
     run: Run, before: list[Command], after: list[Command]
 ) -> None:

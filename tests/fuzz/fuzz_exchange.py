@@ -10,6 +10,7 @@ import itertools
 import logging
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics import Metrics
-from ormo_server.service.buffers import BufferPool
+from ormo_server.security import OpenAccess
+from ormo_server.service.controls import Controls
 from ormo_server.service.errors import STATUS_CODES
 from ormo_server.service.host import RunHost
 from ormo_server.service.servicer import Servicer
@@ -55,6 +57,9 @@ class Context:
     def add_callback(self, callback: Any) -> None:
         pass
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def is_active(self) -> bool:
         return self.active
 
@@ -75,9 +80,8 @@ class World:
         self.streams = StreamRegistry(4, 4)
         self.host.offers.ask("w", 1, self.host.clock())
         self.host.accept_model("w", 1, SMALL, payload(SMALL, 0.0, buffers=True))
-        self.pool = BufferPool()
-        self.servicer = Servicer(self.host, self.streams)
-        self.servicer._buffers = self.pool
+        self.servicer = Servicer(self.host, self.streams, OpenAccess(), Controls(self.host, threading.Event()))
+        self.pool = self.servicer._buffers
         self.incarnation = self.request = 0
 
     def close(self) -> None:

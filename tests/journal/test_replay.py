@@ -21,7 +21,12 @@ from ormo_server.store import StoreError
 
 
 @settings(max_examples=150, deadline=None)
-@given(run=runs(UPDATE_RULES), before=stories(), after=stories(), wire=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    run=runs(UPDATE_RULES),
+    before=stories("tune"),
+    after=stories("tune"),
+    wire=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_any_story_since_any_checkpoint_comes_back_bit_for_bit(
     run: Run, before: list[Command], after: list[Command], wire: torch.dtype
 ) -> None:

@@ -5,6 +5,7 @@ import torch
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import PayloadLayout
 from ormo_server.service.buffers import BufferPool
+from ormo_server.service.in_flight import BytesInFlight
 
 MODEL = Manifest.laid_out(
     [TensorSpec("weight", (3,), FLOAT32, PARAMETER), TensorSpec("running_mean", (5,), FLOAT32, BUFFER)]
@@ -20,12 +21,12 @@ def memory(tensor: torch.Tensor) -> int:
 
 
 def test_what_is_lent_is_nobody_elses() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     assert memory(pool.take(layout()).parameters) != memory(pool.take(layout()).parameters)
 
 
 def test_memory_is_used_again_by_whatever_fits() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     first = pool.take(layout(buffers=True))
     pool.give(first)
     for wanted in (layout(), layout(BFLOAT16), layout(BFLOAT16, buffers=True), layout(buffers=True)):
@@ -35,14 +36,14 @@ def test_memory_is_used_again_by_whatever_fits() -> None:
 
 
 def test_what_is_too_small_makes_room_for_what_is_wanted() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     pool.give(pool.take(layout(BFLOAT16)))
     pool.give(pool.take(layout(buffers=True)))
     assert pool.idle_bytes == layout(buffers=True).total_bytes
 
 
 def test_a_buffer_that_fits_is_found_behind_one_that_does_not() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     small, large = pool.take(layout(BFLOAT16)), pool.take(layout(buffers=True))
     pool.give(small)
     pool.give(large)
@@ -51,7 +52,7 @@ def test_a_buffer_that_fits_is_found_behind_one_that_does_not() -> None:
 
 
 def test_padding_never_has_what_the_memory_held_before() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     payload = pool.take(layout(buffers=True))
     payload.memory[:] = b"\xff" * len(payload.memory)
     pool.give(payload)
@@ -59,7 +60,7 @@ def test_padding_never_has_what_the_memory_held_before() -> None:
 
 
 def test_a_gradients_memory_serves_for_the_parameters_that_answer_it() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     gradient = pool.take(layout(buffers=True))
     gradient.float_buffers.fill_(7.0)
     answer = pool.again(gradient, layout())
@@ -71,7 +72,7 @@ def test_a_gradients_memory_serves_for_the_parameters_that_answer_it() -> None:
 
 
 def test_memory_is_not_shared_with_another_dtype_nor_with_what_is_larger() -> None:
-    pool = BufferPool()
+    pool = BufferPool(BytesInFlight(None))
     gradient = pool.take(layout())
     assert pool.again(gradient, layout(BFLOAT16)) is None
     assert pool.again(gradient, layout(buffers=True)) is None

@@ -73,8 +73,8 @@ def scenery(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     pools: list[BufferPool] = []
 
     class Watched(BufferPool):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
             pools.append(self)
 
     monkeypatch.setattr("ormo_server.service.servicer.BufferPool", Watched)

@@ -11,7 +11,7 @@ import torch
 from ormo_protos.tensors import Payload
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Joined, Left, Pushed, Requested, Returned, Withdrawn
+from ormo_server.core.inputs import Gradient, Joined, LearningRateSet, Left, Pushed, Requested, Returned, Withdrawn
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.method import PRESETS
 from ormo_server.core.snapshot import Snapshot, take
@@ -112,6 +112,8 @@ def replayed(segment: Segment) -> Snapshot:
                 machine.withdraw_request(slot)
             case Returned(now, worker, incarnation, ticket):
                 machine.return_ticket(now, worker, incarnation, ticket)
+            case LearningRateSet(now, learning_rate):
+                machine.set_learning_rate(now, learning_rate)
             case Pushed(now, requester, ticket, samples, result):
                 gradient = Gradient(ticket.key, delivered[requester.slot_key] - TARGET, samples)
                 assert machine.push(now, requester, gradient) == result

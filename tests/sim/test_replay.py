@@ -15,7 +15,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan, Result
-from service.wire import WireWorker, connected, served, tensor_chunks
+from service.wire import WireWorker, connected, eventually, served, tensor_chunks
 from sim.by_ticket import SIZE, gradient_of, start
 
 LINE = Manifest.laid_out([TensorSpec("line", (SIZE,), FLOAT32, PARAMETER)])
@@ -89,7 +89,11 @@ def record(trace: Path, directory: Path, settings: dict[str, Any]) -> torch.Tens
         for worker in workers:
             worker.wire.join()
         with ThreadPoolExecutor(WORKERS) as pool:
-            list(pool.map(Worker.run, workers))
+            running = [pool.submit(worker.run) for worker in workers]
+            eventually(lambda: server.host.engine.position()[1] > GRADIENTS // 4)
+            stub.Control(pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=0.01)))
+            for each in running:
+                each.result()
         with server.host.engine.inspect() as machine:
             assert machine.state.iteration == GRADIENTS
             return machine.state.params.clone()

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from ormo_protos.usage import UsageError
 from ormo_server.config import ServerSettings
-from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Requester, Returned, Withdrawn
+from ormo_server.core.inputs import (
+    Input,
+    Joined,
+    LearningRateSet,
+    Left,
+    Pushed,
+    Requested,
+    Requester,
+    Returned,
+    Withdrawn,
+)
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.trace import Start, read_trace
 from ormo_server.trace.rows import line_of
@@ -55,6 +65,7 @@ INPUTS = st.one_of(
     st.builds(Requested, SECONDS, REQUESTER),
     st.builds(Withdrawn, st.tuples(WORKER, SLOT)),
     st.builds(Returned, SECONDS, WORKER, WIDE, st.tuples(WIDE, COUNT)),
+    st.builds(LearningRateSet, SECONDS, st.floats(min_value=0, exclude_min=True, allow_infinity=False)),
     pushes(),
 )
 
@@ -75,7 +86,14 @@ def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
     pushed = Pushed(
         2.5, who, Ticket(EPOCH, 4, ("a", 0), 10, 2, 1.25, delivered=True), 32, PushResult(3, EPOCH, 13, 2, 1, 0.1)
     )
-    path = written(tmp_path / "t", Requested(1.0, who), Withdrawn(("a", 0)), Returned(2.0, "a", 7, (EPOCH, 4)), pushed)
+    path = written(
+        tmp_path / "t",
+        Requested(1.0, who),
+        Withdrawn(("a", 0)),
+        Returned(2.0, "a", 7, (EPOCH, 4)),
+        pushed,
+        LearningRateSet(3.0, 0.5),
+    )
     start, *rows = map(json.loads, path.read_text().splitlines())
     assert start["epoch"] == "0x8000000000000005"
     assert rows == [
@@ -108,6 +126,7 @@ def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
             "samples": 32,
             "iteration_after": 13,
         },
+        {"event": "learning_rate_set", "seconds": 3.0, "learning_rate": 0.5},
     ]
 
 

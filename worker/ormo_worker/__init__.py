@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ormo_protos.allocator import keep_freed_memory
+    from ormo_protos.credentials import Credentials
     from ormo_worker.client import ParameterClient
     from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.module import manifest_of
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClassificationTask",
+    "Credentials",
     "OrmoError",
     "ParameterClient",
     "Patience",
@@ -34,6 +36,7 @@ __all__ = [
 # Imported when first used: `ormo-worker --help` need not wait for PyTorch.
 _HOMES = {
     "ClassificationTask": "ormo_worker.tasks",
+    "Credentials": "ormo_protos.credentials",
     "OrmoError": "ormo_worker.errors",
     "ParameterClient": "ormo_worker.client",
     "Patience": "ormo_worker.retries",

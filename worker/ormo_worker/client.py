@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Self
 
+from ormo_protos.credentials import Credentials
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -34,9 +35,11 @@ class ParameterClient:
         pin_memory: whether payloads are received into page-locked memory.
         patience: how long to wait for the server.
         observer: is told what happens, from any thread.
+        credentials: to connect with; None for no TLS.
 
     Raises:
         OptionRefused: the worker id can't be used.
+        CredentialsError: a certificate, key or token can't be used.
     """
 
     def __init__(
@@ -51,10 +54,11 @@ class ParameterClient:
         pin_memory: bool = False,
         patience: Patience | None = None,
         observer: Observer | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.identity = Identity() if worker_id is None else Identity(worker_id)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
-        self._connection = Connection(server, patience or Patience(), observer or Observer())
+        self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
         self.slots = tuple(
             Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)

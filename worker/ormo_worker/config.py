@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ormo_protos.settings import Settings, checked_address
+from ormo_protos.credentials import ClientSettings
+from ormo_protos.settings import checked_address
 
 # What the protocol allows a worker.
 MOST_IN_FLIGHT = 16
@@ -14,7 +15,7 @@ MOST_IN_FLIGHT = 16
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-class _Common(Settings):
+class _Common(ClientSettings):
     """What both commands need."""
 
     server: str = Field("127.0.0.1:50051", description="host and port of the parameter server")

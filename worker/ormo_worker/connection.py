@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from ormo_protos.credentials import Credentials, Dialer
 from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -18,8 +19,6 @@ from ormo_worker.retries import Patience, RetryLoop, SignsOfLife
 from ormo_worker.stub import TensorStub
 
 T = TypeVar("T")
-
-# gRPC allows no client to ping more often.
 
 
 class Cancellable(Protocol):
@@ -32,23 +31,31 @@ class Cancellable(Protocol):
 class Connection:
     """One channel to the server: made at once, connected when first used, made again when it breaks.
 
+    Args:
+        credentials: to connect with; None for no TLS. New certificates are used from the next broken connection on.
+
     Attributes:
         server: the address as the user gave it.
         patience: how long to wait.
         observer: is told what happens.
         stub: the server's methods, but for those that carry tensors.
         tensors: those.
+
+    Raises:
+        CredentialsError: a certificate, key or token can't be used.
     """
 
-    def __init__(self, server: str, patience: Patience, observer: Observer) -> None:
+    def __init__(
+        self, server: str, patience: Patience, observer: Observer, credentials: Credentials | None = None
+    ) -> None:
         self.server = server
         self.patience = patience
         self.observer = observer
-        self._channel = grpc.insecure_channel(server, options=_channel_options(patience))
-        self.stub = ParameterServerStub(self._channel)
-        self.tensors = TensorStub(self._channel)
+        self._dialer = Dialer(server, credentials, _channel_options(patience))
+        self._channels: list[grpc.Channel] = []
         self._open: set[Cancellable] = set()
         self._lock = threading.Lock()
+        self._dial()
         self._closed = threading.Event()
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
@@ -117,10 +124,21 @@ class Connection:
             end = ended(error)
             if end.reason:
                 self.heard()
+            elif self._dialer.outdated:
+                self._dial()
             raise end from None
         except ValueError:
             self.check()  # gRPC's way to say that the channel is closed
             raise
+
+    def _dial(self) -> None:
+        """From now on calls go through a new channel; those that are under way go on, through the one before."""
+        channel = self._dialer.dial()
+        with self._lock:
+            older, self._channels = self._channels[:-1], [*self._channels[-1:], channel]
+            self.stub, self.tensors = ParameterServerStub(channel), TensorStub(channel)
+        for each in older:
+            each.close()
 
     @contextmanager
     def guarded(self, call: Cancellable) -> Iterator[None]:
@@ -173,7 +191,10 @@ class Connection:
         """End all calls and the channel; may be called from any thread, and again."""
         self._closed.set()
         self.cancel_open()
-        self._channel.close()
+        with self._lock:
+            channels = list(self._channels)
+        for channel in channels:
+            channel.close()
 
 
 def _channel_options(patience: Patience) -> list[tuple[str, int]]:

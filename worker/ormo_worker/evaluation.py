@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ormo_protos.credentials import Credentials
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
@@ -74,7 +75,7 @@ def run(settings: EvaluateSettings) -> None:
     exporter = Exporter(settings.metrics_listen, metrics.registry)
     patience = Patience(settings.connect_timeout, settings.failure_timeout, settings.give_up_after)
     try:
-        with evaluator.client(settings.server, patience, metrics) as client:
+        with evaluator.client(settings.server, patience, metrics, settings.credentials()) as client:
             for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
                 sys.stdout.write(evaluation.line() + "\n")
                 sys.stdout.flush()
@@ -134,10 +135,18 @@ class Evaluator:
         self._test_set = task.test_set()
         self._staging = Staging(self._model)
 
-    def client(self, server: str, patience: Patience, observer: Observer | None = None) -> ParameterClient:
+    def client(
+        self,
+        server: str,
+        patience: Patience,
+        observer: Observer | None = None,
+        credentials: Credentials | None = None,
+    ) -> ParameterClient:
         """A reader of this model's parameters."""
         manifest, pin_memory = self._staging.tensors.manifest, self._staging.device is not None
-        return ParameterClient(server, manifest, pin_memory=pin_memory, patience=patience, observer=observer)
+        return ParameterClient(
+            server, manifest, pin_memory=pin_memory, patience=patience, observer=observer, credentials=credentials
+        )
 
     @torch.no_grad()
     def evaluate(self, delivered: Delivered) -> Evaluation:

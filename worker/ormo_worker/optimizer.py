@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.credentials import Credentials
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
@@ -64,6 +65,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
         metrics_listen: HOST:PORT to serve this worker's own metrics on, for Prometheus; empty for none.
+        credentials: files with certificates or a token to connect with; None for no TLS.
 
     Attributes:
         last_result: what the server said to the last gradient whose outcome is known, with several in flight not
@@ -76,6 +78,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
+        CredentialsError: a certificate, key or token can't be used.
         OptionRefused: an option that the server decides, a parameter of another model, a bad id or dtype, or an
             address for metrics that can't be had.
         ServerUnreachable: nobody answered within the connect timeout.
@@ -97,6 +100,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         failure_timeout: float = 30.0,
         give_up_after: float | None = None,
         metrics_listen: str = "",
+        credentials: Credentials | None = None,
     ) -> None:
         self._staging = Staging(model)
         self._own = set(self._staging.tensors.parameters)
@@ -128,6 +132,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             pin_memory=self._staging.pinned,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
             observer=metrics,
+            credentials=credentials,
         )
         slots = self._client.slots
         self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if in_flight == 1 else InFlight(slots, metrics)

@@ -58,6 +58,7 @@ AFTER_REASON = {
     Reason.NOT_A_MEMBER: Step.JOIN,
     Reason.NOT_READY: Step.SEND_AGAIN,
     Reason.NOT_WANTED: Step.JOIN,
+    Reason.PERMISSION_DENIED: Step.FAIL,
     Reason.PROTOCOL_VERSION: Step.FAIL,
     Reason.REPLACED: Step.REPLACED,
     Reason.STALE_REQUEST: Step.FAIL,
@@ -65,6 +66,8 @@ AFTER_REASON = {
     Reason.TICKET_UNKNOWN: Step.PULL,
     Reason.TOO_MANY_STREAMS: Step.SEND_AGAIN,
     Reason.TOO_MANY_WORKERS: Step.SEND_AGAIN,
+    Reason.TOO_MUCH_IN_FLIGHT: Step.SEND_AGAIN,
+    Reason.UNAUTHENTICATED: Step.FAIL,
     Reason.UNSOUND_WORKER: Step.FAIL,
 }
 

@@ -50,6 +50,7 @@ def run(settings: RunSettings) -> None:
         failure_timeout=settings.failure_timeout,
         give_up_after=settings.give_up_after,
         metrics_listen=settings.metrics_listen,
+        credentials=settings.credentials(),
     ) as optimizer:
         if optimizer.finished:
             _LOG.info("the run was over already, at iteration %d: there is nothing to train", optimizer.iteration)

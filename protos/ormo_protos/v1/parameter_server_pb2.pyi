@@ -16,6 +16,14 @@ Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc
 refused call leaves the model as it was. Every RPC may also end with
   UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
+and, where the server has a list of who may do what, with
+  UNAUTHENTICATED    UNAUTHENTICATED: the caller's certificate, or its bearer token, is on no line of it.
+  PERMISSION_DENIED  PERMISSION_DENIED: the caller's role does not allow this RPC, or the worker id is not its own.
+
+Access. A caller is known by its client certificate, or by the metadata `authorization: Bearer TOKEN`. Its role is
+`worker` (all but Control), `reader` (PullParams without a requester, ReportEvaluation, GetStatus) or `admin` (what
+readers may, and Control). A worker may only use worker ids that are its own. Without a list anyone may do all, but
+Control is for callers on the server's own machine.
 
 Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to three sections, each padded
 with zero bytes to a multiple of 8 bytes:
@@ -181,7 +189,7 @@ class TensorChunk(_message.Message):
     offset: _builtins.int
     """Where the bytes go, from the payload's start; the end of the chunk before, 0 for the first."""
     data: _builtins.bytes
-    """1 byte to 4 MiB; senders use 2 MiB."""
+    """1 byte to 4 MiB; senders use 2 MiB. A payload may come in 64 chunks, and one more for each 16 KiB that it has."""
     def __init__(
         self,
         *,
@@ -1496,6 +1504,130 @@ class GetStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ControlRequest(_message.Message):
+    """What to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    SET_LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> Global___CheckpointNow:
+        """Write a checkpoint now. Answered when it is on disk."""
+
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """Stop as on SIGTERM: let exchanges end, write a checkpoint, exit. Answered at once."""
+
+    @_builtins.property
+    def set_learning_rate(self) -> Global___SetLearningRate:
+        """Answered when no crash can undo it."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Global___CheckpointNow | None = ...,
+        drain: Global___Drain | None = ...,
+        set_learning_rate: Global___SetLearningRate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "checkpoint", b"checkpoint", "drain", b"drain", "set_learning_rate", b"set_learning_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "checkpoint", b"checkpoint", "drain", b"drain", "set_learning_rate", b"set_learning_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["checkpoint", "drain", "set_learning_rate"]  # noqa: Y015
+    _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
+
+Global___ControlRequest: _TypeAlias = ControlRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointNow(_message.Message):
+    """Write a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointNow: _TypeAlias = CheckpointNow  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Stop, and lose nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class SetLearningRate(_message.Message):
+    """From the next bucket on, train as if the server had been started with this learning rate: warm-up and schedule go on.
+    Survives restarts, until the server is started with another learning rate than it had now.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    learning_rate: _builtins.float
+    """η after the warm-up, above 0."""
+    def __init__(
+        self,
+        *,
+        learning_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate", b"learning_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLearningRate: _TypeAlias = SetLearningRate  # noqa: Y015
+
+@_typing.final
+class ControlResponse(_message.Message):
+    """The action is done, or has begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    checkpoint_path: _builtins.str
+    """Of `checkpoint`: where it is, on the server's machine."""
+    @_builtins.property
+    def iteration(self) -> Global___Iteration:
+        """Where the run was. Not set if there is no model."""
+
+    def __init__(
+        self,
+        *,
+        iteration: Global___Iteration | None = ...,
+        checkpoint_path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "iteration", b"iteration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlResponse: _TypeAlias = ControlResponse  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):

@@ -80,6 +80,11 @@ class ParameterServerStub(object):
                 request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Control = channel.unary_unary(
+                '/ormo.v1.ParameterServer/Control',
+                request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ControlRequest.SerializeToString,
+                response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ControlResponse.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServicer(object):
@@ -106,6 +111,7 @@ class ParameterServerServicer(object):
         FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
         RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
+        TOO_MUCH_IN_FLIGHT: as PushPull.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,7 +125,7 @@ class ParameterServerServicer(object):
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
         than one already used. FINISHED: no more tickets.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
-        RetryInfo says when to come back.
+        TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +148,7 @@ class ParameterServerServicer(object):
         INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
+        TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
         ABORTED              SUPERSEDED: a newer stream of the same slot took over.
         CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
         server began to drain: try again on a new stream.
@@ -181,6 +188,16 @@ class ParameterServerServicer(object):
 
     def GetStatus(self, request, context):
         """What a command line shows. Safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Control(self, request, context):
+        """What an operator may do to a run, one action a call. Safe to retry.
+        INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+        UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
+        FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +250,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusRequest.FromString,
                     response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Control': grpc.unary_unary_rpc_method_handler(
+                    servicer.Control,
+                    request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ControlRequest.FromString,
+                    response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.ControlResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +501,33 @@ class ParameterServer(object):
             '/ormo.v1.ParameterServer/GetStatus',
             ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
             ormo__protos_dot_v1_dot_parameter__server__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Control(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ormo.v1.ParameterServer/Control',
+            ormo__protos_dot_v1_dot_parameter__server__pb2.ControlRequest.SerializeToString,
+            ormo__protos_dot_v1_dot_parameter__server__pb2.ControlResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,14 @@ Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc
 refused call leaves the model as it was. Every RPC may also end with
   UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
+and, where the server has a list of who may do what, with
+  UNAUTHENTICATED    UNAUTHENTICATED: the caller's certificate, or its bearer token, is on no line of it.
+  PERMISSION_DENIED  PERMISSION_DENIED: the caller's role does not allow this RPC, or the worker id is not its own.
+
+Access. A caller is known by its client certificate, or by the metadata `authorization: Bearer TOKEN`. Its role is
+`worker` (all but Control), `reader` (PullParams without a requester, ReportEvaluation, GetStatus) or `admin` (what
+readers may, and Control). A worker may only use worker ids that are its own. Without a list anyone may do all, but
+Control is for callers on the server's own machine.
 
 Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to three sections, each padded
 with zero bytes to a multiple of 8 bytes:
@@ -72,6 +80,7 @@ class ParameterServerStub:
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
+                           TOO_MUCH_IN_FLIGHT: as PushPull.
     """
     PullParams: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
@@ -81,7 +90,7 @@ class ParameterServerStub:
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
-                           RetryInfo says when to come back.
+                           TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
     """
     PushGradient: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
@@ -96,6 +105,7 @@ class ParameterServerStub:
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -119,6 +129,12 @@ class ParameterServerStub:
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]
     """What a command line shows. Safe to retry."""
+    Control: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ControlRequest, _parameter_server_pb2.ControlResponse]
+    """What an operator may do to a run, one action a call. Safe to retry.
+      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+      UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
+      FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+    """
 
 @_typing.type_check_only
 class ParameterServerAsyncStub(ParameterServerStub):
@@ -141,6 +157,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
+                           TOO_MUCH_IN_FLIGHT: as PushPull.
     """
     PullParams: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]  # type: ignore[assignment]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
@@ -150,7 +167,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                            than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
-                           RetryInfo says when to come back.
+                           TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
     """
     PushGradient: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]  # type: ignore[assignment]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
@@ -165,6 +182,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -188,6 +206,12 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What a command line shows. Safe to retry."""
+    Control: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ControlRequest, _parameter_server_pb2.ControlResponse]  # type: ignore[assignment]
+    """What an operator may do to a run, one action a call. Safe to retry.
+      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+      UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
+      FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+    """
 
 class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     """Holds the parameters of one model, applies gradients to them and hands them out."""
@@ -219,6 +243,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
           ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
           RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
+                               TOO_MUCH_IN_FLIGHT: as PushPull.
         """
 
     @_abc_1.abstractmethod
@@ -234,7 +259,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
                                than one already used. FINISHED: no more tickets.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
-                               RetryInfo says when to come back.
+                               TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
         """
 
     @_abc_1.abstractmethod
@@ -261,6 +286,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
+                               TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                                server began to drain: try again on a new stream.
@@ -308,5 +334,17 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.GetStatusResponse, _abc.Awaitable[_parameter_server_pb2.GetStatusResponse]]:
         """What a command line shows. Safe to retry."""
+
+    @_abc_1.abstractmethod
+    def Control(
+        self,
+        request: _parameter_server_pb2.ControlRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_parameter_server_pb2.ControlResponse, _abc.Awaitable[_parameter_server_pb2.ControlResponse]]:
+        """What an operator may do to a run, one action a call. Safe to retry.
+          INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+          UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
+          FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+        """
 
 def add_ParameterServerServicer_to_server(servicer: ParameterServerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,15 +1,16 @@
-"""The settings of `ormo-server status` and `ormo-server top`."""
+"""The settings of `ormo-server status`, `top` and `control`."""
 
 import warnings
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from ormo_protos.settings import Settings, checked_address
+from ormo_protos.credentials import ClientSettings
+from ormo_protos.settings import checked_address
 
 
-class _Common(Settings):
-    """What both commands need."""
+class _Common(ClientSettings):
+    """What all commands need."""
 
     server: str = Field("127.0.0.1:50051", description="host and port of the server")
     timeout: float = Field(5.0, gt=0, description="seconds to wait for an answer")
@@ -28,6 +29,25 @@ with warnings.catch_warnings():
         """Show how a server is doing; exits with 1 if it does not answer."""
 
         json: bool = Field(False, description="all that the server tells, as JSON")  # type: ignore[assignment]
+
+
+class ControlSettings(_Common):
+    """Have a server do one thing; exits with 1 if it does not."""
+
+    checkpoint: bool = Field(False, description="write a checkpoint now, and wait until it is on disk")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="train with this learning rate from the next bucket on, as if the server had been started with it; "
+        "schedule and warm-up go on",
+    )
+    drain: bool = Field(False, description="stop as on SIGTERM: let exchanges end, write a checkpoint, exit")
+
+    @model_validator(mode="after")
+    def _one_action(self) -> Self:
+        if self.checkpoint + self.drain + (self.learning_rate is not None) != 1:
+            raise ValueError("one of --checkpoint, --learning-rate and --drain was expected")
+        return self
 
 
 class TopSettings(_Common):

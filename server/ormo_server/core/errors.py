@@ -108,6 +108,12 @@ class NotWanted(OrmoError):
     reason = Reason.NOT_WANTED
 
 
+class PermissionDenied(OrmoError):
+    """The caller is known, and may not do this."""
+
+    reason = Reason.PERMISSION_DENIED
+
+
 class ProtocolVersion(OrmoError):
     """The worker speaks another version of the protocol."""
 
@@ -148,6 +154,18 @@ class TooManyWorkers(OrmoError):
     """As many workers as allowed are members already."""
 
     reason = Reason.TOO_MANY_WORKERS
+
+
+class TooMuchInFlight(OrmoError):
+    """One caller has as many bytes of tensors under way as it may."""
+
+    reason = Reason.TOO_MUCH_IN_FLIGHT
+
+
+class Unauthenticated(OrmoError):
+    """The caller is not known."""
+
+    reason = Reason.UNAUTHENTICATED
 
 
 class UnsoundWorker(OrmoError):

@@ -100,4 +100,12 @@ class Pushed:
     result: PushResult
 
 
-Input = Joined | Left | Requested | Withdrawn | Returned | Pushed
+@dataclass(frozen=True, slots=True)
+class LearningRateSet:
+    """The operator has set the learning rate."""
+
+    now: float
+    learning_rate: float
+
+
+Input = Joined | Left | Requested | Withdrawn | Returned | Pushed | LearningRateSet

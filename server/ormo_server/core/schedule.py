@@ -9,6 +9,19 @@ KINDS = ("constant", "milestones", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """The operator's word on the learning rate, while the run goes on.
+
+    Attributes:
+        peak: η after the warm-up.
+        instead_of: what the settings said then. Once they say something else, they are newer than this.
+    """
+
+    peak: float
+    instead_of: float
+
+
+@dataclass(frozen=True, slots=True)
 class LearningRate:
     """The learning rate η at every iteration; a linear warm-up may go before any kind.
 

@@ -11,6 +11,7 @@ from ormo_server.core import membership, tickets
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.schedule import Tuning
 from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 
@@ -51,6 +52,7 @@ def take(machine: StateMachine) -> Snapshot:
     if state.round_params is not None:
         views["round_params"] = state.round_params
     fields: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
+    fields["tuning"] = None if state.tuning is None else dataclasses.asdict(state.tuning)
     fields["rule"] = machine.run.method.rule
     fields["rule_counters"] = dict(state.rule.counters)
     fields["scheduler"] = machine.run.method.scheduler
@@ -100,6 +102,8 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
         _void_everything(state)
     if snapshot.fields["scheduler"] != run.method.scheduler:
         _change_scheduler(state)
+    if state.tuning is not None and state.tuning.instead_of != run.learning_rate.peak:
+        state.tuning = None
     state.epoch = epoch
     # Whoever was a member once has been waited for already.
     state.started = True
@@ -124,6 +128,8 @@ def _state(run: Run, snapshot: Snapshot) -> State:
     state = State(tensors["params"], tensors["float_buffers"], tensors["int_buffers"], rule, fields["epoch"], 0.0)
     for name in _COUNTERS:
         setattr(state, name, fields[name])
+    tuning = fields.get("tuning")
+    state.tuning = None if tuning is None else Tuning(**tuning)
     state.members = {row["worker"]: _member(row) for row in fields["members"]}
     state.live_slots = sum(len(member.slots) for member in state.members.values())
     restored = (Ticket(**{**row, "slot": tuple(row["slot"])}) for row in fields["tickets"])

@@ -7,6 +7,7 @@ import torch
 
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.rules import Sending, UpdateRule
+from ormo_server.core.schedule import Tuning
 
 
 @dataclass(slots=True)
@@ -108,6 +109,7 @@ class State:
         rule: the update rule with its vectors.
         epoch: of the server, for new tickets.
         learning_rate: η in force, set when the newest bucket opened.
+        tuning: what the operator has set the learning rate to; None: it is as the settings say.
         iteration: t, gradients applied so far.
         samples: samples in them.
         newest_bucket: b, the newest bucket of any applied gradient.
@@ -132,6 +134,7 @@ class State:
     rule: UpdateRule
     epoch: int
     learning_rate: float
+    tuning: Tuning | None = None
     iteration: int = 0
     samples: int = 0
     newest_bucket: int = 0

@@ -17,6 +17,7 @@ from ormo_server.core.errors import (
     NotAMember,
     OrmoError,
     Replaced,
+    SettingsError,
     StaleRequest,
     TooManyWorkers,
 )
@@ -25,6 +26,7 @@ from ormo_server.core.inputs import (
     Gradient,
     Input,
     Joined,
+    LearningRateSet,
     Left,
     Pushed,
     Requested,
@@ -36,6 +38,7 @@ from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES, Landing
 from ormo_server.core.scales import STEP_SCALES, Timing
+from ormo_server.core.schedule import LearningRate, Tuning
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
 
@@ -90,6 +93,12 @@ class StateMachine:
     def bucket_size(self) -> int:
         """K: fixed, or the number of slots of the live workers, at least 1."""
         return self.run.bucket_size or max(1, self.state.live_slots)
+
+    @property
+    def learning_rate(self) -> LearningRate:
+        """The schedule in force: the settings', with the peak that the operator has set since."""
+        schedule, tuning = self.run.learning_rate, self.state.tuning
+        return schedule if tuning is None else replace(schedule, peak=tuning.peak)
 
     def take_events(self) -> list[Event]:
         """What followed from the inputs since the last call, in order."""
@@ -267,7 +276,7 @@ class StateMachine:
         opened = max(0, ticket.bucket - state.newest_bucket)
         if opened:
             state.newest_bucket = ticket.bucket
-            state.learning_rate = self.run.learning_rate.at(state.iteration)
+            state.learning_rate = self.learning_rate.at(state.iteration)
         size = self.bucket_size
         step_size = state.learning_rate * self._scale(Timing(counted_delay, size, seconds, state.seconds_of_slots))
         return Landing(step_size, opened, state.newest_bucket - ticket.bucket, size, ticket.slot)
@@ -286,6 +295,26 @@ class StateMachine:
             # The difference of two finite numbers may be too large for float32; their mean is not.
             merged = torch.lerp(held.double(), sent.double(), weight).float()
         held.copy_(merged)
+
+    # Inputs: the operator
+
+    def set_learning_rate(self, now: float, peak: float) -> None:
+        """From the next bucket on, η is as if the settings had said this: warm-up and schedule go on, at this peak.
+
+        Raises:
+            BadRequest: not a finite number above 0.
+            Finished: the run is over.
+        """
+        try:
+            replace(self.run.learning_rate, peak=peak)
+        except SettingsError as error:
+            raise BadRequest(str(error)) from error
+        self._refuse_finished()
+        self.state.tuning = Tuning(peak, self.run.learning_rate.peak)
+        if self.state.iteration == 0:  # the first bucket has opened, and has no gradient yet
+            self.state.learning_rate = self.learning_rate.at(0)
+        if self.listener is not None:
+            self.listener(LearningRateSet(now, peak))
 
     # What follows from inputs
 

@@ -6,7 +6,17 @@ import torch
 
 from ormo_protos.tensors import Payload, torch_dtype
 from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Input, Joined, Left, Pushed, Requested, Returned, Withdrawn
+from ormo_server.core.inputs import (
+    Gradient,
+    Input,
+    Joined,
+    LearningRateSet,
+    Left,
+    Pushed,
+    Requested,
+    Returned,
+    Withdrawn,
+)
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal.records import Delivered, Record
@@ -56,6 +66,8 @@ def _feed(machine: StateMachine, taken: Input, payload: Payload | None) -> bool:
             machine.withdraw_request(slot)
         case Returned(now, worker, incarnation, ticket):
             return machine.return_ticket(now, worker, incarnation, ticket)
+        case LearningRateSet(now, learning_rate):
+            machine.set_learning_rate(now, learning_rate)
         case Pushed(now, requester, ticket, samples, result):
             assert payload is not None
             with_buffers = payload.layout.with_buffers

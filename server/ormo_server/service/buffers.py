@@ -7,6 +7,7 @@ from typing import Self
 import torch
 
 from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_server.service.in_flight import BytesInFlight
 
 
 def _page_aligned(size: int) -> torch.Tensor:
@@ -34,9 +35,14 @@ class _Buffer:
 
 
 class BufferPool:
-    """Lends payloads. It never holds more buffers than were out at one time, each as large as what was asked for."""
+    """Lends payloads. It never holds more buffers than were out at one time, each as large as what was asked for.
 
-    def __init__(self) -> None:
+    Args:
+        in_flight: counts what is lent, by caller.
+    """
+
+    def __init__(self, in_flight: BytesInFlight) -> None:
+        self.in_flight = in_flight
         self._lock = threading.Lock()
         self._idle: list[_Buffer] = []
         self._lent: dict[int, _Buffer] = {}
@@ -46,9 +52,9 @@ class BufferPool:
         """Memory that is kept and not lent."""
         return sum(buffer.memory.numel() for buffer in self._idle)
 
-    def loans(self) -> "Loans":
-        """What is taken through it is given back when it is left."""
-        return Loans(self)
+    def loans(self, caller: str) -> "Loans":
+        """What is taken through it, for this caller, is given back when it is left."""
+        return Loans(self, caller)
 
     def take(self, layout: PayloadLayout) -> Payload:
         """A payload of this layout, with whatever its memory held before."""
@@ -84,10 +90,11 @@ class BufferPool:
 class Loans:
     """Payloads that are lent for the time of an exchange."""
 
-    __slots__ = ("_pool", "_taken")
+    __slots__ = ("_caller", "_pool", "_taken")
 
-    def __init__(self, pool: BufferPool) -> None:
+    def __init__(self, pool: BufferPool, caller: str) -> None:
         self._pool = pool
+        self._caller = caller
         self._taken: list[Payload] = []
 
     def __enter__(self) -> Self:
@@ -96,9 +103,15 @@ class Loans:
     def __exit__(self, *_: object) -> None:
         for payload in self._taken:
             self._pool.give(payload)
+            self._pool.in_flight.end(self._caller, payload.layout.total_bytes)
 
     def take(self, layout: PayloadLayout) -> Payload:
-        """A payload of this layout."""
+        """A payload of this layout.
+
+        Raises:
+            TooMuchInFlight: the caller has as much as it may.
+        """
+        self._pool.in_flight.begin(self._caller, layout.total_bytes)
         payload = self._pool.take(layout)
         self._taken.append(payload)
         return payload

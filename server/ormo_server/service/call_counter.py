@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from ormo_server.metrics.calls import Calls, Method
+from ormo_server.service.rewrapping import behaviour_of, rewrapped
 
 _TYPES = {
     (False, False): "unary",
@@ -41,12 +42,9 @@ class CallCounter(grpc.ServerInterceptor):
         return self._counted(handler, method)
 
     def _counted(self, handler: Any, method: Method) -> Any:
-        words = {True: "stream", False: "unary"}
-        kind = f"{words[handler.request_streaming]}_{words[handler.response_streaming]}"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        behaviour = getattr(handler, kind)
+        behaviour = behaviour_of(handler)
         counted = self._streamed(behaviour, method) if handler.response_streaming else self._answered(behaviour, method)
-        return make(counted, handler.request_deserializer, handler.response_serializer)
+        return rewrapped(handler, counted)
 
     def _answered(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         def call(request: Any, context: Any) -> Any:

@@ -92,8 +92,8 @@ class Engine:
 
     # Members
 
-    def join(self, worker: str, incarnation: int, slots: int) -> tuple[Member, int | None]:
-        """See `StateMachine.join`.
+    def join(self, worker: str, incarnation: int, slots: int, caller: str = "") -> tuple[Member, int | None]:
+        """See `StateMachine.join`. The caller's name is for the log.
 
         Returns:
             The member, and the incarnation that it replaced, if it did.
@@ -110,8 +110,11 @@ class Engine:
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self._journal.position
         self._journal.settle(position)
         if member is not known:
-            about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
-            log.info("worker %s joined (rank %d, %d slots); K is %d", worker, member.rank, slots, size, extra=about)
+            about = Fields(
+                worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1], caller=caller
+            )
+            said = "worker %s joined (rank %d, %d slots) from %s; K is %d"
+            log.info(said, worker, member.rank, slots, caller or "here", size, extra=about)
             self._warn_of_idle_slots(live_slots)
         return member, known.incarnation if known is not None and known is not member else None
 
@@ -144,6 +147,13 @@ class Engine:
             position = self._journal.position
         if returned:
             self._journal.settle(position)
+
+    def set_learning_rate(self, peak: float) -> None:
+        """See `StateMachine.set_learning_rate`."""
+        with self._inputs as machine:
+            machine.set_learning_rate(self._clock(), peak)
+            position = self._journal.position
+        self._journal.settle(position)
 
     def leave(self, worker: str, incarnation: int) -> None:
         """A worker gives up its lease."""

@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import NoReturn, Protocol, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -11,6 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from ormo_protos.framing import Malformed
+from ormo_protos.logs import Fields
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import PayloadError
@@ -18,6 +20,9 @@ from ormo_server.core.errors import BadManifest, BadPayload, BadRequest, OrmoErr
 from ormo_server.service.delivery import PeerGone
 
 log = logging.getLogger(__name__)
+# Apart from each other, because lines of each are limited: whoever may do little must not drown the rest.
+_refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger("ormo_server.denied")
+_DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
 
 STATUS_CODES: dict[Reason, int] = {
     Reason.BAD_MANIFEST: code_pb2.INVALID_ARGUMENT,
@@ -35,6 +40,7 @@ STATUS_CODES: dict[Reason, int] = {
     Reason.NOT_A_MEMBER: code_pb2.FAILED_PRECONDITION,
     Reason.NOT_READY: code_pb2.UNAVAILABLE,
     Reason.NOT_WANTED: code_pb2.FAILED_PRECONDITION,
+    Reason.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
     Reason.PROTOCOL_VERSION: code_pb2.FAILED_PRECONDITION,
     Reason.REPLACED: code_pb2.FAILED_PRECONDITION,
     Reason.STALE_REQUEST: code_pb2.FAILED_PRECONDITION,
@@ -42,6 +48,8 @@ STATUS_CODES: dict[Reason, int] = {
     Reason.TICKET_UNKNOWN: code_pb2.FAILED_PRECONDITION,
     Reason.TOO_MANY_STREAMS: code_pb2.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_WORKERS: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.TOO_MUCH_IN_FLIGHT: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
     Reason.UNSOUND_WORKER: code_pb2.FAILED_PRECONDITION,
 }
 
@@ -111,13 +119,23 @@ def named(error: Exception) -> Exception:
 def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> NoReturn:
     error = named(error)
     if isinstance(error, OrmoError):
-        service.count_refusal(error.reason)
-        _abort(context, error.reason, str(error), error.retry_seconds)
+        refuse(service, context, error)
     if isinstance(error, grpc.RpcError) or not context.is_active():
         raise error  # the peer went away in mid-message: gRPC knows its own error, and nothing was changed
     log.error("a call failed for a reason that is the server's own fault", exc_info=error)
     service.count_refusal(Reason.INTERNAL)
     _abort(context, Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log says more", None)
+
+
+def refuse(service: Refuser, context: grpc.ServicerContext, error: OrmoError) -> NoReturn:
+    """End a call with a refusal."""
+    service.count_refusal(error.reason)
+    about = Fields(reason=error.reason, peer=unquote(context.peer()))
+    if error.reason in _DENIALS:
+        _denied.warning("denied %s: %s", about["peer"], error, extra=about)
+    else:
+        _refused.info("refused %s (%s): %s", about["peer"], error.reason, error, extra=about)
+    _abort(context, error.reason, str(error), error.retry_seconds)
 
 
 def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_seconds: float | None) -> NoReturn:

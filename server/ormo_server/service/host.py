@@ -299,7 +299,13 @@ class RunHost:
             journal=self._journal,
         )
 
+    @property
+    def journaled(self) -> bool:
+        """Whether inputs are kept as they come."""
+        return isinstance(self._journal, Journal)
+
     def _check_memory(self, manifest: Manifest) -> None:
+        self._check_in_flight(manifest)
         elements = manifest.sizes["parameters"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
         need = memory.need(self._run, elements, slots)
@@ -322,13 +328,23 @@ class RunHost:
                 f"{int(limit):,}: raise it, or lower max_workers or slots_per_worker"
             )
 
+    def _check_in_flight(self, manifest: Manifest) -> None:
+        limit = self.settings.max_bytes_in_flight
+        exchange = 2 * PayloadLayout.of(manifest, FLOAT32, with_buffers=True).total_bytes
+        if limit is not None and exchange > limit:
+            raise MemoryLimit(
+                f"one exchange of this model may have {exchange:,} bytes under way, and max_bytes_in_flight is "
+                f"{int(limit):,}: raise it"
+            )
+
     # Checkpoints
 
-    def checkpoint(self, *, drained: bool = False) -> bool:
-        """Write a checkpoint, unless the last one holds the same state.
+    def checkpoint(self, *, drained: bool = False, anew: bool = False) -> bool:
+        """Write a checkpoint, unless the last one has the same parameters.
 
         Args:
             drained: the engine is closed, so that nothing can be applied after it.
+            anew: write one in any case.
 
         Returns:
             Whether the newest state is on disk now.
@@ -338,7 +354,7 @@ class RunHost:
         with self._writing:
             last = self.last_checkpoint
             as_before = last is not None and (last.epoch, last.iteration) == self._engine.position()
-            if as_before and not drained and not self._journal.full:
+            if as_before and not drained and not anew and not self._journal.full:
                 return True
             return self._write_current(self._engine, drained=drained)
 

@@ -14,7 +14,10 @@ from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_server.config import ServerSettings
 from ormo_server.metrics import Metrics
+from ormo_server.security import Access, ListedAccess, OpenAccess, server_credentials
 from ormo_server.service.call_counter import CallCounter, methods
+from ormo_server.service.controls import Controls
+from ormo_server.service.guard import Guard
 from ormo_server.service.handlers import SERVICE, handlers
 from ormo_server.service.host import RunHost
 from ormo_server.service.servicer import Servicer
@@ -68,6 +71,12 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     ]
 
 
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
 class Server:
     """A run, served.
 
@@ -77,13 +86,19 @@ class Server:
     Attributes:
         address: host and port it listens on, once started.
         metrics_address: the same for metrics; empty if none are served.
+        told_to_stop: set when an operator has asked it to drain.
 
     Raises:
         StoreError, SettingsError, MemoryLimit: see `RunHost`.
+        CredentialsError, AccessError: certificates, or the list of callers, can't be used.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
+        # First what reads files only, so that a mistake there costs nothing.
+        self._access: Access = OpenAccess() if settings.access is None else ListedAccess(settings.access)
+        self._credentials = _credentials(settings)
+        self.told_to_stop = threading.Event()
         self.metrics = Metrics(settings.worker_series)
         self.host = RunHost(settings, self.metrics)
         self.streams = StreamRegistry(worker_streams(settings), settings.max_readers)
@@ -109,8 +124,10 @@ class Server:
     def _grpc_server(self) -> grpc.Server:
         threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
         pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
-        server = grpc.server(pool, interceptors=[CallCounter(self.metrics.calls)], options=_options(self.settings))
-        server.add_generic_rpc_handlers((handlers(Servicer(self.host, self.streams)),))
+        servicer = Servicer(self.host, self.streams, self._access, Controls(self.host, self.told_to_stop))
+        interceptors = [CallCounter(self.metrics.calls), Guard(self._access, servicer)]
+        server = grpc.server(pool, interceptors=interceptors, options=_options(self.settings))
+        server.add_generic_rpc_handlers((handlers(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -136,7 +153,10 @@ class Server:
     def _bind(self) -> str:
         host = self.settings.listen.rpartition(":")[0]
         try:
-            port = self._grpc.add_insecure_port(self.settings.listen)
+            if self._credentials is None:
+                port = self._grpc.add_insecure_port(self.settings.listen)
+            else:
+                port = self._grpc.add_secure_port(self.settings.listen, self._credentials)
         except RuntimeError as error:
             raise AddressInUseError(
                 f"can't listen on {self.settings.listen}: the port is in use or the address is not this machine's; "
@@ -174,6 +194,7 @@ class Server:
 
     def _expire(self) -> None:
         self.streams.end_stuck(self.settings.failure_timeout)
+        self.streams.end_unknown(self._access)
         if self.host.has_model and not self.host.engine.broken.is_set():
             for worker, incarnation in self.host.engine.expire():
                 self.streams.end_worker(worker, incarnation)

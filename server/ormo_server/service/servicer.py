@@ -19,13 +19,16 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
+from ormo_server.security import Access, Caller
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool, Loans
+from ormo_server.service.controls import Controls
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, named, streams_answers
 from ormo_server.service.exchange import FiniteNorm, Outcome, Push
 from ormo_server.service.host import RunHost
+from ormo_server.service.in_flight import BytesInFlight
 from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
 from ormo_server.service.streams import OpenStream, StreamRegistry
@@ -42,38 +45,50 @@ Answers = Iterator[Frame[pb.PushPullResponse]]
 
 
 class Servicer:
-    """`ormo.v1.ParameterServer`. The methods are documented in `parameter_server.proto`."""
+    """`ormo.v1.ParameterServer`. The methods are documented in `parameter_server.proto`.
 
-    def __init__(self, host: RunHost, streams: StreamRegistry) -> None:
+    Args:
+        host: of the run.
+        streams: that are open.
+        access: knows callers; `Guard` has asked it before whether the method is theirs to call.
+        controls: what operators may do.
+    """
+
+    def __init__(self, host: RunHost, streams: StreamRegistry, access: Access, controls: Controls) -> None:
         self._host = host
         self._streams = streams
+        self._access = access
+        self._controls = controls
         self._metrics = host.metrics
-        self._buffers = BufferPool()
+        limit = host.settings.max_bytes_in_flight
+        self._in_flight = BytesInFlight(None if limit is None else int(limit))
+        self._buffers = BufferPool(self._in_flight)
         self._warned = float("-inf")
 
     # Members
 
     @answers
-    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:  # noqa: ARG002, N802, D102
-        worker = messages.worker_id(request.worker)
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:  # noqa: N802, D102
+        caller = self._access.caller(context)
+        worker = _own(caller, request.worker)
         _check_version(request.protocol_version)
         self._streams.refuse_if_draining()
         if not self._host.has_model:
             return self._ask_for_model(worker, request.incarnation)
-        return self._welcome(worker, request)
+        return self._welcome(worker, request, caller)
 
     def _ask_for_model(self, worker: str, incarnation: int) -> pb.JoinResponse:
         if self._host.offers.ask(worker, incarnation, self._host.clock()):
             return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=self._host.offers.lease_seconds))
         return pb.JoinResponse(wait=pb.Wait(retry_seconds=WAIT_SECONDS))
 
-    def _welcome(self, worker: str, request: pb.JoinRequest) -> pb.JoinResponse:
+    def _welcome(self, worker: str, request: pb.JoinRequest, caller: Caller) -> pb.JoinResponse:
         engine, limit = self._host.engine, self._host.settings.slots_per_worker
         if request.slots > limit:
             raise BadRequest(
                 f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask less"
             )
-        member, replaced = engine.join(worker, request.incarnation, request.slots)
+        member, replaced = engine.join(worker, request.incarnation, request.slots, caller.name)
         if replaced is not None:
             self._streams.end_worker(worker, replaced)
         return pb.JoinResponse(
@@ -89,15 +104,15 @@ class Servicer:
         )
 
     @answers
-    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: ARG002, N802, D102
-        engine = self._host.engine
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: N802, D102
+        engine, worker = self._host.engine, _own(self._access.caller(context), request.worker)
         returned = [messages.ticket_key(ticket) for ticket in request.returned]
-        engine.heartbeat(messages.worker_id(request.worker), request.incarnation, returned)
+        engine.heartbeat(worker, request.incarnation, returned)
         return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
 
     @answers
-    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:  # noqa: ARG002, N802, D102
-        worker = messages.worker_id(request.worker)
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:  # noqa: N802, D102
+        worker = _own(self._access.caller(context), request.worker)
         try:
             if self._host.has_model:
                 self._host.engine.leave(worker, request.incarnation)
@@ -118,15 +133,19 @@ class Servicer:
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002, N802, D102
         return status_of(self._host, draining=self._streams.draining)
 
+    @answers
+    def Control(self, request: pb.ControlRequest, context: grpc.ServicerContext) -> pb.ControlResponse:  # noqa: N802, D102
+        return self._controls.act(request, self._access.caller(context).name)
+
     # The model
 
     @answers
     def OfferModel(  # noqa: N802, D102
         self, request_iterator: Iterator[Frame[pb.OfferModelRequest]], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
-        with self._streams.open(context) as stream:
+        with self._streams.open(context, self._access.caller(context)) as stream:
             offer = _first(request_iterator, "offer").message.offer
-            worker, manifest = messages.worker_id(offer.worker), Manifest.from_message(offer.manifest)
+            worker, manifest = _own(stream.caller, offer.worker), Manifest.from_message(offer.manifest)
             try:
                 with stream.exchange():
                     return self._accepted(stream, worker, offer.incarnation, manifest, _chunks(request_iterator))
@@ -138,10 +157,11 @@ class Servicer:
         self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
     ) -> pb.OfferModelResponse:
         payload = self._host.begin_offer(worker, incarnation, manifest)
-        for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
-            self._host.offers.renew(worker, incarnation, self._host.clock())
-        stream.has_all()
-        epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
+        with self._in_flight.during(stream.caller.name, payload.layout.total_bytes):
+            for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
+                self._host.offers.renew(worker, incarnation, self._host.clock())
+            stream.has_all()
+            epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
         return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
 
     # Exchanges
@@ -150,7 +170,7 @@ class Servicer:
     def PushPull(  # noqa: N802, D102
         self, request_iterator: Iterator[Frame[pb.PushPullRequest]], context: grpc.ServicerContext
     ) -> Answers:
-        with self._streams.open(context) as stream:
+        with self._streams.open(context, self._access.caller(context)) as stream:
             for frame in request_iterator:
                 with stream.exchange():
                     message, data = _headed(frame, "exchange")
@@ -163,7 +183,7 @@ class Servicer:
         self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
     ) -> Answers:
         chunks, wanted = _chunks(more, data), exchange.HasField("next")
-        with self._buffers.loans() as borrowed:
+        with self._buffers.loans(stream.caller.name) as borrowed:
             with self._refusals_counted(push=exchange.HasField("gradient"), pull=wanted):
                 whole = len(data) >= exchange.gradient.payload_bytes
                 engine, requester = self._introduced(stream, exchange.requester, nothing_follows=whole)
@@ -207,10 +227,11 @@ class Servicer:
     def PushGradient(  # noqa: N802, D102
         self, request_iterator: Iterator[Frame[pb.PushGradientRequest]], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
-        with self._streams.open(context) as stream:
+        with self._streams.open(context, self._access.caller(context)) as stream:
             push = _first(request_iterator, "push").message.push
             chunks = _chunks(request_iterator)
-            with stream.exchange(), self._buffers.loans() as borrowed, self._refusals_counted(push=True):
+            loans = self._buffers.loans(stream.caller.name)
+            with stream.exchange(), loans as borrowed, self._refusals_counted(push=True):
                 engine, requester = self._introduced(stream, push.requester)
                 gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
                 outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
@@ -226,7 +247,7 @@ class Servicer:
     ) -> Iterator[Frame[pb.PullParamsResponse]]:
         reader = not request.HasField("requester")
         with (
-            self._streams.open(context, reader=reader) as stream,
+            self._streams.open(context, self._access.caller(context), reader=reader) as stream,
             stream.exchange(),
             self._pulled(stream, request) as (engine, delivery),
         ):
@@ -236,12 +257,13 @@ class Servicer:
 
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
-        with self._buffers.loans() as borrowed:
+        with self._buffers.loans(stream.caller.name) as borrowed:
             with self._refusals_counted(pull=True):
                 engine = self._host.engine
-                payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
                 if request.HasField("requester"):
                     engine, requester = self._introduced(stream, request.requester)
+                payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
+                if request.HasField("requester"):
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
             if not request.HasField("requester"):
                 known = request.newer_than if request.HasField("newer_than") else None
@@ -284,6 +306,7 @@ class Servicer:
         if nothing_follows and stream.serves(requester):
             engine.heard(requester.worker)  # the input itself is checked, and nothing is received in vain
         else:
+            stream.caller.check_owns(requester.worker)
             engine.check_requester(requester)
             stream.introduce(requester)
         return engine, requester
@@ -433,6 +456,13 @@ def _finished(engine: Engine) -> Headed[pb.PushPullResponse]:
 def _iteration(engine: Engine) -> pb.Iteration:
     epoch, number = engine.position()
     return pb.Iteration(epoch=epoch, number=number)
+
+
+def _own(caller: Caller, text: str) -> str:
+    """The worker id in a message, checked, and the caller's own."""
+    worker = messages.worker_id(text)
+    caller.check_owns(worker)
+    return worker
 
 
 def _check_version(version: int) -> None:

@@ -13,6 +13,7 @@ import grpc
 from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
 from ormo_server.core.events import superseded
 from ormo_server.core.inputs import Requester
+from ormo_server.security import Access, Caller
 from ormo_server.service.delivery import Delivery, PeerGone, Waiter
 
 _RETRY_SECONDS = 1.0
@@ -28,13 +29,17 @@ class OpenStream:
     """One call that holds a thread.
 
     Attributes:
+        caller: who opened it.
         requester: the slot that it serves, from its first message on; None for readers and offers of a model.
         current: it may still act for its slot; no newer stream of the slot has taken over.
         in_exchange: a drain waits for it.
         reader: it is counted with the readers.
     """
 
-    def __init__(self, context: grpc.ServicerContext, registry: "StreamRegistry", *, reader: bool) -> None:
+    def __init__(
+        self, context: grpc.ServicerContext, caller: Caller, registry: "StreamRegistry", *, reader: bool
+    ) -> None:
+        self.caller = caller
         self.requester: Requester | None = None
         self.current = True
         self.in_exchange = False
@@ -160,14 +165,14 @@ class StreamRegistry:
         return self._draining
 
     @contextlib.contextmanager
-    def open(self, context: grpc.ServicerContext, *, reader: bool = False) -> Iterator[OpenStream]:
+    def open(self, context: grpc.ServicerContext, caller: Caller, *, reader: bool = False) -> Iterator[OpenStream]:
         """Admit a stream for as long as its handler is inside.
 
         Raises:
             TooManyStreams: as many are open as there are threads for.
             Draining: the server is about to stop.
         """
-        stream = OpenStream(context, self, reader=reader)
+        stream = OpenStream(context, caller, self, reader=reader)
         with self._lock:
             self.refuse_if_draining()
             self._refuse_if_full(reader=reader)
@@ -247,6 +252,12 @@ class StreamRegistry:
         for stream in self._snapshot():
             mine = stream.requester
             if mine is not None and (mine.worker, mine.incarnation) == (worker, incarnation):
+                stream.end()
+
+    def end_unknown(self, access: Access) -> None:
+        """End streams of callers who are not on the list any more, or not as they were."""
+        for stream in self._snapshot():
+            if not access.still_knows(stream.caller):
                 stream.end()
 
     def end_stuck(self, patience_seconds: float) -> None:

@@ -2,7 +2,17 @@
 
 from ormo_protos.usage import UsageError
 from ormo_server.core.errors import OrmoError
-from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Requester, Returned, Withdrawn
+from ormo_server.core.inputs import (
+    Input,
+    Joined,
+    LearningRateSet,
+    Left,
+    Pushed,
+    Requested,
+    Requester,
+    Returned,
+    Withdrawn,
+)
 from ormo_server.sim.training import Place, Process, Training
 from ormo_server.trace import Segment
 
@@ -54,6 +64,8 @@ class Replay:
                 self._training.leave(now, self._process(worker, incarnation))
             case Returned(now, worker, incarnation, ticket):
                 machine.return_ticket(now, worker, incarnation, ticket)
+            case LearningRateSet(now, learning_rate):
+                machine.set_learning_rate(now, learning_rate)
             case Requested(now, requester):
                 process, place = self._place(requester)
                 self._training.request(now, process, place)

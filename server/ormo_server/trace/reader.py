@@ -13,7 +13,7 @@ from ormo_server.core.inputs import Input
 from ormo_server.trace.rows import FORMAT, AnyRow, Start
 
 _ROWS: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="event")])
-_EVENTS = ("start", "joined", "left", "requested", "withdrawn", "returned", "pushed")
+_EVENTS = ("start", "joined", "left", "requested", "withdrawn", "returned", "pushed", "learning_rate_set")
 _SHOWN_CHARACTERS = 80
 
 

@@ -15,7 +15,17 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Requester, Returned, Withdrawn
+from ormo_server.core.inputs import (
+    Input,
+    Joined,
+    LearningRateSet,
+    Left,
+    Pushed,
+    Requested,
+    Requester,
+    Returned,
+    Withdrawn,
+)
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
@@ -165,6 +175,15 @@ class _ReturnedRow(_InputRow):
         return Returned(self.seconds, self.worker, self.incarnation, (self.ticket_epoch, self.ticket))
 
 
+class _LearningRateSetRow(_InputRow):
+    event: Literal["learning_rate_set"] = "learning_rate_set"
+    seconds: float
+    learning_rate: float
+
+    def input(self, epoch: int) -> LearningRateSet:  # noqa: ARG002
+        return LearningRateSet(self.seconds, self.learning_rate)
+
+
 class _PushedRow(_InputRow):
     # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted.
     event: Literal["pushed"] = "pushed"
@@ -198,7 +217,8 @@ class _PushedRow(_InputRow):
 
 
 InputRow = Annotated[
-    _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow, Field(discriminator="event")
+    _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow | _LearningRateSetRow,
+    Field(discriminator="event"),
 ]
 AnyRow = Start | InputRow
 
@@ -226,6 +246,8 @@ def row_of(taken: Input) -> InputRow:
             return _JoinedRow(seconds=now, worker=worker, incarnation=incarnation, slots=slots)
         case Left(now, worker, incarnation):
             return _LeftRow(seconds=now, worker=worker, incarnation=incarnation)
+        case LearningRateSet(now, learning_rate):
+            return _LearningRateSetRow(seconds=now, learning_rate=learning_rate)
 
 
 def _pushed(taken: Pushed) -> _PushedRow:

@@ -1,0 +1,213 @@
+"""The list of who may call, and what as: a TOML file that is read again when it changes.
+
+[[allow]]
+role = "worker"
+certificate = "gpu-*"         # a name in the client's certificate; the worker id must be that name
+
+[[allow]]
+role = "worker"
+token = "at least 32 characters, drawn at random"
+name = "spot-machines"        # what the log calls whoever has the token
+workers = ["spot-*"]          # the worker ids that it may use
+"""
+
+import hashlib
+import hmac
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self
+
+import grpc
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from ormo_protos.credentials import AUTHORIZATION, BEARER
+from ormo_protos.watched_files import WatchedFiles
+from ormo_server.core.errors import SettingsError, Unauthenticated
+from ormo_server.security.callers import Caller
+from ormo_server.security.loopback import host_of, is_loopback
+from ormo_server.security.roles import Role
+
+SHORTEST_TOKEN = 32
+_Pattern = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class AccessError(SettingsError):
+    """A list that can't be used; the sentence says where, what came and what was expected."""
+
+
+class Access(Protocol):
+    """Knows callers."""
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Who calls.
+
+        Raises:
+            Unauthenticated: nobody that is known.
+        """
+
+    def still_knows(self, caller: Caller) -> bool:
+        """Whether a caller of before would be known today."""
+
+
+class OpenAccess:
+    """Anyone may do all, but control the run only from the server's own machine."""
+
+    _ANYONE = frozenset({Role.WORKER, Role.READER})
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """See `Access`."""
+        host = host_of(context.peer())
+        return Caller(host, frozenset(Role) if host == "unix" or is_loopback(host) else self._ANYONE)
+
+    def still_knows(self, caller: Caller) -> bool:  # noqa: ARG002
+        """See `Access`."""
+        return True
+
+
+class Line(BaseModel):
+    """One `[[allow]]`.
+
+    Attributes:
+        role: what it lets its callers be.
+        certificate: pattern of a name in their certificate.
+        token: that they bring instead.
+        name: of those who bring the token.
+        workers: patterns of their worker ids; by default their name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    certificate: _Pattern | None = None
+    token: SecretStr | None = None
+    name: _Pattern | None = None
+    workers: Annotated[tuple[_Pattern, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _says_who(self) -> Self:
+        if (self.certificate is None) == (self.token is None):
+            raise ValueError("expected either `certificate` or `token`")
+        if (self.token is None) != (self.name is None):
+            raise ValueError("a `token` needs a `name`, for the log, and a `certificate` has one")
+        if self.token is not None and len(self.token.get_secret_value()) < SHORTEST_TOKEN:
+            raise ValueError(f"a token of at least {SHORTEST_TOKEN} characters was expected, drawn at random")
+        if self.workers is not None and self.role is not Role.WORKER:
+            raise ValueError(f"`workers` says which ids a worker may use, and the role is {self.role}")
+        return self
+
+    @property
+    def proof(self) -> bytes:
+        """What the token is known by; empty without one."""
+        return b"" if self.token is None else _digest(self.token.get_secret_value())
+
+    def caller(self, name: str) -> Caller:
+        """Somebody on this line, by name."""
+        return Caller(name, frozenset({self.role}), self.workers or (name,), self.proof)
+
+
+class _List(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow: Annotated[tuple[Line, ...], Field(min_length=1)]
+
+
+class ListedAccess:
+    """Those may call who are on a list.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        AccessError: it can't be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines = WatchedFiles([path], lambda: read_list(path), AccessError)
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """See `Access`. Who brings a token is judged by it, anybody else by the certificate."""
+        lines = self._lines.value
+        token = _token(context)
+        found = _by_name(lines, _names(context.auth_context())) if token is None else _by_token(lines, token)
+        if found is None:
+            raise Unauthenticated(_unknown(context, token))
+        return found
+
+    def still_knows(self, caller: Caller) -> bool:
+        """See `Access`."""
+        return any(caller == line.caller(caller.name) for line in self._lines.value if _could_be(line, caller.name))
+
+
+def read_list(path: Path) -> tuple[Line, ...]:
+    """The lines of a list.
+
+    Raises:
+        AccessError: it can't be read, or is no such list.
+    """
+    try:
+        return _List.model_validate(tomllib.loads(path.read_text("utf-8"))).allow
+    except OSError as error:
+        raise AccessError(f"the access list {path} can't be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AccessError(f"the access list {path} is no TOML: {error}") from None
+    except ValidationError as error:
+        raise AccessError(f"the access list {path}: {'; '.join(_problems(error))}") from None
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    # Without what came: it may be a token.
+    for details in error.errors(include_input=False):
+        place = details["loc"]
+        where = f"[[allow]] number {int(place[1]) + 1}" if len(place) > 1 else "it"
+        what = f", `{place[2]}`" if len(place) > 2 else ""
+        message = details["msg"].removeprefix("Value error, ")
+        yield f"{where}{what}: {message[:1].lower()}{message[1:]}"
+
+
+def _token(context: grpc.ServicerContext) -> str | None:
+    for key, value in context.invocation_metadata():
+        if key == AUTHORIZATION:
+            return value.removeprefix(BEARER) if isinstance(value, str) and value.startswith(BEARER) else ""
+    return None
+
+
+def _by_token(lines: Sequence[Line], token: str) -> Caller | None:
+    """Takes as long for any token: digests are of one length, and every line is looked at."""
+    digest, found = _digest(token), None
+    for line in lines:
+        if hmac.compare_digest(digest, line.proof) and line.name is not None:
+            found = line.caller(line.name)
+    return found
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _by_name(lines: Sequence[Line], names: Sequence[str]) -> Caller | None:
+    for line in lines:
+        for name in names:
+            if line.certificate is not None and fnmatchcase(name, line.certificate):
+                return line.caller(name)
+    return None
+
+
+def _could_be(line: Line, name: str) -> bool:
+    return line.name == name if line.certificate is None else fnmatchcase(name, line.certificate)
+
+
+def _names(about: Mapping[str, Any]) -> list[str]:
+    """The names in a certificate that gRPC has verified; the common name counts where there is no other."""
+    names = about.get("x509_subject_alternative_name") or about.get("x509_common_name") or ()
+    return [name.decode("utf-8", errors="replace") for name in names]
+
+
+def _unknown(context: grpc.ServicerContext, token: str | None) -> str:
+    if token is not None:
+        return "the bearer token is not one that this server knows: get the one in force from the server's operator"
+    names = _names(context.auth_context())
+    if not names:
+        return "this server serves those that it knows: call with a certificate or a bearer token (--token-file)"
+    return f"nobody with a certificate for {', '.join(map(repr, names))} is on this server's access list"

@@ -1,0 +1,24 @@
+"""Interceptors stand round a handler by making another one like it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+_WORDS = {True: "stream", False: "unary"}
+
+
+def behaviour_of(handler: Any) -> Callable[..., Any]:
+    """What a handler does with (request or requests, context)."""
+    behaviour: Callable[..., Any] = getattr(handler, _kind(handler))
+    return behaviour
+
+
+def rewrapped(handler: Any, behaviour: Callable[..., Any]) -> Any:
+    """A handler that does this instead, and reads and writes the same messages."""
+    make = getattr(grpc, f"{_kind(handler)}_rpc_method_handler")
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _kind(handler: Any) -> str:
+    return f"{_WORDS[handler.request_streaming]}_{_WORDS[handler.response_streaming]}"
