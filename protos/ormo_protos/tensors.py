@@ -22,6 +22,10 @@ MAX_CHUNK_BYTES = 4 << 20
 # What a message may add to its chunk.
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + (64 << 10)
 
+# A payload in crumbs would keep a thread busy for hours: chunks that any payload may have, and bytes for each one more.
+_FREE_CHUNKS = 64
+_BYTES_PER_CHUNK = 16 << 10
+
 _SECTION_ALIGNMENT = 8
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 
@@ -160,6 +164,7 @@ class PayloadReceiver:
     def __init__(self, payload: Payload) -> None:
         self.payload = payload
         self._received_bytes = 0
+        self._chunks_left = _FREE_CHUNKS + payload.layout.total_bytes // _BYTES_PER_CHUNK
 
     @property
     def received_bytes(self) -> int:
@@ -175,7 +180,8 @@ class PayloadReceiver:
         """Copy one chunk to its place.
 
         Raises:
-            PayloadError: the chunk does not start where the last one ended, is empty, or goes past the end.
+            PayloadError: the chunk does not start where the last one ended, is empty, goes past the end, or is one of
+                very many.
         """
         size, total = len(chunk.data), self.payload.layout.total_bytes
         if chunk.offset != self._received_bytes:
@@ -190,6 +196,12 @@ class PayloadReceiver:
                 f"a chunk of {size} bytes came at offset {chunk.offset} of a payload of {total} bytes: expected 1 to "
                 f"{min(MAX_CHUNK_BYTES, total - self._received_bytes)} bytes"
             )
+        if not self._chunks_left:
+            raise PayloadError(
+                f"{chunk.offset} of {total} bytes came in {_FREE_CHUNKS + total // _BYTES_PER_CHUNK} chunks: send "
+                "fewer and larger ones, of 2 MiB"
+            )
+        self._chunks_left -= 1
         self.payload.put(chunk.offset, chunk.data)
         self._received_bytes += size
         return self

@@ -205,7 +205,8 @@ class RetryLoop:
         if not self._signs.any:
             raise ServerUnreachable(
                 f"no parameter server answered at {self._server} within {seconds} ({_cause(state)}): start "
-                "ormo-server there, or correct the address"
+                "ormo-server there, or correct the address; if it asks for certificates, check --tls-ca, --tls-cert "
+                "and their dates"
             )
         raise ServerUnreachable(
             f"{what} at {self._server} did not succeed for {seconds} ({_cause(state)}): look at the server's log "

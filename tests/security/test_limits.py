@@ -1,0 +1,233 @@
+"""The table of limits: each is reached through the real socket; the refusal says what to do; nothing has changed."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.tensors import MAX_CHUNK_BYTES
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.core.errors import MemoryLimit, TooMuchInFlight
+from ormo_server.service.in_flight import BytesInFlight
+from ormo_server.service.server import Server
+from security.authority import Authority, dialled, guarded
+from service.wire import (
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    refusals,
+    served,
+    state_of,
+    tensor_chunks,
+)
+
+# 300,000 bytes: 64 + 18 chunks.
+MIDDLE = Manifest.laid_out([TensorSpec("weight", (75_000,), FLOAT32, PARAMETER)])
+SETTINGS = {"max_workers": 2, "slots_per_worker": 2, "max_readers": 2, "max_bytes_in_flight": 700_000}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with served(tmp_path, **SETTINGS) as made:
+        yield made
+
+
+@pytest.fixture
+def stub(server: Server) -> Iterator[ParameterServerStub]:
+    with connected(server) as made:
+        yield made
+
+
+@pytest.fixture
+def worker(stub: ParameterServerStub) -> WireWorker:
+    """A member with a ticket."""
+    made = WireWorker(stub, "w", MIDDLE)
+    made.join()
+    made.pull()
+    return made
+
+
+def crumbs(size: int) -> Iterator[pb.TensorChunk]:
+    whole = bytes(MIDDLE.sizes["parameters"] * 4)
+    return (pb.TensorChunk(offset=at, data=whole[at : at + size]) for at in range(0, len(whole), size))
+
+
+def a_message_that_is_too_large(worker: WireWorker) -> None:
+    worker.stub.Leave(pb.LeaveRequest(worker="x" * (MAX_CHUNK_BYTES + (65 << 10))))
+
+
+def a_chunk_that_is_too_large(worker: WireWorker) -> None:
+    large = pb.TensorChunk(offset=0, data=bytes(MAX_CHUNK_BYTES + 1))
+    worker.push_messages(pb.Push(requester=worker.requester(), gradient=worker.header(payload(MIDDLE, 1.0))), [large])
+
+
+def too_many_chunks(worker: WireWorker) -> None:
+    push = pb.Push(requester=worker.requester(), gradient=worker.header(payload(MIDDLE, 1.0)))
+    worker.push_messages(push, crumbs(3000))
+
+
+def a_worker_id_that_is_too_long(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "x" * 129).ask_to_join()
+
+
+def too_many_slots(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "other", MIDDLE).ask_to_join(slots=3)
+
+
+def too_many_workers(worker: WireWorker) -> None:
+    WireWorker(worker.stub, "second", MIDDLE).join()
+    WireWorker(worker.stub, "third", MIDDLE).ask_to_join()
+
+
+def too_many_samples(worker: WireWorker) -> None:
+    worker.push(payload(MIDDLE, 1.0), samples=2**31)
+
+
+def too_much_metadata(worker: WireWorker) -> None:
+    worker.stub.GetStatus(pb.GetStatusRequest(), metadata=[("authorization", "x" * (64 << 10))], timeout=5)
+
+
+REFUSED: dict[Callable[[WireWorker], None], tuple[grpc.StatusCode, str, str]] = {
+    a_message_that_is_too_large: (grpc.StatusCode.RESOURCE_EXHAUSTED, "", "larger than max"),
+    a_chunk_that_is_too_large: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD", "expected 1 to 300000 bytes"),
+    too_many_chunks: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD", "246000 of 300000 bytes came in 82 chunks"),
+    a_worker_id_that_is_too_long: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 1 to 128 of the char"),
+    too_many_slots: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "slots_per_worker is 2: raise it or ask less"),
+    too_many_workers: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS", "max_workers is 2: raise it or wait"),
+    too_many_samples: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 0 to 2147483647 samples"),
+    too_much_metadata: (grpc.StatusCode.RESOURCE_EXHAUSTED, "", "metadata size"),
+}
+
+
+@pytest.mark.parametrize("beyond", REFUSED, ids=lambda beyond: beyond.__name__)
+def test_what_is_beyond_a_limit_is_refused_and_changes_nothing(
+    beyond: Callable[[WireWorker], None], server: Server, worker: WireWorker
+) -> None:
+    before, ticket = state_of(server), worker.ticket
+    with pytest.raises(Refused) as refused, refusals():
+        beyond(worker)
+    code, reason, sentence = REFUSED[beyond]
+    assert (refused.value.code, refused.value.reason) == (code, reason)
+    assert sentence in refused.value.message
+    assert state_of(server) == before
+    worker.ticket = ticket
+    assert worker.push(payload(MIDDLE, 1.0)).iteration.number == 1
+
+
+def test_chunks_up_to_the_limit_are_taken(worker: WireWorker) -> None:
+    push = pb.Push(requester=worker.requester(), gradient=worker.header(payload(MIDDLE, 1.0)))
+    assert worker.push_messages(push, crumbs(3660)).iteration.number == 1  # 82 of them
+
+
+def with_tensors(count: int) -> Manifest:
+    return Manifest.laid_out([TensorSpec(f"t{number}", (1,), FLOAT32, PARAMETER) for number in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda manifest: manifest.tensors.extend([manifest.tensors[0]] * 100_000), "100,000"),
+        (lambda manifest: setattr(manifest.tensors[0], "name", "x" * 513), "512"),
+        (lambda manifest: manifest.tensors[0].shape.extend([1] * 16), "16"),
+    ],
+    ids=["tensors", "name", "dimensions"],
+)
+def test_a_model_beyond_a_limit_is_refused_and_a_sound_one_is_still_wanted(
+    change: Callable[[pb.Manifest], None], sentence: str, tmp_path: Path
+) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "w")
+        worker.ask_to_join()
+        message = SMALL.to_message()
+        change(message)
+        offer = pb.OfferModelRequest(offer=pb.ModelOffer(worker="w", incarnation=1, manifest=message))
+        with pytest.raises(Refused) as refused, refusals():
+            stub.OfferModel(iter([offer]))
+        assert refused.value.reason == "BAD_MANIFEST"
+        assert sentence in refused.value.message.replace("100000", "100,000")
+        assert not server.host.has_model
+        worker.join()
+        assert server.host.has_model
+
+
+def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server: Server, worker: WireWorker) -> None:
+    silence = threading.Event()
+    silent = [worker.stub.PushPull(iter(silence.wait, True)) for _ in range(8)]
+    eventually(lambda: server.streams.count(reader=False) == 8)
+    before = state_of(server)
+    with pytest.raises(Refused) as refused:
+        worker.push(payload(MIDDLE, 1.0))
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+    assert refused.value.retry_seconds == 1.0
+    assert state_of(server) == before
+    assert worker.pull(ticket=False).payload_bytes, "readers have places of their own"
+    silence.set()
+    for call in silent:
+        call.cancel()
+    eventually(lambda: server.streams.count(reader=False) == 0)
+
+
+def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(
+    tmp_path: Path, authority: Authority
+) -> None:
+    with (
+        guarded(tmp_path, authority, max_bytes_in_flight=700_000) as server,
+        dialled(server, authority.credentials("pool.example")) as pool,
+        dialled(server, authority.credentials("gpu-1")) as other,
+    ):
+        greedy = [WireWorker(pool, f"pool-{number}", MIDDLE) for number in range(3)]
+        modest = WireWorker(other, "gpu-1", MIDDLE)
+        for worker in [*greedy, modest]:
+            worker.join()
+            worker.pull()
+        eventually(lambda: not len(server.streams))
+        streams = []
+        for worker in greedy[:2]:  # each announces a gradient, and takes its time
+            stream = worker.open()
+            stream.send(worker.exchange(payload(MIDDLE, 1.0)))
+            streams.append(stream)
+        eventually(lambda: len(server.streams) == 2)
+        before = state_of(server)
+        with pytest.raises(Refused, match="has 600,000 bytes under way and wants 300,000 more") as refused:
+            greedy[2].push(payload(MIDDLE, 1.0))
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MUCH_IN_FLIGHT")
+        assert refused.value.retry_seconds == 1.0
+        assert state_of(server) == before
+        assert modest.push(payload(MIDDLE, 1.0)).iteration.number == 1
+        for stream in streams:
+            for chunk in tensor_chunks(payload(MIDDLE, 1.0)):
+                stream.send(pb.PushPullRequest(chunk=chunk))
+            stream.result()
+            stream.delivery()
+            stream.finish()
+        eventually(lambda: not len(server.streams))
+        assert greedy[2].push(payload(MIDDLE, 1.0)).iteration.number == 4
+
+
+def test_a_bound_on_bytes_that_no_exchange_keeps_within_is_refused_with_the_model(tmp_path: Path) -> None:
+    with served(tmp_path, max_bytes_in_flight=599_999) as server, connected(server) as stub:
+        worker = WireWorker(stub, "w", MIDDLE)
+        worker.ask_to_join()
+        with pytest.raises(Refused, match="may have 600,000 bytes under way, and max_bytes_in_flight is 599,999"):
+            worker.offer()
+        assert not server.host.has_model
+    assert MemoryLimit.reason == "MEMORY_LIMIT"
+
+
+def test_bytes_that_have_arrived_are_no_longer_counted() -> None:
+    counted = BytesInFlight(100)
+    with counted.during("a", 60):
+        counted.begin("b", 100)
+        with pytest.raises(TooMuchInFlight):
+            counted.begin("a", 41)
+        counted.begin("a", 40)
+        counted.end("a", 40)
+    counted.begin("a", 100)
+    BytesInFlight(None).begin("a", 10**15)
