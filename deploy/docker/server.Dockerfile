@@ -36,7 +36,8 @@ RUN groupadd --gid 10001 ormo \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin ormo \
     && install -d -o 10001 -g 10001 /data
 COPY --from=build /opt/ormo /opt/ormo
-# All addresses: the container's network decides who reaches them. No bytecode: pip has compiled it, and the root file
+# All addresses, so it starts only with certificates and a list of who may call, or with ORMO_INSECURE=true where the
+# container's network decides who reaches them. No bytecode: pip has compiled it, and the root file
 # system may be read-only.
 ENV PATH=/opt/ormo/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

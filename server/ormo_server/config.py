@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
 from ormo_protos.settings import checked_address
-from ormo_server.security import is_loopback
+from ormo_server.security.loopback import is_loopback
 from ormo_server.training_settings import TrainingSettings
 
 

@@ -31,7 +31,7 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics.distributions import Distribution
-from ormo_server.security import OpenAccess
+from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, exchange, servicer, timed_lock
 from ormo_server.service.controls import Controls
 from ormo_server.service.engine import Engine

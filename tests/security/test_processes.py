@@ -7,7 +7,8 @@ from typing import Any
 import grpc
 import pytest
 
-from ormo_protos.credentials import Credentials, Dialer
+from ormo_protos.credentials import Credentials
+from ormo_protos.dialling import Dialer
 from ormo_protos.manifest import Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub

@@ -8,7 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from ormo_protos.credentials import Credentials, Dialer
+from ormo_protos.credentials import Credentials
+from ormo_protos.dialling import Dialer
 from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import grpc
 
-from ormo_protos.credentials import Credentials, CredentialsError, Dialer
+from ormo_protos.credentials import Credentials, CredentialsError
+from ormo_protos.dialling import Dialer
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.console.words import printable

@@ -130,7 +130,7 @@ class ListedAccess:
         """See `Access`. Who brings a token is judged by it, anybody else by the certificate."""
         lines = self._lines.value
         token = _token(context)
-        found = _by_name(lines, _names(context.auth_context())) if token is None else _by_token(lines, token)
+        found = by_name(lines, _names(context.auth_context())) if token is None else _by_token(lines, token)
         if found is None:
             raise Unauthenticated(_unknown(context, token))
         return found
@@ -147,13 +147,22 @@ def read_list(path: Path) -> tuple[Line, ...]:
         AccessError: it can't be read, or is no such list.
     """
     try:
-        return _List.model_validate(tomllib.loads(path.read_text("utf-8"))).allow
+        return parsed_list(path.read_text("utf-8"))
     except OSError as error:
         raise AccessError(f"the access list {path} can't be read ({error.strerror or error})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AccessError(f"the access list {path} is no TOML: {error}") from None
     except ValidationError as error:
         raise AccessError(f"the access list {path}: {'; '.join(_problems(error))}") from None
+
+
+def parsed_list(text: str) -> tuple[Line, ...]:
+    """The lines of a list, from its text.
+
+    Raises:
+        TOMLDecodeError, ValidationError: it is no such list.
+    """
+    return _List.model_validate(tomllib.loads(text)).allow
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
@@ -186,7 +195,8 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def _by_name(lines: Sequence[Line], names: Sequence[str]) -> Caller | None:
+def by_name(lines: Sequence[Line], names: Sequence[str]) -> Caller | None:
+    """Who has a certificate with these names; None for nobody that the lines know."""
     for line in lines:
         for name in names:
             if line.certificate is not None and fnmatchcase(name, line.certificate):

@@ -34,6 +34,10 @@ class Caller:
             has, needed = " or ".join(sorted(self.roles)), " or ".join(sorted(allowed)) or "no role"
             raise PermissionDenied(f"{self.name!r} has the role {has}, and {method} is for {needed}")
 
+    def owns(self, worker: str) -> bool:
+        """Whether this worker id is the caller's own."""
+        return any(fnmatchcase(worker, pattern) for pattern in self.workers)
+
     def check_owns(self, worker: str) -> None:
         """Nothing, if this worker id is the caller's own.
 
@@ -42,6 +46,6 @@ class Caller:
         """
         if Role.WORKER not in self.roles:
             raise PermissionDenied(f"{self.name!r} has not the role worker, and asked as worker {worker!r}")
-        if not any(fnmatchcase(worker, pattern) for pattern in self.workers):
+        if not self.owns(worker):
             own = ", ".join(map(repr, self.workers))
             raise PermissionDenied(f"worker id {worker!r} is not one of {self.name!r}, who may use {own}")

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 
 from ormo_server.core.errors import OrmoError
-from ormo_server.security import Access
+from ormo_server.security.access import Access
 from ormo_server.security.roles import ALLOWED
 from ormo_server.service.errors import Refuser, refuse
 from ormo_server.service.rewrapping import behaviour_of, rewrapped

@@ -8,13 +8,13 @@ from concurrent import futures
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_server.config import ServerSettings
-from ormo_server.metrics import Metrics
-from ormo_server.security import Access, ListedAccess, OpenAccess, server_credentials
+from ormo_server.metrics import Metrics, http
+from ormo_server.security.access import Access, ListedAccess, OpenAccess
+from ormo_server.security.tls import server_credentials
 from ormo_server.service.call_counter import CallCounter, methods
 from ormo_server.service.controls import Controls
 from ormo_server.service.guard import Guard
@@ -169,8 +169,8 @@ class Server:
             return
         host, _, port = self.settings.metrics_listen.rpartition(":")
         try:
-            server, _ = start_http_server(int(port), addr=host or "127.0.0.1", registry=self.metrics.registry)
-        except (OSError, ValueError) as error:
+            server = http.serve(host, int(port), self.metrics.registry, lambda: not self._stopping.is_set())
+        except (OSError, OverflowError) as error:
             raise AddressInUseError(
                 f"can't serve metrics on {self.settings.metrics_listen}: {error}; choose another --metrics-listen, or "
                 "an empty one for none"

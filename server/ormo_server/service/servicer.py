@@ -19,7 +19,8 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
-from ormo_server.security import Access, Caller
+from ormo_server.security.access import Access
+from ormo_server.security.callers import Caller
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool, Loans
 from ormo_server.service.controls import Controls

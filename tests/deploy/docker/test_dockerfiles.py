@@ -7,7 +7,7 @@ import pytest
 
 from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
-from ormo_protos.settings import Settings, read_settings
+from ormo_protos.settings import Settings, SettingsProblemsError, read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.console.config import StatusSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
@@ -83,11 +83,17 @@ def test_image_sets_what_its_program_understands(
     if command:
         assert stage.last("CMD").exec_form == [command]
     environment = {variable: value for variable, value in stage.environment.items() if variable.startswith("ORMO_")}
-    settings = read_settings(cls, [], environment, program="image")
+    # Who may call is for whoever runs the image to say: see the test below.
+    settings = read_settings(cls, [], environment | {"ORMO_INSECURE": "true"}, program="image")
     for variable, value in environment.items():
         assert str(getattr(settings, variable.removeprefix("ORMO_").lower())) == value
     ports = {value.rpartition(":")[2] for value in environment.values() if re.search(r":\d+$", value)}
     assert set(stage.last("EXPOSE").words) == ports
+
+
+def test_server_image_does_not_serve_just_anybody_unless_it_is_told_to() -> None:
+    with pytest.raises(SettingsProblemsError, match="whoever reaches it could change or copy the model"):
+        read_settings(ServerSettings, [], Dockerfile("server.Dockerfile").stages["server"].environment, program="image")
 
 
 def test_server_image_asks_the_port_that_it_listens_on_for_its_health() -> None:

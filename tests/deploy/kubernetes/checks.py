@@ -3,11 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 
-from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, RUNS, Manifests, Object, Pod, probes, quantity
+from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, Object, Pod, probes, quantity
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
 from ormo_protos.settings import SettingsProblemsError
 from ormo_server.config import ServerSettings
 from ormo_server.core.memory import need
+from ormo_server.metrics.http import ALIVE, READY
+from ormo_server.security.access import by_name, parsed_list
+from ormo_server.security.roles import Role
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_worker.cli import FAILED_EXIT_CODE, REPLACED_EXIT_CODE
 from ormo_worker.config import RunSettings
@@ -43,7 +46,12 @@ def references(manifests: Manifests) -> Iterator[str]:
     for pod in manifests.pods():
         wanted = [("ServiceAccount", pod.spec["serviceAccountName"])]
         wanted += [("ConfigMap", source["configMapRef"]["name"]) for source in pod.container["envFrom"]]
+        volumes = pod.spec["volumes"]
+        wanted += [("ConfigMap", volume["configMap"]["name"]) for volume in volumes if "configMap" in volume]
         yield from (f"{pod.name} needs {kind} {name}" for kind, name in wanted if (kind, name) not in named)
+        made = {each["spec"]["secretName"] for each in manifests.of("Certificate")}
+        secrets = {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+        yield from (f"{pod.name} mounts a Secret that nobody makes: {secret}" for secret in secrets - made)
         claims = {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod.spec["volumes"]} - {None}
         yield from (f"{pod.name} mounts a claim that nobody makes: {claim}" for claim in claims - FOREIGN_CLAIMS)
     for each in manifests.of("StatefulSet"):
@@ -65,8 +73,9 @@ def ports(manifests: Manifests) -> Iterator[str]:
         if listens != wanted:
             yield f"{pod.name} has the ports {wanted}, its program listens on {listens}"
         for probe in probes(pod.container):
-            if probe["grpc"]["port"] != pod.ports["grpc"]:
-                yield f"a probe of {pod.name} asks port {probe['grpc']['port']}"
+            (way,) = {"grpc", "httpGet"} & set(probe)
+            if probe[way]["port"] != pod.ports[{"grpc": "grpc", "httpGet": "metrics"}[way]]:
+                yield f"a probe of {pod.name} asks port {probe[way]['port']}"
         if pod.component != "ormo-server" and told.server != _address(manifests):
             yield f"{pod.name} looks for the server at {told.server}, it is at {_address(manifests)}"
     for service in manifests.of("Service"):
@@ -169,12 +178,16 @@ def server_shape(manifests: Manifests) -> Iterator[str]:
 
 def server_probes(manifests: Manifests) -> Iterator[str]:
     """Probes ask for names that the server registers; a busy one is not killed."""
-    container = manifests.server.container
+    container, alive, ready = manifests.server.container, LIVENESS_NAME, SERVICE_NAME
     asked = {
         kind: container.get(kind, {}).get("grpc", {}).get("service")
         for kind in ("startupProbe", "readinessProbe", "livenessProbe")
     }
-    wanted = {"startupProbe": LIVENESS_NAME, "readinessProbe": SERVICE_NAME, "livenessProbe": LIVENESS_NAME}
+    if _server_settings(manifests).tls_cert is not None:
+        # The kubelet has no certificate.
+        asked = {kind: container.get(kind, {}).get("httpGet", {}).get("path") for kind in asked}
+        alive, ready = ALIVE, READY
+    wanted = {"startupProbe": alive, "readinessProbe": ready, "livenessProbe": alive}
     yield from (
         f"{kind} asks for {asked[kind]!r}, not {name!r}" for kind, name in wanted.items() if asked[kind] != name
     )
@@ -187,6 +200,45 @@ def server_probes(manifests: Manifests) -> Iterator[str]:
 
 def _seconds(probe: Object) -> int:
     return probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def certificates(manifests: Manifests) -> Iterator[str]:
+    """With TLS everybody has a certificate, by a name that the server's list has in the right role."""
+    if _server_settings(manifests).tls_cert is None:
+        return
+    made = {each["spec"]["secretName"]: each["spec"] for each in manifests.of("Certificate")}
+    lines = parsed_list(manifests.one("ConfigMap", "ormo-access")["data"]["access.toml"])
+    for pod in manifests.pods():
+        own = made[_mounted(pod, "/tls")["secret"]["secretName"]]
+        told = settings(manifests, pod)
+        paths = [told.tls_cert, told.tls_key, getattr(told, "tls_ca", None) or getattr(told, "tls_client_ca", None)]
+        if [str(path) for path in paths] != ["/tls/tls.crt", "/tls/tls.key", "/tls/ca.crt"]:
+            yield f"{pod.name} reads other files than cert-manager writes: {paths}"
+        if pod.spec["securityContext"].get("fsGroup") != pod.spec["securityContext"]["runAsGroup"]:
+            yield f"{pod.name} can't read its key"
+        if pod.component == "ormo-server":
+            yield from _server_names(manifests, own)
+            continue
+        caller = by_name(lines, own["dnsNames"])
+        role = Role.WORKER if pod.component == "ormo-worker" else Role.READER
+        if own["usages"] != ["client auth"] or caller is None or caller.roles != {role}:
+            yield f"{pod.name} is no {role} with a certificate for {own['dnsNames']}"
+        for index in range(pod.count if role is Role.WORKER else 0):
+            worker = environment(manifests, pod, index)["ORMO_WORKER_ID"]
+            if caller is not None and not caller.owns(worker):
+                yield f"{pod.name} may not call itself {worker}"
+
+
+def _server_names(manifests: Manifests, own: Object) -> Iterator[str]:
+    names = {_address(manifests).partition(":")[0], "localhost"}
+    if own["usages"] != ["server auth"] or not names <= set(own["dnsNames"]):
+        yield f"the server is called {names}, its certificate is for {own['dnsNames']}"
+
+
+def _mounted(pod: Pod, path: str) -> Object:
+    (name,) = (mount["name"] for mount in pod.container["volumeMounts"] if mount["mountPath"] == path)
+    (volume,) = (volume for volume in pod.spec["volumes"] if volume["name"] == name)
+    return volume
 
 
 def grace_period(manifests: Manifests) -> Iterator[str]:
@@ -226,7 +278,7 @@ def _checkpoint_bytes(manifests: Manifests) -> int:
 def _largest_model(manifests: Manifests) -> int:
     """As the comment beside ORMO_MEMORY_LIMIT says it: in the overlay whose limit this is, or else in the base."""
     limit = f"ORMO_MEMORY_LIMIT={manifests.config('ormo-server')['data']['ORMO_MEMORY_LIMIT']}"
-    places = [KUBERNETES / "base", *(KUBERNETES / "overlays" / name for name in RUNS)]
+    places = [KUBERNETES / "base", *(KUBERNETES / "overlays" / name for name in ("local", "gpu"))]
     (text,) = (text for text in ((place / "server.env").read_text() for place in places) if limit in text)
     (stated,) = re.findall(r"for up to ([\d,]+)\s+parameters", " ".join(text.replace("#", " ").split()), re.IGNORECASE)
     return int(stated.replace(",", ""))
@@ -314,6 +366,7 @@ ALL: tuple[Check, ...] = (
     security,
     server_shape,
     server_probes,
+    certificates,
     grace_period,
     memory,
     workers,

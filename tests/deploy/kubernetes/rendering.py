@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-RUNS = ("local", "gpu")  # with a server in them
+RUNS = ("local", "gpu", "tls")  # with a server in them
 OVERLAYS = (*RUNS, "monitoring")
 # Made by the user, on storage that only they know.
 FOREIGN_CLAIMS = {"ormo-data"}

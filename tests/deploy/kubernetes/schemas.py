@@ -1,17 +1,21 @@
-"""Every object against the schemas of Kubernetes and of the Prometheus operator."""
+"""Every object against the schemas of Kubernetes, the Prometheus operator and cert-manager."""
 
 from collections.abc import Iterator
 
 import kubernetes_validate
+from cloudcoil.models.cert_manager import v1 as cert_manager
 from cloudcoil.models.prometheus_operator import v1 as operator
 
 from deploy.kubernetes.rendering import Manifests, Object
 
 OLDEST, NEWEST = "1.30", "1.37"
-_OPERATOR_KINDS = {
-    "ServiceMonitor": operator.ServiceMonitor,
-    "PodMonitor": operator.PodMonitor,
-    "PrometheusRule": operator.PrometheusRule,
+_CUSTOM_KINDS = {
+    "monitoring.coreos.com/v1": {
+        "ServiceMonitor": operator.ServiceMonitor,
+        "PodMonitor": operator.PodMonitor,
+        "PrometheusRule": operator.PrometheusRule,
+    },
+    "cert-manager.io/v1": {"Certificate": cert_manager.Certificate, "Issuer": cert_manager.Issuer},
 }
 
 
@@ -19,8 +23,8 @@ def against_schemas(manifests: Manifests) -> Iterator[str]:
     """What the API servers of the oldest and the newest Kubernetes would refuse."""
     for each in manifests.objects:
         name = f"{each['kind']}/{each['metadata']['name']}"
-        if each["apiVersion"] == "monitoring.coreos.com/v1":
-            yield from (f"{name}: {said}" for said in _operator(each))
+        if each["apiVersion"] in _CUSTOM_KINDS:
+            yield from (f"{name}: {said}" for said in _custom(each))
         else:
             for version in (OLDEST, NEWEST):
                 yield from (f"{name} in {version}: {said}" for said in _kubernetes(each, version))
@@ -36,8 +40,8 @@ def _kubernetes(document: Object, version: str) -> Iterator[str]:
         yield f"{'.'.join(map(str, error.path))}: {error.message}"
 
 
-def _operator(document: Object) -> Iterator[str]:
-    model = _OPERATOR_KINDS.get(document["kind"])
+def _custom(document: Object) -> Iterator[str]:
+    model = _CUSTOM_KINDS[document["apiVersion"]].get(document["kind"])
     if model is None:
         yield "no such kind"
         return

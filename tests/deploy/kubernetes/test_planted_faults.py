@@ -24,6 +24,64 @@ def _job(manifests: Manifests) -> dict:
     return manifests.jobs[0]["spec"]
 
 
+def _access(manifests: Manifests, old: str, new: str) -> None:
+    data = manifests.one("ConfigMap", "ormo-access")["data"]
+    assert old in data["access.toml"]
+    data["access.toml"] = data["access.toml"].replace(old, new)
+
+
+FAULTS_OF_TLS: dict[str, tuple[Check, Fault, str]] = {
+    "a certificate with a field that cert-manager does not know": (
+        against_schemas,
+        lambda it: it.one("Certificate", "ormo-worker")["spec"].update(renewAfter="1h"),
+        "unknown field or changed value .spec.renewAfter",
+    ),
+    "a Secret that nobody makes": (
+        checks.references,
+        lambda it: it.one("Certificate", "ormo-worker")["spec"].update(secretName="other"),
+        "mounts a Secret that nobody makes: ormo-worker-tls",
+    ),
+    "a list that is not there": (
+        checks.references,
+        lambda it: it.one("ConfigMap", "ormo-access")["metadata"].update(name="other"),
+        "needs ConfigMap ormo-access",
+    ),
+    "a probe that speaks gRPC to a port with TLS": (
+        checks.server_probes,
+        lambda it: it.server.container.update(livenessProbe={**it.server.container["livenessProbe"], "httpGet": {}}),
+        "livenessProbe asks for None",
+    ),
+    "a server with another name than workers call": (
+        checks.certificates,
+        lambda it: it.one("Certificate", "ormo-server")["spec"].update(dnsNames=["localhost"]),
+        "its certificate is for ['localhost']",
+    ),
+    "workers that the list has as readers": (
+        checks.certificates,
+        lambda it: _access(
+            it,
+            'role = "worker"\ncertificate = "ormo-worker"\nworkers = ["ormo-worker-*"]',
+            'role = "reader"\ncertificate = "ormo-worker"',
+        ),
+        "Job/ormo-worker is no worker with a certificate for ['ormo-worker']",
+    ),
+    "workers that may not have their names": (
+        checks.certificates,
+        lambda it: _access(it, "ormo-worker-*", "ormo-worker-a100-*"),
+        "Job/ormo-worker may not call itself ormo-worker-0",
+    ),
+    "a key that only root can read": (
+        checks.certificates,
+        lambda it: it.jobs[0]["spec"]["template"]["spec"]["securityContext"].pop("fsGroup"),
+        "Job/ormo-worker can't read its key",
+    ),
+    "a key in another place": (
+        checks.certificates,
+        lambda it: _set(it, "ormo-task", ORMO_TLS_KEY="/tls/key"),
+        "reads other files than cert-manager writes",
+    ),
+}
+
 FAULTS: dict[str, tuple[Check, Fault, str]] = {
     "a field that no Kubernetes knows": (
         against_schemas,
@@ -184,10 +242,10 @@ def manifest_of(manifests: Manifests, kind: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_TLS)
 def test_fault_is_found(fault: str) -> None:
-    check, plant, sentence = FAULTS[fault]
-    manifests = overlay("local")
+    check, plant, sentence = (FAULTS | FAULTS_OF_TLS)[fault]
+    manifests = overlay("local" if fault in FAULTS else "tls")
     plant(manifests)
     said = [*check(manifests)]
     assert any(sentence in each for each in said), said
