@@ -2,16 +2,15 @@
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.interruption import leave_on_signals
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
 
@@ -73,7 +72,7 @@ def _evaluate(settings: EvaluateSettings) -> int:
 def _guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
     """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
-    signal.signal(signal.SIGTERM, _interrupt)
+    leave_on_signals()
     try:
         command()
     except KeyboardInterrupt:
@@ -86,10 +85,6 @@ def _guarded(command: Callable[[], None], program: str, log_format: logs.LogForm
         logs.last_words(program, error, log_format)
         return code
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _exit_code(error: Exception) -> int | None:

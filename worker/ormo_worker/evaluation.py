@@ -15,6 +15,7 @@ from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.errors import OrmoError
+from ormo_worker.interruption import leave_if_asked
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience
@@ -107,6 +108,7 @@ def evaluations(
     known: pb.Iteration | None = None
     due_at = time.monotonic()
     while True:
+        leave_if_asked()
         status = client.status()
         over = status.phase == pb.GetStatusResponse.PHASE_FINISHED
         if (over or time.monotonic() >= due_at) and status.phase != pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL:

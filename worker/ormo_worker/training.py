@@ -14,6 +14,7 @@ from ormo_protos.logs import Fields
 from ormo_worker.config import RunSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.groups import decay_groups
+from ormo_worker.interruption import leave_if_asked
 from ormo_worker.optimizer import RemoteOptimizer
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device
@@ -93,6 +94,7 @@ class Training:
         """
         self.model.train()
         for batch in stream:
+            leave_if_asked()
             started = time.monotonic()
             loss = self._backward(to_device(batch, self.device))
             self._dawdle(started)
