@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 PROTO_TOOLS = .venv-protos
 CHECKOV_VENV = .venv-checkov
+AUDIT_VENV = .venv-audit
 PROTO = protos/ormo_protos/v1/parameter_server.proto
 GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
     --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
@@ -77,6 +78,15 @@ $(CHECKOV_VENV):
 
 .PHONY: checkov
 checkov: $(CHECKOV_VENV)  ## install the linter of manifests and images, for `make test`
+
+$(AUDIT_VENV):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
+.PHONY: audit
+audit: $(AUDIT_VENV)  ## look all pinned dependencies up in the database of advisories
+	$(AUDIT_VENV)/bin/python tests/audit.py constraints.txt
 
 # What checks deploy/ is tested as pinned; the rest at both ends of what pyproject.toml allows.
 .PHONY: test-lowest test-newest
@@ -158,4 +168,4 @@ picture: $(INSTALLED)  ## train for some seconds and draw the README's picture o
 
 .PHONY: clean
 clean:  ## remove what the other words made
-	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) $(AUDIT_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis

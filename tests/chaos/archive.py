@@ -24,13 +24,15 @@ class Archive:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def begin_life(self) -> None:
-        """A server starts: to be called while none runs."""
+    def begin_life(self) -> Path:
+        """A server starts: to be called while none runs. Returns the life's folder."""
         self.look()  # the rest of the life before
         self.lives += 1
-        (self.folder / f"life-{self.lives:05d}").mkdir(parents=True)
+        life = self.folder / f"life-{self.lives:05d}"
+        life.mkdir(parents=True)
         if self._thread.ident is None:
             self._thread.start()
+        return life
 
     def close(self) -> None:
         """Take what is left, and stop."""
@@ -54,7 +56,7 @@ class Archive:
                     kept = life / path.relative_to(self._run)
                     if not kept.exists():
                         kept.parent.mkdir(exist_ok=True)
-                        with contextlib.suppress(FileNotFoundError):
+                        with contextlib.suppress(FileNotFoundError, FileExistsError):
                             os.link(path, kept)
 
 

@@ -1,8 +1,11 @@
-"""The server's command with a disk that can be made slow or full: `python -m chaos.faulty_server CONTROL serve ...`.
+"""The server with a disk that can be made slow or full: `python -m chaos.faulty_server CONTROL LIFE serve ...`.
 
-The file CONTROL holds JSON, read at every use of the disk: `{"sync_seconds": 0.1, "full": true}`.
+The file CONTROL holds JSON, read at every use of the disk: `{"sync_seconds": 0.1, "full": true}`. Files of the journal
+that the server removes stay in the folder LIFE: after a full disk it makes and removes some faster than anybody could
+look.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -43,12 +46,28 @@ def make_faulty(path: Path) -> None:
     os.fsync, os.fdatasync = slowed(os.fsync), slowed(os.fdatasync)
 
 
+def keep_what_is_removed(life: Path) -> None:
+    """Link a journal's file before it goes."""
+    real_unlink = os.unlink
+
+    def unlink(path: Any, **how: Any) -> None:
+        kept = life / "journal" / Path(path).name
+        if Path(path).parent.name == "journal" and not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                os.link(path, kept)
+        real_unlink(path, **how)
+
+    os.unlink = unlink
+
+
 def main() -> None:
     """Serve."""
     make_faulty(Path(sys.argv[1]))
+    keep_what_is_removed(Path(sys.argv[2]))
     from ormo_server.cli import main as serve
 
-    raise SystemExit(serve(sys.argv[2:]))
+    raise SystemExit(serve(sys.argv[3:]))
 
 
 if __name__ == "__main__":

@@ -75,11 +75,11 @@ class Stage:
 
     def start_server(self) -> None:
         """Start it on the port it had, and wait until it serves."""
-        self.archive.begin_life()
+        life = self.archive.begin_life()
         given = ["--listen", self.address, "--metrics-listen", "", "--directory", self.run, *self._flags]
         with (self.folder / "server.log").open("ab") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-m", "chaos.faulty_server", str(self.disk), "serve", *map(str, given)],
+                [sys.executable, "-m", "chaos.faulty_server", str(self.disk), str(life), "serve", *map(str, given)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ def commands(program: str, text: str = TEXT) -> list[list[str]]:
 
 def test_overlays_that_are_applied_are_there() -> None:
     applied = commands("kubectl apply")
-    assert len(applied) == 2
+    assert len(applied) == 3
     for _, _, flag, folder in applied:
         assert flag == "-k"
         assert (ROOT / folder / "kustomization.yaml").is_file()

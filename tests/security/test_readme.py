@@ -1,0 +1,110 @@
+"""What README and SECURITY.md say of security is so: the commands run, the tables are those of the code."""
+
+import re
+import shlex
+import socket
+import subprocess
+
+from grpc_health.v1 import health_pb2
+
+from ormo_protos.credentials import Credentials
+from ormo_protos.dialling import Dialer
+from ormo_protos.reasons import Reason
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.config import ServerSettings
+from ormo_server.security.roles import ALLOWED, Role
+from ormo_server.service.handlers import SERVICE
+from readme import README, ROOT
+from system.programs import Stage
+
+TEXT = README.read_text(encoding="utf-8")
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+
+
+def example(name: str) -> str:
+    match = re.search(rf"<!-- {name} example -->\n```sh\n(.*?)```", TEXT, re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def rows(name: str) -> list[list[str]]:
+    _, _, rest = TEXT.partition(f"<!-- {name} -->\n")
+    lines = rest.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_certificates_are_made_and_a_guarded_run_is_started_as_it_is_written(stage: Stage) -> None:
+    subprocess.run(["bash", "-eu", "-c", example("certificates")], cwd=stage.folder, check=True, capture_output=True)
+    stage.address = f"localhost:{free_port()}"
+    commands = [shlex.split(line) for line in example("guarded").splitlines()]
+    assert [words[:2] for words in commands] == [
+        ["ormo-server", "serve"],
+        ["ormo-worker", "run"],
+        ["ormo-server", "control"],
+    ]
+    started = []
+    for program, *typed in commands:
+        words = [stage.address if word == "localhost:50051" else word for word in typed]
+        if words[0] == "serve":
+            words += ["--metrics-listen", ""]
+        made = stage.program(words[0], *words, module=program.replace("-", "_"))
+        if words[0] == "serve":
+            assert made.process.stdout is not None
+            assert made.process.stdout.readline().startswith("serving"), made.log.read_text()
+        if words[0] == "run":
+            operator = [stage.folder / name for name in ("ca.pem", "operator.pem", "operator.key")]
+            with Dialer(stage.address, Credentials(*operator)).dial() as channel:
+                stub = ParameterServerStub(channel)
+                while stub.GetStatus(pb.GetStatusRequest(), timeout=5, wait_for_ready=True).iteration.number < 5:
+                    assert made.process.poll() is None, made.log.read_text()
+        started.append(made)
+    server, worker, control = started
+    assert control.wait() == 0, control.log.read_text()
+    assert worker.terminate() == 0
+    assert server.terminate() == 0
+
+
+def test_roles_may_what_the_table_says() -> None:
+    table = dict(rows("roles"))
+    said = {name.strip("`"): set(re.findall(r"`([A-Z]\w+)`", may)) for name, may in table.items()}
+    assert set(said) == set(Role)
+    for name, may in table.items():
+        if "what readers may" in may:
+            said[name.strip("`")] |= said["reader"]
+    allowed = {
+        role: {method.name for method in SERVICE.methods if role in ALLOWED[f"/{SERVICE.full_name}/{method.name}"]}
+        for role in Role
+    }
+    assert said == allowed
+    assert all(ALLOWED[f"/{health_pb2.DESCRIPTOR.package}.Health/{name}"] == set(Role) for name in ("Check", "Watch"))
+
+
+def test_limits_name_settings_and_reasons_that_there_are() -> None:
+    found = rows("limits")
+    assert len(found) > 10
+    for _, value, refusal in found:
+        for flag in re.findall(r"`--([\w-]+)`", value):
+            assert flag.replace("-", "_") in ServerSettings.model_fields
+        reasons = re.findall(r"`([A-Z_]+)`", refusal)
+        assert reasons == [] or reasons[0] in set(Reason) or "by gRPC" in refusal
+
+
+def test_what_security_md_names_is_there() -> None:
+    titles = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    for anchor in re.findall(r"\(README\.md#([\w-]+)\)", SECURITY):
+        assert anchor in anchors
+    makefile = (ROOT / "Makefile").read_text()
+    for word in re.findall(r"`make (\w+)`", SECURITY):
+        assert re.search(rf"^{word}:", makefile, re.MULTILINE), word
+    for path in re.findall(r"`((?:tests|deploy)/[\w/]+|constraints\.txt)`", SECURITY):
+        assert (ROOT / path).exists()
+    for flag in re.findall(r"`--([\w-]+)`", SECURITY):
+        assert flag.replace("-", "_") in ServerSettings.model_fields
