@@ -47,6 +47,17 @@ def test_status_and_top_are_typed_as_they_are_understood() -> None:
             )
 
 
+def test_the_operators_command_in_a_guarded_pod_uses_what_is_mounted_there() -> None:
+    (words,) = [words for words in commands("kubectl -n ormo exec") if "ormo-server" in words]
+    manifests = overlay("tls")
+    assert words[4] == f"{manifests.server.owner['metadata']['name']}-0"
+    told = read_settings(StatusSettings, words[words.index("status") + 1 :], {}, program="status")
+    mounted = {mount["mountPath"] for mount in manifests.server.container["volumeMounts"]}
+    for path in (told.tls_ca, told.tls_cert, told.tls_key):
+        assert str(path.parent) in mounted
+    assert told.server.partition(":")[0] in manifests.one("Certificate", "ormo-server")["spec"]["dnsNames"]
+
+
 def test_paths_in_the_readme_and_the_runbook_exist() -> None:
     named = set(re.findall(r"\bdeploy/[\w./*-]*[\w*]", TEXT + RUNBOOK))
     assert len(named) > 5

@@ -189,6 +189,19 @@ def test_no_message_can_name_a_worker_that_is_not_the_callers(server: Server, au
         assert machine.state.iteration == 0
 
 
+def test_a_star_in_a_certificate_is_no_pattern(tmp_path: Path, authority: Authority) -> None:
+    """A wildcard certificate is on the list like any of its domain; that makes it the owner of no other's id."""
+    access = '[[allow]]\nrole = "worker"\ncertificate = "*.example"'
+    with guarded(tmp_path, authority, access) as server:
+        with dialled(server, authority.credentials("gpu-1.example")) as stub:
+            WireWorker(stub, "gpu-1.example").join()
+        with (
+            dialled(server, authority.credentials("*.example")) as stub,
+            pytest.raises(Refused, match=r"worker id 'gpu-1\.example' is not one of '\*\.example'"),
+        ):
+            WireWorker(stub, "gpu-1.example", incarnation=2).join()
+
+
 def test_a_stream_can_not_change_whom_it_serves(server: Server, authority: Authority) -> None:
     with dialled(server, authority.credentials("pool.example")) as stub:
         one, other = WireWorker(stub, "pool-1"), WireWorker(stub, "gpu-1")

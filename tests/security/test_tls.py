@@ -109,6 +109,14 @@ def test_files_that_can_not_be_used_at_the_start_are_named(tmp_path: Path, autho
             server_credentials(*given)
 
 
+def test_who_connects_and_says_nothing_is_disconnected(tmp_path: Path, authority: Authority) -> None:
+    with guarded(tmp_path, authority, failure_timeout=1.0) as server:
+        host, _, port = server.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as silent:
+            silent.settimeout(20)
+            assert silent.recv(1) == b""
+
+
 def test_a_connection_that_says_nothing_holds_nobody_up(tmp_path: Path, authority: Authority) -> None:
     with guarded(tmp_path, authority) as server:
         host, _, port = server.address.rpartition(":")

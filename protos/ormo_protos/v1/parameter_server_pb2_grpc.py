@@ -198,6 +198,7 @@ class ParameterServerServicer(object):
         INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
         UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
         FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+        RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

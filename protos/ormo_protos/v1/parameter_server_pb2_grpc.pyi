@@ -134,6 +134,7 @@ class ParameterServerStub:
       INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
       UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
       FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+      RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
     """
 
 @_typing.type_check_only
@@ -211,6 +212,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
       INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
       UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
       FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+      RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
     """
 
 class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
@@ -345,6 +347,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
           UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
           FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
+          RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
         """
 
 def add_ParameterServerServicer_to_server(servicer: ParameterServerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -104,7 +104,7 @@ class Line(BaseModel):
 
     def caller(self, name: str) -> Caller:
         """Somebody on this line, by name."""
-        return Caller(name, frozenset({self.role}), self.workers or (name,), self.proof)
+        return Caller(name, frozenset({self.role}), self.workers, self.proof)
 
 
 class _List(BaseModel):

@@ -15,13 +15,14 @@ class Caller:
     Attributes:
         name: of the certificate or token; where nobody is asked for one, the host's address.
         roles: what the caller is to the run.
-        workers: patterns of the worker ids that are the caller's own, `*` for any characters.
+        workers: patterns of the worker ids that are the caller's own, `*` for any characters; None: the one that is
+            its name. A name is no pattern: certificates may have a `*` in theirs.
         proof: digest of the token that was brought; empty without one.
     """
 
     name: str
     roles: frozenset[Role]
-    workers: Sequence[str] = ("*",)
+    workers: Sequence[str] | None = ("*",)
     proof: bytes = field(default=b"", repr=False)
 
     def check_may_call(self, method: str, allowed: frozenset[Role]) -> None:
@@ -36,6 +37,8 @@ class Caller:
 
     def owns(self, worker: str) -> bool:
         """Whether this worker id is the caller's own."""
+        if self.workers is None:
+            return worker == self.name
         return any(fnmatchcase(worker, pattern) for pattern in self.workers)
 
     def check_owns(self, worker: str) -> None:
@@ -47,5 +50,5 @@ class Caller:
         if Role.WORKER not in self.roles:
             raise PermissionDenied(f"{self.name!r} has not the role worker, and asked as worker {worker!r}")
         if not self.owns(worker):
-            own = ", ".join(map(repr, self.workers))
+            own = ", ".join(map(repr, self.workers or (self.name,)))
             raise PermissionDenied(f"worker id {worker!r} is not one of {self.name!r}, who may use {own}")

@@ -65,6 +65,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", ping_timeout_ms),
         ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Who connects and then says nothing.
+        ("grpc.server_handshake_timeout_ms", int(1000 * settings.failure_timeout)),
         # Workers may ping as often; the default would send them away for it.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),

@@ -265,8 +265,12 @@ def memory(manifests: Manifests) -> Iterator[str]:
         yield f"{requested:,.0f} bytes are not ORMO_MEMORY_LIMIT and {INTERPRETER_BYTES:,} for the interpreter"
     (claim,) = manifests.server.owner["spec"]["volumeClaimTemplates"]
     disk = quantity(claim["spec"]["resources"]["requests"]["storage"])
-    if disk < (told.checkpoints_kept + 1) * _checkpoint_bytes(manifests):
-        yield f"a disk of {disk:,.0f} bytes does not hold {told.checkpoints_kept} checkpoints and the next"
+    journal = 2 * told.journal_max_bytes if told.journal else 0
+    if disk < (told.checkpoints_kept + 1) * _checkpoint_bytes(manifests) + journal:
+        kept = told.checkpoints_kept
+        yield f"a disk of {disk:,.0f} bytes does not hold {kept} checkpoints, the next, and the journal"
+    if not told.journal:
+        yield "a server that is killed loses what came after its last checkpoint"
 
 
 def _checkpoint_bytes(manifests: Manifests) -> int:

@@ -209,6 +209,16 @@ FAULTS: dict[str, tuple[Check, Fault, str]] = {
         lambda it: _server(it)["volumeClaimTemplates"][0]["spec"]["resources"]["requests"].update(storage="40Mi"),
         "does not hold 3 checkpoints",
     ),
+    "a disk without room for the journal": (
+        checks.memory,
+        lambda it: _set(it, "ormo-server", ORMO_JOURNAL_MAX_BYTES="500MiB"),
+        "does not hold 3 checkpoints, the next, and the journal",
+    ),
+    "a server that keeps no journal": (
+        checks.memory,
+        lambda it: _set(it, "ormo-server", ORMO_JOURNAL="false"),
+        "loses what came after its last checkpoint",
+    ),
     "more workers than the server takes": (
         checks.workers,
         lambda it: _job(it).update(parallelism=9, completions=9),
