@@ -10,20 +10,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chaos.checker import unheard, violations
-from chaos.evidence import Evidence, read_diaries, read_lives
-from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, clock_environment
+from chaos.evidence import Evidence, merged, read_diaries, read_lives
+from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
+from chaos.network import enter_own
 from chaos.stage import Load, Stage
 
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
+_OVERLAPPING = 0.25  # share of the faults in the midst of which there is another
 
 
 def main() -> None:
     """Run, check, and say what was found."""
     options = _options()
+    options.lossy = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     _say(f"seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="ormo-chaos-", dir=options.into))
@@ -50,7 +54,7 @@ def _acted(options: argparse.Namespace, dice: random.Random, folder: Path) -> li
         flags += ["--journal", "--journal-fsync", options.fsync]
     load = Load(options.workers, options.elements, options.pause, _LEASE_SECONDS)
     stage = Stage(folder, flags, load, clock_environment(folder))
-    names = [name for name in options.faults or FAULTS if CLOCK_LIBRARY is not None or "clock" not in name]
+    names = _possible(options)
     try:
         stage.start_server()
         for column in range(options.workers):
@@ -59,9 +63,10 @@ def _acted(options: argparse.Namespace, dice: random.Random, folder: Path) -> li
         deadline = time.monotonic() + options.seconds
         while time.monotonic() < deadline and sum(done.count(kill) for kill in KILLS) < options.kills:
             time.sleep(dice.uniform(0.05, 1.0))
-            done.append(dice.choice(names))
-            FAULTS[done[-1]](stage, dice, _LEASE_SECONDS)
-            stage.until_answered(10, f"after {done[-1]}")
+            now = _chosen(names, dice)
+            _happen(now, stage, dice)
+            done += now
+            stage.until_answered(10, f"after {' during '.join(now)}")
         _finish(stage)
     finally:
         stage.close()
@@ -69,6 +74,39 @@ def _acted(options: argparse.Namespace, dice: random.Random, folder: Path) -> li
             json.dumps({"trouble": stage.trouble, "opened": stage.opened, "memory": stage.memory})
         )
     return done
+
+
+def _possible(options: argparse.Namespace) -> list[str]:
+    missing = {} if CLOCK_LIBRARY is not None else {"jump of the wall clock": "libfaketime is not installed"}
+    if not options.lossy:
+        missing["packet loss"] = "no network namespace with nft is permitted here"
+    wanted = options.faults or list(FAULTS)
+    for name in wanted:
+        if name in missing:
+            _say(f"left out: {name} ({missing[name]})")
+    return [name for name in wanted if name not in missing]
+
+
+def _chosen(names: list[str], dice: random.Random) -> list[str]:
+    """One fault, or a sudden one in the midst of one that lasts."""
+    lasting, sudden = [name for name in names if name in LASTING], [name for name in names if name in SUDDEN]
+    if lasting and sudden and dice.random() < _OVERLAPPING:
+        return [dice.choice(sudden), dice.choice(lasting)]
+    return [dice.choice(names)]
+
+
+def _happen(names: list[str], stage: Stage, dice: random.Random) -> None:
+    first, *meanwhile = names
+    with ThreadPoolExecutor(1) as pool:
+        running = [
+            pool.submit(FAULTS[name], stage, random.Random(dice.randrange(1 << 32)), _LEASE_SECONDS)
+            for name in meanwhile
+        ]
+        if meanwhile:
+            time.sleep(dice.uniform(0.0, 0.5))
+        FAULTS[first](stage, dice, _LEASE_SECONDS)
+        for each in running:
+            each.result()
 
 
 def _finish(stage: Stage) -> None:
@@ -82,7 +120,7 @@ def _finish(stage: Stage) -> None:
 def _evidence(folder: Path, *, journal: bool) -> Evidence:
     noted = json.loads((folder / "stage.json").read_text())
     evidence = Evidence(memory=noted["memory"])
-    read_diaries(evidence, folder, [(begin, end) for begin, end in noted["trouble"]])
+    read_diaries(evidence, folder, merged([(begin, end) for begin, end in noted["trouble"]]))
     read_lives(evidence, folder / "archive", journal=journal)
     return evidence
 

@@ -95,6 +95,17 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def merged(trouble: Trouble) -> Trouble:
+    """The same time, without counting twice what overlaps."""
+    apart: Trouble = []
+    for since, to in sorted(trouble):
+        if apart and since <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(apart[-1][1], to))
+        else:
+            apart.append((since, to))
+    return apart
+
+
 def _calm(begin: float, end: float, trouble: Trouble) -> float:
     return max(0.0, end - begin - sum(max(0.0, min(end, to) - max(begin, since)) for since, to in trouble))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 
+from chaos.network import losing
 from chaos.proxy import Way
 from chaos.stage import Stage
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -92,6 +93,12 @@ def one_way(stage: Stage, dice: random.Random, lease: float) -> None:
         time.sleep(dice.uniform(0.2, 2.0 * lease))
 
 
+def lose_packets(stage: Stage, dice: random.Random, lease: float) -> None:
+    """Some packets never arrive, in both directions; TCP sends them again, slower and slower."""
+    with _while_down(stage), losing(dice.choice([2, 10, 30])):
+        time.sleep(dice.uniform(0.5, 2.0 * lease))
+
+
 def slow_disk(stage: Stage, dice: random.Random, lease: float) -> None:
     """Every fsync takes long."""
     stage.set_disk(sync_seconds=dice.uniform(0.05, 0.4))
@@ -141,6 +148,7 @@ FAULTS: dict[str, Fault] = {
     "connections reset": reset_connections,
     "half-open connections": half_open,
     "one-way partition": one_way,
+    "packet loss": lose_packets,
     "slow disk": slow_disk,
     "full disk": full_disk,
     "full disk, then SIGKILL": full_disk_and_kill,
@@ -148,6 +156,9 @@ FAULTS: dict[str, Fault] = {
     "jump of the wall clock": jump_clock,
 }
 KILLS = ("SIGKILL of the server", "full disk, then SIGKILL")
+# What can go wrong while something else does: these leave the server's process alone, the others the disk and network.
+LASTING = ("packet loss", "one-way partition", "slow disk", "slow reader", "SIGSTOP of a worker")
+SUDDEN = ("SIGKILL of the server", "SIGTERM of the server", "SIGSTOP of the server", "connections reset")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from chaos.checker import violations
-from chaos.evidence import Applied, Evidence, Told
+from chaos.evidence import Applied, Evidence, Told, merged
 from chaos.loads import MARKS
 
 COUNT = 6
@@ -131,3 +131,7 @@ def test_without_a_journal_an_iteration_is_acknowledged_once() -> None:
     evidence = without_journal()
     evidence.told.append(Told(("w1", 5), 8, 4))
     assert any("iteration 4 was acknowledged 2 times" in violation for violation in found(evidence))
+
+
+def test_trouble_that_overlaps_is_not_counted_twice() -> None:
+    assert merged([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.5, 2.7)]) == [(1.0, 4.0), (5.0, 6.0)]
