@@ -15,7 +15,7 @@ _MODULES = {
     "pyzmq": "zmq",
 }
 # Only when asked for.
-_MORE = {"ormo, journal": "ormo_journal", "ormo, journal without fsync": "ormo_journal_off"}
+_MORE = {"ormo, journal": "ormo_journal", "ormo, journal without fsync": "ormo_journal_off", "ormo, TLS": "ormo_tls"}
 USUAL = tuple(_MODULES)
 NAMES = (*USUAL, *_MORE)
 

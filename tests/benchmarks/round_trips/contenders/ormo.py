@@ -4,6 +4,7 @@ import os
 import sys
 
 from benchmarks.round_trips.place import LEARNING_RATE, MOMENTUM, Place, RoundTrip
+from ormo_protos.credentials import Credentials
 
 
 def serve(place: Place, *more: str) -> None:
@@ -22,7 +23,7 @@ def serve(place: Place, *more: str) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "ormo_server", "serve", *arguments])
 
 
-def connect(place: Place, dtype: int | None = None) -> RoundTrip:
+def connect(place: Place, dtype: int | None = None, credentials: Credentials | None = None) -> RoundTrip:
     """A worker that has joined. What it receives into is a payload, which is such an array."""
     import torch
 
@@ -48,6 +49,7 @@ def connect(place: Place, dtype: int | None = None) -> RoundTrip:
         model=lambda: filled(0.0, FLOAT32, buffers=True),
         worker_id=f"worker-{place.rank}",
         wire_dtype=wire,  # type: ignore[arg-type]
+        credentials=credentials,
     )
     client.join()
     slot = client.slots[0]
