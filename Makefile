@@ -64,7 +64,7 @@ TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHEC
 
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
-	$(TEST)
+	$(TEST) -n logical
 
 .PHONY: test-images
 test-images: $(INSTALLED)  ## run the images' build steps and what they install, without a container engine
