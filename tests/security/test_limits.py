@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import MAX_CHUNK_BYTES
@@ -172,6 +173,21 @@ def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server
     for call in silent:
         call.cancel()
     eventually(lambda: server.streams.count(reader=False) == 0)
+
+
+def test_watchers_of_health_hold_no_thread(server: Server, worker: WireWorker) -> None:
+    """The server has 26 threads; a watcher waits for ever."""
+    calls = server.metrics.registry.get_sample_value
+    watch = {"grpc_type": "server_stream", "grpc_service": "grpc.health.v1.Health", "grpc_method": "Watch"}
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watching = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(100)]
+        assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.SERVING}
+        assert worker.push(payload(MIDDLE, 1.0)).iteration.number == 1
+        server._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.NOT_SERVING}
+        assert calls("grpc_server_started_total", watch) == 100
+    eventually(lambda: calls("grpc_server_handled_total", watch | {"grpc_code": "CANCELLED"}) == 100)
 
 
 def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(

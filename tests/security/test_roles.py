@@ -44,7 +44,8 @@ def test_every_method_that_a_server_can_have_is_for_somebody() -> None:
         reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
     ]
     served_methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
-    assert set(ALLOWED) == served_methods
+    assert served_methods <= set(ALLOWED)
+    assert set(ALLOWED) - served_methods <= {"/grpc.health.v1.Health/List"}, "which older releases do not have"
     assert set(MAY) == {method.name for method in SERVICE.methods}
 
 

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from ormo_server.metrics.calls import Calls, Method
-from ormo_server.service.rewrapping import behaviour_of, rewrapped
+from ormo_server.service.rewrapping import behaviour_of, holds_no_thread, rewrapped
 
 _TYPES = {
     (False, False): "unary",
@@ -43,8 +43,21 @@ class CallCounter(grpc.ServerInterceptor):
 
     def _counted(self, handler: Any, method: Method) -> Any:
         behaviour = behaviour_of(handler)
-        counted = self._streamed(behaviour, method) if handler.response_streaming else self._answered(behaviour, method)
+        if holds_no_thread(behaviour):
+            counted = self._watched(behaviour, method)
+        elif handler.response_streaming:
+            counted = self._streamed(behaviour, method)
+        else:
+            counted = self._answered(behaviour, method)
         return rewrapped(handler, counted)
+
+    def _watched(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
+        def call(request: Any, context: Any, *more: Any) -> Any:
+            started = self._begin(method)
+            context.add_callback(lambda: self._end(method, started, context, failed=False))
+            return behaviour(request, context, *more)
+
+        return call
 
     def _answered(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         def call(request: Any, context: Any) -> Any:

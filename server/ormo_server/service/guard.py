@@ -32,11 +32,11 @@ class Guard(grpc.ServerInterceptor):
         method, behaviour = details.method, behaviour_of(handler)
         allowed = ALLOWED.get(method, frozenset())
 
-        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+        def guarded(request: Any, context: grpc.ServicerContext, *more: Any) -> Any:
             try:
                 self._access.caller(context).check_may_call(method, allowed)
             except OrmoError as error:
                 refuse(self._refuser, context, error)
-            return behaviour(request, context)
+            return behaviour(request, context, *more)
 
         return rewrapped(handler, guarded)

@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 
+_NON_BLOCKING = "experimental_non_blocking"
 _WORDS = {True: "stream", False: "unary"}
 
 
@@ -14,8 +15,18 @@ def behaviour_of(handler: Any) -> Callable[..., Any]:
     return behaviour
 
 
+def holds_no_thread(behaviour: Callable[..., Any]) -> bool:
+    """Whether it returns at once and answers later, through a callback: gRPC's health service watches so."""
+    return bool(getattr(behaviour, _NON_BLOCKING, False))
+
+
 def rewrapped(handler: Any, behaviour: Callable[..., Any]) -> Any:
-    """A handler that does this instead, and reads and writes the same messages."""
+    """A handler that does this instead, and reads and writes the same messages.
+
+    Whoever holds no thread must not begin to: a thread for each watcher would leave none for workers.
+    """
+    if holds_no_thread(behaviour_of(handler)):
+        setattr(behaviour, _NON_BLOCKING, True)
     make = getattr(grpc, f"{_kind(handler)}_rpc_method_handler")
     return make(behaviour, handler.request_deserializer, handler.response_serializer)
 
