@@ -13,7 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chaos.checker import unheard, violations
+from chaos.checker import violations
 from chaos.evidence import Evidence, merged, read_diaries, read_lives
 from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
 from chaos.network import enter_own
@@ -132,8 +132,7 @@ def _report(options: argparse.Namespace, evidence: Evidence, faults: Counter[str
     _say(f"kills of the server: {sum(faults[kill] for kill in KILLS)}; lives: {len(evidence.starts)}")
     counted = len(evidence.applied) if evidence.applied is not None else evidence.end
     _say(f"gradients tried {len(evidence.tried):,}, acknowledged {len(evidence.told):,}, applied {counted:,}")
-    refused = dict(Counter(evidence.refused.values()))
-    _say(f"refused: {refused}, {unheard(evidence)} of them applied before the worker's lease ran out")
+    _say(f"refused: {dict(Counter(evidence.refused.values()))}")
     recovered = sorted(_recoveries(folder))
     if recovered:
         _say(

@@ -5,11 +5,6 @@ from collections.abc import Hashable, Iterable, Iterator
 
 from chaos.evidence import Evidence, Name, Told
 from chaos.loads import MARKS
-from ormo_protos.reasons import Reason
-
-# Who was cut off for longer than its lease, after its gradient was applied and before it heard so, has no kept result
-# any more: it is told that the ticket is unknown, and goes on with another gradient.
-_LEASE_HAD_RUN_OUT = Reason.TICKET_UNKNOWN
 
 
 def violations(evidence: Evidence, *, workers: int, bound_seconds: float, plain_sgd: bool) -> list[str]:
@@ -49,7 +44,7 @@ def _journaled(evidence: Evidence) -> Iterator[str]:
         if (ticket := evidence.tried.get(each.name)) != each.ticket:
             yield f"gradient {each.name} was applied for ticket {each.ticket}, and its worker had {ticket}"
     for name, reason in evidence.refused.items():
-        if name in where and reason != _LEASE_HAD_RUN_OUT:
+        if name in where:
             yield f"gradient {name} was refused ({reason}) and applied"
 
 
@@ -73,12 +68,6 @@ def kept(evidence: Evidence) -> list[Told]:
     epochs, starts = list(evidence.starts), list(evidence.starts.values())
     limits = {epoch: min(starts[at + 1 :], default=evidence.end) for at, epoch in enumerate(epochs)}
     return [told for told in evidence.told if told.epoch not in limits or told.iteration <= limits[told.epoch]]
-
-
-def unheard(evidence: Evidence) -> int:
-    """How many gradients were applied whose workers were told that their ticket is unknown: their lease had run out."""
-    applied = {each.name for each in evidence.applied or ()}
-    return sum(name in applied for name in evidence.refused)
 
 
 def _unjournaled(evidence: Evidence) -> Iterator[str]:

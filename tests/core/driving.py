@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class Driver:
     wire: torch.dtype = torch.float32  # of deliveries
     incarnations: dict[str, int] = field(default_factory=dict)
     places: dict[SlotKey, Place] = field(default_factory=dict)
+    departed: dict[tuple[str, int], dict[SlotKey, Place]] = field(default_factory=dict)  # processes that may come back
     granted: list[Granted] = field(default_factory=list)
     applied: list[Applied] = field(default_factory=list)
     gradients: dict[TicketKey, Gradient] = field(default_factory=dict)  # that redeemed a ticket
@@ -82,13 +83,17 @@ class Driver:
         if self.incarnations.get(worker) != incarnation:
             self.forget(worker)
             self.incarnations[worker] = incarnation
-            self.places |= {(worker, slot): Place() for slot in range(slots)}
+            fresh = {(worker, slot): Place() for slot in range(slots)}
+            before = self.departed.pop((worker, incarnation), fresh)
+            self.places |= before if before.keys() == fresh.keys() else fresh
         self.collect()
         return member
 
     def leave(self, worker: str) -> None:
         assert self.machine.leave(self._tick(), worker, self.incarnations[worker])
         self.collect()
+        mine = {key: replace(place, granted=None) for key, place in self.places.items() if key[0] == worker}
+        self.departed[worker, self.incarnations[worker]] = mine
         self.forget(worker)
 
     def forget(self, worker: str) -> None:

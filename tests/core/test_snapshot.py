@@ -15,6 +15,7 @@ from ormo_server.core.inputs import Requester
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.snapshot import Snapshot
+from ormo_server.core.state import Slot
 from ormo_server.core.state_machine import StateMachine
 
 
@@ -242,7 +243,6 @@ def test_asynchronous_buckets_go_on_after_the_rounds_of_a_synchronous_run() -> N
         driver.push("a", 1.0)
     assert driver.machine.state.newest_bucket == 2
     other = restarted(driver, keep_tickets=True, run=run_of())
-    other.incarnations.clear()
     other.join("a")
     assert other.request("a").ticket.bucket == 3
 
@@ -266,3 +266,27 @@ def test_who_was_taken_for_dead_is_remembered_over_a_restart() -> None:
     other.join("a", incarnation=2)
     with pytest.raises(Replaced):
         other.machine.join(0.0, "a", 1, 1)
+
+
+@pytest.mark.parametrize("keep_tickets", [True, False])
+def test_who_was_taken_for_dead_has_its_result_over_a_restart_if_tickets_are_kept(keep_tickets: bool) -> None:
+    driver = busy_run()
+    result = driver.push("b", 1.0)
+    ticket = driver.granted[-1].ticket.key
+    driver.leave("b")
+    other = restarted(driver, keep_tickets=keep_tickets, epoch=7)
+    other.join("b")
+    if keep_tickets:
+        assert other.push("b", 1.0, number=result.request, ticket=ticket).repeated
+    else:
+        with pytest.raises(TicketUnknown):
+            other.push("b", 1.0, number=result.request, ticket=ticket)
+
+
+def test_of_who_has_gone_earlier_versions_have_written_the_incarnation_alone() -> None:
+    driver = driver_of(run_of(), "a")
+    driver.leave("a")
+    taken = snapshot.take(driver.machine)
+    taken.fields["departed"] = {"a": 1}
+    machine = snapshot.restore(run_of(), taken, epoch=7, keep_tickets=True)
+    assert machine.join(0.0, "a", 1, 1).slots == [Slot()]

@@ -9,6 +9,7 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import BadRequest, OrmoError, StaleRequest, TicketUnknown
 from ormo_server.core.events import superseded
 from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.membership import PROCESSES_REMEMBERED
 from ormo_server.core.state_machine import StateMachine
 
 
@@ -198,3 +199,45 @@ def test_a_gradient_of_another_size_is_a_broken_invariant_and_changes_nothing() 
     with pytest.raises(AssertionError):
         driver.push("a", torch.ones(1))
     assert fingerprint(driver.machine) == before
+
+
+def test_who_was_taken_for_dead_and_comes_back_has_the_result_of_its_last_push_repeated() -> None:
+    driver = one_worker()
+    ticket = driver.ticket("a")
+    first = driver.push("a", 1.0)
+    driver.leave("a")
+    driver.join("a")
+    before = fingerprint(driver.machine)
+    again = driver.push("a", 5.0, number=first.request, ticket=ticket)
+    assert again == dataclasses.replace(first, repeated=True)
+    assert fingerprint(driver.machine) == before
+
+
+def test_who_comes_back_goes_on_with_its_request_numbers_and_has_no_ticket() -> None:
+    driver = one_worker()
+    ticket = driver.ticket("a")
+    driver.leave("a")
+    driver.join("a")
+    refused(driver, TicketUnknown, "is not in flight", driver.requester("a"), ticket)
+    assert driver.request("a") is not None
+    refused(driver, StaleRequest, "request 1 .* came after request 2", Requester("a", 1, 0, 1), ticket)
+
+
+@pytest.mark.parametrize(("incarnation", "slots"), [(2, 1), (1, 2)])
+def test_another_process_or_one_with_other_slots_gets_nobodys_result(incarnation: int, slots: int) -> None:
+    driver = one_worker()
+    ticket = driver.ticket("a")
+    first = driver.push("a", 1.0)
+    driver.leave("a")
+    driver.join("a", slots, incarnation)
+    refused(driver, TicketUnknown, "is not in flight", driver.requester("a", number=first.request), ticket)
+
+
+def test_what_is_remembered_of_who_has_gone_is_bounded() -> None:
+    driver = one_worker()
+    for number in range(PROCESSES_REMEMBERED + 5):
+        driver.join(f"w{number}")
+        driver.leave(f"w{number}")
+    departed = driver.machine.state.departed
+    assert len(departed) == PROCESSES_REMEMBERED
+    assert next(iter(departed)) == "w5"

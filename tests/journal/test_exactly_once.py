@@ -43,7 +43,6 @@ class Process:
     ticket: TicketKey | None = None
     pushes: list[tuple[int, TicketKey]] = field(default_factory=list)  # request and ticket of each, in order
     unanswered: bool = False  # the last one
-    was_away: bool = False  # its lease has run out since then, and with it its kept result
 
 
 class ExactlyOnce(RuleBasedStateMachine):
@@ -61,6 +60,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.applied: dict[tuple[str, int, int], int] = {}
         self.positions: dict[tuple[str, int, int], int] = {}  # of those since the last checkpoint
         self.heard: dict[tuple[str, int, int], int] = {}
+        self.lost_results = 0  # pushes that were applied, and refused when they were tried again
         self.serve(
             StateMachine.fresh(RUN, torch.zeros(SIZE), torch.zeros(2), torch.zeros(1, dtype=torch.int64), epoch=7)
         )
@@ -119,7 +119,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def expire(self, worker: int) -> None:
         process = self.processes.get(f"w{worker}")
         if process is not None:
-            process.was_away |= self.machine.leave(self.tick(), process.name, process.incarnation)
+            self.machine.leave(self.tick(), process.name, process.incarnation)
 
     # Processes
 
@@ -179,7 +179,7 @@ class ExactlyOnce(RuleBasedStateMachine):
             return
         process.request += 1
         process.pushes.append((process.request, process.ticket))
-        process.unanswered, process.was_away = True, False
+        process.unanswered = True
         if fate != "request lost":
             self.arrives(process, len(process.pushes) - 1, heard=fate == "heard")
 
@@ -219,17 +219,19 @@ class ExactlyOnce(RuleBasedStateMachine):
             result = self.machine.push(self.tick(), requester, Gradient(ticket, values))
         except (NotAMember, Replaced, StaleRequest, TicketUnknown) as refusal:
             is_last = process.unanswered and number == len(process.pushes) - 1
-            if is_last and name in self.applied and self.processes[process.name] is process:
-                assert process.was_away, "its result is kept until it asks for something else"
+            is_newest = self.processes[process.name] is process
+            kept = is_last and is_newest and name in self.applied
+            self.lost_results += kept and not isinstance(refusal, NotAMember)
             if heard:
                 self.refused(process, refusal)
             return
         self.landed(process, name, result, heard=heard)
 
     def refused(self, process: Process, refusal: OrmoError) -> None:
-        if isinstance(refusal, NotAMember):
+        if isinstance(refusal, NotAMember):  # it joins again, and tries again
             self.machine.join(self.tick(), process.name, process.incarnation, 1)
             self.settle()
+            return
         process.unanswered = False
         process.ticket = None
 
@@ -248,6 +250,10 @@ class ExactlyOnce(RuleBasedStateMachine):
     @invariant()
     def what_was_heard_is_applied_and_where_it_was_said(self) -> None:
         assert all(self.applied.get(name) == iteration for name, iteration in self.heard.items())
+
+    @invariant()
+    def results_are_kept_until_their_process_asks_for_something_else(self) -> None:
+        assert self.lost_results == 0
 
     @invariant()
     def parameters_hold_each_once(self) -> None:

@@ -362,7 +362,7 @@ def test_background_thread_outlives_a_failure(tmp_path: Path, monkeypatch: pytes
             failed.set()
             raise RuntimeError("allocator: can't allocate memory")
 
-        monkeypatch.setattr(server.streams, "end_stuck", fail)
+        monkeypatch.setattr(server.streams, "end_silent", fail)
         monkeypatch.setattr(server.host.engine, "snapshot", fail)
         server.host.last_checkpoint = None
         assert failed.wait(2.0)
@@ -495,3 +495,23 @@ def test_worker_that_expires_in_the_middle_of_a_push_changes_nothing_and_may_joi
         again.delivery()
         again.begin(gradient)
         assert again.result().iteration.number == 1
+
+
+def test_worker_that_expires_before_it_hears_of_its_push_joins_again_and_has_the_result_repeated(
+    tmp_path: Path,
+) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", SMALL)
+        worker.join()
+        worker.pull()
+        stream, gradient = worker.open(), payload(SMALL, 1.0)
+        message = stream.begin(gradient)
+        first = stream.result()
+        server.host.engine.leave("a", 1)  # as when its lease runs out
+        worker.join()
+        again = worker.open()
+        again.replay(message, gradient)
+        repeated = again.result()
+        assert repeated.repeated
+        assert (repeated.iteration, repeated.delay) == (first.iteration, first.delay)
+        assert server.host.engine.position()[1] == 1

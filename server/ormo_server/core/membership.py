@@ -6,7 +6,7 @@ from typing import TypeVar
 from ormo_server.core import tickets
 from ormo_server.core.errors import NotAMember, Replaced
 from ormo_server.core.keys import SlotKey
-from ormo_server.core.state import Member, Slot, State
+from ormo_server.core.state import Departed, Member, Slot, State
 
 # A process that was replaced or has left either learns of it soon or is dead; this many are told apart, then the oldest
 # are forgotten.
@@ -44,13 +44,23 @@ def refuse_replaced(state: State, worker: str, incarnation: int) -> None:
 
 
 def add(state: State, worker: str, incarnation: int, slots: int, *, run_seed: int) -> Member:
-    """Take a worker in, with the smallest free rank and a data seed of its own."""
-    _remember_replaced(state, worker, incarnation)
+    """Take a worker in, with the smallest free rank and a data seed of its own.
+
+    A process that comes back finds its slots as it left them: what it pushes again has its result still.
+    """
+    before = state.departed.pop(worker, None)
+    if before is not None and before.incarnation != incarnation:
+        # Also a process that had left or was taken for dead is replaced when another comes under its name: when it
+        # wakes up it must not throw that one out.
+        _remember(state.replaced, (worker, before.incarnation), None)
+        before = None
+    if before is None or len(before.slots) != slots:
+        before = Departed(incarnation, [Slot() for _ in range(slots)])
     taken = {member.rank for member in state.members.values()}
     rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
     state.joins += 1
     seed = data_seed(run_seed, state.epoch, state.joins)
-    member = Member(worker, incarnation, rank, seed, [Slot() for _ in range(slots)])
+    member = Member(worker, incarnation, rank, seed, before.slots)
     state.members[worker] = member
     state.live_slots += slots
     return member
@@ -74,7 +84,7 @@ def remove(state: State, member: Member) -> list[SlotKey]:
         state.rule.slot_closed(key)
     del state.members[member.worker]
     state.live_slots -= len(member.slots)
-    _remember(state.departed, member.worker, member.incarnation)
+    _remember(state.departed, member.worker, Departed(member.incarnation, member.slots))
     return waited
 
 
@@ -82,14 +92,6 @@ def data_seed(run_seed: int, epoch: int, joins: int) -> int:
     """A 64-bit seed that differs for every join of a run, so that restarts do not repeat data."""
     digest = hashlib.sha256(f"{run_seed}/{epoch}/{joins}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
-
-
-def _remember_replaced(state: State, worker: str, newcomer: int) -> None:
-    # Also a process that had left or was taken for dead is replaced when another comes under its name: when it wakes
-    # up it must not throw that one out.
-    previous = state.departed.pop(worker, newcomer)
-    if previous != newcomer:
-        _remember(state.replaced, (worker, previous), None)
 
 
 def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedule import Tuning
-from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
+from ormo_server.core.state import Departed, Member, PushResult, Slot, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 
 _COUNTERS = (
@@ -60,7 +61,7 @@ def take(machine: StateMachine) -> Snapshot:
     fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
-    fields["departed"] = dict(state.departed)
+    fields["departed"] = {worker: dataclasses.asdict(process) for worker, process in state.departed.items()}
     fields["waiting"] = [list(key) for key in state.waiting]
     return Snapshot({name: view.clone() for name, view in views.items()}, fields)
 
@@ -135,13 +136,18 @@ def _state(run: Run, snapshot: Snapshot) -> State:
     restored = (Ticket(**{**row, "slot": tuple(row["slot"])}) for row in fields["tickets"])
     state.tickets = {ticket.key: ticket for ticket in restored}
     state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
-    state.departed = dict(fields["departed"])
+    state.departed = {worker: _departed(row) for worker, row in fields["departed"].items()}
     state.round_params = tensors.get("round_params")
     return state
 
 
 def _member(row: Mapping[str, Any]) -> Member:
     return Member(**{**row, "slots": [_slot(slot) for slot in row["slots"]]})
+
+
+def _departed(row: Mapping[str, Any] | int) -> Departed:
+    # Earlier versions wrote the incarnation alone.
+    return Departed(row, []) if isinstance(row, int) else Departed(row["incarnation"], [*map(_slot, row["slots"])])
 
 
 def _slot(row: Mapping[str, Any]) -> Slot:
@@ -166,6 +172,6 @@ def _change_scheduler(state: State) -> None:
 def _void_everything(state: State) -> None:
     for ticket in list(state.tickets.values()):
         tickets.close(state, ticket)
-    for member in state.members.values():
-        for slot in member.slots:
-            slot.result = None
+    kept = [member.slots for member in state.members.values()] + [gone.slots for gone in state.departed.values()]
+    for slot in chain.from_iterable(kept):
+        slot.result = None

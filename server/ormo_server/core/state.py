@@ -99,6 +99,19 @@ class Member:
 
 
 @dataclass(slots=True)
+class Departed:
+    """A process that has left or was taken for dead. It may come back, and try its last push again.
+
+    Attributes:
+        incarnation: which process of its worker id.
+        slots: as it left them, without tickets; empty if a checkpoint of an earlier version does not say.
+    """
+
+    incarnation: int
+    slots: list[Slot]
+
+
+@dataclass(slots=True)
 class State:
     """All that a checkpoint must hold, and nothing else.
 
@@ -124,7 +137,7 @@ class State:
         tickets: those in flight, in the order in which they were handed out.
         waiting: slots that wait for a ticket, first come first; the values mean nothing.
         replaced: incarnations that a newer one replaced, oldest first; bounded.
-        departed: the last incarnation of each worker that has left or was taken for dead, oldest first; bounded.
+        departed: the last process of each worker that has left or was taken for dead, oldest first; bounded.
         round_params: what all undelivered tickets of the open round carry, shape (d,); None if there are none.
     """
 
@@ -149,7 +162,7 @@ class State:
     tickets: dict[TicketKey, Ticket] = field(default_factory=dict)
     waiting: dict[SlotKey, None] = field(default_factory=dict)
     replaced: dict[tuple[str, int], None] = field(default_factory=dict)
-    departed: dict[str, int] = field(default_factory=dict)
+    departed: dict[str, Departed] = field(default_factory=dict)
     round_params: torch.Tensor | None = None
 
     def slot(self, key: SlotKey) -> Slot:
