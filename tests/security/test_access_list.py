@@ -149,3 +149,38 @@ def test_streams_of_who_is_taken_off_the_list_end(tmp_path: Path, authority: Aut
         assert state_of(server)[:2] == before
         eventually(lambda: len(server.streams) == 1)
         streams[1].drop()
+
+
+def test_whoever_is_given_another_role_loses_the_streams_of_the_one_before(
+    tmp_path: Path, authority: Authority
+) -> None:
+    with (
+        guarded(tmp_path, authority, failure_timeout=2.0) as server,
+        dialled(server, authority.credentials("gpu-1")) as stub,
+    ):
+        worker = WireWorker(stub, "gpu-1")
+        worker.join()
+        stream = worker.open()
+        stream.begin(None)
+        stream.delivery()
+        authority.allow('[[allow]]\nrole = "reader"\ncertificate = "gpu-1"\n' + ACCESS)
+        with pytest.raises(Refused) as ended:
+            stream.receive()
+        assert ended.value.code == grpc.StatusCode.CANCELLED
+        assert server.host.engine.position()[1] == 0
+
+
+def test_a_token_that_stands_twice_is_refused_and_the_list_before_stays(tmp_path: Path, authority: Authority) -> None:
+    with guarded(tmp_path, authority) as server, dialled(server, authority.credentials("evaluator")) as stub:
+        authority.allow(line("worker", "a", TOKEN) + line("admin", "b", TOKEN))
+        stub.GetStatus(pb.GetStatusRequest())
+    with pytest.raises(AccessError, match=r"\[\[allow\]\] number 2 has the token of number 1: draw another") as refused:
+        read_list(tmp_path / "access.toml")
+    assert TOKEN not in str(refused.value)
+
+
+def test_a_list_that_is_nested_too_deeply_is_refused_like_any_other_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "access.toml"
+    path.write_text("a = " + 100_000 * "[")
+    with pytest.raises(AccessError, match="is no TOML"):
+        read_list(path)

@@ -161,3 +161,17 @@ def test_the_command_says_what_it_needs_and_what_was_refused(stage: Stage) -> No
         command = stage.program(f"control{flags}", "control", "--server", stage.address, *flags, module="ormo_server")
         assert command.wait() == code
         assert sentence in command.log.read_text()
+
+
+def test_a_rate_that_is_set_and_could_not_be_written_down_is_said_to_be_set_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(tmp_path) as server, connected(server) as stub, caplog.at_level(logging.INFO):
+        WireWorker(stub, "w").join()
+        monkeypatch.setattr(server.host, "checkpoint", lambda **_: False)
+        sentence = r"is set to 0\.25, and a crash would undo it: no checkpoint"
+        with pytest.raises(Refused, match=sentence) as refused, refusals():
+            stub.Control(RATE)
+        assert refused.value.reason == "NOT_READY"
+        assert stub.GetStatus(pb.GetStatusRequest()).learning_rate == 0.25
+    assert "'127.0.0.1' had the server set the learning rate to 0.25" in caplog.messages

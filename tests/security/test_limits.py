@@ -1,5 +1,6 @@
 """The table of limits: each is reached through the real socket; the refusal says what to do; nothing has changed."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,11 +160,12 @@ def test_a_model_beyond_a_limit_is_refused_and_a_sound_one_is_still_wanted(
 
 
 def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server: Server, worker: WireWorker) -> None:
+    """There are 8 places, and half of them are enough for all slots of all workers."""
     silence = threading.Event()
-    silent = [worker.stub.PushPull(iter(silence.wait, True)) for _ in range(8)]
-    eventually(lambda: server.streams.count(reader=False) == 8)
+    silent = [worker.stub.PushPull(iter(silence.wait, True)) for _ in range(4)]
+    eventually(lambda: server.streams.count(reader=False) == 4)
     before = state_of(server)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused, match=r"4 streams of '127\.0\.0\.1' are open that have not said whose") as refused:
         worker.push(payload(MIDDLE, 1.0))
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
     assert refused.value.retry_seconds == 1.0
@@ -176,13 +178,18 @@ def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server
 
 
 def test_watchers_of_health_hold_no_thread(server: Server, worker: WireWorker) -> None:
-    """The server has 26 threads; a watcher waits for ever."""
+    """The server has 42 threads; a watcher waits for ever."""
     calls = server.metrics.registry.get_sample_value
     watch = {"grpc_type": "server_stream", "grpc_service": "grpc.health.v1.Health", "grpc_method": "Watch"}
-    with grpc.insecure_channel(server.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        watching = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(100)]
-        assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.SERVING}
+    with contextlib.ExitStack() as stack:
+        # There is room for 36 in a connection.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [stack.enter_context(grpc.insecure_channel(server.address, own)) for _ in range(10)]
+        stubs = [health_pb2_grpc.HealthStub(channel) for channel in channels]
+        watching = []
+        for health in stubs * 10:
+            watching.append(health.Watch(health_pb2.HealthCheckRequest()))
+            assert next(watching[-1]).status == health_pb2.HealthCheckResponse.SERVING
         assert worker.push(payload(MIDDLE, 1.0)).iteration.number == 1
         server._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.NOT_SERVING}

@@ -14,8 +14,7 @@ from ormo_protos.dialling import Dialer
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.security.roles import ALLOWED, Role
-from ormo_server.service.handlers import SERVICE
+from ormo_server.security.roles import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import SMALL, Refused, WireWorker, connected, payload, refusals, served, state_of, tensor_chunks
@@ -242,3 +241,29 @@ def test_without_a_list_others_may_do_all_but_control(tmp_path: Path, monkeypatc
         WireWorker(stub, "w").join()
         denied = {name for name in MAY if called(stub, name) == "PERMISSION_DENIED"}
         assert denied == {"Control"}
+
+
+def test_a_refusal_is_logged_with_the_callers_name_also_where_it_is_an_answer_on_a_stream(
+    server: Server, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    with dialled(server, authority.credentials("gpu-2")) as stub, caplog.at_level(logging.INFO):
+        worker = WireWorker(stub, "gpu-2")
+        with pytest.raises(Refused):
+            worker.pull()
+        worker.join()
+        stream = worker.open()
+        worker.ticket = pb.Ticket(epoch=1, number=1)
+        stream.begin(payload(SMALL, 1.0))
+        assert stream.result().refusal == "TICKET_UNKNOWN"
+    told = {record.__dict__.get("reason"): record for record in caplog.records if record.name == "ormo_server.refused"}
+    assert {told[reason].__dict__["caller"] for reason in ("NOT_A_MEMBER", "TICKET_UNKNOWN")} == {"gpu-2"}
+
+
+def test_nobody_can_report_an_evaluation_of_what_has_not_been_trained_yet(server: Server, authority: Authority) -> None:
+    epoch = server.host.engine.position()[0]
+    with dialled(server, authority.credentials("evaluator")) as stub:
+        report = pb.Evaluation(iteration=pb.Iteration(epoch=epoch, number=2**62), loss=0.0, accuracy=0.5)
+        with pytest.raises(Refused, match="and the run is at 0: expected one that was pulled") as refused, refusals():
+            stub.ReportEvaluation(pb.ReportEvaluationRequest(evaluation=report))
+        assert refused.value.reason == "BAD_REQUEST"
+        assert not stub.GetStatus(pb.GetStatusRequest()).HasField("evaluation")

@@ -1,7 +1,9 @@
 """Who gets a connection at all, and how certificates are replaced without a restart."""
 
+import contextlib
 import logging
 import socket
+import ssl
 from pathlib import Path
 
 import grpc
@@ -126,3 +128,49 @@ def test_a_connection_that_says_nothing_holds_nobody_up(tmp_path: Path, authorit
         finally:
             for each in silent:
                 each.close()
+
+
+HEARTBEAT = b"/ormo.v1.ParameterServer/Heartbeat"
+
+
+def spoken(connection: ssl.SSLSocket) -> bytes:
+    """What comes to a call with an empty message, spoken by hand: gRPC's own clients take up no sessions."""
+    names = {b":method": b"POST", b":scheme": b"https", b":path": HEARTBEAT, b":authority": b"127.0.0.1"}
+    names |= {b"te": b"trailers", b"content-type": b"application/grpc"}
+    block = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in names.items())
+    frames = ((4, 0, 0, b""), (1, 4, 1, block), (0, 1, 1, b"\0\0\0\0\0"))
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    for kind, flags, stream, body in frames:
+        connection.sendall(len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body)
+    connection.settimeout(5.0)
+    said = b""
+    with contextlib.suppress(TimeoutError):
+        while b"grpc-status" not in said and (more := connection.recv(4096)):
+            said += more
+    return said
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_that_is_taken_up_again_shows_no_certificate_and_is_refused(
+    version: ssl.TLSVersion, tmp_path: Path, authority: Authority
+) -> None:
+    """Else an expired certificate would open connections for as long as its owner likes."""
+    with guarded(tmp_path, authority) as server:
+        with dialled(server, authority.credentials("gpu-1")) as stub:
+            WireWorker(stub, "gpu-1").join()
+        before, host = state_of(server), server.address.rpartition(":")[0]
+        context = ssl.create_default_context(cafile=authority.ca)
+        context.load_cert_chain(*authority.pair("gpu-2"))
+        context.set_alpn_protocols(["h2"])
+        context.minimum_version = context.maximum_version = version
+        session: ssl.SSLSession | None = None
+        for reason in ("BAD_REQUEST", "UNAUTHENTICATED"):
+            with (
+                socket.create_connection((host, int(server.address.rpartition(":")[2]))) as plain,
+                context.wrap_socket(plain, server_hostname=host, session=session) as connection,
+            ):
+                assert spoken(connection)
+                assert connection.session_reused == (session is not None)
+                session = connection.session
+            assert server.metrics.traffic.refused().get(reason) == 1
+        assert state_of(server) == before

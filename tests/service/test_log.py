@@ -28,7 +28,7 @@ def test_log_tells_who_joins_and_leaves_and_warns_once_of_gradients_that_are_not
         stub.Leave(pb.LeaveRequest(worker="w0", incarnation=1))
         stub.Leave(pb.LeaveRequest(worker="w0", incarnation=1))
     told = [record.message for record in caplog.records]
-    assert told.count("worker w0 joined (rank 0, 1 slots) from 127.0.0.1; K is 1") == 1
+    assert told.count("worker w0 joined (rank 0, 1 slots) from '127.0.0.1'; K is 1") == 1
     assert told.count("worker w0 left") == 1
     (warned,) = warnings(caplog)
     assert "the gradient of worker 'w0'" in warned

@@ -2,7 +2,8 @@
 
 [[allow]]
 role = "worker"
-certificate = "gpu-*"         # a name in the client's certificate; the worker id must be that name
+certificate = "gpu-*"         # a name in the client's certificate, with *, ? and [...] as in a shell; the worker id
+                              # must be that name
 
 [[allow]]
 role = "worker"
@@ -112,6 +113,14 @@ class _List(BaseModel):
 
     allow: Annotated[tuple[Line, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _tells_tokens_apart(self) -> Self:
+        first: dict[bytes, int] = {}
+        for number, line in enumerate(self.allow, start=1):
+            if line.proof and first.setdefault(line.proof, number) != number:
+                raise ValueError(f"[[allow]] number {number} has the token of number {first[line.proof]}: draw another")
+        return self
+
 
 class ListedAccess:
     """Those may call who are on a list.
@@ -130,6 +139,8 @@ class ListedAccess:
         """See `Access`. Who brings a token is judged by it, anybody else by the certificate."""
         lines = self._lines.value
         token = _token(context)
+        if token is None:
+            _refuse_resumed(context)
         found = by_name(lines, _names(context.auth_context())) if token is None else _by_token(lines, token)
         if found is None:
             raise Unauthenticated(_unknown(context, token))
@@ -137,7 +148,8 @@ class ListedAccess:
 
     def still_knows(self, caller: Caller) -> bool:
         """See `Access`."""
-        return any(caller == line.caller(caller.name) for line in self._lines.value if _could_be(line, caller.name))
+        lines = self._lines.value
+        return caller == (_by_proof(lines, caller.proof) if caller.proof else by_name(lines, [caller.name]))
 
 
 def read_list(path: Path) -> tuple[Line, ...]:
@@ -150,7 +162,7 @@ def read_list(path: Path) -> tuple[Line, ...]:
         return parsed_list(path.read_text("utf-8"))
     except OSError as error:
         raise AccessError(f"the access list {path} can't be read ({error.strerror or error})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AccessError(f"the access list {path} is no TOML: {error}") from None
     except ValidationError as error:
         raise AccessError(f"the access list {path}: {'; '.join(_problems(error))}") from None
@@ -183,10 +195,14 @@ def _token(context: grpc.ServicerContext) -> str | None:
 
 
 def _by_token(lines: Sequence[Line], token: str) -> Caller | None:
+    return _by_proof(lines, _digest(token))
+
+
+def _by_proof(lines: Sequence[Line], proof: bytes) -> Caller | None:
     """Takes as long for any token: digests are of one length, and every line is looked at."""
-    digest, found = _digest(token), None
+    found = None
     for line in lines:
-        if hmac.compare_digest(digest, line.proof) and line.name is not None:
+        if hmac.compare_digest(proof, line.proof) and line.name is not None:
             found = line.caller(line.name)
     return found
 
@@ -204,8 +220,14 @@ def by_name(lines: Sequence[Line], names: Sequence[str]) -> Caller | None:
     return None
 
 
-def _could_be(line: Line, name: str) -> bool:
-    return line.name == name if line.certificate is None else fnmatchcase(name, line.certificate)
+def _refuse_resumed(context: grpc.ServicerContext) -> None:
+    # Who takes up an earlier session shows no certificate, so that an expired one would go on for as long as its owner
+    # likes. gRPC can't be told to give no sessions out.
+    about: Mapping[str, Any] = context.auth_context()  # the stubs have single values for the lists that come
+    if about.get("ssl_session_reused") == [b"true"]:
+        raise Unauthenticated(
+            "this connection takes up an earlier TLS session, in which no certificate is shown: connect without one"
+        )
 
 
 def _names(about: Mapping[str, Any]) -> list[str]:

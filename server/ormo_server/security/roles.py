@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -20,24 +21,24 @@ _WORKERS = frozenset({Role.WORKER})
 _ALL = frozenset(Role)
 _ADMINS = frozenset({Role.ADMIN})
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
-_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
+HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]  # type: ignore[assignment] # its class in C
+REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]  # type: ignore[assignment]
 
 # Where a message names a worker, that it is the caller's own is checked besides.
 ALLOWED: dict[str, frozenset[Role]] = {
-    f"/{_SERVICE}/Join": _WORKERS,
-    f"/{_SERVICE}/OfferModel": _WORKERS,
-    f"/{_SERVICE}/PullParams": _ALL,
-    f"/{_SERVICE}/PushGradient": _WORKERS,
-    f"/{_SERVICE}/PushPull": _WORKERS,
-    f"/{_SERVICE}/Heartbeat": _WORKERS,
-    f"/{_SERVICE}/Leave": _WORKERS,
-    f"/{_SERVICE}/ReportEvaluation": _ALL,
-    f"/{_SERVICE}/GetStatus": _ALL,
-    f"/{_SERVICE}/Control": _ADMINS,
-    f"/{_HEALTH}/Check": _ALL,
-    f"/{_HEALTH}/List": _ALL,
-    f"/{_HEALTH}/Watch": _ALL,
-    f"/{_REFLECTION}/ServerReflectionInfo": _ALL,  # served with `--reflection` only
+    f"/{SERVICE.full_name}/Join": _WORKERS,
+    f"/{SERVICE.full_name}/OfferModel": _WORKERS,
+    f"/{SERVICE.full_name}/PullParams": _ALL,
+    f"/{SERVICE.full_name}/PushGradient": _WORKERS,
+    f"/{SERVICE.full_name}/PushPull": _WORKERS,
+    f"/{SERVICE.full_name}/Heartbeat": _WORKERS,
+    f"/{SERVICE.full_name}/Leave": _WORKERS,
+    f"/{SERVICE.full_name}/ReportEvaluation": _ALL,
+    f"/{SERVICE.full_name}/GetStatus": _ALL,
+    f"/{SERVICE.full_name}/Control": _ADMINS,
+    f"/{HEALTH.full_name}/Check": _ALL,
+    f"/{HEALTH.full_name}/List": _ALL,
+    f"/{HEALTH.full_name}/Watch": _ALL,
+    f"/{REFLECTION.full_name}/ServerReflectionInfo": _ALL,  # served with `--reflection` only
 }

@@ -1,7 +1,7 @@
 """Counts gRPC calls as they begin and end."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -27,19 +27,21 @@ def methods(service: ServiceDescriptor) -> list[Method]:
 
 
 class CallCounter(grpc.ServerInterceptor):
-    """Stands round every handler. Methods that nobody serves are not counted: their names are the caller's."""
+    """Stands round every handler. Methods that nobody serves are not counted: their names are the caller's.
 
-    def __init__(self, calls: Calls) -> None:
+    Args:
+        calls: what to count in.
+        services: that are served. What kind of call a method takes is said here: interceptors may change handlers.
+    """
+
+    def __init__(self, calls: Calls, services: Sequence[ServiceDescriptor]) -> None:
         self._calls = calls
+        self._methods = {f"/{each.service}/{each.method}": each for service in services for each in methods(service)}
 
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
         """See `grpc.ServerInterceptor`."""
         handler = continuation(details)
-        if handler is None:
-            return None
-        _, service, name = details.method.split("/")
-        method = Method(_TYPES[handler.request_streaming, handler.response_streaming], service, name)
-        return self._counted(handler, method)
+        return None if handler is None else self._counted(handler, self._methods[details.method])
 
     def _counted(self, handler: Any, method: Method) -> Any:
         behaviour = behaviour_of(handler)

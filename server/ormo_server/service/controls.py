@@ -36,18 +36,18 @@ class Controls:
         answer = pb.ControlResponse()
         match request.WhichOneof("action"):
             case "checkpoint":
-                said = "write a checkpoint"
                 answer.checkpoint_path = self._checkpoint()
+                _tell(caller, "write a checkpoint")
             case "drain":
-                said = "drain"
+                _tell(caller, "drain")
                 self._told_to_stop.set()
             case "set_learning_rate":
                 peak = request.set_learning_rate.learning_rate
-                said = f"set the learning rate to {peak:g}"
-                self._set_learning_rate(peak)
+                self._host.engine.set_learning_rate(peak)
+                _tell(caller, f"set the learning rate to {peak:g}")
+                self._keep(peak)
             case _:
                 raise BadRequest("a control request without an action: expected checkpoint, drain or set_learning_rate")
-        log.warning("%s had the server %s", caller, said, extra=Fields(caller=caller, action=said))
         if self._host.has_model:
             answer.iteration.epoch, answer.iteration.number = self._host.engine.position()
         return answer
@@ -63,7 +63,17 @@ class Controls:
             )
         return str(self._host.last_checkpoint.path)
 
-    def _set_learning_rate(self, peak: float) -> None:
-        self._host.engine.set_learning_rate(peak)
-        if not self._host.journaled:
-            self._checkpoint()  # the answer says that no crash can undo it
+    def _keep(self, peak: float) -> None:
+        """The answer says that no crash can undo it."""
+        try:
+            if not self._host.journaled:
+                self._checkpoint()
+        except NotReady as error:
+            raise NotReady(
+                f"the learning rate is set to {peak:g}, and a crash would undo it: {error}",
+                retry_seconds=_RETRY_SECONDS,
+            ) from error
+
+
+def _tell(caller: str, what: str) -> None:
+    log.warning("%r had the server %s", caller, what, extra=Fields(caller=caller, action=what))

@@ -16,7 +16,7 @@ from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
 from ormo_server.core.deadlines import Leases, TicketTimeout
-from ormo_server.core.errors import Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
 from ormo_server.core.inputs import Gradient, Input, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
@@ -113,7 +113,7 @@ class Engine:
             about = Fields(
                 worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1], caller=caller
             )
-            said = "worker %s joined (rank %d, %d slots) from %s; K is %d"
+            said = "worker %s joined (rank %d, %d slots) from %r; K is %d"
             log.info(said, worker, member.rank, slots, caller or "here", size, extra=about)
             self._warn_of_idle_slots(live_slots)
         return member, known.incarnation if known is not None and known is not member else None
@@ -477,10 +477,21 @@ class Engine:
             yield self._machine
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """An evaluation was reported. One of another epoch says nothing of this run as it is now."""
+        """An evaluation was reported. One of another epoch says nothing of this run as it is now.
+
+        Raises:
+            BadRequest: the run has not come so far.
+        """
         with self._lock:
-            if evaluation.epoch == self._machine.state.epoch:
-                self.observations.evaluated(evaluation)
+            state = self._machine.state
+            if evaluation.epoch != state.epoch:
+                return
+            if evaluation.iteration > state.iteration:
+                raise BadRequest(
+                    f"an evaluation of iteration {evaluation.iteration}, and the run is at {state.iteration}: expected "
+                    "one that was pulled"
+                )
+            self.observations.evaluated(evaluation)
 
     def view(self) -> RunView:
         """The run at this moment."""

@@ -60,6 +60,9 @@ class Refuser(Protocol):
     def count_refusal(self, reason: Reason) -> None:
         """Count what was refused, by reason."""
 
+    def name_of(self, context: grpc.ServicerContext) -> str:
+        """Who calls, for the log; empty for nobody that is known."""
+
 
 _Service = TypeVar("_Service", bound=Refuser)
 _Request = TypeVar("_Request")
@@ -130,12 +133,24 @@ def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> N
 def refuse(service: Refuser, context: grpc.ServicerContext, error: OrmoError) -> NoReturn:
     """End a call with a refusal."""
     service.count_refusal(error.reason)
-    about = Fields(reason=error.reason, peer=unquote(context.peer()))
-    if error.reason in _DENIALS:
-        _denied.warning("denied %s: %s", about["peer"], error, extra=about)
-    else:
-        _refused.info("refused %s (%s): %s", about["peer"], error.reason, error, extra=about)
+    log_refusal(error, context.peer(), service.name_of(context))
     _abort(context, error.reason, str(error), error.retry_seconds)
+
+
+def log_refusal(error: OrmoError, peer: str, caller: str) -> None:
+    """A line for the operator. There are few of them however much is refused: the log limits them.
+
+    Args:
+        error: the refusal.
+        peer: as gRPC names it.
+        caller: name of whoever called; empty for nobody that is known.
+    """
+    about = Fields(reason=error.reason, peer=unquote(peer), caller=caller)
+    who = f"{caller!r} at {about['peer']}" if caller else about["peer"]
+    if error.reason in _DENIALS:
+        _denied.warning("denied %s: %s", who, error, extra=about)
+    else:
+        _refused.info("refused %s (%s): %s", who, error.reason, error, extra=about)
 
 
 def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_seconds: float | None) -> NoReturn:

@@ -1,4 +1,8 @@
-"""The one place that every call passes before anything else sees it: may this caller call this?"""
+"""The one place that every call passes before anything else sees it: may this caller call this?
+
+Who may not is sent away at once, before a byte of the request is waited for. gRPC waits for the request of a method
+with one before it asks anybody, so to gRPC every method has a stream of requests here; on the wire that is the same.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +13,8 @@ from ormo_server.core.errors import OrmoError
 from ormo_server.security.access import Access
 from ormo_server.security.roles import ALLOWED
 from ormo_server.service.errors import Refuser, refuse
-from ormo_server.service.rewrapping import behaviour_of, rewrapped
+from ormo_server.service.open_calls import OpenCalls
+from ormo_server.service.rewrapping import behaviour_of, holds_no_thread, rewrapped
 
 
 class Guard(grpc.ServerInterceptor):
@@ -18,11 +23,13 @@ class Guard(grpc.ServerInterceptor):
     Args:
         access: knows callers.
         refuser: is told of each refusal.
+        calls: waits for requests.
     """
 
-    def __init__(self, access: Access, refuser: Refuser) -> None:
+    def __init__(self, access: Access, refuser: Refuser, calls: OpenCalls) -> None:
         self._access = access
         self._refuser = refuser
+        self._calls = calls
 
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
         """See `grpc.ServerInterceptor`."""
@@ -32,11 +39,15 @@ class Guard(grpc.ServerInterceptor):
         method, behaviour = details.method, behaviour_of(handler)
         allowed = ALLOWED.get(method, frozenset())
 
-        def guarded(request: Any, context: grpc.ServicerContext, *more: Any) -> Any:
+        def guarded(requests: Any, context: grpc.ServicerContext, *more: Any) -> Any:
             try:
-                self._access.caller(context).check_may_call(method, allowed)
+                caller = self._access.caller(context)
+                caller.check_may_call(method, allowed)
+                request = requests if handler.request_streaming else self._calls.request(requests, context, caller)
             except OrmoError as error:
                 refuse(self._refuser, context, error)
+            if holds_no_thread(behaviour):
+                self._calls.watch(context, caller)
             return behaviour(request, context, *more)
 
-        return rewrapped(handler, guarded)
+        return rewrapped(handler, guarded, request_streaming=True)

@@ -9,10 +9,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from ormo_protos.framing import Framing, Malformed
-from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.security.roles import SERVICE
 from ormo_server.service.servicer import Servicer
-
-SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
 
 
 def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:

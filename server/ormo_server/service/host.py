@@ -210,8 +210,8 @@ class RunHost:
 
     # A new model
 
-    def begin_offer(self, worker: str, incarnation: int, manifest: Manifest) -> Payload:
-        """Where an offered model's bytes go.
+    def begin_offer(self, worker: str, incarnation: int, manifest: Manifest) -> PayloadLayout:
+        """How an offered model's bytes will lie; `room_for` gives them a place.
 
         Raises:
             ModelExists: there is a model already.
@@ -221,7 +221,22 @@ class RunHost:
         self._refuse_second_model()
         self.offers.renew(worker, incarnation, self.clock())
         self._check_memory(manifest)
-        return Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True))
+        return PayloadLayout.of(manifest, FLOAT32, with_buffers=True)
+
+    @staticmethod
+    def room_for(layout: PayloadLayout) -> Payload:
+        """Memory for an offered model.
+
+        Raises:
+            MemoryLimit: this machine has not so much.
+        """
+        try:
+            return Payload(layout)
+        except RuntimeError as error:  # that is what PyTorch raises for it
+            raise MemoryLimit(
+                f"a model of {layout.total_bytes:,} bytes was offered, and this machine has no memory for it: offer a "
+                "smaller one, or serve it elsewhere"
+            ) from error
 
     def accept_model(self, worker: str, incarnation: int, manifest: Manifest, payload: Payload) -> tuple[int, int]:
         """Start the run from an offered model that has come whole; it is in a checkpoint when this returns.

@@ -22,12 +22,11 @@ class ModelOffers:
         self._lock = threading.Lock()
 
     def ask(self, worker: str, incarnation: int, now: float) -> bool:
-        """Whether this worker is the one to send its model."""
+        """Whether this worker is the one to send its model. Asking again renews nothing: its bytes must come."""
         with self._lock:
-            if self._asked != (worker, incarnation) and now < self._until:
-                return False
-            self._asked, self._until = (worker, incarnation), now + self.lease_seconds
-            return True
+            if now >= self._until:
+                self._asked, self._until = (worker, incarnation), now + self.lease_seconds
+            return self._asked == (worker, incarnation)
 
     def renew(self, worker: str, incarnation: int, now: float) -> None:
         """Bytes came.

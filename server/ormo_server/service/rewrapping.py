@@ -11,7 +11,7 @@ _WORDS = {True: "stream", False: "unary"}
 
 def behaviour_of(handler: Any) -> Callable[..., Any]:
     """What a handler does with (request or requests, context)."""
-    behaviour: Callable[..., Any] = getattr(handler, _kind(handler))
+    behaviour: Callable[..., Any] = getattr(handler, _kind(handler, request_streaming=handler.request_streaming))
     return behaviour
 
 
@@ -20,16 +20,22 @@ def holds_no_thread(behaviour: Callable[..., Any]) -> bool:
     return bool(getattr(behaviour, _NON_BLOCKING, False))
 
 
-def rewrapped(handler: Any, behaviour: Callable[..., Any]) -> Any:
+def rewrapped(handler: Any, behaviour: Callable[..., Any], *, request_streaming: bool | None = None) -> Any:
     """A handler that does this instead, and reads and writes the same messages.
 
     Whoever holds no thread must not begin to: a thread for each watcher would leave none for workers.
+
+    Args:
+        handler: the one inside.
+        behaviour: what to do.
+        request_streaming: whether that takes an iterator of requests; None: if the handler does.
     """
+    streaming = handler.request_streaming if request_streaming is None else request_streaming
     if holds_no_thread(behaviour_of(handler)):
         setattr(behaviour, _NON_BLOCKING, True)
-    make = getattr(grpc, f"{_kind(handler)}_rpc_method_handler")
+    make = getattr(grpc, f"{_kind(handler, request_streaming=streaming)}_rpc_method_handler")
     return make(behaviour, handler.request_deserializer, handler.response_serializer)
 
 
-def _kind(handler: Any) -> str:
-    return f"{_WORDS[handler.request_streaming]}_{_WORDS[handler.response_streaming]}"
+def _kind(handler: Any, *, request_streaming: bool) -> str:
+    return f"{_WORDS[request_streaming]}_{_WORDS[handler.response_streaming]}"

@@ -14,12 +14,14 @@ from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_server.config import ServerSettings
 from ormo_server.metrics import Metrics, http
 from ormo_server.security.access import Access, ListedAccess, OpenAccess
+from ormo_server.security.roles import HEALTH, REFLECTION, SERVICE
 from ormo_server.security.tls import server_credentials
 from ormo_server.service.call_counter import CallCounter, methods
 from ormo_server.service.controls import Controls
 from ormo_server.service.guard import Guard
-from ormo_server.service.handlers import SERVICE, handlers
+from ormo_server.service.handlers import handlers
 from ormo_server.service.host import RunHost
+from ormo_server.service.open_calls import OpenCalls
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.status import phase_of
 from ormo_server.service.streams import StreamRegistry
@@ -32,7 +34,7 @@ SERVICE_NAME: str = SERVICE.full_name
 LIVENESS_NAME = "liveness"
 
 # Calls that hold no thread for long (Join, heartbeats, health, status) share these.
-_RESERVE_THREADS = 16
+_RESERVE_THREADS = 32
 # How often the journal's size is looked at, and how long a full disk is left alone.
 _RELIEF_SECONDS = 0.2
 _FULL_SECONDS = 5.0
@@ -50,6 +52,14 @@ def worker_streams(settings: ServerSettings) -> int:
     return 2 * settings.max_workers * settings.slots_per_worker
 
 
+def calls_per_connection(settings: ServerSettings) -> int:
+    """How many calls go on at once in one connection; HTTP/2 lets further ones wait there, in the client.
+
+    A worker has a stream for each slot, twice for a moment, and heartbeats; the rest is for those who share one.
+    """
+    return 2 * settings.slots_per_worker + _RESERVE_THREADS
+
+
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     failures = FailureDetection(settings.failure_timeout)
     ping_ms, ping_timeout_ms = int(1000 * failures.ping_seconds), int(1000 * failures.ping_timeout_seconds)
@@ -65,6 +75,8 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", ping_timeout_ms),
         ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
+        # What waits in one connection is memory; a worker has a connection of its own.
+        ("grpc.max_concurrent_streams", calls_per_connection(settings)),
         # Who connects and then says nothing.
         ("grpc.server_handshake_timeout_ms", int(1000 * settings.failure_timeout)),
         # Workers may ping as often; the default would send them away for it.
@@ -104,6 +116,7 @@ class Server:
         self.metrics = Metrics(settings.worker_series)
         self.host = RunHost(settings, self.metrics)
         self.streams = StreamRegistry(worker_streams(settings), settings.max_readers)
+        self._calls = OpenCalls()
         self.address = ""
         self.metrics_address = ""
         self._stopping = threading.Event()
@@ -127,7 +140,10 @@ class Server:
         threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
         pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
         servicer = Servicer(self.host, self.streams, self._access, Controls(self.host, self.told_to_stop))
-        interceptors = [CallCounter(self.metrics.calls), Guard(self._access, servicer)]
+        interceptors = [
+            CallCounter(self.metrics.calls, (SERVICE, HEALTH, REFLECTION)),
+            Guard(self._access, servicer, self._calls),
+        ]
         server = grpc.server(pool, interceptors=interceptors, options=_options(self.settings))
         server.add_generic_rpc_handlers((handlers(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -195,8 +211,9 @@ class Server:
         return threading.Thread(target=repeat, name=work, daemon=True)
 
     def _expire(self) -> None:
-        self.streams.end_stuck(self.settings.failure_timeout)
-        self.streams.end_unknown(self._access)
+        for calls in (self.streams, self._calls):
+            calls.end_silent(self.settings.failure_timeout)
+            calls.end_unknown(self._access)
         if self.host.has_model and not self.host.engine.broken.is_set():
             for worker, incarnation in self.host.engine.expire():
                 self.streams.end_worker(worker, incarnation)

@@ -26,7 +26,7 @@ from ormo_server.service.buffers import BufferPool, Loans
 from ormo_server.service.controls import Controls
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
-from ormo_server.service.errors import answers, named, streams_answers
+from ormo_server.service.errors import answers, log_refusal, named, streams_answers
 from ormo_server.service.exchange import FiniteNorm, Outcome, Push
 from ormo_server.service.host import RunHost
 from ormo_server.service.in_flight import BytesInFlight
@@ -157,8 +157,9 @@ class Servicer:
     def _accepted(
         self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
     ) -> pb.OfferModelResponse:
-        payload = self._host.begin_offer(worker, incarnation, manifest)
-        with self._in_flight.during(stream.caller.name, payload.layout.total_bytes):
+        layout = self._host.begin_offer(worker, incarnation, manifest)
+        with self._in_flight.during(stream.caller.name, layout.total_bytes):
+            payload = self._host.room_for(layout)
             for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
                 self._host.offers.renew(worker, incarnation, self._host.clock())
             stream.has_all()
@@ -195,7 +196,7 @@ class Servicer:
                 wish = borrowed.place(layout, push.payload if push else None) if layout else None
                 outcome = engine.exchange(requester, push, wish, lambda: stream.current)
             with _WithdrawnAtEnd(engine, outcome.waiter):
-                result, waiter = self._result(requester, outcome), outcome.waiter
+                result, waiter = self._result(stream, requester, outcome), outcome.waiter
                 together = exchange.next.takes_data and waiter is not None and waiter.delivery is not None
                 if result is not None and not together:
                     yield Headed(pb.PushPullResponse(result=result))
@@ -205,9 +206,10 @@ class Servicer:
                 elif outcome.finished:
                     yield _finished(engine)
 
-    def _result(self, requester: Requester, outcome: Outcome) -> pb.PushResult | None:
+    def _result(self, stream: OpenStream, requester: Requester, outcome: Outcome) -> pb.PushResult | None:
         if outcome.refusal is not None:
             self.count_refusal(outcome.refusal.reason)
+            log_refusal(outcome.refusal, stream.peer, stream.caller.name)
             self._warn(outcome.refusal, requester)
             return messages.refused_result(requester.request, outcome.refusal)
         return None if outcome.result is None else messages.push_result(outcome.result)
@@ -289,6 +291,13 @@ class Servicer:
     def count_refusal(self, reason: Reason) -> None:
         """Count what was refused, by reason."""
         self._metrics.traffic.refusals.labels(reason.value).inc()
+
+    def name_of(self, context: grpc.ServicerContext) -> str:
+        """Who calls, for the log; empty for nobody that is known."""
+        try:
+            return self._access.caller(context).name
+        except OrmoError:
+            return ""
 
     def _warn(self, refusal: OrmoError, requester: Requester) -> None:
         # A worker that has diverged has every gradient refused: one line now and then tells it.

@@ -31,6 +31,7 @@ class OpenStream:
 
     Attributes:
         caller: who opened it.
+        peer: from which address, as gRPC names it.
         requester: the slot that it serves, from its first message on; None for readers and offers of a model.
         current: it may still act for its slot; no newer stream of the slot has taken over.
         in_exchange: a drain waits for it.
@@ -41,6 +42,7 @@ class OpenStream:
         self, context: grpc.ServicerContext, caller: Caller, registry: "StreamRegistry", *, reader: bool
     ) -> None:
         self.caller = caller
+        self.peer = context.peer()
         self.requester: Requester | None = None
         self.current = True
         self.in_exchange = False
@@ -102,6 +104,11 @@ class OpenStream:
     def has_all(self) -> None:
         """The peer has sent everything: from now on it waits for us, however long that takes."""
         self._peer_is_done = True
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is a worker's and has not said which one's."""
+        return self.requester is None and not self.reader
 
     def is_stuck(self, patience_seconds: float) -> bool:
         """Whether no lease watches over it and nothing has come from the peer, or gone to it, for so long."""
@@ -177,6 +184,8 @@ class StreamRegistry:
         with self._lock:
             self.refuse_if_draining()
             self._refuse_if_full(reader=reader)
+            if not reader:
+                self._refuse_if_silent(caller)
             self._open.add(stream)
         try:
             yield stream
@@ -194,6 +203,15 @@ class StreamRegistry:
             raise TooManyStreams(
                 f"{count} streams of {whose} are open, which is as many as this server has threads for: come back "
                 f"later, or raise {settings}",
+                retry_seconds=_RETRY_SECONDS,
+            )
+
+    def _refuse_if_silent(self, caller: Caller) -> None:
+        # A place counts for each slot and another one for its next stream, so half of them are enough for everybody.
+        silent = sum(each.caller == caller and each.is_silent for each in self._open)
+        if silent >= max(1, self._places[False] // 2):
+            raise TooManyStreams(
+                f"{silent} streams of {caller.name!r} are open that have not said whose they are: say so first",
                 retry_seconds=_RETRY_SECONDS,
             )
 
@@ -261,7 +279,7 @@ class StreamRegistry:
             if not access.still_knows(stream.caller):
                 stream.end()
 
-    def end_stuck(self, patience_seconds: float) -> None:
+    def end_silent(self, patience_seconds: float) -> None:
         """End streams that were opened and then said nothing, and readers and offers that have stopped."""
         for stream in self._snapshot():
             if stream.is_stuck(patience_seconds):
