@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -172,6 +171,7 @@ def _change_scheduler(state: State) -> None:
 def _void_everything(state: State) -> None:
     for ticket in list(state.tickets.values()):
         tickets.close(state, ticket)
-    kept = [member.slots for member in state.members.values()] + [gone.slots for gone in state.departed.values()]
-    for slot in chain.from_iterable(kept):
-        slot.result = None
+    present = [member.slots for member in state.members.values()]
+    for slots in present + [process.slots for process in state.departed.values()]:
+        for slot in slots:
+            slot.result = None
