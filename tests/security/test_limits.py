@@ -48,9 +48,10 @@ def stub(server: Server) -> Iterator[ParameterServerStub]:
 
 @pytest.fixture
 def worker(stub: ParameterServerStub) -> WireWorker:
-    """A member with a ticket."""
+    """A member with a ticket, next to another one: no more are allowed."""
     made = WireWorker(stub, "w", MIDDLE)
     made.join()
+    WireWorker(stub, "second", MIDDLE).join()
     made.pull()
     return made
 
@@ -83,7 +84,6 @@ def too_many_slots(worker: WireWorker) -> None:
 
 
 def too_many_workers(worker: WireWorker) -> None:
-    WireWorker(worker.stub, "second", MIDDLE).join()
     WireWorker(worker.stub, "third", MIDDLE).ask_to_join()
 
 
