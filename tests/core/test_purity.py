@@ -1,7 +1,7 @@
 """Who may know of whom: the core of nothing that acts, server and worker not of each other, nobody of pickle."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,12 +115,29 @@ def stars(source: str) -> list[str]:
     return [name for name in imports(source) if name.endswith(".*") and name[:-2] in wanted]
 
 
-def offenders(package: Path, forbidden: tuple[str, ...]) -> dict[str, list[str]]:
-    """What each file of the package imports of what is forbidden to it."""
+def sources(package: Path) -> dict[str, str]:
+    """Every file by its path: several have one name, and each counts."""
     files = sorted(package.rglob("*.py"))
     assert files, f"no source under {package}"
-    found = {file.name: imported_of(file.read_text(encoding="utf-8"), forbidden) for file in files}
-    return {name: names for name, names in found.items() if names}
+    return {str(file.relative_to(package)): file.read_text(encoding="utf-8") for file in files}
+
+
+def offenders(package: Path, offences: Callable[[str], list[str]]) -> dict[str, list[str]]:
+    """What each file of the package has of what is forbidden to it."""
+    found = {path: offences(source) for path, source in sources(package).items()}
+    return {path: names for path, names in found.items() if names}
+
+
+def importing(package: Path, *forbidden: str) -> dict[str, list[str]]:
+    """What each file of the package imports of what is forbidden to it."""
+    return offenders(package, lambda source: imported_of(source, forbidden))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, source in {"a": "import os", "b": "import time", "c": ""}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text(source)
+    assert importing(tmp_path, "os", "time") == {"a/__init__.py": ["os"], "b/__init__.py": ["time"]}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,7 @@ def test_what_only_looks_like_an_import_is_not_found(source: str) -> None:
 
 
 def test_the_core_imports_nothing_that_acts_and_neither_shell() -> None:
-    assert offenders(CORE, ACTS + SHELLS) == {}
+    assert importing(CORE, *ACTS, *SHELLS) == {}
 
 
 def test_the_core_imports_only_itself_torch_and_the_contract_besides_the_standard_library() -> None:
@@ -154,25 +171,22 @@ def test_the_core_imports_only_itself_torch_and_the_contract_besides_the_standar
         "statistics",
         "typing",
     )
-    found = {
-        (file.name, name)
-        for file in CORE.rglob("*.py")
-        for name in imports(file.read_text(encoding="utf-8"))
-        if not is_of(name, allowed + standard)
-    }
-    assert found == set()
+
+    def others(source: str) -> list[str]:
+        return [name for name in imports(source) if not is_of(name, allowed + standard)]
+
+    assert offenders(CORE, others) == {}
 
 
 def test_the_core_opens_no_file_prints_nothing_and_draws_no_random_number() -> None:
     forbidden = ("open", "print", "input", "torch.rand", "torch.randn", "torch.randint", "torch.randperm")
-    called = [(file.name, name) for file in CORE.rglob("*.py") for name in names(file.read_text(), called=True)]
-    assert [(file, name) for file, name in called if name in forbidden] == []
+    assert offenders(CORE, lambda source: [name for name in names(source, called=True) if name in forbidden]) == {}
 
 
 def test_server_and_worker_do_not_import_each_other_and_the_contract_imports_neither() -> None:
-    assert offenders(SERVER, ("ormo_worker",)) == {}
-    assert offenders(WORKER, ("ormo_server",)) == {}
-    assert offenders(PROTOS, ("ormo_server", "ormo_worker")) == {}
+    assert importing(SERVER, "ormo_worker") == {}
+    assert importing(WORKER, "ormo_server") == {}
+    assert importing(PROTOS, "ormo_server", "ormo_worker") == {}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +240,4 @@ def test_what_only_looks_like_a_pickle_is_not_found(source: str) -> None:
 
 @pytest.mark.parametrize("package", [PROTOS, SERVER, WORKER, DEPLOY], ids=lambda path: path.name)
 def test_nothing_is_pickled_or_unpickled(package: Path) -> None:
-    files = sorted(package.rglob("*.py"))
-    assert files, f"no source under {package}"
-    found = {file.name: pickling(file.read_text(encoding="utf-8")) for file in files}
-    assert {name: uses for name, uses in found.items() if uses} == {}
+    assert offenders(package, pickling) == {}
