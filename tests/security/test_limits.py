@@ -200,7 +200,7 @@ def test_a_stream_that_says_nothing_ends_after_the_failure_timeout_and_changes_n
     method: str, tmp_path: Path
 ) -> None:
     """As no worker's: a stream that has said whose it is ends with that worker's lease."""
-    with served(tmp_path, failure_timeout=1.0) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout=2.0) as server, connected(server) as stub:
         worker = WireWorker(stub, "w")
         worker.join()
         worker.pull()
