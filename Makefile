@@ -4,8 +4,11 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 PROTO_TOOLS = .venv-protos
+PROTO_TOOLS_INSTALLED = $(PROTO_TOOLS)/.installed
 CHECKOV_VENV = .venv-checkov
+CHECKOV_INSTALLED = $(CHECKOV_VENV)/.installed
 AUDIT_VENV = .venv-audit
+AUDIT_INSTALLED = $(AUDIT_VENV)/.installed
 PROTO = protos/ormo_protos/v1/parameter_server.proto
 GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
     --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
@@ -71,21 +74,21 @@ test-images: $(INSTALLED)  ## run the images' build steps and what they install,
 	CHECK_IMAGES=1 $(TEST) tests/deploy/docker
 
 # A linter with so many dependencies that it has an environment of its own.
-$(CHECKOV_VENV):
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+$(CHECKOV_INSTALLED):
+	$(PYTHON) -m venv $(CHECKOV_VENV)
+	$(CHECKOV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	touch $@
 
 .PHONY: checkov
-checkov: $(CHECKOV_VENV)  ## install the linter of manifests and images, for `make test`
+checkov: $(CHECKOV_INSTALLED)  ## install the linter of manifests and images, for `make test`
 
-$(AUDIT_VENV):
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+$(AUDIT_INSTALLED):
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
 
 .PHONY: audit
-audit: $(AUDIT_VENV)  ## look all pinned dependencies up in the database of advisories
+audit: $(AUDIT_INSTALLED)  ## look all pinned dependencies up in the database of advisories
 	$(AUDIT_VENV)/bin/python tests/audit.py constraints.txt
 
 # What checks deploy/ is tested as pinned; the rest at both ends of what pyproject.toml allows.
@@ -134,17 +137,17 @@ types: $(INSTALLED)  ## check types
 	$(BIN)/mypy --strict deploy/docker/metrics_answer.py
 
 # An old generator on purpose: what it writes runs with every gRPC and protobuf since, newer ones refuse older runtimes.
-$(PROTO_TOOLS): protos/generator.txt
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check -r protos/generator.txt
+$(PROTO_TOOLS_INSTALLED): protos/generator.txt
+	$(PYTHON) -m venv $(PROTO_TOOLS)
+	$(PROTO_TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -r protos/generator.txt
 	touch $@
 
 .PHONY: protos
-protos: $(PROTO_TOOLS)  ## generate the code of the contract
+protos: $(PROTO_TOOLS_INSTALLED)  ## generate the code of the contract
 	$(call GENERATE,protos)
 
 .PHONY: drift
-drift: $(PROTO_TOOLS)  ## check that the generated code is the contract's
+drift: $(PROTO_TOOLS_INSTALLED)  ## check that the generated code is the contract's
 	rm -rf build/protos && mkdir -p build/protos
 	$(call GENERATE,build/protos)
 	cd build/protos && for file in $$(find . -type f); do diff "$$file" "$(CURDIR)/protos/$$file" || exit 1; done

@@ -1,7 +1,7 @@
 """Who may know of whom: the core of nothing that acts, server and worker not of each other, nobody of pickle."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import ormo_server
 import ormo_worker
 
 PROTOS, SERVER, WORKER = (Path(package.__path__[0]) for package in (ormo_protos, ormo_server, ormo_worker))
+DEPLOY = Path(__file__).parents[2] / "deploy"
 CORE = SERVER / "core"
 
 ACTS = (
@@ -38,7 +39,29 @@ ACTS = (
 )
 SHELLS = ("ormo_server.service", "ormo_server.store", "ormo_server.sim", "ormo_server.metrics", "ormo_server.config")
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
-PICKLING_CALLS = ("torch.load", "torch.save", "numpy.load", "np.load")
+# What runs code that it finds in a file, or writes such files, whoever it is imported by and whatever it is called.
+UNPICKLING = (
+    "numpy.lib.format.read_array",
+    "numpy.lib.npyio",
+    "numpy.load",
+    "numpy.save",
+    "numpy.savez",
+    "numpy.savez_compressed",
+    "pandas.io.pickle",
+    "pandas.read_pickle",
+    "pandas.to_pickle",
+    "torch.export.load",
+    "torch.hub",
+    "torch.jit.load",
+    "torch.jit.save",
+    "torch.load",
+    "torch.package",
+    "torch.save",
+    "torch.serialization",
+    "torch.utils.model_zoo",
+)
+# Of whatever object: a DataFrame has the second as a method.
+METHOD_ENDINGS = (".read_pickle", ".to_pickle")
 
 
 def imports(source: str) -> Iterator[str]:
@@ -52,20 +75,69 @@ def imports(source: str) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def is_of(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def imported_of(source: str, forbidden: tuple[str, ...]) -> list[str]:
-    return [name for name in imports(source) if any(name == bad or name.startswith(f"{bad}.") for bad in forbidden)]
+    return [name for name in imports(source) if is_of(name, forbidden)]
 
 
-def calls(source: str) -> list[str]:
-    return [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+def aliases(tree: ast.Module) -> dict[str, str]:
+    """What each imported name stands for, in full."""
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {one.asname: one.name for one in node.names if one.asname}
+    return found
 
 
-def offenders(package: Path, forbidden: tuple[str, ...]) -> dict[str, list[str]]:
-    """What each file of the package imports of what is forbidden to it."""
+def names(source: str, *, called: bool = False) -> list[str]:
+    """Every dotted name in the source, or only those that it calls, with aliases resolved."""
+    tree = ast.parse(source)
+    known, nodes = aliases(tree), list(ast.walk(tree))
+    used = [node.func for node in nodes if isinstance(node, ast.Call)] if called else nodes
+    dotted = (ast.unparse(node).partition(".") for node in used if isinstance(node, ast.Name | ast.Attribute))
+    return [known.get(first, first) + dot + rest for first, dot, rest in dotted]
+
+
+def pickling(source: str) -> list[str]:
+    """Whatever the source could read or write pickles by. Used, not only called: it may be handed on."""
+    used = [name for name in names(source) if is_of(name, UNPICKLING) or name.endswith(METHOD_ENDINGS)]
+    return imported_of(source, PICKLES + UNPICKLING) + stars(source) + used
+
+
+def stars(source: str) -> list[str]:
+    """Imports of all names there are, of modules that have a forbidden one."""
+    wanted = {name.rpartition(".")[0] for name in UNPICKLING}
+    return [name for name in imports(source) if name.endswith(".*") and name[:-2] in wanted]
+
+
+def sources(package: Path) -> dict[str, str]:
+    """Every file by its path: several have one name, and each counts."""
     files = sorted(package.rglob("*.py"))
     assert files, f"no source under {package}"
-    found = {file.name: imported_of(file.read_text(encoding="utf-8"), forbidden) for file in files}
-    return {name: names for name, names in found.items() if names}
+    return {str(file.relative_to(package)): file.read_text(encoding="utf-8") for file in files}
+
+
+def offenders(package: Path, offences: Callable[[str], list[str]]) -> dict[str, list[str]]:
+    """What each file of the package has of what is forbidden to it."""
+    found = {path: offences(source) for path, source in sources(package).items()}
+    return {path: names for path, names in found.items() if names}
+
+
+def importing(package: Path, *forbidden: str) -> dict[str, list[str]]:
+    """What each file of the package imports of what is forbidden to it."""
+    return offenders(package, lambda source: imported_of(source, forbidden))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, source in {"a": "import os", "b": "import time", "c": ""}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text(source)
+    assert importing(tmp_path, "os", "time") == {"a/__init__.py": ["os"], "b/__init__.py": ["time"]}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +154,7 @@ def test_what_only_looks_like_an_import_is_not_found(source: str) -> None:
 
 
 def test_the_core_imports_nothing_that_acts_and_neither_shell() -> None:
-    assert offenders(CORE, ACTS + SHELLS) == {}
+    assert importing(CORE, *ACTS, *SHELLS) == {}
 
 
 def test_the_core_imports_only_itself_torch_and_the_contract_besides_the_standard_library() -> None:
@@ -99,29 +171,73 @@ def test_the_core_imports_only_itself_torch_and_the_contract_besides_the_standar
         "statistics",
         "typing",
     )
-    found = {
-        (file.name, name)
-        for file in CORE.rglob("*.py")
-        for name in imports(file.read_text(encoding="utf-8"))
-        if not any(name == good or name.startswith(f"{good}.") for good in allowed + standard)
-    }
-    assert found == set()
+
+    def others(source: str) -> list[str]:
+        return [name for name in imports(source) if not is_of(name, allowed + standard)]
+
+    assert offenders(CORE, others) == {}
 
 
 def test_the_core_opens_no_file_prints_nothing_and_draws_no_random_number() -> None:
     forbidden = ("open", "print", "input", "torch.rand", "torch.randn", "torch.randint", "torch.randperm")
-    found = [(file.name, call) for file in CORE.rglob("*.py") for call in calls(file.read_text()) if call in forbidden]
-    assert found == []
+    assert offenders(CORE, lambda source: [name for name in names(source, called=True) if name in forbidden]) == {}
 
 
 def test_server_and_worker_do_not_import_each_other_and_the_contract_imports_neither() -> None:
-    assert offenders(SERVER, ("ormo_worker",)) == {}
-    assert offenders(WORKER, ("ormo_server",)) == {}
-    assert offenders(PROTOS, ("ormo_server", "ormo_worker")) == {}
+    assert importing(SERVER, "ormo_worker") == {}
+    assert importing(WORKER, "ormo_server") == {}
+    assert importing(PROTOS, "ormo_server", "ormo_worker") == {}
 
 
-@pytest.mark.parametrize("package", [PROTOS, SERVER, WORKER], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load(path)",
+        "import torch as t\nt.load(path)",
+        "from torch import load",
+        "from torch import load as get\nget(path)",
+        "from torch import *",
+        "import torch\nread = torch.load",
+        "import torch\nfor one in map(torch.load, paths): pass",
+        "import torch\ntorch.jit.load(path)",
+        "from torch import jit\njit.load(path)",
+        "import torch.jit as compiled\ncompiled.load(path)",
+        "import torch\ntorch.hub.load(repository, model)",
+        "from torch import hub",
+        "import torch.hub",
+        "from torch.serialization import load",
+        "import torch\ntorch.save(model, path)",
+        "from numpy import load",
+        "import numpy as np\nnp.load(path)",
+        "import numpy\nnumpy.save(path, array)",
+        "import pandas\npandas.read_pickle(path)",
+        "import pandas as pd\npd.read_pickle(path)",
+        "from pandas import read_pickle",
+        "frame.to_pickle(path)",
+        "def f():\n    import torch as t\n    return t.load(path)",
+    ],
+)
+def test_a_pickle_is_found_by_whatever_name(source: str) -> None:
+    assert pickling(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\nmodel.load_state_dict(torch.zeros(1))",
+        "from safetensors.torch import load, load_file, save_file\nload(data)",
+        "import json as torch\ntorch.load(file)",
+        "import numpy as np\nnp.loadtxt(path)",
+        "from torch.jit import script",
+        "from pandas import read_csv",
+    ],
+)
+def test_what_only_looks_like_a_pickle_is_not_found(source: str) -> None:
+    assert pickling(source) == []
+
+
+@pytest.mark.parametrize("package", [PROTOS, SERVER, WORKER, DEPLOY], ids=lambda path: path.name)
 def test_nothing_is_pickled_or_unpickled(package: Path) -> None:
-    assert offenders(package, PICKLES) == {}
-    found = [(f.name, call) for f in package.rglob("*.py") for call in calls(f.read_text()) if call in PICKLING_CALLS]
-    assert found == []
+    assert offenders(package, pickling) == {}

@@ -1,6 +1,7 @@
 """The table of limits: each is reached through the real socket; the refusal says what to do; nothing has changed."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +19,15 @@ from ormo_server.service.in_flight import BytesInFlight
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import (
+    LARGE,
     SMALL,
     Refused,
     WireWorker,
     connected,
     eventually,
+    kept_files,
     payload,
+    received_bytes,
     refusals,
     served,
     state_of,
@@ -32,6 +36,7 @@ from service.wire import (
 
 # 300,000 bytes: 64 + 18 chunks.
 MIDDLE = Manifest.laid_out([TensorSpec("weight", (75_000,), FLOAT32, PARAMETER)])
+FLOATS = pb.DeliveryRequest(dtype=FLOAT32)
 SETTINGS = {"max_workers": 2, "slots_per_worker": 2, "max_readers": 2, "max_bytes_in_flight": 700_000}
 
 
@@ -49,9 +54,10 @@ def stub(server: Server) -> Iterator[ParameterServerStub]:
 
 @pytest.fixture
 def worker(stub: ParameterServerStub) -> WireWorker:
-    """A member with a ticket."""
+    """A member with a ticket, next to another one: no more are allowed."""
     made = WireWorker(stub, "w", MIDDLE)
     made.join()
+    WireWorker(stub, "second", MIDDLE).join()
     made.pull()
     return made
 
@@ -84,7 +90,6 @@ def too_many_slots(worker: WireWorker) -> None:
 
 
 def too_many_workers(worker: WireWorker) -> None:
-    WireWorker(worker.stub, "second", MIDDLE).join()
     WireWorker(worker.stub, "third", MIDDLE).ask_to_join()
 
 
@@ -128,8 +133,22 @@ def test_chunks_up_to_the_limit_are_taken(worker: WireWorker) -> None:
     assert worker.push_messages(push, crumbs(3660)).iteration.number == 1  # 82 of them
 
 
-def with_tensors(count: int) -> Manifest:
-    return Manifest.laid_out([TensorSpec(f"t{number}", (1,), FLOAT32, PARAMETER) for number in range(count)])
+def test_a_model_that_needs_more_memory_than_there_may_be_is_refused_and_nothing_is_kept_of_it(tmp_path: Path) -> None:
+    """Parameters and momentum, a copy of both in a checkpoint, and four slots: eight times 300,000 bytes."""
+    for limit, taken in ((2_399_999, False), (2_400_000, True)):
+        directory = tmp_path / str(limit)
+        with served(directory, **SETTINGS, memory_limit=limit) as server, connected(server) as stub:
+            worker = WireWorker(stub, "w", MIDDLE)
+            if taken:
+                worker.join()
+                assert server.host.has_model
+                continue
+            with pytest.raises(Refused, match=r"needs up to 2,400,000 .* memory_limit is 2,399,999: raise") as refused:
+                worker.join()
+            code, reason = refused.value.code, refused.value.reason
+            assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
+            assert not server.host.has_model
+            assert kept_files(directory) == []
 
 
 @pytest.mark.parametrize(
@@ -155,6 +174,7 @@ def test_a_model_beyond_a_limit_is_refused_and_a_sound_one_is_still_wanted(
         assert refused.value.reason == "BAD_MANIFEST"
         assert sentence in refused.value.message.replace("100000", "100,000")
         assert not server.host.has_model
+        assert kept_files(tmp_path) == []
         worker.join()
         assert server.host.has_model
 
@@ -175,6 +195,29 @@ def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server
     for call in silent:
         call.cancel()
     eventually(lambda: server.streams.count(reader=False) == 0)
+
+
+@pytest.mark.parametrize("method", ["PushPull", "PushGradient", "OfferModel"])
+def test_a_stream_that_says_nothing_ends_after_the_failure_timeout_and_changes_nothing(
+    method: str, tmp_path: Path
+) -> None:
+    """As no worker's: a stream that has said whose it is ends with that worker's lease."""
+    with served(tmp_path, failure_timeout=2.0) as server, connected(server) as stub:
+        worker = WireWorker(stub, "w")
+        worker.join()
+        worker.pull()
+        eventually(lambda: not len(server.streams))
+        before, silence, call = state_of(server), threading.Event(), getattr(stub, method)
+        silent = (call if method == "PushPull" else call.future)(iter(silence.wait, True))
+        eventually(lambda: len(server.streams) == 1)
+        alive = pb.HeartbeatRequest(worker="w", incarnation=1)
+        try:
+            eventually(lambda: stub.Heartbeat(alive) and not len(server.streams), seconds=20)
+        finally:
+            silence.set()
+        assert silent.code() == grpc.StatusCode.CANCELLED
+        assert state_of(server) == before
+        assert worker.push(payload(SMALL, 1.0)).iteration.number == 1
 
 
 def test_watchers_of_health_hold_no_thread(server: Server, worker: WireWorker) -> None:
@@ -234,6 +277,65 @@ def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(
         assert greedy[2].push(payload(MIDDLE, 1.0)).iteration.number == 4
 
 
+def in_an_exchange(worker: WireWorker) -> None:
+    stream = worker.open()
+    stream.begin(None)
+    stream.delivery()
+
+
+PULLS: dict[str, Callable[[WireWorker], object]] = {
+    "as a reader": lambda worker: worker.pull(ticket=False),
+    "with a ticket": WireWorker.pull,
+    "in an exchange": in_an_exchange,
+}
+
+
+@pytest.mark.parametrize("how", PULLS)
+def test_what_is_pulled_counts_among_the_bytes_of_a_caller(how: str, tmp_path: Path) -> None:
+    with served(tmp_path, max_bytes_in_flight=25_000_000) as server, connected(server) as stub:
+        worker = WireWorker(stub, "w", LARGE)
+        worker.join()
+        worker.pull()
+        eventually(lambda: not len(server.streams))
+        before, ticket = state_of(server), worker.ticket
+        unread = [stub.PullParams(pb.PullParamsRequest(delivery=FLOATS)) for _ in range(2)]
+        for call in unread:
+            next(call)  # the header, and no more
+        with pytest.raises(Refused, match=r"'127\.0\.0\.1' has 24,000,000 bytes under way and wants 12,0") as refused:
+            PULLS[how](worker)
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MUCH_IN_FLIGHT")
+        assert refused.value.retry_seconds == 1.0
+        assert state_of(server) == before
+        for call in unread:
+            call.cancel()
+        eventually(lambda: not len(server.streams))
+        worker.ticket = ticket
+        assert worker.push(payload(LARGE, 1.0)).iteration.number == 1
+
+
+def test_what_is_offered_counts_among_the_bytes_of_a_caller(tmp_path: Path) -> None:
+    """A worker that was asked for the model begins to send it again and again."""
+    with served(tmp_path, max_bytes_in_flight=700_000) as server, connected(server) as stub:
+        worker, silence = WireWorker(stub, "w", MIDDLE), threading.Event()
+        worker.ask_to_join()
+        offer = pb.OfferModelRequest(offer=pb.ModelOffer(worker="w", incarnation=1, manifest=MIDDLE.to_message()))
+        begun = [offer, pb.OfferModelRequest(chunk=next(crumbs(8000)))]
+        calls = [stub.OfferModel.future(itertools.chain(begun, iter(silence.wait, True))) for _ in range(2)]
+        eventually(lambda: received_bytes(server) == 2 * 8000)
+        with pytest.raises(Refused, match=r"'127\.0\.0\.1' has 600,000 bytes under way and wants 300,000") as refused:
+            worker.offer()
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MUCH_IN_FLIGHT")
+        assert refused.value.retry_seconds == 1.0
+        assert not server.host.has_model
+        assert kept_files(tmp_path) == []
+        for call in calls:
+            call.cancel()
+        silence.set()
+        eventually(lambda: not len(server.streams))
+        worker.join()
+        assert server.host.has_model
+
+
 def test_a_bound_on_bytes_that_no_exchange_keeps_within_is_refused_with_the_model(tmp_path: Path) -> None:
     with served(tmp_path, max_bytes_in_flight=599_999) as server, connected(server) as stub:
         worker = WireWorker(stub, "w", MIDDLE)
@@ -241,6 +343,7 @@ def test_a_bound_on_bytes_that_no_exchange_keeps_within_is_refused_with_the_mode
         with pytest.raises(Refused, match="may have 600,000 bytes under way, and max_bytes_in_flight is 599,999"):
             worker.offer()
         assert not server.host.has_model
+        assert kept_files(tmp_path) == []
     assert MemoryLimit.reason == "MEMORY_LIMIT"
 
 

@@ -27,6 +27,7 @@ from service.wire import (
     received_bytes,
     served,
     settings,
+    state_of,
     tensor_chunks,
 )
 
@@ -333,19 +334,22 @@ def test_readers_that_do_not_read_leave_the_workers_their_streams(tmp_path: Path
     with served(tmp_path, max_workers=1, slots_per_worker=1, max_readers=1) as server, connected(server) as stub:
         worker = WireWorker(stub, "a", LARGE)
         worker.join()
-        readers = [stub.PullParams(pb.PullParamsRequest(delivery=FLOATS)) for _ in range(3)]
-        refused = 0
-        for reader in readers:
-            try:
-                next(reader)  # the header, and no more
-            except grpc.RpcError:
-                refused += 1
+        reader = stub.PullParams(pb.PullParamsRequest(delivery=FLOATS))
+        next(reader)  # the header, and no more
+        before = state_of(server)
         try:
+            for _ in range(2):
+                with pytest.raises(Refused, match=r"1 streams of readers are open.*, or raise max_readers") as refused:
+                    WireWorker(stub, "reader", LARGE).pull(ticket=False)
+                code, reason = refused.value.code, refused.value.reason
+                assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+                assert refused.value.retry_seconds == 1.0
+            assert state_of(server) == before
             worker.pull()
-            assert refused == 2
         finally:
-            for reader in readers:
-                reader.cancel()
+            reader.cancel()
+        eventually(lambda: not server.streams.count(reader=True))
+        WireWorker(stub, "reader", LARGE).pull(ticket=False)
 
 
 # Ends

@@ -7,7 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import torch
@@ -19,6 +19,8 @@ from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.config import ServerSettings
+from ormo_server.core import snapshot
+from ormo_server.core.keys import TicketKey
 from ormo_server.service.server import Server
 
 SMALL = Manifest.laid_out(
@@ -265,13 +267,41 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.005)
 
 
-def state_of(server: Server) -> tuple[Any, ...]:
-    """All that a refusal must leave as it was, but for what it is about."""
+class Seen(NamedTuple):
+    """All of a run's state: what a refusal must leave as it was. Tensors are bytes, so that every bit counts.
+
+    Attributes:
+        tickets: keys of those in flight.
+        rest: members with their slots' request numbers and kept results, the learning rate, who waits, all counters.
+    """
+
+    iteration: int
+    params: bytes
+    vectors: dict[str, bytes]
+    buffers: tuple[bytes, bytes]
+    tickets: tuple[TicketKey, ...]
+    rest: dict[str, Any]
+
+    @property
+    def model(self) -> tuple[Any, ...]:
+        """What gradients make, and nothing of who takes part: for refusals that end a worker's or a ticket's time."""
+        return self[:4]
+
+
+def state_of(server: Server) -> Seen:
     with server.host.engine.inspect() as machine:
-        state = machine.state
-        vectors = tuple(tuple(vector.tolist()) for vector in state.rule.vectors.values())
-        tickets = tuple(state.tickets)
-        return (state.iteration, tuple(state.params.tolist()), vectors, tuple(state.float_buffers.tolist()), tickets)
+        taken, tickets = snapshot.take(machine), tuple(machine.state.tickets)
+        live_slots = machine.state.live_slots  # which a checkpoint counts anew
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in taken.tensors.items()}
+    params, buffers = tensors.pop("params"), (tensors.pop("float_buffers"), tensors.pop("int_buffers"))
+    vectors = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rule.")}
+    rest = taken.fields | tensors | {"live_slots": live_slots}
+    return Seen(machine.state.iteration, params, vectors, buffers, tickets, rest)
+
+
+def kept_files(directory: Path) -> list[str]:
+    """Names of the run's files on disk, but for the lock, which only says that a server is there."""
+    return sorted(path.name for path in directory.iterdir() if path.name != ".lock")
 
 
 def received_bytes(server: Server) -> int:
