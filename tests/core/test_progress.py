@@ -148,8 +148,8 @@ class Workers(RuleBasedStateMachine):
     def push_again(self, key: SlotKey) -> None:
         first = self.driver.places[key].result
         if first is not None:
-            before = self.everything()
-            again = self.driver.push(key[0], 7.0, key[1], number=first.request, ticket=(0, 1))
+            before, ticket = self.everything(), self.driver.machine.state.slot(key).redeemed
+            again = self.driver.push(key[0], 7.0, key[1], number=first.request, ticket=ticket)
             assert again.repeated
             assert [getattr(again, name) for name in RESULT_FIELDS] == [getattr(first, name) for name in RESULT_FIELDS]
             assert self.everything() == before

@@ -65,7 +65,7 @@ def test_a_retry_gets_the_same_result_marked_as_repeated_and_changes_nothing() -
 def test_a_result_is_repeated_after_the_next_ticket_was_asked_for_under_the_same_number() -> None:
     driver = one_worker()
     first = driver.exchange("a", 1.0)
-    again = driver.push("a", 1.0, number=first.request)
+    again = driver.push("a", 1.0, number=first.request, ticket=(0, 1))
     assert again == dataclasses.replace(first, repeated=True)
     assert driver.machine.state.iteration == 1
 
@@ -241,3 +241,16 @@ def test_what_is_remembered_of_who_has_gone_is_bounded() -> None:
     departed = driver.machine.state.departed
     assert len(departed) == PROCESSES_REMEMBERED
     assert next(iter(departed)) == "w5"
+
+
+def test_a_number_that_comes_again_with_another_ticket_is_no_retry() -> None:
+    driver = one_worker()
+    first = driver.exchange("a", 1.0)
+    refused(
+        driver,
+        StaleRequest,
+        "request 2 of slot 0 of worker 'a' was for ticket 1 and comes again for ticket 2",
+        driver.requester("a", number=first.request),
+        driver.ticket("a"),
+    )
+    assert driver.push("a", 1.0).iteration == 2

@@ -419,7 +419,7 @@ def test_a_broken_disk_stops_the_server(tmp_path: Path, fault: Fault) -> None:
             assert not server.host.checkpoint()
 
 
-@pytest.mark.parametrize("way", ["push", "exchange", "join", "leave"])
+@pytest.mark.parametrize("way", ["push", "exchange", "join", "leave", "return", "rate"])
 def test_no_answer_comes_before_it_is_on_the_disk(tmp_path: Path, fault: Fault, way: str) -> None:
     with crashing(tmp_path) as server, connected(server) as stub:
         anna = WireWorker(stub, "anna", start=1.0)
@@ -437,6 +437,10 @@ def test_no_answer_comes_before_it_is_on_the_disk(tmp_path: Path, fault: Fault, 
                 stream.result()
             elif way == "join":
                 WireWorker(stub, "bert").join()
+            elif way == "return":
+                stub.Heartbeat(pb.HeartbeatRequest(worker="anna", incarnation=1, returned=[anna.ticket]))
+            elif way == "rate":
+                stub.Control(pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=0.5)))
             else:
                 stub.Leave(_leave("anna"))
             answered.set()
@@ -464,7 +468,193 @@ def test_a_slow_disk_keeps_nobody_else_from_the_lock(tmp_path: Path, fault: Faul
         thread.start()
         assert fault.waiting.wait(10)
         assert server.host.engine.view().iteration == 1  # others see, and use, the state meanwhile
-        with connected(server) as reader:
-            assert WireWorker(reader, "reader").pull(ticket=False).iteration.number == 1
+        assert stub.Heartbeat(pb.HeartbeatRequest(worker="anna", incarnation=1)).iteration.number == 1
         fault.held.set()
         thread.join(10)
+
+
+def test_a_ticket_that_anothers_gradient_made_possible_waits_for_that_gradient(tmp_path: Path, fault: Fault) -> None:
+    """Two rounds: what bert gets in the second follows from a gradient that must not be lost any more."""
+    with crashing(tmp_path, method="ssgdm", min_workers=2) as server, connected(server) as stub:
+        anna, bert = (WireWorker(stub, name, start=1.0) for name in ("anna", "bert"))
+        anna.join()
+        bert.join()
+        mine, yours = anna.open(), bert.open()
+        for stream in (mine, yours):
+            stream.begin(None)
+        for stream in (mine, yours):
+            stream.delivery()
+        yours.begin(payload(SMALL, 1.0))
+        yours.result()
+        fault.held = threading.Event()
+        mine.begin(payload(SMALL, 1.0))
+        assert fault.waiting.wait(10)
+        heard = threading.Event()
+        thread = threading.Thread(target=lambda: (yours.delivery(), heard.set()))
+        thread.start()
+        assert not heard.wait(0.3)
+        fault.held.set()
+        thread.join(10)
+        assert heard.is_set()
+
+
+def test_a_reader_gets_no_parameters_that_a_crash_could_undo(tmp_path: Path, fault: Fault) -> None:
+    with crashing(tmp_path) as server, connected(server) as stub:
+        anna = trained(server)[0]
+        anna.stub = stub
+        fault.number, fault.suffix = errno.ENOSPC, ".log"
+        with pytest.raises(Refused, match="DISK_FULL"):
+            anna.push(payload(SMALL, 1.0))
+        with pytest.raises(Refused, match="DISK_FULL"):
+            WireWorker(stub, "reader").pull(ticket=False)
+        fault.number = 0
+        assert WireWorker(stub, "reader").pull(ticket=False).iteration.number == 7
+
+
+def test_nobody_is_told_of_the_end_before_the_last_gradient_is_on_the_disk(tmp_path: Path, fault: Fault) -> None:
+    with crashing(tmp_path, stop_after_gradients=7) as server, connected(server) as stub:
+        anna, bert = trained(server)
+        anna.stub = bert.stub = stub
+        fault.number, fault.suffix = errno.ENOSPC, ".log"
+        with pytest.raises(Refused, match="DISK_FULL"):
+            anna.push(payload(SMALL, 1.0))
+        alive = pb.HeartbeatRequest(worker="bert", incarnation=bert.incarnation)
+        assert not stub.Heartbeat(alive).finished
+        attempts = [
+            lambda: bert.push(payload(SMALL, 1.0)),
+            bert.pull,
+            lambda: WireWorker(stub, "carl").join(),
+            lambda: WireWorker(stub, "reader").pull(ticket=False),
+        ]
+        for attempt in attempts:
+            with pytest.raises(Refused, match="DISK_FULL"):
+                attempt()
+        assert not server.host.engine.finished.is_set()
+        fault.number, anna.request = 0, anna.request - 1
+        assert anna.push(payload(SMALL, 1.0)).repeated
+        assert stub.Heartbeat(alive).finished
+    with crashing(tmp_path, stop_after_gradients=7) as again:
+        assert again.host.engine.position()[1] == 7
+        assert again.host.engine.finished.is_set()
+
+
+# Checkpoints meanwhile
+
+
+def test_workers_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the copy of the state is made under the lock."""
+    with crashing(tmp_path) as server, connected(server) as stub:
+        anna = trained(server)[0]
+        anna.stub = stub
+        writing, go_on = threading.Event(), threading.Event()
+        real = server.host._store.write
+
+        def slowly(checkpoint: Any) -> Path:
+            writing.set()
+            assert go_on.wait(30)
+            return real(checkpoint)
+
+        monkeypatch.setattr(server.host._store, "write", slowly)
+        thread = threading.Thread(target=server.host.checkpoint)
+        thread.start()
+        assert writing.wait(10)
+        for number in range(7, 12):
+            assert anna.push(payload(SMALL, 1.0)).iteration.number == number
+            anna.pull()
+        go_on.set()
+        thread.join(10)
+        assert server.host.last_checkpoint is not None
+        assert server.host.last_checkpoint.iteration == 6
+        before = everything(server)
+    with crashing(tmp_path) as again:
+        assert everything(again) == before
+
+
+def test_a_server_that_ends_waits_for_its_checkpoint_and_writes_none_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would write it into the next server's files."""
+    with crashing(tmp_path) as server:
+        trained(server)
+        writing, go_on = threading.Event(), threading.Event()
+        real = server.host._store.write
+
+        def slowly(checkpoint: Any) -> Path:
+            writing.set()
+            assert go_on.wait(30)
+            return real(checkpoint)
+
+        monkeypatch.setattr(server.host._store, "write", slowly)
+        thread = threading.Thread(target=server.host.checkpoint)
+        thread.start()
+        assert writing.wait(10)
+        ending = threading.Thread(target=server.close)
+        ending.start()
+        with pytest.raises(StoreError, match="is in use by another program"):
+            Server(settings(tmp_path, **JOURNALED))
+        go_on.set()
+        thread.join(10)
+        ending.join(10)
+        assert not server.host.checkpoint(anew=True)
+    with crashing(tmp_path) as again:
+        assert again.host.engine.position()[1] == 6
+
+
+def test_after_a_drain_no_checkpoint_voids_what_it_kept(tmp_path: Path) -> None:
+    with crashing(tmp_path) as server:
+        anna = trained(server)[0]
+        assert server.host.checkpoint(drained=True)
+        assert server.host.checkpoint(anew=True)  # by an operator, in the last moment
+    with crashing(tmp_path, journal=False) as again, connected(again) as stub:
+        anna.stub = stub
+        assert anna.push(payload(SMALL, 1.0)).iteration.number == 7
+
+
+# Damaged checkpoints
+
+
+def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with crashing(tmp_path) as server:
+        trained(server)
+        server.host.checkpoint()
+        trained(server)
+        before = everything(server)
+    sound = {path.name: path.read_bytes() for path in (tmp_path / "latest").iterdir()}
+    newest = (tmp_path / "latest").resolve()
+    (newest / "model.safetensors").write_bytes(sound["model.safetensors"][:-1] + b"#")
+    journal = {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()}
+    with crashing(tmp_path) as again:
+        assert again.host.engine.position()[1] == 0
+        assert "begins with is not whole" in caplog.text
+    (kept,) = tmp_path.glob("journal-damaged-*")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == journal
+    # With the checkpoint from a backup, and the journal that was kept, nothing is lost after all.
+    other = tmp_path / "other"
+    other.mkdir()
+    kept.rename(other / "journal")
+    (other / newest.name).mkdir()
+    for name, content in sound.items():
+        (other / newest.name / name).write_bytes(content)
+    with crashing(other) as whole:
+        assert everything(whole) == before
+
+
+def test_a_model_that_has_diverged_replaces_no_checkpoint_and_the_way_back_is_told(tmp_path: Path) -> None:
+    huge = {"method": "asgd", "momentum": 0.0, "learning_rate": 1.0}
+    with crashing(tmp_path, **huge) as server, connected(server) as stub:
+        anna = WireWorker(stub, "anna", start=1.0)
+        anna.join()
+        anna.pull()
+        anna.push(payload(SMALL, 1.0))
+        assert server.host.checkpoint()
+        large = payload(SMALL, 0.0)
+        large.parameters.fill_(3e38)
+        for _ in range(2):
+            anna.pull()
+            anna.push(large)
+        assert not server.host.checkpoint()
+    with pytest.raises(StoreError, match=r"NaN or infinite.*/journal: to go on from the checkpoint alone, move that"):
+        Server(settings(tmp_path, **JOURNALED | huge))
+    (tmp_path / "journal").rename(tmp_path / "moved")
+    with crashing(tmp_path, **huge) as again:
+        assert again.host.engine.position()[1] == 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ormo_server.core.errors import SettingsError
-from ormo_server.store import Checkpoint, CheckpointStore, StoreError
+from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, StoreError, checkpoints, files
 from store.building import Net, at, checkpoint_of, iterations
 
 
@@ -219,3 +219,30 @@ def test_a_directory_that_is_a_file_is_one_clear_sentence(tmp_path: Path) -> Non
         store.newest()
     with pytest.raises(StoreError, match="runs"):
         store.write(at(1))
+
+
+def test_one_whose_name_could_not_be_made_safe_never_looks_like_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    first = store.write(at(1))
+    removed: list[str] = []
+    monkeypatch.setattr(checkpoints, "sync", _fails)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: removed.append(path.name))
+    with pytest.raises(StoreError, match="can't be written"):
+        store.write(at(2))
+    assert [name[:9] for name in removed] == [".writing-"]
+    assert store.paths() == [first]
+
+
+def _fails(path: Path) -> None:
+    raise OSError(errno.EIO, "no disk")
+
+
+def test_the_directory_of_a_run_and_those_above_it_are_made_to_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    DirectoryLock(tmp_path / "runs" / "mine").release()
+    assert synced == [tmp_path / "runs", tmp_path]

@@ -1,7 +1,7 @@
 """A state as plain tensors and plain data, for checkpoints, and back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from ormo_server.core import membership, tickets
 from ormo_server.core.errors import SettingsError
+from ormo_server.core.keys import TicketKey
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedule import Tuning
@@ -150,13 +151,18 @@ def _departed(row: Mapping[str, Any] | int) -> Departed:
 
 
 def _slot(row: Mapping[str, Any]) -> Slot:
-    ticket, result = row["ticket"], row["result"]
+    result = row["result"]
     return Slot(
         row["request"],
-        None if ticket is None else (ticket[0], ticket[1]),
+        _ticket_key(row["ticket"]),
         None if result is None else PushResult(**result),
+        _ticket_key(row.get("redeemed")),
         row.get("ticket_seconds"),
     )
+
+
+def _ticket_key(row: Sequence[int] | None) -> TicketKey | None:
+    return None if row is None else (row[0], row[1])
 
 
 def _change_scheduler(state: State) -> None:

@@ -70,12 +70,14 @@ class Slot:
         request: the highest request number that took effect; 0 before the first.
         ticket: the one that it holds.
         result: of its last redeemed ticket, kept until a new request confirms it.
+        redeemed: that ticket; None before the first, or if a checkpoint of an earlier version does not say.
         ticket_seconds: how long its last redeemed ticket was out; None before the first.
     """
 
     request: int = 0
     ticket: TicketKey | None = None
     result: PushResult | None = None
+    redeemed: TicketKey | None = None
     ticket_seconds: float | None = None
 
 

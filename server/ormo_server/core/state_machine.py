@@ -229,16 +229,18 @@ class StateMachine:
             NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
             Finished: the run is over.
             TicketUnknown: the slot does not hold this ticket.
+            StaleRequest: besides, the number is that of another gradient, whose result is kept.
         """
         slot = self.requesting_slot(requester)
         if slot.result is not None and slot.result.request == requester.request:
+            self._refuse_other_gradient(slot, requester, gradient.ticket)
             return replace(slot.result, repeated=True)
         self._refuse_finished()
         ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
         self._assert_sizes(gradient)
         slot.ticket_seconds = now - ticket.handed_out_seconds
         slot.result = self._count(requester, ticket, gradient, slot.ticket_seconds)
-        slot.request = requester.request
+        slot.request, slot.redeemed = requester.request, ticket.key
         tickets.close(self.state, ticket)
         if self.listener is not None:
             self.listener(Pushed(now, requester, ticket, gradient.samples, slot.result))
@@ -366,6 +368,14 @@ class StateMachine:
                 f"request {slot.request}: numbers rise, only the newest may be retried"
             )
         return slot
+
+    def _refuse_other_gradient(self, slot: Slot, requester: Requester, ticket: TicketKey) -> None:
+        # Who begins to count anew must not take another gradient's result for its own, and lose its gradient.
+        if slot.redeemed is not None and slot.redeemed != ticket:
+            raise StaleRequest(
+                f"request {requester.request} of slot {requester.slot} of worker {requester.worker!r} was for ticket "
+                f"{slot.redeemed[1]} and comes again for ticket {ticket[1]}: numbers rise with every new gradient"
+            )
 
     def _refuse_finished(self) -> None:
         if self.state.finished:

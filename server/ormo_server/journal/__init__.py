@@ -10,8 +10,8 @@ after it, and the worker hears of its result after that: one write, and one fsyn
 
 from ormo_server.journal.nothing import NoJournal
 from ormo_server.journal.reader import Reading
-from ormo_server.journal.records import Record, StoredGradient
+from ormo_server.journal.records import Record, StoredGradient, is_journal
 from ormo_server.journal.replay import replay
 from ormo_server.journal.writer import Fsync, Journal
 
-__all__ = ["Fsync", "Journal", "NoJournal", "Reading", "Record", "StoredGradient", "replay"]
+__all__ = ["Fsync", "Journal", "NoJournal", "Reading", "Record", "StoredGradient", "is_journal", "replay"]

@@ -38,15 +38,13 @@ class GradientFiles:
 
     Args:
         directory: of the journal.
-        max_bytes: no more is taken while there is more than this.
 
     Attributes:
         size_bytes: of all its files.
     """
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._max_bytes = max_bytes
         self._next = 1 + max(numbered(directory, GRADIENTS_NAME), default=0)
         self._lock = threading.Lock()
         self._files: dict[int, _File] = {}
@@ -85,10 +83,6 @@ class GradientFiles:
         with self._lock:
             if self._closed:
                 raise NotReady(f"the journal in {self._directory} is closed: this server stops", retry_seconds=1.0)
-            if self.size_bytes > self._max_bytes:
-                raise disk_full(
-                    self._directory, f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
-                )
             if self._current is None:
                 self._current = _File(self._next, PlacedWriter(gradients_path(self._directory, self._next)))
                 self._files[self._next] = self._current

@@ -1,6 +1,8 @@
 """One log: lines are appended whole, or not at all."""
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ormo_server.store.files import sync
@@ -40,12 +42,29 @@ class LogFile:
         self.size_bytes = end
 
     def sync(self) -> None:
-        """Return when it is on the disk."""
-        os.fsync(self._descriptor)
+        """Return when it is on the disk.
+
+        Raises:
+            OSError: see `synced`.
+        """
+        synced(os.fsync, self._descriptor)
 
     def close(self) -> None:
         """Let it go."""
         os.close(self._descriptor)
+
+
+def synced(sync: Callable[[int], None], descriptor: int) -> None:
+    """Call an fsync.
+
+    Raises:
+        OSError: the disk did not take what the system had taken, for whatever reason, also for lack of room. The system
+            may have let go of it, so that another fsync succeeds without it: nobody must try.
+    """
+    try:
+        sync(descriptor)
+    except OSError as error:
+        raise OSError(errno.EIO, f"what was written may not be on the disk ({error.strerror})") from error
 
 
 def new_file(path: Path) -> int:

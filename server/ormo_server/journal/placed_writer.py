@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ormo_server.journal.log_file import new_file
+from ormo_server.journal.log_file import new_file, synced
 
 _BLOCK_BYTES = mmap.PAGESIZE
 _DIRECT_BYTES = 256 << 10
@@ -63,8 +63,12 @@ class PlacedWriter:
         return done
 
     def sync(self) -> None:
-        """Return when all of it is on the disk."""
-        os.fdatasync(self._descriptor)
+        """Return when all of it is on the disk.
+
+        Raises:
+            OSError: see `synced`.
+        """
+        synced(os.fdatasync, self._descriptor)
 
     def close(self) -> None:
         """Let it go."""

@@ -3,7 +3,8 @@
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 
 from ormo_protos.manifest import Manifest
@@ -39,13 +40,21 @@ class Reading:
     records: int = 0
     torn: bool = False
     lost: str = ""
+    _payloads: dict[PayloadLayout, Payload] = field(default_factory=dict)
+    _open: tuple[int, BufferedReader] | None = None
 
     def __iter__(self) -> Iterator[tuple[Record, Payload | None]]:
-        """The records in order, each push with its payload.
+        """The records in order, each push with its payload, which is written over by the next.
 
         Raises:
             StoreError: a file can't be read.
         """
+        try:
+            yield from self._records()
+        finally:
+            self._close()
+
+    def _records(self) -> Iterator[tuple[Record, Payload | None]]:
         lines = self._lines()
         for path, number, line in lines:
             record = record_of(line)
@@ -83,13 +92,28 @@ class Reading:
         except PayloadError:
             return None
         path = gradients_path(self.directory, stored.file)
-        if stored.size != layout.total_bytes or not path.exists():
+        if stored.size != layout.total_bytes:
             return None
-        with reading(path), path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < stored.offset + stored.size:
+        with reading(path):
+            file = self._opened(stored.file, path)
+            if file is None or os.fstat(file.fileno()).st_size < stored.offset + stored.size:
                 return None
-            payload = Payload(layout)
+            payload = self._payloads.get(layout) or self._payloads.setdefault(layout, Payload(layout))
             file.seek(stored.offset)
             if file.readinto(payload.memory) != stored.size or zlib.crc32(payload.memory) != stored.checksum:
                 return None
         return payload
+
+    def _opened(self, number: int, path: Path) -> BufferedReader | None:
+        """The file of gradients with this number; the next ones are mostly in it, too."""
+        if self._open is None or self._open[0] != number:
+            self._close()
+            if not path.exists():
+                return None
+            self._open = number, path.open("rb")
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None

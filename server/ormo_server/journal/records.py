@@ -87,6 +87,12 @@ def record_of(line: bytes) -> Record | None:
         return None
 
 
+def is_journal(directory: Path, before: int | None = None) -> bool:
+    """Whether logs in this directory, or those of them before this number, say anything."""
+    logs = numbered(directory, LOG_NAME)
+    return any(path.stat().st_size for number, path in logs.items() if before is None or number < before)
+
+
 def log_path(directory: Path, number: int) -> Path:
     """The log with this number."""
     return directory / f"inputs-{number:08d}.log"

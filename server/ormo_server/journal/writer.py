@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 Fsync = Literal["always", "interval", "off"]
 
 INTERVAL_SECONDS = 1.0
+# A restart does so many entries again in some ten seconds: of small gradients there are many in few bytes.
+ENTRIES_BETWEEN_CHECKPOINTS = 50_000
+# While a checkpoint is written the journal goes on; beyond so many times its bound it takes no gradient.
+_MOST_BOUNDS = 2
 _SECONDS_BETWEEN_COMPLAINTS = 10.0
 
 
@@ -44,7 +48,8 @@ class Journal:
         directory: made if it is missing.
         fsync: when what was written is made safe from a power cut: before every answer, once a second, or when the
             system sees fit. From a crash of the process it is safe in any case.
-        max_bytes: a checkpoint is due when there is more; beyond twice this no gradient is taken.
+        max_bytes: a checkpoint is due when there is more, or `ENTRIES_BETWEEN_CHECKPOINTS`; beyond twice this no
+            gradient is taken.
         on_failure: is called when the disk is broken: no answer may be given from then on.
         on_commit: is told the seconds of each write.
 
@@ -70,7 +75,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._on_failure = on_failure
         self._on_commit = on_commit
-        self._gradients = GradientFiles(directory, 2 * max_bytes)
+        self._gradients = GradientFiles(directory)
         # Under the engine's lock.
         self.log = 1 + max(numbered(directory, LOG_NAME), default=0)
         self.position = 0
@@ -84,6 +89,10 @@ class Journal:
         self._safe = 0
         self._failed = self._closed = False
         self._open_log = self.log
+        self._older_logs: dict[int, int] = {}
+        # Where each log begins, and where the one does that the last checkpoint names.
+        self._begun: dict[int, int] = {}
+        self._forgotten = 0
         self._file = LogFile(log_path(directory, self.log))
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
@@ -99,6 +108,9 @@ class Journal:
             DiskFull: there is no room for it.
         """
         try:
+            if self.size_bytes > _MOST_BOUNDS * self._max_bytes:
+                why = f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
+                raise disk_full(self._directory, why)
             return self._gradients.store(payload)
         except DiskFull as refusal:
             self._complain(refusal)
@@ -134,6 +146,7 @@ class Journal:
         """Put what comes from now on into a new log; returns its number. A checkpoint of this moment names it."""
         self.log += 1
         self._append(_Entry(None))
+        self._begun[self.log] = self.position
         self._gradients.begin_file()
         return self.log
 
@@ -201,10 +214,11 @@ class Journal:
                 self._written += 1
 
     def _turn_over(self) -> None:
-        after = LogFile(log_path(self._directory, self._open_log + 1))
         if self._fsync != "off":
             self._file.sync()
+        after = LogFile(log_path(self._directory, self._open_log + 1))
         self._file.close()
+        self._older_logs[self._open_log] = self._file.size_bytes
         self._open_log, self._file = self._open_log + 1, after
 
     def _sync_often(self) -> None:
@@ -224,12 +238,13 @@ class Journal:
     @property
     def size_bytes(self) -> int:
         """Bytes written since the last checkpoint."""
-        return self._gradients.size_bytes + self._file.size_bytes
+        return self._gradients.size_bytes + self._file.size_bytes + sum(list(self._older_logs.values()))
 
     @property
     def full(self) -> bool:
         """Whether a checkpoint is due."""
-        return self.size_bytes > self._max_bytes
+        entries = self.position - self._forgotten
+        return self.size_bytes > self._max_bytes or entries > ENTRIES_BETWEEN_CHECKPOINTS
 
     def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None:
         """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
@@ -243,7 +258,12 @@ class Journal:
         """
         assert log is not None
         with self._committing:
+            if self._closed:
+                return
             gradients = self._gradients.let_go_before(log)
+            self._older_logs = {number: size for number, size in self._older_logs.items() if number >= log}
+        for number in [each for each in list(self._begun) if each <= log]:
+            self._forgotten = self._begun.pop(number)
         logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
         for path in (*logs, *gradients):
             dispose(path)

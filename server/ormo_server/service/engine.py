@@ -87,7 +87,10 @@ class Engine:
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
         self._idle_warning = ""
-        self._note_end()
+        # The journal's position at the run's end.
+        self._end: int | None = None
+        if machine.state.finished:
+            self.finished.set()
         self._warn_of_idle_slots(machine.state.live_slots)
 
     # Members
@@ -108,7 +111,7 @@ class Engine:
                 self._metrics.upkeep.joins.inc()
             self._pass_on()
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self._journal.position
-        self._journal.settle(position)
+        self._settled(position)
         if member is not known:
             about = Fields(
                 worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1], caller=caller
@@ -146,14 +149,14 @@ class Engine:
             self._pass_on()
             position = self._journal.position
         if returned:
-            self._journal.settle(position)
+            self._settled(position)
 
     def set_learning_rate(self, peak: float) -> None:
         """See `StateMachine.set_learning_rate`."""
         with self._inputs as machine:
             machine.set_learning_rate(self._clock(), peak)
             position = self._journal.position
-        self._journal.settle(position)
+        self._settled(position)
 
     def leave(self, worker: str, incarnation: int) -> None:
         """A worker gives up its lease."""
@@ -163,7 +166,7 @@ class Engine:
                 self._forget(worker)
             self._pass_on()
             position = self._journal.position
-        self._journal.settle(position)
+        self._settled(position)
         if left:
             about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
             log.info("worker %s left", worker, extra=about)
@@ -259,7 +262,7 @@ class Engine:
 
     def _settle(self, outcome: Outcome, position: int) -> None:
         try:
-            self._journal.settle(position)
+            self._settled(position)
         except OrmoError:
             if outcome.waiter is not None:
                 self.withdraw(outcome.waiter)
@@ -271,7 +274,20 @@ class Engine:
         Raises:
             DiskFull, NotReady: see `Journal.settle`.
         """
-        self._journal.settle(delivery.position)
+        self._settled(delivery.position)
+
+    def settle_all(self) -> None:
+        """Return when all that happened is as safe as it will be; nobody may be told of the run's end earlier.
+
+        Raises:
+            DiskFull, NotReady: see `Journal.settle`.
+        """
+        self._settled(self._journal.position)
+
+    def _settled(self, position: int) -> None:
+        self._journal.settle(position)
+        if self._end is not None and position >= self._end:
+            self.finished.set()
 
     def _exchange(
         self,
@@ -407,7 +423,8 @@ class Engine:
             payload.parameters.copy_(state.params)
             self._copy_buffers(payload)
             self._metrics.traffic.read.inc()
-            return Delivery(state.epoch, state.iteration, state.samples, None, payload)
+            position = self._journal.position
+            return Delivery(state.epoch, state.iteration, state.samples, None, payload, position=position)
 
     # What follows from inputs
 
@@ -442,8 +459,8 @@ class Engine:
             payload.int_buffers.copy_(self._machine.state.int_buffers)
 
     def _note_end(self) -> None:
-        if self._machine.state.finished:
-            self.finished.set()
+        if self._machine.state.finished and self._end is None:
+            self._end = self._journal.position
 
     # The lock
 

@@ -20,7 +20,7 @@ from ormo_server.core import memory, snapshot
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Journal, NoJournal
+from ormo_server.journal import Journal, NoJournal, is_journal
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
@@ -34,6 +34,8 @@ from ormo_server.trace.writer import TraceWriter
 log = logging.getLogger(__name__)
 
 _HARMLESS = "the next checkpoint tries again"
+# For the one that is under way, on a disk that may be slow or hang.
+_CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class RunHost:
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
         self._journal: Journal | NoJournal = NoJournal()
+        self._drained = self._closed = False
         metrics.process.settings(settings.described())
         metrics.checkpoints.every(settings.checkpoint_seconds)
         metrics.journal.size(lambda: self._journal.size_bytes)
@@ -89,6 +92,13 @@ class RunHost:
 
     def close(self) -> None:
         """Finish the trace and the journal, and let another server have the directory."""
+        directory = self.settings.directory
+        if not self._writing.acquire(timeout=_CLOSE_SECONDS):
+            # It would go on in files that are another server's by then.
+            log.error("a checkpoint is still being written: %s stays locked while this process lives", directory)
+            return
+        self._closed = True
+        self._writing.release()
         if self._trace is not None:
             self._trace.close()
         self._journal.close()
@@ -122,7 +132,7 @@ class RunHost:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._check_memory(checkpoint.manifest)
         _warn_if_bits_may_differ(checkpoint)
-        found = recovered(checkpoint, self._journal_directory)
+        found = recovered(checkpoint, self._journal_directory, newer_lost=self._store.newer_lost)
         if found.damage:
             log.error("the journal is damaged, and what came after is lost, with all tickets: %s", found.damage)
         self.clock = RunClock(found.clock_seconds)
@@ -131,7 +141,11 @@ class RunHost:
             self._write_first(machine, checkpoint.manifest)
         except StoreError as error:
             if self.settings.journal:
-                raise  # what is recorded from now on would follow from a state that is nowhere on disk
+                # What is recorded from now on would follow from a state that is nowhere on disk.
+                raise StoreError(
+                    f"{error}. The state comes from the last checkpoint and {self._journal_directory}: to go on from "
+                    "the checkpoint alone, move that folder away"
+                ) from error
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(found, keep_tickets=False)
         else:
@@ -177,19 +191,23 @@ class RunHost:
     def _forget_older_journal(self, damage: str) -> None:
         """The state is in a checkpoint now. A damaged journal is kept, for people."""
         older = self._journal_directory
-        if not older.exists():
-            return
-        aside = older.with_name(f"journal-damaged-{self._epoch:016x}")
-        if damage:
-            aside.mkdir()
-            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        try:
+            if damage and is_journal(older, before=self._journal.log):
+                self._keep_aside(older, older.with_name(f"journal-damaged-{self._epoch:016x}"))
+            elif isinstance(self._journal, Journal):
+                self._journal.forget_before(self._journal.log)
+            elif older.exists():
+                shutil.rmtree(older)
+        except OSError as error:
+            log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
+
+    def _keep_aside(self, older: Path, aside: Path) -> None:
+        log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
         if isinstance(self._journal, Journal):
-            keep = (lambda path: path.rename(aside / path.name)) if damage else Path.unlink
-            self._journal.forget_before(self._journal.log, keep)
-        elif damage:
-            older.rename(aside)
+            aside.mkdir()
+            self._journal.forget_before(self._journal.log, lambda path: path.rename(aside / path.name))
         else:
-            shutil.rmtree(older, ignore_errors=True)
+            older.rename(aside)
 
     def relieve_journal(self) -> bool:
         """Write a checkpoint if the journal has grown to its bound.
@@ -367,17 +385,21 @@ class RunHost:
         if self._engine is None:
             return True
         with self._writing:
+            if self._drained or self._closed:
+                return self._drained
             last = self.last_checkpoint
             as_before = last is not None and (last.epoch, last.iteration) == self._engine.position()
             if as_before and not drained and not anew and not self._journal.full:
                 return True
-            return self._write_current(self._engine, drained=drained)
+            written = self._write_current(self._engine, drained=drained)
+            self._drained = drained and written
+            return written
 
     def _write_current(self, engine: Engine, *, drained: bool) -> bool:
         started = time.perf_counter()
         try:
             state, clock_seconds, journal_log = engine.snapshot()
-            self._journal.settle(self._journal.position)  # the log that it names must be there
+            engine.settle_all()  # the log that it names must be there
             checkpoint = Checkpoint(
                 state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.journal import Reading, replay
+from ormo_server.journal import Reading, is_journal, replay
 from ormo_server.store import Checkpoint
 from ormo_server.trace.rows import TracedSettings
 
@@ -31,16 +31,20 @@ class Recovered:
     damage: str = ""
 
 
-def recovered(checkpoint: Checkpoint, journal: Path) -> Recovered:
+def recovered(checkpoint: Checkpoint, journal: Path, *, newer_lost: bool = False) -> Recovered:
     """The newest state.
 
     Args:
-        checkpoint: the newest one.
+        checkpoint: the newest one that is whole.
         journal: directory of the journal.
+        newer_lost: there was a newer one, and the journal, if there is one, begins with that.
 
     Raises:
         StoreError: the journal can't be read, or doing again what it says has another outcome.
     """
+    if newer_lost and is_journal(journal):
+        damage = f"the checkpoint that {journal} begins with is not whole"
+        return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, complete=False, damage=damage)
     if checkpoint.journal_log is None:
         return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, checkpoint.drained)
     started = time.perf_counter()

@@ -89,7 +89,11 @@ class Servicer:
             raise BadRequest(
                 f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask less"
             )
-        member, replaced = engine.join(worker, request.incarnation, request.slots, caller.name)
+        try:
+            member, replaced = engine.join(worker, request.incarnation, request.slots, caller.name)
+        except Finished:
+            engine.settle_all()
+            raise
         if replaced is not None:
             self._streams.end_worker(worker, replaced)
         return pb.JoinResponse(
@@ -218,6 +222,7 @@ class Servicer:
         try:
             delivery = self._waited(stream, engine, waiter)
         except Finished:
+            engine.settle_all()
             yield _finished(engine)
             return
         head = pb.PushPullResponse()
@@ -270,7 +275,9 @@ class Servicer:
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
             if not request.HasField("requester"):
                 known = request.newer_than if request.HasField("newer_than") else None
-                yield engine, engine.pull(payload, (known.epoch, known.number) if known else None)
+                delivery = engine.pull(payload, (known.epoch, known.number) if known else None)
+                engine.settle(delivery)
+                yield engine, delivery
                 return
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")

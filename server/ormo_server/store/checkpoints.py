@@ -32,6 +32,9 @@ class CheckpointStore:
         directory: where they are.
         keep: how many of the last whole ones stay, at least 1. Corrupt ones do not count; they go with their elders.
 
+    Attributes:
+        newer_lost: `newest` has found one, and a newer one that was not whole.
+
     Raises:
         SettingsError: `keep` is below 1.
     """
@@ -41,6 +44,7 @@ class CheckpointStore:
             raise SettingsError(f"checkpoints kept {keep}: expected at least 1")
         self._directory = directory
         self._keep = keep
+        self.newer_lost = False
         self._corrupt: set[Path] = set()
         self._writing = threading.Lock()
 
@@ -56,8 +60,8 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none at all.
 
-        Each newer one that is not whole is logged as an error. `drained` is false then, whatever was written: the
-        lost ones may have applied gradients after it.
+        Each newer one that is not whole is logged as an error, and `newer_lost` is set. `drained` is false then, and no
+        log of a journal named, whatever was written: the lost ones may have applied gradients after it.
 
         Raises:
             StoreError: there are checkpoints and all are corrupt, or the directory can't be read.
@@ -72,6 +76,7 @@ class CheckpointStore:
                 continue
             for failure in failures:
                 log.error("corrupt checkpoint: %s; %s is used instead, what came after it is lost", failure, path)
+            self.newer_lost = bool(failures)
             return replace(checkpoint, drained=False, journal_log=None) if failures else checkpoint
         if failures:
             raise StoreError(
@@ -107,14 +112,16 @@ class CheckpointStore:
     def _write_whole(self, checkpoint: Checkpoint) -> Path:
         make_directory(self._directory)
         name = f"checkpoint-{self._next_serial():08d}-iteration-{checkpoint.snapshot.fields['iteration']}"
-        path = self._directory / (_ASIDE + name)
-        path.mkdir()
+        aside, path = self._directory / (_ASIDE + name), self._directory / name
+        aside.mkdir()
         try:
-            write_files(path, checkpoint)
-            path = path.rename(self._directory / name)
+            write_files(aside, checkpoint)
+            aside.rename(path)
             sync(self._directory)
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                path.rename(aside)  # one that is removed by half must not look like the newest
+            shutil.rmtree(aside, ignore_errors=True)
             raise
         return path
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ormo_server.store.errors import StoreError
+from ormo_server.store.files import make_directory
 
 
 class DirectoryLock:
@@ -19,7 +20,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             self._file = (directory / ".lock").open("a+")
         except OSError as error:
             raise StoreError(
