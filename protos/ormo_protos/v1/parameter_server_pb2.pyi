@@ -281,7 +281,9 @@ class Requester(_message.Message):
     slot: _builtins.int
     """0 up to the number of slots joined with, less one."""
     request: _builtins.int
-    """Rises with each new exchange of the slot, from 1 up. The same number is a retry, a lower one is refused."""
+    """Rises with each new exchange of the slot, from 1 up. The same number is a retry, and has the same ticket; a lower
+    one is refused. Joining again, a process goes on counting where it was.
+    """
     def __init__(
         self,
         *,

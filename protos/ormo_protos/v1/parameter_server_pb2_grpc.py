@@ -179,7 +179,7 @@ class ParameterServerServicer(object):
     def ReportEvaluation(self, request, context):
         """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
         never used. Safe to retry.
-        INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+        INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0 or beyond the run's, or an accuracy outside 0 to 1.
         UNAVAILABLE          NOT_READY: there is no model yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -124,7 +124,7 @@ class ParameterServerStub:
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]
     """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
     never used. Safe to retry.
-      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0 or beyond the run's, or an accuracy outside 0 to 1.
       UNAVAILABLE          NOT_READY: there is no model yet.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]
@@ -202,7 +202,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     ReportEvaluation: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
     """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
     never used. Safe to retry.
-      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+      INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0 or beyond the run's, or an accuracy outside 0 to 1.
       UNAVAILABLE          NOT_READY: there is no model yet.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetStatusRequest, _parameter_server_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -325,7 +325,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.ReportEvaluationResponse, _abc.Awaitable[_parameter_server_pb2.ReportEvaluationResponse]]:
         """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
         never used. Safe to retry.
-          INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0, or an accuracy outside 0 to 1.
+          INVALID_ARGUMENT     BAD_REQUEST: an iteration below 0 or beyond the run's, or an accuracy outside 0 to 1.
           UNAVAILABLE          NOT_READY: there is no model yet.
         """
 
