@@ -143,18 +143,29 @@ def push(worker: WireWorker) -> pb.PushResult:
 
 
 def test_everybodys_certificates_are_replaced_while_they_train(guarded: Guarded, authority: Authority) -> None:
-    """As cert-manager does it: the files change, nobody restarts; the old authority is out in the end."""
+    """As cert-manager does it: the files change, and nobody restarts for it; the old authority is out in the end."""
     server = guarded.start(stop_after_gradients=10**6, journal=True)
     own = authority.pair("gpu-1", into="mine")
     trusted = guarded.folder / "trusted.pem"
     trusted.write_bytes(authority.ca.read_bytes())
     worker = guarded.join("gpu-1", Credentials(trusted, *own), connect_timeout=60)
     guarded.until(lambda status: status.iteration.number > 5, "training")
-    # All certificates are replaced, signed by a new authority; then the server is restarted, and sees only new ones.
-    new = Authority(guarded.folder)
+    old, new = authority.credentials("gpu-2"), Authority(guarded.folder)
     new.pair("gpu-1", into="mine")
-    trusted.write_bytes(new.ca.read_bytes())
+    new.pair("localhost", into="server")
+    for path in (trusted, authority.ca):
+        new_file = path.with_suffix(".new")
+        new_file.write_bytes(new.ca.read_bytes())
+        new_file.rename(path)
     guarded.authority, guarded.operator = new, new.credentials("operator")
+    assert len(guarded.status().workers) == 1, "a new connection with new certificates, and the old one goes on"
+    code, log = ended(guarded.join("gpu-2", Credentials(new.ca, old.certificate, old.key)))
+    assert code == 1
+    assert "no parameter server answered" in log
+    second = guarded.join("gpu-3")
+    guarded.until(lambda status: len(status.workers) == 2, "a worker with a new certificate")
+    assert second.terminate() == 0
+    # Who was connected before must bring the new one when its connection breaks.
     server.kill()
     guarded.start(stop_after_gradients=10**6, journal=True)
     before = guarded.status().iteration.number
