@@ -34,7 +34,7 @@ class Run:
         self.stage = stage
         self.task = f"{TASKS}:{task}"
         self.server = stage.server(
-            metrics_listen="127.0.0.1:0", checkpoint_seconds=1.0, failure_timeout=2.0, learning_rate=1e-4
+            metrics_listen="127.0.0.1:0", checkpoint_seconds=1.0, failure_timeout=2.0, learning_rate=1e-4, journal=True
         )
 
     @property

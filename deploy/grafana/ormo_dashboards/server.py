@@ -25,6 +25,7 @@ def server() -> Dashboard:
         Section("Traffic", [_bytes(), _pushes(), _pulls(), _refusals(), _streams()]),
         Section("gRPC", [_started(), _handled(), _latency(), _open_calls()]),
         Section("Checkpoints", [_unsaved(), _behind(), _duration(), _size(), _failures(), _upkeep()]),
+        Section("Journal", [_journal_size(), _journal_writes()]),
         Section("Process", [_memory(), _cpu(), _files(), _restarts(), _build()]),
     ]
     return board(SERVER, "OrMo / Server", description, sections)
@@ -408,6 +409,34 @@ def _upkeep() -> Panel:
         Query(increase("ormo_upkeep_failures_total", "work"), "{{work}} {{instance}}"),
         unit="none",
         size=THIRD,
+    )
+
+
+def _journal_size() -> Panel:
+    return lines(
+        Text(
+            title="Journal",
+            shows="Bytes of the journal since the last checkpoint; 0 without --journal.",
+            normal="It rises with the gradients and falls with each checkpoint.",
+            bad="It passes --journal-max-bytes and rises: checkpoints fail (see Failed checkpoints). At twice that "
+            "gradients are refused until one is written.",
+        ),
+        Query(series("ormo_journal_size_bytes")),
+        unit="bytes",
+    )
+
+
+def _journal_writes() -> Panel:
+    return lines(
+        Text(
+            title="Time to write the journal",
+            shows="Mean time of a write of the journal with its fsync, which serves all workers that wait then. Empty "
+            "without --journal.",
+            normal="Some milliseconds, what the disk takes for an fsync.",
+            bad="Tens of milliseconds or more: each exchange waits for it. Another disk, or --journal-fsync interval.",
+        ),
+        Query(mean("ormo_journal_commit_seconds")),
+        unit="s",
     )
 
 

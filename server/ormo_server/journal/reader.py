@@ -40,8 +40,9 @@ class Reading:
     records: int = 0
     torn: bool = False
     lost: str = ""
-    _payloads: dict[PayloadLayout, Payload] = field(default_factory=dict)
-    _open: tuple[int, BufferedReader] | None = None
+    # Used again for the next line: most gradients have the same layout, and lie in the same file.
+    _payloads: dict[PayloadLayout, Payload] = field(default_factory=dict, init=False, repr=False)
+    _open: tuple[int, BufferedReader] | None = field(default=None, init=False, repr=False)
 
     def __iter__(self) -> Iterator[tuple[Record, Payload | None]]:
         """The records in order, each push with its payload, which is written over by the next.
@@ -91,11 +92,10 @@ class Reading:
             layout = PayloadLayout.of(self.manifest, stored.dtype, with_buffers=stored.with_buffers)  # type: ignore[arg-type]
         except PayloadError:
             return None
-        path = gradients_path(self.directory, stored.file)
         if stored.size != layout.total_bytes:
             return None
-        with reading(path):
-            file = self._opened(stored.file, path)
+        with reading(gradients_path(self.directory, stored.file)):
+            file = self._opened(stored.file)
             if file is None or os.fstat(file.fileno()).st_size < stored.offset + stored.size:
                 return None
             payload = self._payloads.get(layout) or self._payloads.setdefault(layout, Payload(layout))
@@ -104,10 +104,11 @@ class Reading:
                 return None
         return payload
 
-    def _opened(self, number: int, path: Path) -> BufferedReader | None:
-        """The file of gradients with this number; the next ones are mostly in it, too."""
+    def _opened(self, number: int) -> BufferedReader | None:
+        """The file of gradients with this number; None if it is not there."""
         if self._open is None or self._open[0] != number:
             self._close()
+            path = gradients_path(self.directory, number)
             if not path.exists():
                 return None
             self._open = number, path.open("rb")
