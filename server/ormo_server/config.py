@@ -133,7 +133,9 @@ class ServerSettings(TrainingSettings):
         ge=0,
         description="how many workers have metrics of their own, those that joined first; others are summed up",
     )
-    reflection: bool = Field(False, description="let clients list the service (for development: each one holds a thread)")
+    reflection: bool = Field(
+        False, description="let clients list the service (for development: each one holds a thread)"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
     )

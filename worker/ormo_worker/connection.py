@@ -14,6 +14,7 @@ from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.errors import ClientClosed, OrmoError
+from ormo_worker.interruption import end_on_signals, leave_if_asked
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
 from ormo_worker.retries import Patience, RetryLoop, SignsOfLife
@@ -60,6 +61,7 @@ class Connection:
         self._closed = threading.Event()
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
+        end_on_signals(self)
         self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check, observer)
 
     @property
@@ -82,7 +84,9 @@ class Connection:
         Raises:
             ClientClosed: `close` was called.
             OrmoError: what `stop_with` was given.
+            KeyboardInterrupt: a signal has come, and could not be raised where it came.
         """
+        leave_if_asked()
         if self._fatal is not None:
             raise self._fatal
         if self.closed:
