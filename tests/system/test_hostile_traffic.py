@@ -124,12 +124,24 @@ def summary(attack: Hostile, alone: Watch, attacked: Watch) -> str:
 # Each kind is what its name says: a server answers accordingly.
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with served(tmp_path, failure_timeout=FAILURE_SECONDS) as server:
+@contextlib.contextmanager
+def with_a_model(folder: Path, failure_timeout: float) -> Iterator[Server]:
+    with served(folder, failure_timeout=failure_timeout) as server:
         server.host.offers.ask("w", 1, server.host.clock())
         server.host.accept_model("w", 1, SMALL, payload(SMALL, 0.0, buffers=True))
         yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with with_a_model(tmp_path, failure_timeout=30.0) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[Server]:
+    with with_a_model(tmp_path, failure_timeout=FAILURE_SECONDS) as made:
+        yield made
 
 
 def connect(server: Server) -> socket.socket:
@@ -239,19 +251,19 @@ def slowly(server: Server, name: str, heard: bytes) -> tuple[str, float, int]:
 @pytest.mark.parametrize(
     ("name", "method"), [("a request that comes slowly", "GetStatus"), ("a stream that comes slowly", "PushPull")]
 )
-def test_call_that_comes_slowly_reaches_its_method_and_is_ended(server: Server, name: str, method: str) -> None:
-    heard = call_all(server.address)
-    before = begun(server, method)
-    words, seconds, pieces = slowly(server, name, heard)
+def test_call_that_comes_slowly_reaches_its_method_and_is_ended(impatient: Server, name: str, method: str) -> None:
+    heard = call_all(impatient.address)
+    before = begun(impatient, method)
+    words, seconds, pieces = slowly(impatient, name, heard)
     assert ACCEPTED in words
     assert "status 1" in words, "the server cancels it"
     assert seconds > FAILURE_SECONDS
     assert pieces > 1
-    assert begun(server, method) == before + 1
+    assert begun(impatient, method) == before + 1
 
 
-def test_call_that_is_slow_from_its_first_byte_never_becomes_http2(server: Server) -> None:
-    words, seconds, pieces = slowly(server, "a call that is slow from its first byte", call_all(server.address))
+def test_call_that_is_slow_from_its_first_byte_never_becomes_http2(impatient: Server) -> None:
+    words, seconds, pieces = slowly(impatient, "a call that is slow from its first byte", call_all(impatient.address))
     assert words.endswith("closed")
     assert ACCEPTED not in words
     assert seconds > FAILURE_SECONDS
