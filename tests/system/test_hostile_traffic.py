@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import grpc
 import psutil
@@ -59,28 +60,47 @@ def call_all(address: str) -> bytes:
     return bytes(heard)
 
 
-class Watch:
+class Watch(NamedTuple):
     """The iterations of a run, as time goes by."""
 
-    def __init__(self, stage: Stage, seconds: float) -> None:
+    seen: list[tuple[float, int]]
+
+    @classmethod
+    def of(cls, stage: Stage, seconds: float) -> Self:
+        """Look each half second; the server has to answer in time, too."""
+        seen: list[tuple[float, int]] = []
         end = time.monotonic() + seconds
-        self._seen: list[tuple[float, int]] = []
-        while not self._seen or time.monotonic() < end:
-            status = stage.status()
-            self._seen.append((time.monotonic(), status.iteration.number))
+        while len(seen) < 2 or time.monotonic() < end:
+            number = stage.status().iteration.number
+            seen.append((time.monotonic(), number))
             time.sleep(POLL_SECONDS)
+        return cls(seen)
 
     @property
     def per_second(self) -> float:
-        (began, first), (ended, last) = self._seen[0], self._seen[-1]
+        (began, first), (ended, last) = self.seen[0], self.seen[-1]
         return (last - first) / (ended - began)
 
     @property
     def longest_gap_seconds(self) -> float:
         """The longest time in which no new iteration was seen."""
-        moved = [self._seen[0]]
-        moved += [after for before, after in itertools.pairwise(self._seen) if after[1] > before[1]]
-        return max(after[0] - before[0] for before, after in itertools.pairwise([*moved, self._seen[-1]]))
+        moved = [self.seen[0]]
+        moved += [after for before, after in itertools.pairwise(self.seen) if after[1] > before[1]]
+        return max(after[0] - before[0] for before, after in itertools.pairwise([*moved, self.seen[-1]]))
+
+
+@pytest.mark.parametrize(
+    ("seen", "per_second", "gap_seconds"),
+    [
+        ([(0.0, 0), (1.0, 10), (2.0, 20)], 10.0, 1.0),
+        ([(0.0, 0), (1.0, 10), (2.0, 10), (3.0, 10), (4.0, 20)], 5.0, 3.0),
+        ([(0.0, 0), (1.0, 10), (7.0, 10)], 10 / 7, 6.0),  # it does not go on
+        ([(0.0, 5), (6.0, 5)], 0.0, 6.0),
+    ],
+)
+def test_pauses_of_a_run_are_seen(seen: list[tuple[float, int]], per_second: float, gap_seconds: float) -> None:
+    watch = Watch(seen)
+    assert (watch.per_second, watch.longest_gap_seconds) == (per_second, gap_seconds)
 
 
 def test_training_goes_on_as_if_nothing_came(stage: Stage) -> None:
@@ -88,10 +108,10 @@ def test_training_goes_on_as_if_nothing_came(stage: Stage) -> None:
     workers = [stage.worker(name) for name in ("a", "b")]
     stage.until(lambda s: s.iteration.number > 50 and len(s.workers) == 2, "training")
     heard = call_all(stage.address)
-    alone = Watch(stage, 2.5)
+    alone = Watch.of(stage, 2.5)
     before, memory = stage.status(), psutil.Process(server.process.pid).memory_info().rss
     with Hostile(stage.address, heard, SEED) as attack:
-        attacked = Watch(stage, SECONDS)
+        attacked = Watch.of(stage, SECONDS)
         during = stage.status()
     sys.stdout.write(summary(attack, alone, attacked))
     assert set(attack.connections) == set(KINDS), attack.connections
