@@ -39,6 +39,12 @@ READ, WRITE = Framing(pb.PushPullRequest).decode, Framing(pb.PushPullResponse).e
 PARAMETERS = SMALL.sizes["parameters"]
 
 
+def mean(held: torch.Tensor, sent: torch.Tensor, weight: float) -> torch.Tensor:
+    """The mean of numbers that are finite is finite, also where their difference is not."""
+    merged = held.lerp(sent, weight)
+    return merged if merged.isfinite().all() else held.double().lerp(sent.double(), weight).float()
+
+
 class Ended(Exception):
     """The server ended the call."""
 
@@ -101,7 +107,7 @@ class World:
         for gradient in counted:
             params -= gradient.parameters.float()
             if gradient.layout.with_buffers:
-                floats.lerp_(gradient.float_buffers, weight)
+                floats = mean(floats, gradient.float_buffers, weight)
                 ints = torch.maximum(ints, gradient.int_buffers)
         return [params, floats, ints]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import fuzz_checkpoint, fuzz_exchange, fuzz_framing, fuzz_journal
+from fuzz import corpus, fuzz_checkpoint, fuzz_exchange, fuzz_framing, fuzz_journal
 from fuzz.fuzz_exchange import World
 from fuzz.fuzz_framing import message
 from ormo_protos.framing import Framing
@@ -65,6 +65,28 @@ def test_scripts_reach_each_way_in_which_an_exchange_can_end(world: World) -> No
 def test_exchanges_are_checked_on_variations_of_their_scripts(world: World) -> None:
     endings = {fuzz_exchange.check(fuzzed, world) for fuzzed in variations(list(fuzz_exchange.seeds()), 500)}
     assert len(endings) > 10
+
+
+# What was found once.
+
+KEPT = {
+    "fuzz_framing": fuzz_framing.check,
+    "fuzz_exchange": fuzz_exchange.check,
+    "fuzz_journal": fuzz_journal.check,
+    "fuzz_checkpoint": fuzz_checkpoint.check,
+}
+
+
+@pytest.mark.parametrize(("target", "name"), [(target, name) for target in KEPT for name in corpus.found(target)])
+def test_what_was_found_once_is_not_found_again(world: World, target: str, name: str) -> None:
+    given = (world,) if target == "fuzz_exchange" else ()
+    KEPT[target](corpus.found(target)[name], *given)
+
+
+def test_what_is_kept_belongs_to_a_target_and_is_small() -> None:
+    kept = list(corpus.FOLDER.rglob("*"))
+    assert {path.name for path in kept if path.is_dir()} <= set(KEPT)
+    assert sum(path.stat().st_size for path in kept if path.is_file()) < 100_000
 
 
 # The targets find what they look for.
