@@ -12,7 +12,7 @@ import grpc
 
 from chaos.network import losing
 from chaos.proxy import Way
-from chaos.stage import Stage
+from chaos.stage import Broken, Stage
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 
@@ -45,7 +45,29 @@ def drain_server(stage: Stage, dice: random.Random, lease: float) -> None:
     """SIGTERM, as in an upgrade."""
     with _while_down(stage):
         code = stage.end_server(signal.SIGTERM)
-        assert code == 0, f"a drain ended with {code}"
+        if code:
+            raise Broken(f"a drain ended with {code}: see the server's log")
+        stage.start_server()
+
+
+def kill_starting_server(stage: Stage, dice: random.Random, lease: float) -> None:
+    """SIGKILL while it loads, restores, or does again what the journal says; once or a few times."""
+    with _while_down(stage):
+        stage.end_server(signal.SIGKILL)
+        for _ in range(dice.randrange(1, 4)):
+            stage.begin_server()
+            time.sleep(dice.uniform(0.0, stage.start_seconds))
+            stage.end_server(signal.SIGKILL)
+        stage.start_server()
+
+
+def kill_draining_server(stage: Stage, dice: random.Random, lease: float) -> None:
+    """SIGTERM, and SIGKILL before it has drained."""
+    assert stage.server is not None
+    with _while_down(stage):
+        os.kill(stage.server.pid, signal.SIGTERM)
+        time.sleep(dice.uniform(0.0, 0.2))
+        stage.end_server(signal.SIGKILL)
         stage.start_server()
 
 
@@ -59,16 +81,15 @@ def stop_server(stage: Stage, dice: random.Random, lease: float) -> None:
 def kill_worker(stage: Stage, dice: random.Random, lease: float) -> None:
     """SIGKILL; a new process takes its place."""
     column = dice.choice(list(stage.workers))
-    worker = stage.workers[column]
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(30)
+    stage.end_worker(column, signal.SIGKILL)
     time.sleep(dice.choice([0.0, 0.5 * lease]))
     stage.start_worker(column)
 
 
 def stop_worker(stage: Stage, dice: random.Random, lease: float) -> None:
     """SIGSTOP, for shorter or longer than its lease."""
-    with _while_down(stage), _stopped(dice.choice(list(stage.workers.values())).pid):
+    column, worker = dice.choice(list(stage.workers.items()))
+    with _while_down(stage, f"w{column}"), _stopped(worker.pid):
         time.sleep(dice.uniform(0.2, 2.0 * lease))
 
 
@@ -142,6 +163,8 @@ def jump_clock(stage: Stage, dice: random.Random, lease: float) -> None:
 FAULTS: dict[str, Fault] = {
     "SIGKILL of the server": kill_server,
     "SIGTERM of the server": drain_server,
+    "SIGKILL at the start": kill_starting_server,
+    "SIGTERM, then SIGKILL": kill_draining_server,
     "SIGSTOP of the server": stop_server,
     "SIGKILL of a worker": kill_worker,
     "SIGSTOP of a worker": stop_worker,
@@ -155,20 +178,20 @@ FAULTS: dict[str, Fault] = {
     "slow reader": slow_reader,
     "jump of the wall clock": jump_clock,
 }
-KILLS = ("SIGKILL of the server", "full disk, then SIGKILL")
+KILLS = ("SIGKILL of the server", "SIGKILL at the start", "SIGTERM, then SIGKILL", "full disk, then SIGKILL")
 # What can go wrong while something else does: these leave the server's process alone, the others the disk and network.
 LASTING = ("packet loss", "one-way partition", "slow disk", "slow reader", "SIGSTOP of a worker")
 SUDDEN = ("SIGKILL of the server", "SIGTERM of the server", "SIGSTOP of the server", "connections reset")
 
 
 @contextlib.contextmanager
-def _while_down(stage: Stage) -> Iterator[None]:
-    """Workers may be silent meanwhile."""
+def _while_down(stage: Stage, worker: str | None = None) -> Iterator[None]:
+    """Workers may be silent meanwhile, or this one."""
     began = time.monotonic()
     try:
         yield
     finally:
-        stage.trouble.append((began, time.monotonic()))
+        stage.trouble.append((began, time.monotonic(), worker))
 
 
 @contextlib.contextmanager

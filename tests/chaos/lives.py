@@ -1,0 +1,119 @@
+"""What the server's files say, read, and whether they say the same."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chaos.evidence import Applied, Evidence
+from ormo_server.core import snapshot
+from ormo_server.core.inputs import Pushed
+from ormo_server.core.snapshot import Snapshot
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Reading, replay
+from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
+from ormo_server.store import StoreError
+from ormo_server.store.checkpoint import Checkpoint, read_files
+from ormo_server.trace.rows import TracedSettings
+
+
+def read_lives(evidence: Evidence, archive: Path, *, journal: bool) -> None:
+    """What the server's files say, and whether they say the same."""
+    applied: list[Applied] = []
+    before: StateMachine | None = None
+    for life in sorted(archive.iterdir()):
+        checkpoints = _checkpoints(life)
+        if not checkpoints:
+            continue
+        first = checkpoints[0].snapshot
+        epoch = first.fields["epoch"]
+        if epoch in evidence.starts:
+            continue  # it died before it had written anything of its own
+        evidence.starts[epoch] = first.fields["iteration"]
+        if before is not None:
+            run = _run(checkpoints[0])
+            expected = snapshot.take(snapshot.restore(run, snapshot.take(before), epoch=epoch, keep_tickets=True))
+            _compare(evidence, f"the start of {life.name}", expected, first)
+        if journal:
+            before = _follow(evidence, life, checkpoints, applied)
+        evidence.end = checkpoints[-1].snapshot.fields["iteration"]
+        evidence.parameters = checkpoints[-1].snapshot.tensors["params"].tolist()
+    if journal:
+        evidence.applied = applied
+
+
+def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], applied: list[Applied]) -> StateMachine:
+    """Do again what came after each checkpoint, up to the next; returns the state at the end of this life."""
+    for at, checkpoint in enumerate(checkpoints):
+        following = checkpoints[at + 1] if at + 1 < len(checkpoints) else None
+        machine = snapshot.resume(_run(checkpoint), _copied(checkpoint.snapshot))
+        where = f"{life.name}, after iteration {checkpoint.snapshot.fields['iteration']}"
+        if following is not None and following.journal_log == checkpoint.journal_log:
+            continue
+        with tempfile.TemporaryDirectory(dir=life) as folder:
+            assert checkpoint.journal_log is not None
+            _link(life / "journal", Path(folder), checkpoint.journal_log, following.journal_log if following else None)
+            reading = Reading(Path(folder), checkpoint.journal_log, checkpoint.manifest)
+            try:
+                replay(machine, _noted(reading, machine, applied), checkpoint.clock_seconds)
+            except StoreError as error:
+                evidence.differences.append(f"{where}: {error}")
+        if reading.lost or (reading.torn and following is not None):
+            evidence.differences.append(f"{where}: the journal is not whole: {reading.lost or 'torn'}")
+        if following is not None:
+            _compare(evidence, where, snapshot.take(machine), following.snapshot)
+    return machine
+
+
+def _noted(reading: Reading, machine: StateMachine, applied: list[Applied]) -> Iterator[tuple[Record, Any]]:
+    for record, payload in reading:
+        if record.input is not None:
+            taken = record.input.input(machine.state.epoch)
+            if isinstance(taken, Pushed):
+                name = (taken.requester.worker, taken.samples)
+                applied.append(Applied(name, taken.ticket.key, taken.result.iteration, taken.result.discarded))
+        yield record, payload
+
+
+def _link(journal: Path, folder: Path, first: int, end: int | None) -> None:
+    logs = {number: path for number, path in numbered(journal, LOG_NAME).items() if number >= first}
+    for number, path in logs.items():
+        if end is None or number < end:
+            os.link(path, folder / path.name)
+    for path in numbered(journal, GRADIENTS_NAME).values():
+        os.link(path, folder / path.name)
+
+
+def _checkpoints(life: Path) -> list[Checkpoint]:
+    """Those that this life wrote, in order: their epoch is that of the last one."""
+    found = []
+    for path in sorted(life.glob("checkpoint-*")):
+        try:
+            found.append(read_files(path))
+        except StoreError:  # its links were not complete when it went, or the server
+            continue
+    newest = found[-1].snapshot.fields["epoch"] if found else 0
+    return [checkpoint for checkpoint in found if checkpoint.snapshot.fields["epoch"] == newest]
+
+
+def _run(checkpoint: Checkpoint) -> Any:
+    known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
+    return TracedSettings(**known).run()
+
+
+def _copied(taken: Snapshot) -> Snapshot:
+    return Snapshot({name: tensor.clone() for name, tensor in taken.tensors.items()}, taken.fields)
+
+
+def _compare(evidence: Evidence, where: str, expected: Snapshot, found: Snapshot) -> None:
+    fields = [json.loads(json.dumps(taken.fields)) for taken in (expected, found)]
+    names = [name for name in fields[0] if fields[0][name] != fields[1].get(name)]
+    names += [
+        name
+        for name, tensor in expected.tensors.items()
+        if name not in found.tensors or tensor.numpy().tobytes() != found.tensors[name].numpy().tobytes()
+    ]
+    if names or set(expected.tensors) != set(found.tensors):
+        evidence.differences.append(f"{where}: {', '.join(names)} differ from what the journal leads to")
