@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chaos.checker import violations
+from chaos.closed_form import RULES, deviations
 from chaos.diaries import read_diaries
 from chaos.evidence import Evidence
 from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
@@ -18,6 +19,7 @@ from chaos.lives import read_lives
 from chaos.network import enter_own
 from chaos.report import report, say
 from chaos.stage import Broken, Load, Stage
+from ormo_server.core.method import PRESETS
 
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
@@ -47,6 +49,7 @@ def main() -> None:
         plain_sgd=options.method == "asgd",
         long=options.seconds > _ALL_MEASURED_SECONDS,
     )
+    found += _closed_form(options, folder / "archive")
     report(options, evidence, Counter(done), folder)
     for violation in found[:20]:
         say(f"VIOLATION: {violation}")
@@ -54,6 +57,14 @@ def main() -> None:
     if not found and options.into is None:
         shutil.rmtree(folder)
     raise SystemExit(1 if found else 0)
+
+
+def _closed_form(options: argparse.Namespace, archive: Path) -> list[str]:
+    rule = PRESETS[options.method].rule
+    if not options.journal or rule not in RULES:
+        say(f"left out: the closed form ({f'rule {rule} has none' if options.journal else 'no lines of a journal'})")
+        return []
+    return deviations(archive, options.workers)
 
 
 def _acted(options: argparse.Namespace, dice: random.Random, folder: Path, done: list[str]) -> list[str]:

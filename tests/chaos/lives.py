@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from chaos.evidence import Applied, Evidence
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Pushed
@@ -15,33 +17,46 @@ from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
 from ormo_server.store import StoreError
-from ormo_server.store.checkpoint import Checkpoint, read_files
+from ormo_server.store.checkpoint import DOCUMENT_FILE, MODEL_FILE, STATE_FILE, Checkpoint, read_files
+from ormo_server.store.files import SUMS_FILE
 from ormo_server.trace.rows import TracedSettings
+
+_FILES = (DOCUMENT_FILE, MODEL_FILE, STATE_FILE, SUMS_FILE)
 
 
 def read_lives(evidence: Evidence, archive: Path, *, journal: bool) -> None:
     """What the server's files say, and whether they say the same."""
     applied: list[Applied] = []
-    before: StateMachine | None = None
+    before: Snapshot | None = None
+    drained = False
     for life in sorted(archive.iterdir()):
-        checkpoints = _checkpoints(life)
+        checkpoints = _checkpoints(evidence, life)
         if not checkpoints:
             continue
-        first = checkpoints[0].snapshot
-        epoch = first.fields["epoch"]
+        first, last = checkpoints[0], checkpoints[-1]
+        epoch = first.snapshot.fields["epoch"]
         if epoch in evidence.starts:
             continue  # it died before it had written anything of its own
-        evidence.starts[epoch] = first.fields["iteration"]
+        evidence.starts[epoch] = first.snapshot.fields["iteration"]
         if before is not None:
-            run = _run(checkpoints[0])
-            expected = snapshot.take(snapshot.restore(run, snapshot.take(before), epoch=epoch, keep_tickets=True))
-            _compare(evidence, f"the start of {life.name}", expected, first)
+            _compare_start(evidence, life, before, first, keep_tickets=journal or drained)
+        before, drained = last.snapshot, last.drained
         if journal:
-            before = _follow(evidence, life, checkpoints, applied)
-        evidence.end = checkpoints[-1].snapshot.fields["iteration"]
-        evidence.parameters = checkpoints[-1].snapshot.tensors["params"].tolist()
+            before = snapshot.take(_follow(evidence, life, checkpoints, applied))
+        evidence.end = last.snapshot.fields["iteration"]
+        evidence.parameters = last.snapshot.tensors["params"].tolist()
     if journal:
         evidence.applied = applied
+
+
+def _compare_start(evidence: Evidence, life: Path, before: Snapshot, first: Checkpoint, *, keep_tickets: bool) -> None:
+    """A life goes on from the end of the one before: all that its journal says, else its newest checkpoint."""
+    begun, ended = first.snapshot.fields["iteration"], before.fields["iteration"]
+    if begun != ended:
+        evidence.differences.append(f"{life.name} began at iteration {begun}, and {ended} was on the disk")
+    epoch = first.snapshot.fields["epoch"]
+    machine = snapshot.restore(_run(first), _copied(before), epoch=epoch, keep_tickets=keep_tickets)
+    _compare(evidence, f"the start of {life.name}", snapshot.take(machine), first.snapshot)
 
 
 def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], applied: list[Applied]) -> StateMachine:
@@ -86,16 +101,27 @@ def _link(journal: Path, folder: Path, first: int, end: int | None) -> None:
         os.link(path, folder / path.name)
 
 
-def _checkpoints(life: Path) -> list[Checkpoint]:
+def _checkpoints(evidence: Evidence, life: Path) -> list[Checkpoint]:
     """Those that this life wrote, in order: their epoch is that of the last one."""
     found = []
-    for path in sorted(life.glob("checkpoint-*")):
+    paths = sorted(life.glob("checkpoint-*"))
+    for path in paths:
         try:
             found.append(read_files(path))
-        except StoreError:  # its links were not complete when it went, or the server
+        except StoreError as error:
+            # Of one that the server was removing there may be links to some of its files only; never of the newest.
+            if path == paths[-1] or all((path / name).exists() for name in _FILES):
+                evidence.differences.append(f"{life.name}: {error}")
             continue
+        if _weight(path) != found[-1].snapshot.tensors["params"].numpy().tobytes():
+            evidence.differences.append(f"{life.name}: the model of {path.name} is not that of its state")
     newest = found[-1].snapshot.fields["epoch"] if found else 0
     return [checkpoint for checkpoint in found if checkpoint.snapshot.fields["epoch"] == newest]
+
+
+def _weight(checkpoint: Path) -> bytes:
+    """The model as people load it."""
+    return bytes(load_file(checkpoint / MODEL_FILE)["weight"].numpy().tobytes())
 
 
 def _run(checkpoint: Checkpoint) -> Any:
