@@ -6,17 +6,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chaos.checker import violations
 from chaos.closed_form import RULES, deviations
 from chaos.diaries import read_diaries
+from chaos.disk import Disk
 from chaos.evidence import Evidence
 from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
 from chaos.lives import read_lives
-from chaos.network import enter_own
+from chaos.network import enter_own, prepare
 from chaos.report import report, say
 from chaos.stage import Broken, Load, Stage
 from ormo_server.core.method import PRESETS
@@ -24,24 +24,29 @@ from ormo_server.core.method import PRESETS
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
 _ALL_MEASURED_SECONDS = 60.0  # a shorter run may have no process that lives for long enough
+_WINDOWS_BYTES = 4 << 20  # what is under way to a reader who does not read: a chunk, and a window
 _OVERLAPPING = 0.25  # share of the faults in the midst of which there is another
 
 
 def main() -> None:
     """Run, check, and say what was found."""
     options = _options()
-    options.lossy = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
+    own = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
+    options.faults = _possible(options, lossy=own and prepare())
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     say(f"seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="ormo-chaos-", dir=options.into))
-    done: list[str] = []
+    disk = Disk(folder, mounting=own)
+    say(f"the disk is {'a real one, in memory' if disk.is_real else 'a layer: only the journal finds it full'}")
+    done: list[tuple[str, bool]] = []
     try:
-        found = _acted(options, random.Random(seed), folder, done)
+        found = _acted(options, random.Random(seed), folder, disk, done)
     except Broken as broken:
+        disk.rescue(folder / "rescued")
         raise SystemExit(f"VIOLATION: {broken}; what there is of the evidence is in {folder}") from None
     evidence = Evidence()
     read_diaries(evidence, folder)
-    read_lives(evidence, folder / "archive", journal=options.journal)
+    read_lives(evidence, disk.path / "archive", journal=options.journal)
     found += violations(
         evidence,
         workers=options.workers,
@@ -49,12 +54,17 @@ def main() -> None:
         plain_sgd=options.method == "asgd",
         long=options.seconds > _ALL_MEASURED_SECONDS,
     )
-    found += _closed_form(options, folder / "archive")
-    report(options, evidence, Counter(done), folder)
+    found += _closed_form(options, disk.path / "archive")
+    report(options, evidence, done, folder)
+    if disk.is_real:
+        say(f"the disk held {disk.used_bytes / 1e6:.0f} MB at the end")
     for violation in found[:20]:
         say(f"VIOLATION: {violation}")
     say(f"{len(found)} violations; the evidence is in {folder}" if found else "0 violations")
-    if not found and options.into is None:
+    if found or options.into is not None:
+        disk.rescue(folder / "rescued")
+    else:
+        disk.remove()
         shutil.rmtree(folder)
     raise SystemExit(1 if found else 0)
 
@@ -67,11 +77,13 @@ def _closed_form(options: argparse.Namespace, archive: Path) -> list[str]:
     return deviations(archive, options.workers)
 
 
-def _acted(options: argparse.Namespace, dice: random.Random, folder: Path, done: list[str]) -> list[str]:
+def _acted(
+    options: argparse.Namespace, dice: random.Random, folder: Path, disk: Disk, done: list[tuple[str, bool]]
+) -> list[str]:
     """Let it all happen, and note in `done` what did; returns what was wrong at the end."""
     load = Load(options.workers, options.elements, options.pause, _LEASE_SECONDS)
-    stage = Stage(folder, _flags(options), load, clock_environment(folder))
-    names = _possible(options)
+    stage = Stage(folder, disk, _flags(options), load, clock_environment(folder))
+    names = options.faults
     unseen = dice.sample(names, len(names))  # each kind comes once before any comes twice
     try:
         stage.start_server()
@@ -79,11 +91,13 @@ def _acted(options: argparse.Namespace, dice: random.Random, folder: Path, done:
             stage.start_worker(column)
         stage.until_answered(10, "at the start", each=1)
         deadline = time.monotonic() + options.seconds
-        while time.monotonic() < deadline and sum(done.count(kill) for kill in KILLS) < options.kills:
+        while time.monotonic() < deadline and sum(name in KILLS for name, _ in done) < options.kills:
+            if not disk.has_room:
+                say("the disk is used up: the run ends early")
+                break
             time.sleep(dice.uniform(0.05, 1.0))
             now = [unseen.pop()] if unseen else _chosen(names, dice)
-            _happen(now, stage, dice)
-            done += now
+            done += _happen(now, stage, dice)
             stage.until_answered(10, f"after {' during '.join(now)}")
         return stage.finish()
     finally:
@@ -96,10 +110,12 @@ def _flags(options: argparse.Namespace) -> list[str]:
     return flags + (["--journal", "--journal-fsync", options.fsync] if options.journal else [])
 
 
-def _possible(options: argparse.Namespace) -> list[str]:
+def _possible(options: argparse.Namespace, *, lossy: bool) -> list[str]:
     missing = {} if CLOCK_LIBRARY is not None else {"jump of the wall clock": "libfaketime is not installed"}
-    if not options.lossy:
+    if not lossy:
         missing["packet loss"] = "no network namespace with nft is permitted here"
+    if 4 * options.elements <= _WINDOWS_BYTES:
+        missing["slow reader"] = "the model would be sent whole: --elements 1500000 is enough"
     wanted = options.faults or list(FAULTS)
     for name in wanted:
         if name in missing:
@@ -115,7 +131,8 @@ def _chosen(names: list[str], dice: random.Random) -> list[str]:
     return [dice.choice(names)]
 
 
-def _happen(names: list[str], stage: Stage, dice: random.Random) -> None:
+def _happen(names: list[str], stage: Stage, dice: random.Random) -> list[tuple[str, bool]]:
+    """Returns whether each took effect."""
     first, *meanwhile = names
     with ThreadPoolExecutor(1) as pool:
         running = [
@@ -124,9 +141,8 @@ def _happen(names: list[str], stage: Stage, dice: random.Random) -> None:
         ]
         if meanwhile:
             time.sleep(dice.uniform(0.0, 0.5))
-        FAULTS[first](stage, dice, _LEASE_SECONDS)
-        for each in running:
-            each.result()
+        effects = [FAULTS[first](stage, dice, _LEASE_SECONDS), *(each.result() for each in running)]
+    return list(zip(names, effects, strict=True))
 
 
 def _options() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from chaos.evidence import Evidence
-from chaos.faults import FAULTS, KILLS
+from chaos.faults import KILLS
 from chaos.memory import SERVER, Life, server_ends, unmeasured
 
 
@@ -19,10 +19,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def report(options: argparse.Namespace, evidence: Evidence, faults: Counter[str], folder: Path) -> None:
+def report(options: argparse.Namespace, evidence: Evidence, done: list[tuple[str, bool]], folder: Path) -> None:
     """Say what happened."""
     load = f"{options.workers} workers, {options.elements} elements"
     say(f"method {options.method}, {load}, journal {_journal(options)}")
+    faults, idle = Counter(name for name, _ in done), Counter(name for name, effect in done if not effect)
     say("faults: " + ", ".join(f"{count} × {name}" for name, count in faults.most_common()))
     say(f"kills of the server: {sum(faults[kill] for kill in KILLS)}; lives: {len(evidence.starts)}")
     counted = len(evidence.applied) if evidence.applied is not None else evidence.end
@@ -35,7 +36,9 @@ def report(options: argparse.Namespace, evidence: Evidence, faults: Counter[str]
             f"{statistics.median(recovered):.2f}, 90 % {recovered[int(0.9 * len(recovered))]:.2f}, "
             f"most {recovered[-1]:.2f} ({len(recovered)} starts)"
         )
-    never = [name for name in options.faults or FAULTS if not faults[name]]
+    never = [name for name in options.faults if not faults[name]]
+    if idle:
+        say("without effect: " + ", ".join(f"{count} × {name}" for name, count in idle.most_common()))
     if never:
         say(f"never came: {', '.join(never)}")
     _say_memory(evidence.memory)

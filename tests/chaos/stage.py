@@ -9,10 +9,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from chaos.archive import Archive
 from chaos.diaries import Process, Trouble
+from chaos.disk import Disk
 from chaos.memory import SERVER, Sampler
 from chaos.proxy import Proxy
 
@@ -48,7 +48,8 @@ class Stage:
     """Starts, stops and kills; ends all that it started, by id.
 
     Args:
-        folder: for everything.
+        folder: for everything but what the server writes.
+        disk: for that.
         flags: of the server, besides those that the stage needs.
         load: what workers do.
         environment: of the server.
@@ -63,16 +64,17 @@ class Stage:
     def __init__(
         self,
         folder: Path,
+        disk: Disk,
         flags: list[str],
         load: Load,
         environment: dict[str, str],
     ) -> None:
         self.folder = folder
         self.load = load
-        self.run = folder / "run"
-        self.disk = folder / "disk.json"
+        self.disk = disk
+        self.run = disk.path / "run"
         self.proxy = Proxy()
-        self.archive = Archive(self.run, folder / "archive")
+        self.archive = Archive(self.run, disk.path / "archive")
         self.memory = Sampler()
         self.server: subprocess.Popen[str] | None = None
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
@@ -108,7 +110,15 @@ class Stage:
         given = ["--listen", self.address, "--metrics-listen", "", "--directory", self.run, *self._flags]
         with (self.folder / "server.log").open("ab") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-m", "chaos.faulty_server", str(self.disk), str(life), "serve", *map(str, given)],
+                [
+                    sys.executable,
+                    "-m",
+                    "chaos.faulty_server",
+                    str(self.disk.control),
+                    str(life),
+                    "serve",
+                    *map(str, given),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -128,12 +138,6 @@ class Stage:
         assert self.server.stdout is not None
         self.server.stdout.close()
         return code
-
-    def set_disk(self, **state: Any) -> None:
-        """Make the disk slow or full; nothing for a sound one."""
-        aside = self.disk.with_suffix(".new")
-        aside.write_text(json.dumps(state))
-        aside.replace(self.disk)
 
     # Workers
 
