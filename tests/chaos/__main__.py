@@ -24,7 +24,7 @@ from ormo_server.core.method import PRESETS
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
 _ALL_MEASURED_SECONDS = 60.0  # a shorter run may have no process that lives for long enough
-_WINDOWS_BYTES = 4 << 20  # what is under way to a reader who does not read: a chunk, and a window
+_WINDOWS_BYTES = 1 << 18  # 131 kB were under way to a reader who does not read
 _OVERLAPPING = 0.25  # share of the faults in the midst of which there is another
 
 
@@ -115,7 +115,7 @@ def _possible(options: argparse.Namespace, *, lossy: bool) -> list[str]:
     if not lossy:
         missing["packet loss"] = "no network namespace with nft is permitted here"
     if 4 * options.elements <= _WINDOWS_BYTES:
-        missing["slow reader"] = "the model would be sent whole: --elements 1500000 is enough"
+        missing["slow reader"] = "the model would be sent whole: --elements 80000 is enough"
     wanted = options.faults or list(FAULTS)
     for name in wanted:
         if name in missing:
@@ -153,7 +153,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, help="by default all")
     parser.add_argument("--method", default="asgd", help="with asgd the parameters themselves count the gradients")
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--elements", type=int, default=1000, help="of the model")
+    parser.add_argument(
+        "--elements", type=int, default=80_000, help="of the model; above 524,288 a gradient has several chunks"
+    )
     parser.add_argument("--pause", type=float, default=0.005, help="seconds of a worker between gradients")
     parser.add_argument("--checkpoint-seconds", type=float, default=0.7)
     parser.add_argument("--fsync", choices=["always", "interval", "off"], default="always")

@@ -34,7 +34,7 @@ def read_diaries(evidence: Evidence, folder: Path) -> None:
     """Read all of a run."""
     noted = json.loads((folder / "stage.json").read_text())
     processes = [Process(**row) for row in noted["processes"]]
-    answered: dict[str, float] = {}  # since when, by process
+    answered: list[tuple[float, str]] = []  # when, and which process
     for worker in sorted({process.name for process in processes}):
         lines = list(_whole_lines(folder / f"{worker}.diary"))
         _note_gradients(evidence, worker, lines)
@@ -42,12 +42,16 @@ def read_diaries(evidence: Evidence, folder: Path) -> None:
         for process in processes:
             if process.name == worker:
                 evidence.silences += _silences(process, lines, trouble)
-        for line in lines:
-            if "acked" in line:
-                answered.setdefault(life_name(worker, line["pid"]), line["at"])
-    for who, samples in noted["memory"].items():
-        since = answered.get(who, float("inf")) if who.startswith("w") else 0.0
-        evidence.memory.append(Life(who, [(at, size) for at, size in samples if at >= since]))
+        answered += [(line["at"], life_name(worker, line["pid"])) for line in lines if "acked" in line]
+    evidence.memory = [_settled(Life(who, samples), answered) for who, samples in noted["memory"].items()]
+
+
+def _settled(life: Life, answered: list[tuple[float, str]]) -> Life:
+    """From the first answer on that it got, or gave: before that it loads what it needs, and has no model maybe."""
+    begin = life.samples[0][0]
+    of_it = (at for at, who in answered if at >= begin and (life.is_server or who == life.who))
+    since = min(of_it, default=float("inf"))
+    return Life(life.who, [(at, size) for at, size in life.samples if at >= since])
 
 
 def _note_gradients(evidence: Evidence, worker: str, lines: list[dict[str, Any]]) -> None:

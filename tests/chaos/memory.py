@@ -29,6 +29,11 @@ class Life:
     samples: list[Sample] = field(default_factory=list)
 
     @property
+    def is_server(self) -> bool:
+        """Whether it was one of the server's lives."""
+        return self.who.startswith(f"{SERVER},")
+
+    @property
     def is_long(self) -> bool:
         """Whether its growth can be told from its start."""
         return len(self.samples) >= 8 and self.samples[-1][0] - self.samples[0][0] >= LEAST_SECONDS
@@ -57,7 +62,7 @@ def grown(lives: list[Life]) -> list[str]:
 
 def unmeasured(lives: list[Life]) -> list[str]:
     """Whose growth can't be told."""
-    known = {life.who.split(",")[0] == SERVER for life in lives if life.is_long}
+    known = {life.is_server for life in lives if life.is_long}
     if len(server_ends(lives)) >= _LEAST_LIVES:
         known.add(True)
     return [name for name, is_server in ((SERVER, True), ("the workers", False)) if is_server not in known]
@@ -65,7 +70,7 @@ def unmeasured(lives: list[Life]) -> list[str]:
 
 def server_ends(lives: list[Life]) -> list[int]:
     """Bytes at the end of each life of the server that was long enough."""
-    mine = [life.samples for life in lives if life.who.split(",")[0] == SERVER]
+    mine = [life.samples for life in lives if life.is_server]
     return [samples[-1][1] for samples in mine if samples and samples[-1][0] - samples[0][0] > 1.0]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chaos.evidence import Evidence
 from chaos.faults import KILLS
-from chaos.memory import SERVER, Life, server_ends, unmeasured
+from chaos.memory import Life, server_ends, unmeasured
 
 
 def say(line: str) -> None:
@@ -49,7 +49,7 @@ def _say_memory(lives: list[Life]) -> None:
     if memory:
         say(f"server's memory at its ends: {memory[0]:.0f} MB first, {memory[-1]:.0f} last, {max(memory):.0f} most")
     long = [life for life in lives if life.is_long]
-    servers = sum(life.who.startswith(SERVER) for life in long)
+    servers = sum(life.is_server for life in long)
     say(f"lives that were long enough to see memory grow: {servers} of the server, {len(long) - servers} of workers")
     for whom in unmeasured(lives):
         say(f"nothing could be measured of the memory of {whom}")
