@@ -142,4 +142,4 @@ def _compare(evidence: Evidence, where: str, expected: Snapshot, found: Snapshot
         if name not in found.tensors or tensor.numpy().tobytes() != found.tensors[name].numpy().tobytes()
     ]
     if names or set(expected.tensors) != set(found.tensors):
-        evidence.differences.append(f"{where}: {', '.join(names)} differ from what the journal leads to")
+        evidence.differences.append(f"{where}: {', '.join(names)} differ from what the files before it lead to")

@@ -143,12 +143,12 @@ def damage_a_file(archive: Path) -> None:
 
 PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a line dropped": (drop_a_line, "can't be done again as it was"),
-    "the end of a log dropped": (drop_the_last_lines, "differ from what the journal leads to"),
+    "the end of a log dropped": (drop_the_last_lines, "differ from what the files before it lead to"),
     "a line doubled": (double_a_line, "can't be done again as it was"),
     # A replay takes the bucket from the ticket that it has itself, and sees nothing.
     "another bucket": (file_elsewhere, "and the closed form of the journal's lines"),
     "a log removed": (remove_a_log, "the journal is not whole"),
-    "the state flipped": (flip_the_state, "rule.momentum differ from what the journal leads to"),
+    "the state flipped": (flip_the_state, "rule.momentum differ from what the files before it lead to"),
     "the model flipped": (flip_the_model, "is not that of its state"),
     "a checkpoint damaged": (damage_a_file, "has the SHA-256"),
 }
