@@ -173,6 +173,12 @@ class Stage:
     def finish(self) -> list[str]:
         """End all as one does after a training; returns a sentence for each that does not end as it should."""
         wrong = []
+        try:
+            self.until_answered(0, "at the end", each=1)
+        except Broken as broken:
+            if self.server is None or self.server.poll() is not None:
+                raise
+            wrong.append(str(broken))
         for column, worker in self.workers.items():
             code = worker.poll() if worker.poll() is not None else self.end_worker(column, signal.SIGTERM)
             if code is None:
@@ -204,7 +210,8 @@ class Stage:
                 return
             self._check_all_live(what)
             if time.monotonic() > deadline:
-                raise Broken(f"no answers within {_START_SECONDS:g} s {what}")
+                fewest = min(self.workers, key=lambda column: self.answers(column) - before[column])
+                raise Broken(f"no answers within {_START_SECONDS:g} s {what}, fewest to worker w{fewest}")
             time.sleep(0.05)
 
     def _check_all_live(self, what: str) -> None:
