@@ -1,89 +1,125 @@
 """The command line: `make chaos`."""
 
 import argparse
-import bisect
-import json
 import random
-import signal
-import statistics
+import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chaos.checker import violations
-from chaos.evidence import Evidence, merged, read_diaries, read_lives
+from chaos.closed_form import RULES, deviations
+from chaos.diaries import read_diaries
+from chaos.disk import Disk
+from chaos.evidence import Evidence
 from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
-from chaos.network import enter_own
-from chaos.stage import Load, Stage
+from chaos.lives import read_lives
+from chaos.network import enter_own, prepare
+from chaos.report import report, say
+from chaos.stage import Broken, Load, Stage
+from ormo_server.core.method import PRESETS
 
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
+_ALL_MEASURED_SECONDS = 60.0  # a shorter run may have no process that lives for long enough
+_WINDOWS_BYTES = 1 << 18  # 131 kB were under way to a reader who does not read
 _OVERLAPPING = 0.25  # share of the faults in the midst of which there is another
 
 
 def main() -> None:
     """Run, check, and say what was found."""
     options = _options()
-    options.lossy = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
+    own = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
+    options.faults = _possible(options, lossy=own and prepare())
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
-    _say(f"seed {seed}")
+    say(f"seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="ormo-chaos-", dir=options.into))
-    faults = Counter(_acted(options, random.Random(seed), folder))
-    evidence = _evidence(folder, journal=options.journal)
-    found = violations(
+    disk = Disk(folder, mounting=own)
+    say(f"the disk is {'a real one, in memory' if disk.is_real else 'a layer: only the journal finds it full'}")
+    done: list[tuple[str, bool]] = []
+    try:
+        found = _acted(options, random.Random(seed), folder, disk, done)
+    except Broken as broken:
+        disk.rescue(folder / "rescued")
+        raise SystemExit(f"VIOLATION: {broken}; what there is of the evidence is in {folder}") from None
+    evidence = Evidence()
+    read_diaries(evidence, folder)
+    read_lives(evidence, disk.path / "archive", journal=options.journal)
+    found += violations(
         evidence,
         workers=options.workers,
         bound_seconds=_LEASE_SECONDS + _MARGIN_SECONDS,
         plain_sgd=options.method == "asgd",
+        long=options.seconds > _ALL_MEASURED_SECONDS,
     )
-    _report(options, evidence, faults, folder)
+    found += _closed_form(options, disk.path / "archive")
+    report(options, evidence, done, folder)
+    if disk.is_real:
+        say(f"the disk held {disk.used_bytes / 1e6:.0f} MB at the end")
     for violation in found[:20]:
-        _say(f"VIOLATION: {violation}")
-    _say(f"{len(found)} violations; the evidence is in {folder}" if found else "0 violations")
+        say(f"VIOLATION: {violation}")
+    say(f"{len(found)} violations; the evidence is in {folder}" if found else "0 violations")
+    if found or options.into is not None:
+        disk.rescue(folder / "rescued")
+    else:
+        disk.remove()
+        shutil.rmtree(folder)
     raise SystemExit(1 if found else 0)
 
 
-def _acted(options: argparse.Namespace, dice: random.Random, folder: Path) -> list[str]:
-    done: list[str] = []
-    flags = ["--method", options.method, "--learning-rate", "1", "--failure-timeout", str(_LEASE_SECONDS)]
-    flags += ["--checkpoint-seconds", str(options.checkpoint_seconds), "--max-workers", str(2 * options.workers)]
-    if options.journal:
-        flags += ["--journal", "--journal-fsync", options.fsync]
+def _closed_form(options: argparse.Namespace, archive: Path) -> list[str]:
+    rule = PRESETS[options.method].rule
+    if not options.journal or rule not in RULES:
+        say(f"left out: the closed form ({f'rule {rule} has none' if options.journal else 'no lines of a journal'})")
+        return []
+    return deviations(archive, options.workers)
+
+
+def _acted(
+    options: argparse.Namespace, dice: random.Random, folder: Path, disk: Disk, done: list[tuple[str, bool]]
+) -> list[str]:
+    """Let it all happen, and note in `done` what did; returns what was wrong at the end."""
     load = Load(options.workers, options.elements, options.pause, _LEASE_SECONDS)
-    stage = Stage(folder, flags, load, clock_environment(folder))
-    names = _possible(options)
+    stage = Stage(folder, disk, _flags(options), load, clock_environment(folder))
+    names = options.faults
+    unseen = dice.sample(names, len(names))  # each kind comes once before any comes twice
     try:
         stage.start_server()
         for column in range(options.workers):
             stage.start_worker(column)
-        stage.until_answered(10, "at the start")
+        stage.until_answered(10, "at the start", each=1)
         deadline = time.monotonic() + options.seconds
-        while time.monotonic() < deadline and sum(done.count(kill) for kill in KILLS) < options.kills:
+        while time.monotonic() < deadline and sum(name in KILLS for name, _ in done) < options.kills:
+            if not disk.has_room:
+                say("the disk is used up: the run ends early")
+                break
             time.sleep(dice.uniform(0.05, 1.0))
-            now = _chosen(names, dice)
-            _happen(now, stage, dice)
-            done += now
+            now = [unseen.pop()] if unseen else _chosen(names, dice)
+            done += _happen(now, stage, dice)
             stage.until_answered(10, f"after {' during '.join(now)}")
-        _finish(stage)
+        return stage.finish()
     finally:
         stage.close()
-        (folder / "stage.json").write_text(
-            json.dumps({"trouble": stage.trouble, "opened": stage.opened, "memory": stage.memory})
-        )
-    return done
 
 
-def _possible(options: argparse.Namespace) -> list[str]:
+def _flags(options: argparse.Namespace) -> list[str]:
+    flags = ["--method", options.method, "--learning-rate", "1", "--failure-timeout", str(_LEASE_SECONDS)]
+    flags += ["--checkpoint-seconds", str(options.checkpoint_seconds), "--max-workers", str(2 * options.workers)]
+    return flags + (["--journal", "--journal-fsync", options.fsync] if options.journal else [])
+
+
+def _possible(options: argparse.Namespace, *, lossy: bool) -> list[str]:
     missing = {} if CLOCK_LIBRARY is not None else {"jump of the wall clock": "libfaketime is not installed"}
-    if not options.lossy:
+    if not lossy:
         missing["packet loss"] = "no network namespace with nft is permitted here"
+    if 4 * options.elements <= _WINDOWS_BYTES:
+        missing["slow reader"] = "the model would be sent whole: --elements 80000 is enough"
     wanted = options.faults or list(FAULTS)
     for name in wanted:
         if name in missing:
-            _say(f"left out: {name} ({missing[name]})")
+            say(f"left out: {name} ({missing[name]})")
     return [name for name in wanted if name not in missing]
 
 
@@ -95,7 +131,8 @@ def _chosen(names: list[str], dice: random.Random) -> list[str]:
     return [dice.choice(names)]
 
 
-def _happen(names: list[str], stage: Stage, dice: random.Random) -> None:
+def _happen(names: list[str], stage: Stage, dice: random.Random) -> list[tuple[str, bool]]:
+    """Returns whether each took effect."""
     first, *meanwhile = names
     with ThreadPoolExecutor(1) as pool:
         running = [
@@ -104,62 +141,8 @@ def _happen(names: list[str], stage: Stage, dice: random.Random) -> None:
         ]
         if meanwhile:
             time.sleep(dice.uniform(0.0, 0.5))
-        FAULTS[first](stage, dice, _LEASE_SECONDS)
-        for each in running:
-            each.result()
-
-
-def _finish(stage: Stage) -> None:
-    for worker in stage.workers.values():
-        worker.send_signal(signal.SIGTERM)
-    for worker in stage.workers.values():
-        worker.wait(60)
-    assert stage.end_server(signal.SIGTERM) == 0
-
-
-def _evidence(folder: Path, *, journal: bool) -> Evidence:
-    noted = json.loads((folder / "stage.json").read_text())
-    evidence = Evidence(memory=noted["memory"])
-    read_diaries(evidence, folder, merged([(begin, end) for begin, end in noted["trouble"]]))
-    read_lives(evidence, folder / "archive", journal=journal)
-    return evidence
-
-
-def _report(options: argparse.Namespace, evidence: Evidence, faults: Counter[str], folder: Path) -> None:
-    load = f"{options.workers} workers, {options.elements} elements"
-    _say(f"method {options.method}, {load}, journal {_journal(options)}")
-    _say("faults: " + ", ".join(f"{count} × {name}" for name, count in faults.most_common()))
-    _say(f"kills of the server: {sum(faults[kill] for kill in KILLS)}; lives: {len(evidence.starts)}")
-    counted = len(evidence.applied) if evidence.applied is not None else evidence.end
-    _say(f"gradients tried {len(evidence.tried):,}, acknowledged {len(evidence.told):,}, applied {counted:,}")
-    _say(f"refused: {dict(Counter(evidence.refused.values()))}")
-    recovered = sorted(_recoveries(folder))
-    if recovered:
-        _say(
-            f"seconds from the open port to the first gradient that was acknowledged: median "
-            f"{statistics.median(recovered):.2f}, 90 % {recovered[int(0.9 * len(recovered))]:.2f}, "
-            f"most {recovered[-1]:.2f} ({len(recovered)} starts)"
-        )
-    memory = [size / 1e6 for size in evidence.memory]
-    if memory:
-        _say(f"server's memory at its ends: {memory[0]:.0f} MB first, {memory[-1]:.0f} last, {max(memory):.0f} most")
-
-
-def _journal(options: argparse.Namespace) -> str:
-    return f"with fsync {options.fsync}" if options.journal else "off"
-
-
-def _recoveries(folder: Path) -> list[float]:
-    """For each start but the first: from the open port to the next acknowledgement of any worker."""
-    answers = sorted(
-        line["at"]
-        for path in folder.glob("*.diary")
-        for line in map(json.loads, path.read_text().splitlines())
-        if "acked" in line
-    )
-    opened = json.loads((folder / "stage.json").read_text())["opened"][1:]
-    places = [(moment, bisect.bisect(answers, moment)) for moment in opened]
-    return [answers[place] - moment for moment, place in places if place < len(answers)]
+        effects = [FAULTS[first](stage, dice, _LEASE_SECONDS), *(each.result() for each in running)]
+    return list(zip(names, effects, strict=True))
 
 
 def _options() -> argparse.Namespace:
@@ -170,18 +153,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, help="by default all")
     parser.add_argument("--method", default="asgd", help="with asgd the parameters themselves count the gradients")
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--elements", type=int, default=1000, help="of the model")
+    parser.add_argument(
+        "--elements", type=int, default=80_000, help="of the model; above 524,288 a gradient has several chunks"
+    )
     parser.add_argument("--pause", type=float, default=0.005, help="seconds of a worker between gradients")
     parser.add_argument("--checkpoint-seconds", type=float, default=0.7)
     parser.add_argument("--fsync", choices=["always", "interval", "off"], default="always")
     parser.add_argument("--no-journal", dest="journal", action="store_false")
-    parser.add_argument("--into", type=Path, help="folder for the evidence; by default the system's for such")
+    parser.add_argument(
+        "--into", type=Path, help="folder for the evidence; by default the system's, and none is kept of a sound run"
+    )
     return parser.parse_args()
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

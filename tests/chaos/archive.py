@@ -27,17 +27,19 @@ class Archive:
     def begin_life(self) -> Path:
         """A server starts: to be called while none runs. Returns the life's folder."""
         self.look()  # the rest of the life before
-        self.lives += 1
-        life = self.folder / f"life-{self.lives:05d}"
-        life.mkdir(parents=True)
+        with self._looking:
+            life = self.folder / f"life-{self.lives + 1:05d}"
+            life.mkdir(parents=True)
+            self.lives += 1
         if self._thread.ident is None:
             self._thread.start()
         return life
 
     def close(self) -> None:
         """Take what is left, and stop."""
-        self._over.set()
         if self._thread.ident is not None:
+            assert self._thread.is_alive(), "nobody has looked for a while: the archive is not whole"
+            self._over.set()
             self._thread.join()
         self.look()
 

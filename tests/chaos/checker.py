@@ -5,9 +5,12 @@ from collections.abc import Hashable, Iterable, Iterator
 
 from chaos.evidence import Evidence, Name, Told
 from chaos.loads import MARKS
+from chaos.memory import grown, unmeasured
+
+_START_BOUND_SECONDS = 60.0  # a process that loads PyTorch, on two shared cores
 
 
-def violations(evidence: Evidence, *, workers: int, bound_seconds: float, plain_sgd: bool) -> list[str]:
+def violations(evidence: Evidence, *, workers: int, bound_seconds: float, plain_sgd: bool, long: bool) -> list[str]:
     """One sentence for each.
 
     Args:
@@ -15,17 +18,29 @@ def violations(evidence: Evidence, *, workers: int, bound_seconds: float, plain_
         workers: columns that their gradients have.
         bound_seconds: how long a worker may be silent when nothing stands in its way.
         plain_sgd: the parameters count what was applied.
+        long: the run was long enough for everything to be measured.
     """
-    found = [*evidence.differences, *_memory(evidence)]
+    found = [*evidence.differences, *grown(evidence.memory), *_vacuous(evidence, workers)]
+    if long:
+        found += [f"nothing can be said of the memory of {whom}" for whom in unmeasured(evidence.memory)]
     found += _journaled(evidence) if evidence.applied is not None else _unjournaled(evidence)
     if plain_sgd:
         found += _counted(evidence, workers)
-    found += [
-        f"worker {who} was silent for {seconds:.1f} s and may be for {bound_seconds:g} s"
-        for who, seconds in evidence.silences
-        if seconds > bound_seconds
-    ]
-    return found
+    return [*found, *_stuck(evidence, bound_seconds)]
+
+
+def _vacuous(evidence: Evidence, workers: int) -> Iterator[str]:
+    answered = {told.name[0] for told in evidence.told}
+    for worker in (f"w{column}" for column in range(workers)):
+        if worker not in answered:
+            yield f"no gradient of {worker} was ever acknowledged: this run proves nothing of it"
+
+
+def _stuck(evidence: Evidence, bound_seconds: float) -> Iterator[str]:
+    for silence in evidence.silences:
+        bound = _START_BOUND_SECONDS if silence.starting else bound_seconds
+        if silence.seconds > bound:
+            yield f"{silence.who}, was silent for {silence.seconds:.1f} s and may be for {bound:g} s"
 
 
 def _journaled(evidence: Evidence) -> Iterator[str]:
@@ -101,12 +116,3 @@ def _counted(evidence: Evidence, workers: int) -> Iterator[str]:
 
 def _marks(names: list[Name]) -> int:
     return sum(number % MARKS for _, number in names)
-
-
-def _memory(evidence: Evidence) -> Iterator[str]:
-    third = len(evidence.memory) // 3
-    if third < 3:
-        return  # too few to say
-    early, late = (sorted(part)[third // 2] for part in (evidence.memory[:third], evidence.memory[-third:]))
-    if late > 1.2 * early + 20e6:
-        yield f"the server's memory grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"

@@ -1,22 +1,8 @@
-"""What a run left behind, read: what the workers say, and what the server's files say."""
+"""What a run left behind, as the checker goes by it."""
 
-import json
-import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from ormo_server.core import snapshot
-from ormo_server.core.inputs import Pushed
-from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Reading, replay
-from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
-from ormo_server.store import StoreError
-from ormo_server.store.checkpoint import Checkpoint, read_files
-from ormo_server.trace.rows import TracedSettings
+from chaos.memory import Life
 
 Name = tuple[str, int]  # worker, number of its gradient
 
@@ -40,6 +26,21 @@ class Applied:
     discarded: bool = False
 
 
+@dataclass(frozen=True)
+class Silence:
+    """A process of a worker wrote nothing, though nothing stood in its way.
+
+    Attributes:
+        who: which process.
+        seconds: for how long.
+        starting: it was on its way to its first line, with Python and PyTorch to load.
+    """
+
+    who: str
+    seconds: float
+    starting: bool = False
+
+
 @dataclass
 class Evidence:
     """All that the checker goes by.
@@ -53,8 +54,8 @@ class Evidence:
         starts: iteration that each life of the server began with, by epoch, in order.
         end: iteration in the last checkpoint.
         parameters: in the last checkpoint.
-        silences: of each worker's process: seconds for which it wrote nothing though nothing stood in its way.
-        memory: of the server, bytes, at the end of each life that was long enough.
+        silences: of each worker's process.
+        memory: of each process.
     """
 
     tried: dict[Name, tuple[int, int]] = field(default_factory=dict)
@@ -65,146 +66,5 @@ class Evidence:
     starts: dict[int, int] = field(default_factory=dict)
     end: int = 0
     parameters: list[float] = field(default_factory=list)
-    silences: list[tuple[str, float]] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
-
-
-Trouble = list[tuple[float, float]]  # spells of the monotonic clock
-
-
-def read_diaries(evidence: Evidence, folder: Path, trouble: Trouble) -> None:
-    """What the workers wrote; `trouble` is when something stood in their way."""
-    for path in sorted(folder.glob("*.diary")):
-        worker, last = path.stem, {}
-        for line in _whole_lines(path):
-            if "try" in line:
-                evidence.tried[worker, line["try"]] = (line["ticket"][0], line["ticket"][1])
-            elif "acked" in line:
-                evidence.told.append(Told((worker, line["acked"]), line["epoch"], line["iteration"]))
-            elif "refused" in line:
-                evidence.refused[worker, line["refused"]] = line["reason"]
-            before = last.get(line["pid"])
-            if before is not None:
-                evidence.silences.append((f"{worker}, process {line['pid']}", _calm(before, line["at"], trouble)))
-            last[line["pid"]] = line["at"]
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):  # else it was killed in the middle
-            yield json.loads(line)
-
-
-def merged(trouble: Trouble) -> Trouble:
-    """The same time, without counting twice what overlaps."""
-    apart: Trouble = []
-    for since, to in sorted(trouble):
-        if apart and since <= apart[-1][1]:
-            apart[-1] = (apart[-1][0], max(apart[-1][1], to))
-        else:
-            apart.append((since, to))
-    return apart
-
-
-def _calm(begin: float, end: float, trouble: Trouble) -> float:
-    return max(0.0, end - begin - sum(max(0.0, min(end, to) - max(begin, since)) for since, to in trouble))
-
-
-def read_lives(evidence: Evidence, archive: Path, *, journal: bool) -> None:
-    """What the server's files say, and whether they say the same."""
-    applied: list[Applied] = []
-    before: StateMachine | None = None
-    for life in sorted(archive.iterdir()):
-        checkpoints = _checkpoints(life)
-        if not checkpoints:
-            continue
-        first = checkpoints[0].snapshot
-        epoch = first.fields["epoch"]
-        if epoch in evidence.starts:
-            continue  # it died before it had written anything of its own
-        evidence.starts[epoch] = first.fields["iteration"]
-        if before is not None:
-            run = _run(checkpoints[0])
-            expected = snapshot.take(snapshot.restore(run, snapshot.take(before), epoch=epoch, keep_tickets=True))
-            _compare(evidence, f"the start of {life.name}", expected, first)
-        if journal:
-            before = _follow(evidence, life, checkpoints, applied)
-        evidence.end = checkpoints[-1].snapshot.fields["iteration"]
-        evidence.parameters = checkpoints[-1].snapshot.tensors["params"].tolist()
-    if journal:
-        evidence.applied = applied
-
-
-def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], applied: list[Applied]) -> StateMachine:
-    """Do again what came after each checkpoint, up to the next; returns the state at the end of this life."""
-    for at, checkpoint in enumerate(checkpoints):
-        following = checkpoints[at + 1] if at + 1 < len(checkpoints) else None
-        machine = snapshot.resume(_run(checkpoint), _copied(checkpoint.snapshot))
-        where = f"{life.name}, after iteration {checkpoint.snapshot.fields['iteration']}"
-        if following is not None and following.journal_log == checkpoint.journal_log:
-            continue
-        with tempfile.TemporaryDirectory(dir=life) as folder:
-            assert checkpoint.journal_log is not None
-            _link(life / "journal", Path(folder), checkpoint.journal_log, following.journal_log if following else None)
-            reading = Reading(Path(folder), checkpoint.journal_log, checkpoint.manifest)
-            try:
-                replay(machine, _noted(reading, machine, applied), checkpoint.clock_seconds)
-            except StoreError as error:
-                evidence.differences.append(f"{where}: {error}")
-        if reading.lost or (reading.torn and following is not None):
-            evidence.differences.append(f"{where}: the journal is not whole: {reading.lost or 'torn'}")
-        if following is not None:
-            _compare(evidence, where, snapshot.take(machine), following.snapshot)
-    return machine
-
-
-def _noted(reading: Reading, machine: StateMachine, applied: list[Applied]) -> Iterator[tuple[Record, Any]]:
-    for record, payload in reading:
-        if record.input is not None:
-            taken = record.input.input(machine.state.epoch)
-            if isinstance(taken, Pushed):
-                name = (taken.requester.worker, taken.samples)
-                applied.append(Applied(name, taken.ticket.key, taken.result.iteration, taken.result.discarded))
-        yield record, payload
-
-
-def _link(journal: Path, folder: Path, first: int, end: int | None) -> None:
-    logs = {number: path for number, path in numbered(journal, LOG_NAME).items() if number >= first}
-    for number, path in logs.items():
-        if end is None or number < end:
-            os.link(path, folder / path.name)
-    for path in numbered(journal, GRADIENTS_NAME).values():
-        os.link(path, folder / path.name)
-
-
-def _checkpoints(life: Path) -> list[Checkpoint]:
-    """Those that this life wrote, in order: their epoch is that of the last one."""
-    found = []
-    for path in sorted(life.glob("checkpoint-*")):
-        try:
-            found.append(read_files(path))
-        except StoreError:  # its links were not complete when it went, or the server
-            continue
-    newest = found[-1].snapshot.fields["epoch"] if found else 0
-    return [checkpoint for checkpoint in found if checkpoint.snapshot.fields["epoch"] == newest]
-
-
-def _run(checkpoint: Checkpoint) -> Any:
-    known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
-    return TracedSettings(**known).run()
-
-
-def _copied(taken: Snapshot) -> Snapshot:
-    return Snapshot({name: tensor.clone() for name, tensor in taken.tensors.items()}, taken.fields)
-
-
-def _compare(evidence: Evidence, where: str, expected: Snapshot, found: Snapshot) -> None:
-    fields = [json.loads(json.dumps(taken.fields)) for taken in (expected, found)]
-    names = [name for name in fields[0] if fields[0][name] != fields[1].get(name)]
-    names += [
-        name
-        for name, tensor in expected.tensors.items()
-        if name not in found.tensors or tensor.numpy().tobytes() != found.tensors[name].numpy().tobytes()
-    ]
-    if names or set(expected.tensors) != set(found.tensors):
-        evidence.differences.append(f"{where}: {', '.join(names)} differ from what the journal leads to")
+    silences: list[Silence] = field(default_factory=list)
+    memory: list[Life] = field(default_factory=list)

@@ -24,6 +24,12 @@ def control(path: Path) -> dict[str, Any]:
         return {}
 
 
+def felt(path: Path) -> None:
+    """Note that a fault was in this process's way."""
+    with path.with_suffix(".felt").open("ab") as file:
+        file.write(b".")
+
+
 def make_faulty(path: Path) -> None:
     """Put the faults between this process and its disk."""
     real_write = os.pwrite
@@ -32,12 +38,16 @@ def make_faulty(path: Path) -> None:
         if control(path).get("full"):
             # A disk fills up in the middle of a write.
             real_write(descriptor, memoryview(data)[: len(data) // 4096 * 4096 // 2], offset)
+            felt(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real_write(descriptor, data, offset)
 
     def slowed(sync: Callable[[int], None]) -> Callable[[int], None]:
         def slow(descriptor: int) -> None:
-            threading.Event().wait(control(path).get("sync_seconds", 0.0))  # libfaketime breaks `time.sleep`
+            seconds = control(path).get("sync_seconds", 0.0)
+            if seconds:
+                felt(path)
+                threading.Event().wait(seconds)  # libfaketime breaks `time.sleep`
             sync(descriptor)
 
         return slow

@@ -63,6 +63,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: over.append(number))
     number, size = tried_before(Path(log)), int(elements)
     diary = Diary(Path(log))
+    diary.write(loaded=True)
     layout = PayloadLayout.of(manifest_of(size), FLOAT32, with_buffers=False)
     gradient = Payload(layout)
     gradient.parameters.zero_()

@@ -18,9 +18,16 @@ class Way(Enum):
 
 
 class Proxy:
-    """Carries connections to an address, from a port of its own."""
+    """Carries connections to an address, from a port of its own.
+
+    Attributes:
+        held: how often something came that was not carried on at once.
+        carried: bytes each way.
+    """
 
     def __init__(self) -> None:
+        self.held = 0
+        self.carried = dict.fromkeys(Way, 0)
         self._target: tuple[str, int] | None = None
         self._open = {way: threading.Event() for way in Way}
         for way in Way:
@@ -37,15 +44,21 @@ class Proxy:
         self._target = (host, int(port))
 
     def reset(self) -> int:
-        """Break all connections; returns how many."""
+        """Break all connections, with a RST to both ends; returns how many."""
         with self._lock:
             pairs, self._pairs = self._pairs, set()
-        for pair in pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-                    end.shutdown(socket.SHUT_RDWR)
-                end.close()
+        ends = [end for pair in pairs for end in pair]
+        # Whoever pumps must not shut an end down meanwhile, which would say goodbye: ours are closed before he wakes.
+        wakers = []
+        for end in ends:
+            with contextlib.suppress(OSError):  # it has just ended by itself
+                wakers.append(end.dup())
+            end.close()
+        for waker in wakers:
+            with contextlib.suppress(OSError):
+                waker.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                waker.shutdown(socket.SHUT_RD)
+            waker.close()
         return len(pairs)
 
     @contextlib.contextmanager
@@ -97,7 +110,10 @@ class Proxy:
     def _pump(self, source: socket.socket, target: socket.socket, way: Way) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                self._open[way].wait()
+                if not self._open[way].is_set():
+                    self.held += 1
+                    self._open[way].wait()
+                self.carried[way] += len(data)
                 target.sendall(data)
         for end in (source, target):  # a server that dies takes both directions with it
             with contextlib.suppress(OSError):

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 
 from chaos.checker import violations
-from chaos.evidence import Applied, Evidence, Told, merged
+from chaos.diaries import merged
+from chaos.evidence import Applied, Evidence, Silence, Told
 from chaos.loads import MARKS
+from chaos.memory import SERVER, Life
 
 COUNT = 6
 
@@ -21,11 +23,20 @@ def sound() -> Evidence:
         applied=[Applied(name, (7, number), number + 1) for number, name in enumerate(names[:5])],
         starts={7: 0},
         end=5,
-        silences=[("w0", 0.5)],
-        memory=[300_000_000] * 12,
+        silences=[Silence("worker w0, process 1", 0.5), Silence("worker w0, process 1", 9.0, starting=True)],
+        memory=[steady(f"{SERVER}, process 1"), steady("w0, process 2")],
     )
     evidence.parameters = counted(evidence)
     return evidence
+
+
+def steady(who: str, *, seconds: int = 40) -> Life:
+    """It grows at its start, as all do."""
+    return Life(who, [(at, min(300, 200 + 20 * at) * 1_000_000) for at in range(seconds)])
+
+
+def leaking(who: str) -> Life:
+    return Life(who, [(at, size + 8_000_000 * round(at)) for at, size in steady(who).samples])
 
 
 def counted(evidence: Evidence) -> list[float]:
@@ -35,7 +46,7 @@ def counted(evidence: Evidence) -> list[float]:
 
 
 def found(evidence: Evidence, *, plain_sgd: bool = True) -> list[str]:
-    return violations(evidence, workers=2, bound_seconds=5.0, plain_sgd=plain_sgd)
+    return violations(evidence, workers=2, bound_seconds=5.0, plain_sgd=plain_sgd, long=True)
 
 
 def test_nothing_is_wrong_with_a_sound_run() -> None:
@@ -91,10 +102,39 @@ PLANTED: dict[str, tuple[Callable[[Evidence], object], str]] = {
         lambda evidence: evidence.parameters.__setitem__(0, -4.0),
         "the parameters have 6 gradients, and the iteration is 5",
     ),
-    "stuck": (lambda evidence: evidence.silences.append(("w1", 5.1)), "worker w1 was silent for 5.1 s"),
-    "memory": (
-        lambda evidence: evidence.memory.__setitem__(slice(8, 12), [400_000_000] * 4),
-        "memory grew from 300 to 400 MB",
+    "stuck": (
+        lambda evidence: evidence.silences.append(Silence("worker w1, process 3", 5.1)),
+        "worker w1, process 3, was silent for 5.1 s",
+    ),
+    "stuck at its start": (
+        lambda evidence: evidence.silences.append(Silence("worker w1, process 3", 61.0, starting=True)),
+        "worker w1, process 3, was silent for 61.0 s and may be for 60 s",
+    ),
+    "a leak of the server": (
+        lambda evidence: evidence.memory.append(leaking(f"{SERVER}, process 4")),
+        "the memory of the server, process 4 grew from ",
+    ),
+    "a leak of a worker": (
+        lambda evidence: evidence.memory.append(leaking("w0, process 5")),
+        "the memory of w0, process 5 grew from ",
+    ),
+    "each life takes more": (
+        lambda evidence: evidence.memory.extend(
+            Life(f"{SERVER}, process {at}", [(0.0, at * 100_000_000), (2.0, at * 100_000_000)]) for at in range(1, 10)
+        ),
+        "the server's memory from life to life grew from 200 to 800 MB",
+    ),
+    "memory of nobody": (
+        lambda evidence: evidence.memory.clear(),
+        "nothing can be said of the memory of the workers",
+    ),
+    "nobody answered": (
+        lambda evidence: evidence.told.clear(),
+        "no gradient of w0 was ever acknowledged",
+    ),
+    "one worker not answered": (
+        lambda evidence: evidence.told.__delitem__(slice(1, None)),
+        "no gradient of w1 was ever acknowledged",
     ),
 }
 
