@@ -123,7 +123,8 @@ def test_with_tickets_kept_a_ticket_of_the_old_epoch_is_redeemed_and_new_ones_ar
 def test_with_tickets_kept_a_result_is_still_repeated() -> None:
     driver = busy_run()
     other = restarted(driver, keep_tickets=True, epoch=7)
-    again = other.push("a", 1.0, number=driver.places["a", 0].request, ticket=(0, 1))
+    used = driver.machine.state.slot(("a", 0)).redeemed
+    again = other.push("a", 1.0, number=driver.places["a", 0].request, ticket=used)
     assert again.repeated
     assert (again.epoch, again.iteration) == (2**64 - 1, 2)
 

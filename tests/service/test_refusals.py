@@ -274,11 +274,16 @@ def test_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_streams_beyond_the_threads_are_refused_at_once_and_others_are_still_served(tmp_path: Path) -> None:
-    with served(tmp_path, max_workers=1, slots_per_worker=1) as server, connected(server) as stub:
-        worker = WireWorker(stub, "a")
-        worker.join()
-        silent = [worker.open() for _ in range(2)]
-        eventually(lambda: len(server.streams) == 2)
+    with served(tmp_path, max_workers=2, slots_per_worker=1) as server, connected(server) as stub:
+        worker, other = WireWorker(stub, "a"), WireWorker(stub, "b")
+        silent = []
+        for each in (worker, other):
+            each.join()
+            silent.append(each.open())
+            silent[-1].begin(None)
+            silent[-1].delivery()
+        silent += [worker.open() for _ in range(2)]
+        eventually(lambda: len(server.streams) == 4)
         with pytest.raises(Refused, match="slots_per_worker") as refused:
             worker.pull()
         assert (refused.value.code, refused.value.reason) == (
