@@ -16,7 +16,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.errors import MemoryLimit, TooMuchInFlight
 from ormo_server.service.in_flight import BytesInFlight
-from ormo_server.service.server import Server
+from ormo_server.service.server import Server, calls_per_connection
 from security.authority import Authority, dialled, guarded
 from service.wire import (
     LARGE,
@@ -238,6 +238,22 @@ def test_watchers_of_health_hold_no_thread(server: Server, worker: WireWorker) -
         assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.NOT_SERVING}
         assert calls("grpc_server_started_total", watch) == 100
     eventually(lambda: calls("grpc_server_handled_total", watch | {"grpc_code": "CANCELLED"}) == 100)
+
+
+def test_calls_beyond_those_of_a_connection_wait_for_one_to_end(server: Server, worker: WireWorker) -> None:
+    before = state_of(server)
+    with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        health, status = health_pb2_grpc.HealthStub(channel), ParameterServerStub(channel).GetStatus
+        watching = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(calls_per_connection(server.settings))]
+        for call in watching:
+            next(call)
+        with pytest.raises(grpc.RpcError) as waited:
+            status(pb.GetStatusRequest(), timeout=1.0)
+        assert waited.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert worker.stub.GetStatus(pb.GetStatusRequest(), timeout=5.0), "another connection is served"
+        assert state_of(server) == before
+        watching[0].cancel()
+        assert status(pb.GetStatusRequest(), timeout=5.0)
 
 
 def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(

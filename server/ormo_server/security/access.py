@@ -2,8 +2,8 @@
 
 [[allow]]
 role = "worker"
-certificate = "gpu-*"         # a name in the client's certificate, with *, ? and [...] as in a shell; the worker id
-                              # must be that name
+certificate = "gpu-*"         # an alternative name in the client's certificate, of any kind, with *, ? and [...] as in
+                              # a shell; the worker id must be that name
 
 [[allow]]
 role = "worker"
