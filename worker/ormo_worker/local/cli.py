@@ -1,11 +1,9 @@
 """The command `ormo-local`."""
 
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 
 import grpc
 from rich.console import Console
@@ -15,6 +13,7 @@ from rich.text import Text
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_worker.interruption import leave_if_asked, leave_on_signals
 from ormo_worker.local.cluster import Cluster, ClusterError
 from ormo_worker.local.config import LocalSettings
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(LocalSettings, sys.argv[1:] if argv is None else argv, program="ormo-local")
     console = Console()
     cluster, progress = Cluster(settings), Progress()
-    signal.signal(signal.SIGTERM, _interrupt)
+    leave_on_signals()
     code = 0
     try:
         cluster.start(progress.evaluation.update)
@@ -82,15 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
     with grpc.insecure_channel(cluster.address) as channel, Live(console=console, refresh_per_second=4) as live:
         stub = ParameterServerStub(channel)
         reported: set[str] = set()
         while True:
+            leave_if_asked()
             cluster.check()
             for worker in cluster.failed_workers():
                 if worker.name not in reported:
