@@ -30,11 +30,15 @@ pytestmark = pytest.mark.timeout(300)
 class Run:
     """A server and its workers, started as anybody would."""
 
-    def __init__(self, stage: Stage, task: str = "Paced") -> None:
+    def __init__(self, stage: Stage, task: str = "Paced", *, journal: bool = False) -> None:
         self.stage = stage
         self.task = f"{TASKS}:{task}"
         self.server = stage.server(
-            metrics_listen="127.0.0.1:0", checkpoint_seconds=1.0, failure_timeout=2.0, learning_rate=1e-4, journal=True
+            metrics_listen="127.0.0.1:0",
+            checkpoint_seconds=1.0,
+            failure_timeout=2.0,
+            learning_rate=1e-4,
+            journal=journal,
         )
 
     @property
@@ -94,17 +98,18 @@ NOT_HERE = {
     "ormo_worker_retries_total": "nothing had to be tried again",
     "ormo_staleness_bound_iterations": "the method has no bound",
     "ormo_discard_limit_iterations": "the method discards nothing",
+    "ormo_journal_commit_seconds": "this run has no journal; a later one has",
     "ormo_refusals_total": "only reasons that have occurred are shown, and none has",
     "changes(": "no server was started again",
     'ALERTS{alertstate="firing"': "nothing is wrong yet",
 }
 
 
-def without_data(watched: Prometheus, run: Run) -> list[str]:
-    """Queries that find nothing with a number, but for those that must not; a quantile of no calls is none."""
+def without_data(watched: Prometheus, run: Run, about: str = "") -> list[str]:
+    """Queries about this, or about all that is here, that find no number; a quantile of no calls is none."""
     found = []
     for query in (query for file in FILES for query in queries(file)):
-        if any(words in query.expression for words in NOT_HERE):
+        if about not in query.expression or (not about and any(words in query.expression for words in NOT_HERE)):
             continue
         expression = filled_in(query.expression, job="ormo-server", instance=run.instance, interval="5s")
         samples = watched.query(expression)
@@ -153,7 +158,7 @@ def test_worker_that_computes_nan_fires_and_a_sound_one_resolves_it(
     run: Run, watched: Prometheus, tmp_path: Path
 ) -> None:
     with staged(tmp_path) as stage:
-        broken = Run(stage)
+        broken = Run(stage, journal=True)
         write_targets(watched.log.parent, "ormo-server", [run.instance, broken.instance])
         spoiled = broken.worker("spoiled", task=f"{TASKS}:Spoiled")
         until_firing(watched, broken.instance, "OrmoNonFiniteGradients", "OrmoNoProgress")
@@ -161,6 +166,7 @@ def test_worker_that_computes_nan_fires_and_a_sound_one_resolves_it(
         spoiled.terminate()
         broken.worker("sound")
         until_resolved(watched, broken.instance, "OrmoNonFiniteGradients", "OrmoNoProgress")
+        watched.until(lambda: not without_data(watched, broken, "ormo_journal_"), "data of its journal", seconds=20)
         stops_and_goes_on(broken, watched)
     write_targets(watched.log.parent, "ormo-server", [run.instance])
 
