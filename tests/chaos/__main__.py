@@ -45,16 +45,11 @@ def main() -> None:
         disk.rescue(folder / "rescued")
         raise SystemExit(f"VIOLATION: {broken}; what there is of the evidence is in {folder}") from None
     evidence = Evidence()
-    read_diaries(evidence, folder)
-    read_lives(evidence, disk.path / "archive", journal=options.journal)
-    found += violations(
-        evidence,
-        workers=options.workers,
-        bound_seconds=_LEASE_SECONDS + _MARGIN_SECONDS,
-        plain_sgd=options.method == "asgd",
-        long=options.seconds > _ALL_MEASURED_SECONDS,
-    )
-    found += _closed_form(options, disk.path / "archive")
+    try:
+        found += _judged(options, evidence, folder, disk)
+    except BaseException:
+        disk.rescue(folder / "rescued")  # it goes with this process, and the run may have taken half an hour
+        raise
     report(options, evidence, done, folder)
     if disk.is_real:
         say(f"the disk held {disk.used_bytes / 1e6:.0f} MB at the end")
@@ -67,6 +62,19 @@ def main() -> None:
         disk.remove()
         shutil.rmtree(folder)
     raise SystemExit(1 if found else 0)
+
+
+def _judged(options: argparse.Namespace, evidence: Evidence, folder: Path, disk: Disk) -> list[str]:
+    read_diaries(evidence, folder)
+    read_lives(evidence, disk.path / "archive", journal=options.journal)
+    found = violations(
+        evidence,
+        workers=options.workers,
+        bound_seconds=_LEASE_SECONDS + _MARGIN_SECONDS,
+        plain_sgd=options.method == "asgd",
+        long=options.seconds > _ALL_MEASURED_SECONDS,
+    )
+    return found + _closed_form(options, disk.path / "archive")
 
 
 def _closed_form(options: argparse.Namespace, archive: Path) -> list[str]:

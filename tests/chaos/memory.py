@@ -40,14 +40,9 @@ class Life:
 
     def growth(self) -> str | None:
         """A sentence, if it ended with much more than it had early in its life."""
-        begin, end = self.samples[0][0], self.samples[-1][0]
-        quarters = [
-            median(
-                size for at, size in self.samples if begin + first * (end - begin) <= at <= begin + last * (end - begin)
-            )
-            for first, last in ((0.25, 0.5), (0.75, 1.0))
-        ]
-        return _grown(f"the memory of {self.who}", *quarters)
+        sizes, quarter = [size for _, size in self.samples], len(self.samples) // 4
+        early, late = sizes[quarter : 2 * quarter], sizes[-quarter:]  # a busy machine leaves seconds out
+        return _grown(f"the memory of {self.who}", median(early), median(late))
 
 
 def grown(lives: list[Life]) -> list[str]:

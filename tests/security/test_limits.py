@@ -270,12 +270,13 @@ def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(
             worker.join()
             worker.pull()
         eventually(lambda: not len(server.streams))
-        streams = []
-        for worker in greedy[:2]:  # each announces a gradient, and takes its time
-            stream = worker.open()
+        streams, begun = [], received_bytes(server)
+        for worker in greedy[:2]:  # each begins with a gradient, and takes its time
+            stream, rest = worker.open(), crumbs(10_000)
             stream.send(worker.exchange(payload(MIDDLE, 1.0)))
-            streams.append(stream)
-        eventually(lambda: len(server.streams) == 2)
+            stream.send(pb.PushPullRequest(chunk=next(rest)))
+            streams.append((stream, rest))
+        eventually(lambda: received_bytes(server) == begun + 2 * 10_000)
         before = state_of(server)
         with pytest.raises(Refused, match="has 600,000 bytes under way and wants 300,000 more") as refused:
             greedy[2].push(payload(MIDDLE, 1.0))
@@ -283,8 +284,8 @@ def test_one_identity_can_not_have_all_memory_whatever_it_calls_its_workers(
         assert refused.value.retry_seconds == 1.0
         assert state_of(server) == before
         assert modest.push(payload(MIDDLE, 1.0)).iteration.number == 1
-        for stream in streams:
-            for chunk in tensor_chunks(payload(MIDDLE, 1.0)):
+        for stream, rest in streams:
+            for chunk in rest:
                 stream.send(pb.PushPullRequest(chunk=chunk))
             stream.result()
             stream.delivery()
