@@ -31,7 +31,6 @@ from service.wire import (
     refusals,
     served,
     state_of,
-    tensor_chunks,
 )
 
 # 300,000 bytes: 64 + 18 chunks.
