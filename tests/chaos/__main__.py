@@ -14,7 +14,7 @@ from chaos.closed_form import RULES, deviations
 from chaos.diaries import read_diaries
 from chaos.disk import Disk
 from chaos.evidence import Evidence
-from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN, clock_environment
+from chaos.faults import CLOCK_LIBRARY, FAULTS, KILLS, LASTING, SUDDEN
 from chaos.lives import read_lives
 from chaos.network import enter_own, prepare
 from chaos.report import report, say
@@ -90,7 +90,7 @@ def _acted(
 ) -> list[str]:
     """Let it all happen, and note in `done` what did; returns what was wrong at the end."""
     load = Load(options.workers, options.elements, options.pause, _LEASE_SECONDS)
-    stage = Stage(folder, disk, _flags(options), load, clock_environment(folder))
+    stage = Stage(folder, disk, _flags(options), load)
     names = options.faults
     unseen = dice.sample(names, len(names))  # each kind comes once before any comes twice
     try:

@@ -52,7 +52,6 @@ class Stage:
         disk: for that.
         flags: of the server, besides those that the stage needs.
         load: what workers do.
-        environment: of the server.
 
     Attributes:
         trouble: when workers could not be answered, and which one if not all.
@@ -67,7 +66,6 @@ class Stage:
         disk: Disk,
         flags: list[str],
         load: Load,
-        environment: dict[str, str],
     ) -> None:
         self.folder = folder
         self.load = load
@@ -84,14 +82,13 @@ class Stage:
         self.start_seconds = 1.0
         self.address = "127.0.0.1:0"
         self._flags = flags
-        self._environment = environment
 
     # The server
 
-    def start_server(self) -> None:
-        """Start it on the port it had, and wait until it serves."""
+    def start_server(self, environment: dict[str, str] | None = None) -> None:
+        """Start it on the port it had, with this in its environment besides, and wait until it serves."""
         began = time.monotonic()
-        self.begin_server()
+        self.begin_server(environment)
         assert self.server is not None
         assert self.server.stdout is not None
         ready, _, _ = select.select([self.server.stdout], [], [], _START_SECONDS)
@@ -104,7 +101,7 @@ class Stage:
         self.start_seconds = self.opened[-1] - began
         self.memory.watch(SERVER, self.server.pid)
 
-    def begin_server(self) -> None:
+    def begin_server(self, environment: dict[str, str] | None = None) -> None:
         """Start it, and wait for nothing."""
         life = self.archive.begin_life()
         given = ["--listen", self.address, "--metrics-listen", "", "--directory", self.run, *self._flags]
@@ -122,7 +119,7 @@ class Stage:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env=_ENVIRONMENT | self._environment,
+                env=_ENVIRONMENT | (environment or {}),
                 text=True,
             )
 
