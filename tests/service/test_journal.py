@@ -541,23 +541,29 @@ def test_nobody_is_told_of_the_end_before_the_last_gradient_is_on_the_disk(tmp_p
 # Checkpoints meanwhile
 
 
+def checkpoint_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Thread, threading.Event]:
+    """A thread that has copied the state and goes on to write it when the event is set."""
+    writing, go_on = threading.Event(), threading.Event()
+    real = server.host._store.write
+
+    def slowly(checkpoint: Any) -> Path:
+        writing.set()
+        assert go_on.wait(30)
+        return real(checkpoint)
+
+    monkeypatch.setattr(server.host._store, "write", slowly)
+    thread = threading.Thread(target=server.host.checkpoint)
+    thread.start()
+    assert writing.wait(10)
+    return thread, go_on
+
+
 def test_workers_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the copy of the state is made under the lock."""
     with crashing(tmp_path) as server, connected(server) as stub:
         anna = trained(server)[0]
         anna.stub = stub
-        writing, go_on = threading.Event(), threading.Event()
-        real = server.host._store.write
-
-        def slowly(checkpoint: Any) -> Path:
-            writing.set()
-            assert go_on.wait(30)
-            return real(checkpoint)
-
-        monkeypatch.setattr(server.host._store, "write", slowly)
-        thread = threading.Thread(target=server.host.checkpoint)
-        thread.start()
-        assert writing.wait(10)
+        thread, go_on = checkpoint_under_way(server, monkeypatch)
         for number in range(7, 12):
             assert anna.push(payload(SMALL, 1.0)).iteration.number == number
             anna.pull()
@@ -576,18 +582,7 @@ def test_a_server_that_ends_waits_for_its_checkpoint_and_writes_none_afterwards(
     """Else it would write it into the next server's files."""
     with crashing(tmp_path) as server:
         trained(server)
-        writing, go_on = threading.Event(), threading.Event()
-        real = server.host._store.write
-
-        def slowly(checkpoint: Any) -> Path:
-            writing.set()
-            assert go_on.wait(30)
-            return real(checkpoint)
-
-        monkeypatch.setattr(server.host._store, "write", slowly)
-        thread = threading.Thread(target=server.host.checkpoint)
-        thread.start()
-        assert writing.wait(10)
+        thread, go_on = checkpoint_under_way(server, monkeypatch)
         ending = threading.Thread(target=server.close)
         ending.start()
         with pytest.raises(StoreError, match="is in use by another program"):
