@@ -78,7 +78,7 @@ def test_torch_is_the_same_everywhere(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (("grpcio>=1.80", "grpcio>=1.81"), ["grpcio"]),
+        (("grpcio>=1.84", "grpcio>=1.85"), ["grpcio"]),
         (('"numpy>=1.26"', '"numpy>=1.26", "newcomer>=1"'), ["newcomer"]),
     ],
 )

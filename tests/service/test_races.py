@@ -244,8 +244,9 @@ def test_streams_of_a_replaced_process_are_ended(tmp_path: Path) -> None:
 
 
 def test_offer_that_came_too_late_does_not_take_the_lease_of_the_one_that_is_asked_now(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.3) as server, connected(server) as stub:
+    with served(tmp_path) as server, connected(server) as stub:
         a, b, c = (WireWorker(stub, name, LARGE) for name in "abc")
+        patience, server.host.offers.lease_seconds = server.host.offers.lease_seconds, 0.0
         assert a.ask_to_join().WhichOneof("answer") == "model_wanted"
         held, chunks = Held(), list(tensor_chunks(payload(LARGE, 0.0, buffers=True)))
         call = stub.OfferModel.future(held.messages)
@@ -253,7 +254,8 @@ def test_offer_that_came_too_late_does_not_take_the_lease_of_the_one_that_is_ask
         held.send(pb.OfferModelRequest(offer=offer))
         held.send(pb.OfferModelRequest(chunk=chunks[0]))
         eventually(lambda: received_bytes(server) == CHUNK_BYTES)
-        eventually(lambda: b.ask_to_join().WhichOneof("answer") == "model_wanted")
+        server.host.offers.lease_seconds = patience
+        assert b.ask_to_join().WhichOneof("answer") == "model_wanted"
         held.send(pb.OfferModelRequest(chunk=chunks[1]))
         held.end()
         assert Refused(call.exception()).reason == "NOT_WANTED"

@@ -246,14 +246,14 @@ def overheard(address: str) -> Iterator[tuple[str, bytearray]]:
         thread.join(10)
 
 
-def answer_of(peer: socket.socket, quiet_seconds: float, until: str = "closed") -> str:
-    """What is told until these words are, nothing comes for so long, or the peer has closed."""
+def answer_of(peer: socket.socket, quiet_seconds: float, *until: str) -> str:
+    """What is told until all these words are, nothing comes for so long, or the peer has closed."""
     answer = b""
     peer.settimeout(quiet_seconds)
     try:
         while data := peer.recv(1 << 16):
             answer += data
-            if until in told(answer):
+            if until and all(words in told(answer) for words in until):
                 return told(answer)
     except TimeoutError:
         return told(answer)
