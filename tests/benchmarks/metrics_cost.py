@@ -35,7 +35,7 @@ from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, exchange, servicer, timed_lock
 from ormo_server.service.controls import Controls
 from ormo_server.service.engine import Engine
-from ormo_server.service.exchange import FiniteNorm, is_finite
+from ormo_server.service.gradients import FiniteNorm, is_finite
 from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer

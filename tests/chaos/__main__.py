@@ -23,6 +23,7 @@ from ormo_server.core.method import PRESETS
 
 _LEASE_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0  # of two shared cores
+_ENDING_SECONDS = 30.0  # at most, with one more fault before
 _ALL_MEASURED_SECONDS = 60.0  # a shorter run may have no process that lives for long enough
 _WINDOWS_BYTES = 1 << 18  # 131 kB were under way to a reader who does not read
 _OVERLAPPING = 0.25  # share of the faults in the midst of which there is another
@@ -100,7 +101,7 @@ def _acted(
         stage.until_answered(10, "at the start", each=1)
         deadline = time.monotonic() + options.seconds
         while time.monotonic() < deadline and sum(name in KILLS for name, _ in done) < options.kills:
-            if not disk.has_room:
+            if not disk.lasts(_ENDING_SECONDS):
                 say("the disk is used up: the run ends early")
                 break
             time.sleep(dice.uniform(0.05, 1.0))

@@ -9,15 +9,15 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_MOST_BYTES = 4 << 30
+_MOST_BYTES = 8 << 30
 _SHARE_OF_MEMORY = 0.4
-_LEAST_FREE = 0.1  # of it, for a run that goes on
 _ATTEMPTS = 20
 
 
@@ -39,6 +39,7 @@ class Disk:
         self.path.mkdir()
         self.control = folder / "disk.json"
         self._size = min(_MOST_BYTES, int(_SHARE_OF_MEMORY * psutil.virtual_memory().available))
+        self._began = time.monotonic()
         self.is_real = mounting and self._mount("-t", "tmpfs", "-o", f"size={self._size}", "tmpfs")
 
     @property
@@ -47,10 +48,12 @@ class Disk:
         about = os.statvfs(self.path)
         return (about.f_blocks - about.f_bfree) * about.f_frsize
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a run can go on."""
-        return not self.is_real or self.used_bytes < (1 - _LEAST_FREE) * self._size
+    def lasts(self, seconds: float) -> bool:
+        """Whether a run can go on for so long, at its pace so far."""
+        if not self.is_real:
+            return True
+        pace = self.used_bytes / (time.monotonic() - self._began)
+        return self.used_bytes + pace * seconds < self._size
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:

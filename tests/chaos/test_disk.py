@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,20 @@ def probed(folder: Path, how: str, *before: str) -> str:
     paths = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": paths})
     return done.stdout.strip()
+
+
+def test_how_long_it_lasts_follows_from_what_was_written_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("chaos.disk.time.monotonic", lambda: now)
+    monkeypatch.setattr(Disk, "used_bytes", 1 << 30)
+    monkeypatch.setattr("chaos.disk.psutil.virtual_memory", lambda: SimpleNamespace(available=10 << 30))  # so it has 4
+    disk = Disk(tmp_path, mounting=False)
+    assert disk.lasts(1e9), "a layer is not used up"
+    disk.is_real, now = True, 110.0
+    assert disk.lasts(29.0)
+    assert not disk.lasts(31.0)
 
 
 def may_mount(folder: Path) -> bool:

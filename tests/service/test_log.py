@@ -1,6 +1,8 @@
 """What an operator reads in the server's log."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_log_tells_who_joins_and_leaves_and_warns_once_of_gradients_that_are_not_finite(
+def test_log_tells_who_joins_and_leaves_and_warns_of_gradients_that_are_not_finite(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO), served(tmp_path) as server, connected(server) as stub:
@@ -30,8 +32,30 @@ def test_log_tells_who_joins_and_leaves_and_warns_once_of_gradients_that_are_not
     told = [record.message for record in caplog.records]
     assert told.count("worker w0 joined (rank 0, 1 slots) from '127.0.0.1'; K is 1") == 1
     assert told.count("worker w0 left") == 1
-    (warned,) = warnings(caplog)
-    assert "the gradient of worker 'w0'" in warned
+    about = [record for record in caplog.records if "NON_FINITE" in record.message]
+    assert len(about) == 5, "one line for each"
+    assert {(record.levelname, record.__dict__["worker"]) for record in about} == {("WARNING", "w0")}
+    assert all("the gradient of worker 'w0'" in record.message for record in about)
+
+
+def test_refusals_of_whatever_kind_are_few_lines() -> None:
+    code = """
+from ormo_protos.logs import set_up
+from ormo_server.core.errors import OrmoError
+from ormo_server.service.errors import log_refusal
+
+set_up("info", "text")
+for kind in OrmoError.__subclasses__():
+    for _ in range(20):
+        log_refusal(kind("not so"), "ipv4:10.0.0.7:5", "")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = [line.split()[2:4] for line in done.stderr.splitlines()]
+    assert {tuple(words): told.count(words) for words in told} == {
+        ("INFO", "refused"): 5,
+        ("WARNING", "denied"): 5,
+        ("WARNING", "refused"): 5,
+    }
 
 
 def test_log_warns_once_for_each_number_of_slots_that_a_staleness_bound_keeps_idle(

@@ -11,13 +11,15 @@ class OrmoError(Exception):
     Attributes:
         reason: the word that travels on the wire and labels the metrics.
         retry_seconds: when asking again may help; None where waiting does not.
+        worker: whose gradient it is about; empty if it is about something else.
     """
 
     reason: ClassVar[Reason]
 
-    def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_seconds: float | None = None, worker: str = "") -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
+        self.worker = worker
 
 
 class SettingsError(ValueError):

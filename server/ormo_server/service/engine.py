@@ -9,9 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
-from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
@@ -21,18 +19,20 @@ from ormo_server.core.events import Granted, superseded
 from ormo_server.core.inputs import Gradient, Input, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.snapshot import Snapshot, take
-from ormo_server.core.state import Member, PushResult, State, Ticket
+from ormo_server.core.state import Member, PushResult, Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Journal, NoJournal, StoredGradient
 from ormo_server.metrics import Metrics
+from ormo_server.service import reports
 from ormo_server.service.copies import Copies
 from ormo_server.service.delivery import Delivery, Waiter
-from ormo_server.service.exchange import Outcome, Push, non_finite
+from ormo_server.service.exchange import Outcome
+from ormo_server.service.gradients import Push, non_finite
 from ormo_server.service.inputs import Inputs
-from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
+from ormo_server.service.observations import Evaluation, Observations
 from ormo_server.service.soundness import Bounds, UnsoundWorkers
 from ormo_server.service.timed_lock import TimedLock
-from ormo_server.service.view import RunView, WorkerView
+from ormo_server.service.view import RunView
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +113,7 @@ class Engine:
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self._journal.position
         self._settled(position)
         if member is not known:
-            about = Fields(
-                worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1], caller=caller
-            )
-            said = "worker %s joined (rank %d, %d slots) from %r; K is %d"
-            log.info(said, worker, member.rank, slots, caller or "here", size, extra=about)
+            reports.joined(member, self.position()[1], size, caller)
             self._warn_of_idle_slots(live_slots)
         return member, known.incarnation if known is not None and known is not member else None
 
@@ -168,8 +164,7 @@ class Engine:
             position = self._journal.position
         self._settled(position)
         if left:
-            about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=self.position()[1])
-            log.info("worker %s left", worker, extra=about)
+            reports.left(worker, incarnation, self.position()[1])
 
     def expire(self) -> list[tuple[str, int]]:
         """Take silent workers for dead, and tickets that were out for too long for lost.
@@ -207,15 +202,10 @@ class Engine:
 
     def _report_expired(self, workers: list[str], tickets: Sequence[Ticket]) -> None:
         for worker in workers:
-            about = Fields(worker=worker, iteration=self.position()[1])
-            seconds = self._leases.lease_seconds
-            log.warning("worker %s was silent for %g s and lost its lease", worker, seconds, extra=about)
+            reports.lapsed(worker, self._leases.lease_seconds, self.position()[1])
             self._metrics.upkeep.expired_workers.inc()
         for ticket in tickets:
-            worker, slot = ticket.slot
-            about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=self.position()[1])
-            said = "a ticket of worker %s was out for too long and is void; the worker stays a member"
-            log.warning(said, worker, extra=about)
+            reports.overdue(ticket, self.position()[1])
             self._metrics.upkeep.expired_tickets.inc()
 
     # Exchanges
@@ -251,8 +241,8 @@ class Engine:
         finally:
             self._journal.release(stored)
         self._settle(outcome, position)
-        if push is not None and log.isEnabledFor(logging.DEBUG):
-            _tell(requester, push, outcome)
+        if push is not None:
+            reports.gradient(requester, push, outcome)
         return outcome
 
     def _stored(self, push: Push | None) -> StoredGradient | None:
@@ -334,9 +324,7 @@ class Engine:
         if limit is not None and seen.refused_share > limit:
             # From its next call on: this one has its answer.
             self._unsound.add(requester)
-            about = Fields(worker=requester.worker, incarnation=f"{requester.incarnation:016x}")
-            said = "worker %s is sent away: %d of its gradients were refused, %.0f %% of the latest"
-            log.warning(said, requester.worker, seen.refused, 100 * seen.refused_share, extra=about)
+            reports.sent_away(requester, seen)
 
     def _apply(self, requester: Requester, push: Push, norm: float) -> PushResult:
         payload, layout = push.payload, push.payload.layout
@@ -513,36 +501,7 @@ class Engine:
     def view(self) -> RunView:
         """The run at this moment."""
         with self._lock:
-            machine, state = self._machine, self._machine.state
-            return RunView(
-                phase=_phase(state),
-                epoch=state.epoch,
-                iteration=state.iteration,
-                samples=state.samples,
-                newest_bucket=state.newest_bucket,
-                bucket_size=machine.bucket_size,
-                learning_rate=state.learning_rate,
-                model_parameters=state.params.numel(),
-                live_slots=state.live_slots,
-                tickets_in_flight=len(state.tickets),
-                slots_waiting=len(state.waiting),
-                training_loss=self.observations.loss,
-                evaluation=self.observations.evaluation,
-                staleness_bound=machine.run.method.staleness_bound,
-                discard_limit=machine.run.method.discard_limit(machine.bucket_size),
-                workers=tuple(self._worker_view(state.members[worker]) for worker in sorted(state.members)),
-            )
-
-    def _worker_view(self, member: Member) -> WorkerView:
-        now, seen = self._clock(), self.observations.workers.get(member.worker, WorkerObservation())
-        return WorkerView(
-            worker=member.worker,
-            rank=member.rank,
-            slots=len(member.slots),
-            silent_seconds=self._leases.silent_seconds(member.worker, now),
-            push_age_seconds=None if seen.pushed_at is None else now - seen.pushed_at,
-            seen=replace(seen),
-        )
+            return RunView.of(self._machine, self.observations, self._leases, self._clock())
 
 
 def _both(first: Callable[[Input], None] | None, second: Callable[[Input], None]) -> Callable[[Input], None]:
@@ -554,32 +513,3 @@ def _both(first: Callable[[Input], None] | None, second: Callable[[Input], None]
         second(taken)
 
     return tell
-
-
-def _tell(requester: Requester, push: Push, outcome: Outcome) -> None:
-    """One line for what became of a gradient, of which there are many."""
-    about = Fields(
-        worker=requester.worker,
-        incarnation=f"{requester.incarnation:016x}",
-        slot=requester.slot,
-        request=requester.request,
-        ticket=push.ticket[1],
-        epoch=f"{push.ticket[0]:016x}",
-        samples=push.samples,
-        loss=push.loss,
-    )
-    if outcome.refusal is not None:
-        about["reason"] = outcome.refusal.reason
-        log.debug("refused a gradient of worker %s: %s", requester.worker, outcome.refusal, extra=about)
-    elif outcome.result is not None:
-        result = outcome.result
-        about["iteration"], about["delay"] = result.iteration, result.delay
-        about["lag_buckets"], about["step_size"] = result.lag_buckets, result.step_size
-        what = "repeated the result of" if result.repeated else "discarded" if result.discarded else "applied"
-        log.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
-
-
-def _phase(state: State) -> str:
-    if state.finished:
-        return "finished"
-    return "training" if state.started else "waiting_for_workers"

@@ -22,7 +22,9 @@ from ormo_server.service.delivery import PeerGone
 log = logging.getLogger(__name__)
 # Apart from each other, because lines of each are limited: whoever may do little must not drown the rest.
 _refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger("ormo_server.denied")
+_bad_gradients = logging.getLogger("ormo_server.bad_gradients")
 _DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
+_BAD_GRADIENTS = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})
 
 STATUS_CODES: dict[Reason, int] = {
     Reason.BAD_MANIFEST: code_pb2.INVALID_ARGUMENT,
@@ -146,9 +148,13 @@ def log_refusal(error: OrmoError, peer: str, caller: str) -> None:
         caller: name of whoever called; empty for nobody that is known.
     """
     about = Fields(reason=error.reason, peer=unquote(peer), caller=caller)
+    if error.worker:
+        about["worker"] = error.worker
     who = f"{caller!r} at {about['peer']}" if caller else about["peer"]
     if error.reason in _DENIALS:
         _denied.warning("denied %s: %s", who, error, extra=about)
+    elif error.reason in _BAD_GRADIENTS:
+        _bad_gradients.warning("refused %s (%s): %s", who, error.reason, error, extra=about)
     else:
         _refused.info("refused %s (%s): %s", who, error.reason, error, extra=about)
 

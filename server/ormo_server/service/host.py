@@ -24,7 +24,7 @@ from ormo_server.journal import Journal, NoJournal, is_journal
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
-from ormo_server.service.exchange import is_finite
+from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.service.recovery import Recovered, recovered
 from ormo_server.service.soundness import Bounds

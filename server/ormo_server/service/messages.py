@@ -11,7 +11,7 @@ from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult
 from ormo_server.service.delivery import Delivery
-from ormo_server.service.exchange import Push
+from ormo_server.service.gradients import Push
 from ormo_server.service.observations import Evaluation
 
 # So that the run's count of them stays far below what an int64 holds.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ormo_server.service.exchange import Push
+from ormo_server.service.gradients import Push
 
 _SMOOTHING = 0.1
 # Of the share of refused gradients: from 0, some 22 refused ones in a row make a half.

@@ -1,7 +1,6 @@
 """The service: every method translates, and nothing more."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from typing import NoReturn, TypeVar
 import grpc
 
 from ormo_protos.framing import NOTHING, Frame, Headed, Malformed
-from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
 from ormo_server.security.access import Access
@@ -27,16 +25,13 @@ from ormo_server.service.controls import Controls
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, log_refusal, named, streams_answers
-from ormo_server.service.exchange import FiniteNorm, Outcome, Push
+from ormo_server.service.exchange import Outcome
+from ormo_server.service.gradients import FiniteNorm, Push
 from ormo_server.service.host import RunHost
 from ormo_server.service.in_flight import BytesInFlight
 from ormo_server.service.model_offers import WAIT_SECONDS
 from ormo_server.service.status import run_settings, status_of
 from ormo_server.service.streams import OpenStream, StreamRegistry
-
-log = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_WARNINGS = 10.0
 
 M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
@@ -64,7 +59,6 @@ class Servicer:
         limit = host.settings.max_bytes_in_flight
         self._in_flight = BytesInFlight(None if limit is None else int(limit))
         self._buffers = BufferPool(self._in_flight)
-        self._warned = float("-inf")
 
     # Members
 
@@ -214,7 +208,6 @@ class Servicer:
         if outcome.refusal is not None:
             self.count_refusal(outcome.refusal.reason)
             log_refusal(outcome.refusal, stream.peer, stream.caller.name)
-            self._warn(outcome.refusal, requester)
             return messages.refused_result(requester.request, outcome.refusal)
         return None if outcome.result is None else messages.push_result(outcome.result)
 
@@ -244,7 +237,6 @@ class Servicer:
                 gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
                 outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
         if outcome.refusal is not None:
-            self._warn(outcome.refusal, requester)
             raise outcome.refusal
         assert outcome.result is not None
         return pb.PushGradientResponse(result=messages.push_result(outcome.result))
@@ -305,16 +297,6 @@ class Servicer:
             return self._access.caller(context).name
         except OrmoError:
             return ""
-
-    def _warn(self, refusal: OrmoError, requester: Requester) -> None:
-        # A worker that has diverged has every gradient refused: one line now and then tells it.
-        now = time.monotonic()
-        if isinstance(refusal, NonFinite | NormTooLarge) and now - self._warned >= _SECONDS_BETWEEN_WARNINGS:
-            self._warned = now
-            about = Fields(
-                worker=requester.worker, slot=requester.slot, request=requester.request, reason=refusal.reason
-            )
-            log.warning("refused: %s", refusal, extra=about)
 
     def _introduced(
         self, stream: OpenStream, message: pb.Requester, *, nothing_follows: bool = False

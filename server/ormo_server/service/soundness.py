@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ormo_server.core.errors import NormTooLarge, UnsoundWorker
 from ormo_server.core.inputs import Requester
-from ormo_server.service.exchange import Push
+from ormo_server.service.gradients import Push
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class Bounds:
         return NormTooLarge(
             f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {push.norm:.4g}, and "
             f"this run takes gradients of a norm up to {self.norm:g}: it was not applied; its ticket stays valid. Clip "
-            "the gradient, or raise --max-gradient-norm of the server"
+            "the gradient, or raise --max-gradient-norm of the server",
+            worker=requester.worker,
         )
 
 
