@@ -5,26 +5,29 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import time
 
+import pytest
+
 from system.programs import ENVIRONMENT, Stage
 
-SHOW_CURSOR, LEAVE_SCREEN = b"\x1b[?25h", b"\x1b[?1049l"
+SHOW_CURSOR, ENTER_SCREEN, LEAVE_SCREEN = b"\x1b[?25h", b"\x1b[?1049h", b"\x1b[?1049l"
 
 
 class Terminal:
     """A pseudo-terminal with `ormo-server top` in it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *flags: str) -> None:
         self._ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (40, 140))
         self.before = termios.tcgetattr(theirs)
         self._theirs = theirs
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ormo_server", "top", "--server", address, "--every-seconds", "0.2"],
+            [sys.executable, "-m", "ormo_server", "top", "--server", address, "--every-seconds", "0.2", *flags],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -81,6 +84,21 @@ def test_top_shows_workers_survives_a_restart_and_leaves_the_terminal_as_it_was(
         assert terminal.settings == terminal.before
     finally:
         terminal.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_top_leaves_at_once_while_it_waits_for_an_answer(number: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        terminal = Terminal(f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "100")
+        try:
+            terminal.until(ENTER_SCREEN)
+            with silent.accept()[0]:
+                os.kill(terminal.process.pid, number)
+                assert terminal.end() == 0
+            assert LEAVE_SCREEN in terminal.shown
+            assert terminal.settings == terminal.before
+        finally:
+            terminal.close()
 
 
 def test_every_line_of_json_logs_says_what_it_is_about(stage: Stage) -> None:

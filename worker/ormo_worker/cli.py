@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
+from ormo_protos.interruption import leave_on_signals
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
-from ormo_worker.interruption import leave_on_signals
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
 

@@ -11,10 +11,10 @@ import grpc
 from ormo_protos.credentials import Credentials
 from ormo_protos.dialling import Dialer
 from ormo_protos.failure_detection import FailureDetection
+from ormo_protos.interruption import end_on_signals, leave_if_asked
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.errors import ClientClosed, OrmoError
-from ormo_worker.interruption import end_on_signals, leave_if_asked
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
 from ormo_worker.retries import Patience, RetryLoop, SignsOfLife

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ormo_protos.credentials import Credentials
+from ormo_protos.interruption import leave_if_asked
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.errors import OrmoError
-from ormo_worker.interruption import leave_if_asked
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.interruption import leave_if_asked
 from ormo_protos.logs import Fields
 from ormo_worker.config import RunSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.groups import decay_groups
-from ormo_worker.interruption import leave_if_asked
 from ormo_worker.optimizer import RemoteOptimizer
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device

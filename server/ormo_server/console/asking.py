@@ -1,13 +1,14 @@
 """Asking a server how it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from ormo_protos.credentials import Credentials, CredentialsError
 from ormo_protos.dialling import Dialer
+from ormo_protos.interruption import end_on_signals, leave_if_asked
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.console.words import printable
@@ -33,6 +34,8 @@ class Asker:
     def __init__(self, stub: ParameterServerStub, timeout: float) -> None:
         self._stub = stub
         self._timeout = timeout
+        self._call: grpc.Future[Any] | None = None
+        end_on_signals(self)
 
     def control(self, request: pb.ControlRequest) -> pb.ControlResponse:
         """Have the server do something.
@@ -50,11 +53,27 @@ class Asker:
         """
         return self._answered(self._stub.GetStatus, pb.GetStatusRequest())
 
-    def _answered(self, method: Callable[..., T], request: object) -> T:
+    def cancel_open(self) -> None:
+        """End the call that is under way, if there is one; from any thread."""
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def _answered(self, method: "grpc.UnaryUnaryMultiCallable[Any, T]", request: object) -> T:
+        self._call = method.future(request, timeout=self._timeout)
         try:
-            return method(request, timeout=self._timeout)
-        except grpc.RpcError as error:
-            raise NoAnswerError(printable(error.details() or error.code().name)) from None
+            return self._call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            leave_if_asked()
+            raise NoAnswerError(_why(error)) from None
+        finally:
+            self._call = None
+
+
+def _why(error: grpc.RpcError | grpc.FutureCancelledError) -> str:
+    if isinstance(error, grpc.RpcError):
+        return printable(error.details() or error.code().name)
+    return "the call was cancelled"
 
 
 @contextmanager

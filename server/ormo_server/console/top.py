@@ -1,13 +1,12 @@
 """`ormo-server top`: look at a server again and again."""
 
-import signal
 import sys
 import time
-from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
 
+from ormo_protos.interruption import leave_if_asked, leave_on_signals
 from ormo_server.console.asking import Asker, NoAnswerError, asker
 from ormo_server.console.config import TopSettings
 from ormo_server.console.keys import pressed, single_keys
@@ -21,7 +20,7 @@ _QUIT = "q"
 
 def watch(settings: TopSettings) -> int:
     """Show the server until the user has seen enough; where there is no screen, once. Returns the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # or the terminal would be left as it is now
+    leave_on_signals()  # SIGTERM too, or the terminal would be left as it is now
     console = Console(highlight=False)
     screen = sys.stdout.isatty() and not console.is_dumb_terminal
     try:
@@ -32,10 +31,6 @@ def watch(settings: TopSettings) -> int:
             return _once(server, settings, console if screen else Console(width=WIDE, highlight=False))
     except KeyboardInterrupt:
         return 0
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _once(server: Asker, settings: TopSettings, console: Console) -> int:
@@ -55,6 +50,7 @@ def _live(console: Console, server: Asker, settings: TopSettings) -> None:
     history, answered = History(), time.monotonic()
     with single_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
+            leave_if_asked()
             due, trouble = time.monotonic() + settings.every_seconds, ""
             try:
                 history.add(server.ask())

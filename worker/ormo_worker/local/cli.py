@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ormo_protos.interruption import leave_if_asked, leave_on_signals
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_worker.interruption import leave_if_asked, leave_on_signals
 from ormo_worker.local.cluster import Cluster, ClusterError
 from ormo_worker.local.config import LocalSettings
 
