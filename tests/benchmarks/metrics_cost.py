@@ -32,7 +32,7 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
-from ormo_server.service import engine, exchange, servicer, timed_lock
+from ormo_server.service import engine, gradients, servicer, timed_lock
 from ormo_server.service.controls import Controls
 from ormo_server.service.engine import Engine
 from ormo_server.service.gradients import FiniteNorm, is_finite
@@ -74,7 +74,7 @@ def without_metrics() -> Iterator[None]:
             (Engine, "_observe", nothing),
             (FiniteNorm, "arrived", nothing),
             (FiniteNorm, "norm", lambda gradient: 1.0 if is_finite(gradient._payload) else None),
-            (exchange, "time", STOPPED),
+            (gradients, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),
             (timed_lock, "time", STOPPED),
