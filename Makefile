@@ -63,7 +63,7 @@ links: $(INSTALLED)  ## measure what `--in-flight 2` and bfloat16 gain on a slow
 
 # What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
 TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
-    $(BIN)/python -m pytest
+    $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
@@ -98,7 +98,7 @@ test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newes
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[server,worker,vision,sim,dev,deploy]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --ignore=tests/deploy
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal --ignore=tests/deploy
 
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60

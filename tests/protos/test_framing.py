@@ -24,7 +24,7 @@ Kind = type[Message]
 EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.DESCRIPTOR.name)
 WITH_DATA = [kind for kind in KINDS if "data" in kind.DESCRIPTOR.fields_by_name]
 EXAMPLES = settings(max_examples=100, deadline=None)
-MANY_EXAMPLES = settings(max_examples=400, deadline=None)
+MANY_EXAMPLES = settings(max_examples=200, deadline=None)
 
 
 # Messages as generated code makes them.

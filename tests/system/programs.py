@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import grpc
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from system.forked import Forked
 
 # One thread each: several processes share two cores.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("ORMO_")} | {
@@ -29,9 +30,19 @@ class Program:
     ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
+        words = [str(argument) for argument in arguments]
+        self.process: subprocess.Popen[str] | Forked
+        if environment:  # which may matter before anything is imported
+            self.process = self._started(module, words, folder, environment)
+        else:
+            self.process = Forked(module, words, folder=folder, log=self.log, environment=ENVIRONMENT)
+
+    def _started(
+        self, module: str, words: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> "subprocess.Popen[str]":
         with self.log.open("ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *words],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
@@ -53,6 +64,12 @@ class Program:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end; its log:\n{self.log.read_text()}") from None
+
+    def printed(self) -> tuple[int, str]:
+        """Its exit code, and all that it printed."""
+        assert self.process.stdout is not None
+        text = self.process.stdout.read()
+        return self.wait(), text
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -160,8 +160,8 @@ def test_evaluator_sees_what_was_trained(stage: Stage) -> None:
     stage.server(stop_after_gradients=100, learning_rate=0.02)
     assert stage.worker("a").wait() == 0
     evaluator = stage.program("evaluator", "evaluate", "--server", stage.address, "--once", module="ormo_worker")
-    output, _ = evaluator.process.communicate(timeout=60)
-    assert evaluator.process.returncode == 0
+    code, output = evaluator.printed()
+    assert code == 0
     fields = dict(word.split("=") for word in output.split() if "=" in word)
     assert int(fields["iteration"]) == 100
     assert 0.3 < float(fields["accuracy"]) <= 1.0

@@ -72,6 +72,6 @@ def test_task_example_trains_as_it_stands(stage: Stage) -> None:
     command = re.search(r"^ormo-local (--task rings.*)$", README.read_text(), re.MULTILINE)
     assert command is not None
     local = stage.program("local", *command[1].split(), module="ormo_worker.local")
-    output, _ = local.process.communicate(timeout=100)
-    assert local.process.returncode == 0, output
+    code, output = local.printed()
+    assert code == 0, output
     assert float(output.split("test accuracy")[1].split("%")[0]) > 85

@@ -105,8 +105,8 @@ def test_worker_that_comes_back_under_its_name_replaces_the_old_one(stage: Stage
 def test_local_run_trains_evaluates_and_cleans_up(stage: Stage) -> None:
     flags = {"workers": 2, "slow": "1:3x", "stop_after_gradients": 250, "directory": "run", "evaluate_every": 0.5}
     local = stage.program("local", *as_flags(flags), module="ormo_worker.local")
-    output, _ = local.process.communicate(timeout=100)
-    assert local.process.returncode == 0, output + local.log.read_text()
+    code, output = local.printed()
+    assert code == 0, output + local.log.read_text()
     accuracy = float(output.split("test accuracy")[1].split("%")[0])
     assert accuracy > 85
     assert "gradients  250 in" in output
