@@ -1,15 +1,18 @@
 """Real processes: what the project is for, from outside."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
+import psutil
 import safetensors.torch
 import torch
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.tasks.digits import Digits
 from system import linear_task
-from system.programs import Stage, as_flags
+from system.programs import Program, Stage, as_flags
 
 FINISHED = pb.GetStatusResponse.PHASE_FINISHED
 
@@ -114,7 +117,8 @@ def test_local_run_trains_evaluates_and_cleans_up(stage: Stage) -> None:
     Digits().build_model().load_state_dict(safetensors.torch.load_file(stage.model()), strict=True)
 
 
-def test_interrupted_local_run_keeps_a_checkpoint_and_leaves_no_process(stage: Stage) -> None:
+def local_run(stage: Stage) -> tuple[Program, list[int], int]:
+    """A run that would not end, the ids of its processes, the server's first, and how far it was."""
     flags = {"workers": 2, "stop_after_gradients": 0, "directory": "run"}
     local = stage.program("local", *as_flags(flags), module="ormo_worker.local")
     assert local.process.stdout is not None
@@ -122,6 +126,24 @@ def test_interrupted_local_run_keeps_a_checkpoint_and_leaves_no_process(stage: S
     reached = stage.until(lambda s: s.applied > 20, "local training").iteration.number
     children = Path(f"/proc/{local.process.pid}/task/{local.process.pid}/children").read_text().split()
     assert len(children) == 4  # server, two workers, evaluator
+    return local, [int(child) for child in children], reached
+
+
+def test_interrupted_local_run_keeps_a_checkpoint_and_leaves_no_process(stage: Stage) -> None:
+    local, children, reached = local_run(stage)
     assert local.terminate(60) == 130
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not any(psutil.pid_exists(child) for child in children)
     assert int(stage.model().parent.name.rpartition("-")[2]) >= reached
+
+
+def test_local_run_that_is_interrupted_twice_ends_at_once_and_leaves_no_process(stage: Stage) -> None:
+    local, children, _ = local_run(stage)
+    assert local.process.stdout is not None
+    os.kill(children[0], signal.SIGSTOP)  # so that it does not stop in order
+    os.kill(local.process.pid, signal.SIGINT)
+    while "stopping: " not in (line := local.process.stdout.readline()):
+        assert line
+    os.kill(local.process.pid, signal.SIGINT)
+    assert local.process.wait(20) == 130
+    assert "stopping at once" in local.process.stdout.read()
+    assert not any(psutil.pid_exists(child) for child in children)

@@ -1,5 +1,6 @@
 """The command `ormo-local`."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ormo_worker.local.cluster import Cluster, ClusterError
 from ormo_worker.local.config import LocalSettings
 
 _POLL_SECONDS = 0.25
+_ANSWER_SECONDS = 2.0
 _INTERRUPTED_EXIT_CODE = 130
 
 
@@ -76,9 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("stopping: the server writes a checkpoint")
         code = _INTERRUPTED_EXIT_CODE
     finally:
-        cluster.stop()
+        if not _stopped(cluster, console, asked_before=code == _INTERRUPTED_EXIT_CODE):
+            code = _INTERRUPTED_EXIT_CODE
     _summarize(cluster, progress, console)
     return code
+
+
+def _stopped(cluster: Cluster, console: Console, *, asked_before: bool) -> bool:
+    """Stop all programs in order; at once if the user asks a second time. Returns whether it was in order."""
+    while True:
+        try:
+            cluster.stop()
+        except KeyboardInterrupt:
+            if asked_before:
+                console.print("stopping at once: without a journal, what came after the last checkpoint is lost")
+                cluster.kill()
+                return False
+            asked_before = True
+            console.print("stopping already; once more ends all at once, without a checkpoint")
+        else:
+            return True
 
 
 def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
@@ -92,8 +111,9 @@ def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
                 if worker.name not in reported:
                     reported.add(worker.name)
                     live.console.print(f"{worker.name} ended with code {worker.ended()}: {worker.last_words(1)}")
-            progress.observe(stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True))
-            live.update(progress.line())
+            with contextlib.suppress(grpc.RpcError):  # if the server has ended, the cluster knows
+                progress.observe(stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=_ANSWER_SECONDS))
+                live.update(progress.line())
             if cluster.all_done():
                 return
             time.sleep(_POLL_SECONDS)

@@ -97,6 +97,14 @@ class Cluster:
         if self.server is not None:
             self.server.stop()
 
+    def kill(self) -> None:
+        """End all programs at once."""
+        children = [child for child in (*self.workers, self.evaluator, self.server) if child is not None]
+        for child in children:
+            child.kill()
+        for child in children:
+            child.stop()
+
     def newest_checkpoint(self) -> Path | None:
         """The model of the run's last checkpoint."""
         return max(self.directory.glob("checkpoint-*/model.safetensors"), default=None)

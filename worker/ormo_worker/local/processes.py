@@ -79,6 +79,11 @@ class Child:
         if self.ended() is None:
             os.kill(self.pid, signal.SIGTERM)
 
+    def kill(self) -> None:
+        """Send SIGKILL if it still runs."""
+        if self.ended() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
     def last_words(self, lines: int = 5) -> str:
         """The end of its log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
