@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
+from worker.tasks.aborted import Aborted
 
 SIZE = 10
 
@@ -143,3 +144,10 @@ def test_nested_batches_move_to_a_device_with_their_structure() -> None:
     assert moved["a"][1][1] == "text"
     assert moved["b"].left.is_meta
     assert type(moved["b"]) is pair
+
+
+def test_a_reading_process_that_is_aborted_at_its_end_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = batches(Aborted(), 2, seed=1, loader_processes=2)
+    assert len({int(number) for _ in range(2) for number in next(stream)}) == 4
+    del stream  # what went wrong in a finalizer would be a warning, and so an error
+    assert "Exception ignored" not in capfd.readouterr().err

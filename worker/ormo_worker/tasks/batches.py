@@ -4,6 +4,7 @@ A data set may offer two methods of its own, both optional: `batch_at`, where it
 once, and `augment`, where training changes samples at random.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -129,7 +130,19 @@ def _read(dataset: Dataset[Any], order: Iterable[Tensor], seed: int, loader_proc
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
     )
-    return iter(loader)
+    return _until_closed(iter(loader))
+
+
+def _until_closed(reading: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from reading
+    finally:
+        # A process that is told to end is now and then aborted by the C++ library instead. PyTorch would raise that
+        # wherever the program is by then; here, where its processes end, it means nothing. There is no public way.
+        shut_down = getattr(reading, "_shutdown_workers", None)
+        if shut_down is not None:
+            with contextlib.suppress(RuntimeError):
+                shut_down()
 
 
 def _batch_reader(dataset: Dataset[Any]) -> Callable[[Tensor], Batch] | None:
