@@ -60,6 +60,7 @@ def test_all_contenders_make_the_same_update() -> None:
 CONTENDERS = [name for name in NAMES if name != "pyzmq" or find_spec("zmq")]
 
 
+@pytest.mark.timeout(300)  # it starts each of them
 def test_contenders_take_turns_with_the_socket() -> None:
     rows = measured(Case(4096, 1), CONTENDERS, pairs=2, window=0.1)
     assert [each.contender for each in rows] == CONTENDERS

@@ -115,9 +115,10 @@ def test_training_goes_on_as_if_nothing_came(stage: Stage) -> None:
         attacked = Watch.of(stage, SECONDS)
         during = stage.status()
     sys.stdout.write(summary(attack, alone, attacked))
+    afterwards = Watch.of(stage, 2.5)
     assert set(attack.connections) == set(KINDS), attack.connections
-    # The attacker takes its share of the machine.
-    assert attacked.per_second > alone.per_second / 4
+    # The attacker takes its share of the machine, and so may other tests, which come and go.
+    assert attacked.per_second > min(alone.per_second, afterwards.per_second) / 4
     assert attacked.longest_gap_seconds < LONGEST_GAP_SECONDS
     after = stage.until(lambda s: s.iteration.number > during.iteration.number + 50, "training afterwards")
     assert after.iteration.epoch == before.iteration.epoch
