@@ -75,27 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"ormo-local: {error}", style="red")
         code = 1
     except KeyboardInterrupt:
-        console.print("stopping: the server writes a checkpoint")
         code = _INTERRUPTED_EXIT_CODE
     finally:
-        if not _stopped(cluster, console, asked_before=code == _INTERRUPTED_EXIT_CODE):
+        if not _stopped(cluster, console, asked=code == _INTERRUPTED_EXIT_CODE):
             code = _INTERRUPTED_EXIT_CODE
     _summarize(cluster, progress, console)
     return code
 
 
-def _stopped(cluster: Cluster, console: Console, *, asked_before: bool) -> bool:
+def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
     """Stop all programs in order; at once if the user asks a second time. Returns whether it was in order."""
+    said = "stopping: the server writes a checkpoint" if asked else ""
     while True:
         try:
+            if said:
+                console.print(said)
             cluster.stop()
         except KeyboardInterrupt:
-            if asked_before:
+            if asked:
                 console.print("stopping at once: without a journal, what came after the last checkpoint is lost")
                 cluster.kill()
                 return False
-            asked_before = True
-            console.print("stopping already; once more ends all at once, without a checkpoint")
+            asked, said = True, "stopping already; once more ends all at once, without a checkpoint"
         else:
             return True
 
