@@ -82,24 +82,26 @@ class Cluster:
         """Workers that ended with an error."""
         return [worker for worker in self.workers if worker.ended() not in (None, 0)]
 
+    @property
+    def _clients(self) -> list[Child]:
+        return [*self.workers, *([self.evaluator] if self.evaluator else [])]
+
     def all_done(self) -> bool:
         """Whether workers and evaluator have come to their end by themselves."""
-        children = [*self.workers, *([self.evaluator] if self.evaluator else [])]
-        return all(child.ended() is not None for child in children)
+        return all(child.ended() is not None for child in self._clients)
 
     def stop(self) -> None:
         """Stop workers and evaluator together, then the server, which writes its checkpoint."""
-        children = [*self.workers, *([self.evaluator] if self.evaluator else [])]
-        for child in children:
-            child.ask_to_stop()
-        for child in children:
-            child.stop()
+        for client in self._clients:
+            client.ask_to_stop()
+        for client in self._clients:
+            client.stop()
         if self.server is not None:
             self.server.stop()
 
     def kill(self) -> None:
         """End all programs at once."""
-        children = [child for child in (*self.workers, self.evaluator, self.server) if child is not None]
+        children = [*self._clients, *([self.server] if self.server else [])]
         for child in children:
             child.kill()
         for child in children:
