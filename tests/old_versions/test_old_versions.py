@@ -1,0 +1,96 @@
+"""What earlier versions wrote restores and replays to the same bits. How it was written: `recorded`."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from old_versions.recorded import WRITTEN
+from ormo_server.core import snapshot
+from ormo_server.core.snapshot import Snapshot
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.service.server import Server
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.run import Plan
+from ormo_server.store.checkpoint import Checkpoint, read_files
+from ormo_server.training_settings import TrainingSettings
+from service.wire import served
+
+RUNS = [pytest.param(run, id=f"{run.name} of {run.parent.name}") for run in sorted(WRITTEN.glob("*/*"))]
+assert RUNS
+# What each server has of its own.
+OWN = ("epoch", "waiting")
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "settings.json").read_text()))
+
+
+@contextmanager
+def restored(run: Path, place: Path, **changes: Any) -> Iterator[Server]:
+    """A server that goes on with a copy of the run's folder."""
+    shutil.copytree(run / "run", place)
+    with served(place, journal=True, **settings_of(run) | changes) as server:
+        yield server
+
+
+def bits(taken: Snapshot) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in taken.tensors.items()}
+
+
+def told_by(expected: Any, found: Any) -> Any:
+    """Of what was found, what the earlier version knew of: later ones may add fields."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return {key: told_by(value, found[key]) for key, value in expected.items()}
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        return [told_by(*pair) for pair in zip(expected, found, strict=True)]
+    return list(found) if isinstance(found, tuple) else found
+
+
+def fields(kept: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kept.items() if name not in OWN}
+
+
+def expected(run: Path) -> Checkpoint:
+    return read_files(run / "restored")
+
+
+def assert_same(machine: StateMachine, checkpoint: Checkpoint) -> None:
+    taken = snapshot.take(machine)
+    assert bits(taken) == bits(checkpoint.snapshot)
+    kept = fields(checkpoint.snapshot.fields)
+    assert told_by(kept, json.loads(json.dumps(fields(taken.fields)))) == kept
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_checkpoint_and_its_journal_restore_to_the_same_bits(run: Path, tmp_path: Path) -> None:
+    checkpoint = expected(run)
+    assert checkpoint.snapshot.fields["tickets"], "a run without tickets in flight would show less"
+    with restored(run, tmp_path / "run") as server, server.host.engine.inspect() as machine:
+        assert_same(machine, checkpoint)
+    assert not list(tmp_path.glob("run/journal-damaged*"))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_checkpoint_comes_back_as_it_was_read(run: Path) -> None:
+    checkpoint = expected(run)
+    of_training = {name: value for name, value in settings_of(run).items() if name in TrainingSettings.model_fields}
+    machine = snapshot.resume(TrainingSettings(**of_training).run(), read_files(run / "restored").snapshot)
+    assert_same(machine, checkpoint)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_trace_is_followed_to_the_same_bits(run: Path) -> None:
+    checkpoint = expected(run)
+    plan = Plan(SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every=1000))
+    state = plan.run().training.machine.state
+    vectors = {"params": state.params} | {f"rule.{name}": vector for name, vector in state.rule.vectors.items()}
+    followed = {name: vector.numpy().tobytes() for name, vector in vectors.items()}
+    assert followed == {name: found for name, found in bits(checkpoint.snapshot).items() if name in followed}
+    assert (state.iteration, state.newest_bucket, state.next_ticket) == tuple(
+        checkpoint.snapshot.fields[name] for name in ("iteration", "newest_bucket", "next_ticket")
+    )
