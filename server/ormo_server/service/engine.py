@@ -334,6 +334,7 @@ class Engine:
             push.samples,
             payload.float_buffers if layout.with_buffers else None,
             payload.int_buffers if layout.with_buffers else None,
+            norm,
         )
         now = self._clock()
         ticket = self._machine.state.tickets.get(push.ticket)

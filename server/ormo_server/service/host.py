@@ -17,8 +17,9 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
+from ormo_server.core.blocks import largest
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
-from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.rules import LARGEST, UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Journal, NoJournal, is_journal
 from ormo_server.metrics import Metrics
@@ -292,6 +293,10 @@ class RunHost:
             raise ModelExists("this server has a model already: join again to get its manifest")
 
     def _start(self, manifest: Manifest, model: FlatModel) -> None:
+        if largest(model.params) > LARGEST:
+            raise NonFinite(
+                f"the model has numbers above {LARGEST:.3g}, so that none can be added: start from a sound one"
+            )
         machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
         try:
             self._write_first(machine, manifest)
