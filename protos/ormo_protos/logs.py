@@ -25,7 +25,7 @@ _TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 _PARTS = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
 _PARTS_OF_FAILURES = {"exc_info": "exception", "stack_info": "stack"}
 
-_LIMITED = ("grpc", "ormo_server.refused", "ormo_server.denied", "ormo_server.bad_gradients")
+_LIMITED = ("grpc", "ormo_server.refused", "ormo_server.denied", "ormo_server.bad_gradients", "ormo_server.failed")
 
 
 class Fields(TypedDict, total=False):
