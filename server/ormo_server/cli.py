@@ -111,7 +111,8 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
             continue
         engine = server.host.engine
         if engine.broken.is_set():
-            log.critical("the state is broken (see the error above): stopping; a restart restores the last checkpoint")
+            why = engine.why_broken
+            log.critical("the state is broken (%s): stopping; a restart goes back to the newest sound one", why)
             server.close()
             return 1
         if engine.finished.is_set() and not checkpointed_end:

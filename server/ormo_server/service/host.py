@@ -29,7 +29,16 @@ from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.service.recovery import Recovered, recovered
 from ormo_server.service.soundness import Bounds
-from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError, size_bytes
+from ormo_server.store import (
+    Checkpoint,
+    CheckpointStore,
+    DirectoryLock,
+    FlatModel,
+    ModelFile,
+    NotFinite,
+    StoreError,
+    size_bytes,
+)
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -187,7 +196,7 @@ class RunHost:
 
     def _journal_failed(self) -> None:
         if self._engine is not None:
-            self._engine.fail()
+            self._engine.fail(f"the journal in {self._journal_directory} can't be written")
 
     def _forget_older_journal(self, damage: str) -> None:
         """The state is in a checkpoint now. A damaged journal is kept, for people."""
@@ -412,6 +421,8 @@ class RunHost:
         except (StoreError, NotReady, DiskFull) as error:
             self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
+            if isinstance(error, NotFinite):
+                engine.fail("the model, or its momentum, has NaN or infinite values")
             return False
         self._forget_journal_before(journal_log)
         seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
