@@ -19,7 +19,7 @@ from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
 
-from ormo_protos.patient_stream import PatientStream, open_standard_streams
+from ormo_protos.patient_stream import open_standard_streams, patient
 
 LogFormat = Literal["text", "json"]
 
@@ -87,7 +87,7 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """
     open_standard_streams()
     lines = formatter(form, about)
-    handler = logging.StreamHandler(PatientStream(sys.stderr.fileno(), functools.partial(_apology, lines)))
+    handler = logging.StreamHandler(patient(sys.stderr, functools.partial(_apology, lines)))
     handler.setFormatter(lines)
     for limit in (*map(FewOf, _LIMITED), FewOfEach()):
         handler.addFilter(limit)
@@ -166,7 +166,7 @@ def last_words(program: str, error: object, form: LogFormat) -> None:
     if form == "json":
         logging.getLogger(program).error("%s", error)
     else:
-        PatientStream(sys.stderr.fileno()).write(f"{program}: {error}\n")
+        patient(sys.stderr).write(f"{program}: {error}\n")
 
 
 class _JsonLines(JsonFormatter):

@@ -1,14 +1,17 @@
 """A program's own stdout and stderr, which may be closed, full, or a pipe that nobody reads."""
 
+import io
 import os
 import select
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 # How long a reader that is only slow is waited for, once: whoever logs may hold a lock that everybody waits for.
 _PATIENCE_SECONDS = 1.0
 # What a pipe takes whole, or not at all, once `poll` says that it takes something.
 _PIECE_BYTES = select.PIPE_BUF
+_APOLOGY = "({} lines were left out)\n".format
 
 
 class PatientStream:
@@ -21,7 +24,7 @@ class PatientStream:
         apology: makes a line, to go before the first one after a gap, of how many were left out.
     """
 
-    def __init__(self, descriptor: int, apology: Callable[[int], str] = "({} lines were left out)\n".format) -> None:
+    def __init__(self, descriptor: int, apology: Callable[[int], str] = _APOLOGY) -> None:
         self._descriptor = descriptor
         self._apology = apology
         self._left_out = 0
@@ -29,7 +32,7 @@ class PatientStream:
         self._poll.register(descriptor, select.POLLOUT)
 
     def write(self, line: str) -> None:
-        """Write a line that has its end, or none of it."""
+        """Write a line that has its end, or leave it out; a long one may be cut."""
         if self._left_out:
             line = f"\n{self._apology(self._left_out)}{line}"  # what came before may have been cut
         try:
@@ -48,6 +51,15 @@ class PatientStream:
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+
+def patient(stream: TextIO, apology: Callable[[int], str] = _APOLOGY) -> PatientStream | TextIO:
+    """What writes where the stream does; the stream itself if that is no descriptor, as in a notebook."""
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        return stream
+    return PatientStream(descriptor, apology)
 
 
 def open_standard_streams() -> None:

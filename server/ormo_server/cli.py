@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
-from ormo_protos.patient_stream import PatientStream
+from ormo_protos.patient_stream import patient
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def serve(settings: "ServerSettings") -> int:
         logs.last_words("ormo-server", error, settings.log_format)
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
-    PatientStream(sys.stdout.fileno()).write(f"serving address={server.address} metrics={server.metrics_address}\n")
+    patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
     log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 

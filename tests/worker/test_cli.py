@@ -54,31 +54,31 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("argv", "sentence"), MISTAKES)
 def test_bad_settings_exit_with_2_and_a_sentence(
-    capfd: pytest.CaptureFixture[str], argv: list[str], sentence: str
+    capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
 ) -> None:
     assert run(*argv) == 2
-    error = capfd.readouterr().err
+    error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("command", ["run", "evaluate"])
-def test_nobody_at_the_address_exits_with_1(capfd: pytest.CaptureFixture[str], command: str) -> None:
+def test_nobody_at_the_address_exits_with_1(capsys: pytest.CaptureFixture[str], command: str) -> None:
     arguments = ["--server", "127.0.0.1:1", "--connect-timeout", "0.1", "--task", "worker.lines:Lines"]
     assert run(command, *arguments) == 1
-    assert f"ormo-worker {command}: no parameter server answered at 127.0.0.1:1 within" in capfd.readouterr().err
+    assert f"ormo-worker {command}: no parameter server answered at 127.0.0.1:1 within" in capsys.readouterr().err
 
 
-def test_a_worker_that_is_replaced_exits_with_3(server: FakeServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_is_replaced_exits_with_3(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.told(("join", refuse("FAILED_PRECONDITION", Reason.REPLACED)))
     assert run("run", "--server", server.address, "--task", "worker.lines:Lines") == 3
-    assert "a newer process has joined with this worker's id" in capfd.readouterr().err
+    assert "a newer process has joined with this worker's id" in capsys.readouterr().err
 
 
-def test_another_model_exits_with_1(server: FakeServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_model_exits_with_1(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run", "--server", server.address, "--task", "worker.lines:Lines", "--stop-after", "1") == 0
     assert run("run", "--server", server.address, "--task", "digits") == 1
-    assert "trains another model than this worker has" in capfd.readouterr().err
+    assert "trains another model than this worker has" in capsys.readouterr().err
 
 
 def test_what_is_no_sentence_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +97,9 @@ def test_settings_come_from_a_file_too(server: FakeServer, tmp_path: Path) -> No
     assert server.iteration == 2
 
 
-def test_help_lists_the_commands(capfd: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
-    assert "exit codes: 0 the run is over" in capfd.readouterr().out
+    assert "exit codes: 0 the run is over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("settings", [RunSettings, EvaluateSettings])
