@@ -69,7 +69,7 @@ class ServerSettings(TrainingSettings):
 
     # What gradients are taken
     max_gradient_norm: float | None = Field(
-        None, gt=0, description="largest Euclidean norm of a gradient; none: any that is finite"
+        None, gt=0, description="largest Euclidean norm of a gradient; none: any that leaves the model finite"
     )
     over_norm: Literal["clip", "refuse"] = Field(
         "clip", description="what becomes of a gradient of a larger norm: it is scaled down to it, or not applied"
@@ -111,6 +111,7 @@ class ServerSettings(TrainingSettings):
     threads: int = Field(
         1,
         ge=1,
+        le=1024,
         description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
         "and updates get slower unless the processor has nothing else to do",
     )
