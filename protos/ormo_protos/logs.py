@@ -7,6 +7,7 @@ A record names what it is about through `extra`, in the same words everywhere:
 JSON shows these fields. Text leaves them out: the message says what matters of them.
 """
 
+import functools
 import logging
 import math
 import os
@@ -18,6 +19,8 @@ from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
 
+from ormo_protos.patient_stream import open_standard_streams, patient
+
 LogFormat = Literal["text", "json"]
 
 _TEXT = "%(asctime)s %(levelname)-7s %(message)s"
@@ -25,7 +28,7 @@ _TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 _PARTS = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
 _PARTS_OF_FAILURES = {"exc_info": "exception", "stack_info": "stack"}
 
-_LIMITED = ("grpc", "ormo_server.refused", "ormo_server.denied", "ormo_server.bad_gradients")
+_LIMITED = ("grpc", "ormo_server.refused", "ormo_server.denied", "ormo_server.bad_gradients", "ormo_server.failed")
 
 
 class Fields(TypedDict, total=False):
@@ -74,18 +77,20 @@ class Fields(TypedDict, total=False):
 def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     """Send the log to stderr; where somebody has set logging up before, it stays as it is.
 
-    In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else. What gRPC says
-    of itself is limited, and what is said of refusals: whoever reaches the port can cause thousands a second.
+    In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else. Lines of one
+    kind are limited: whoever reaches the port can cause thousands a second. A stderr that takes no more stops nobody.
 
     Args:
         level: the least important level shown.
         form: how lines look.
         about: fields of every record, such as the worker that the process is.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter(form, about))
-    for name in _LIMITED:
-        handler.addFilter(FewOf(name))
+    open_standard_streams()
+    lines = formatter(form, about)
+    handler = logging.StreamHandler(patient(sys.stderr, functools.partial(_apology, lines)))
+    handler.setFormatter(lines)
+    for limit in (*map(FewOf, _LIMITED), FewOfEach()):
+        handler.addFilter(limit)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
     if form == "json":
@@ -122,9 +127,38 @@ class FewOf(logging.Filter):
         return self._seen <= self._count
 
 
+class FewOfEach(logging.Filter):
+    """Lets so many records of each line of code through in each spell of time, so that none fills a disk.
+
+    Those for debugging pass: who asks for them wants all.
+
+    Args:
+        count: how many in a spell.
+        seconds: of a spell.
+    """
+
+    def __init__(self, count: int = 50, seconds: float = 10.0) -> None:
+        super().__init__()
+        self._count, self._seconds = count, seconds
+        self._of: dict[tuple[str, int], FewOf] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is shown."""
+        if record.levelno <= logging.DEBUG:
+            return True
+        few = self._of.setdefault((record.pathname, record.lineno), FewOf("", self._count, self._seconds))
+        return few.filter(record)
+
+
 def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter:
     """What makes lines of records."""
     return _JsonLines(about or Fields()) if form == "json" else logging.Formatter(_TEXT)
+
+
+def _apology(lines: logging.Formatter, left_out: int) -> str:
+    said = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
+    record = logging.makeLogRecord(said | {"msg": "stderr took no more: %d lines were left out", "args": (left_out,)})
+    return f"{lines.format(record)}\n"
 
 
 def last_words(program: str, error: object, form: LogFormat) -> None:
@@ -132,7 +166,7 @@ def last_words(program: str, error: object, form: LogFormat) -> None:
     if form == "json":
         logging.getLogger(program).error("%s", error)
     else:
-        sys.stderr.write(f"{program}: {error}\n")
+        patient(sys.stderr).write(f"{program}: {error}\n")
 
 
 class _JsonLines(JsonFormatter):

@@ -18,6 +18,8 @@ BUFFER = pb.ROLE_BUFFER
 MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 512
 MAX_DIMENSIONS = 16
+# 1 PiB of float32: far beyond any machine, and whatever is made of it (bytes, offsets, vectors) stays in an int64.
+MAX_ELEMENTS = 2**48
 
 
 class ManifestError(ValueError):
@@ -157,6 +159,11 @@ def _check(specs: tuple[TensorSpec, ...]) -> None:
     for spec, expected in zip(specs, _with_offsets(specs), strict=True):
         _check_tensor(spec)
         _check_place(spec, expected.offset, seen)
+        if spec.offset + spec.elements > MAX_ELEMENTS:
+            raise ManifestError(
+                f"tensor {spec.name!r} ends at {spec.offset + spec.elements:,} of its section: at most "
+                f"{MAX_ELEMENTS:,} elements"
+            )
         seen[spec.name] = spec
     if not any(spec.role == PARAMETER and not spec.alias_of and spec.elements for spec in specs):
         raise ManifestError("the model has no trainable tensor: there is nothing to train")
@@ -171,6 +178,9 @@ def _check_tensor(spec: TensorSpec) -> None:
         raise ManifestError(
             f"tensor {spec.name!r} has shape {spec.shape}: at most {MAX_DIMENSIONS} sizes, none below 0"
         )
+    # Sizes of 0 left out: a tensor without elements still has strides, which are the products of the others.
+    if math.prod(filter(None, spec.shape)) > MAX_ELEMENTS:
+        raise ManifestError(f"tensor {spec.name!r} has shape {spec.shape}: at most {MAX_ELEMENTS:,} elements")
     allowed = {PARAMETER: (FLOAT32, BFLOAT16), BUFFER: (FLOAT32, BFLOAT16, INT64)}.get(spec.role)
     if allowed is None or spec.dtype not in allowed:
         raise ManifestError(

@@ -28,6 +28,10 @@ from pydantic_settings import (
 )
 
 BAD_SETTINGS_EXIT_CODE = 2
+# Some thirty years: Python can wait for no more than about ten times as long, and fails if it is told to.
+LONGEST_SECONDS = 1e9
+# What an int64 of the contract holds.
+MOST = 2**63 - 1
 _HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
 
 

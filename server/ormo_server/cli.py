@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
+from ormo_protos.patient_stream import patient
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def serve(settings: "ServerSettings") -> int:
         logs.last_words("ormo-server", error, settings.log_format)
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
-    sys.stdout.write(f"serving address={server.address} metrics={server.metrics_address}\n")
-    sys.stdout.flush()
+    patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
     log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 
@@ -111,7 +111,8 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
             continue
         engine = server.host.engine
         if engine.broken.is_set():
-            log.critical("the state is broken (see the error above): stopping; a restart restores the last checkpoint")
+            why = engine.why_broken
+            log.critical("the state is broken (%s): stopping; a restart goes back to the newest sound one", why)
             server.close()
             return 1
         if engine.finished.is_set() and not checkpointed_end:

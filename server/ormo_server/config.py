@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
-from ormo_protos.settings import checked_address
+from ormo_protos.settings import LONGEST_SECONDS, checked_address
 from ormo_server.security.loopback import is_loopback
 from ormo_server.training_settings import TrainingSettings
 
@@ -57,18 +57,19 @@ class ServerSettings(TrainingSettings):
     slots_per_worker: int = Field(2, ge=1, le=16, description="in-flight places that a worker may have")
     max_readers: int = Field(8, ge=1, description="evaluators and exporters that may pull at the same time")
     failure_timeout: float = Field(
-        30.0, ge=0.2, description="seconds without a byte or heartbeat after which a worker is taken for dead"
+        30.0, ge=0.2, le=1e6, description="seconds without a byte or heartbeat after which a worker is taken for dead"
     )
     ticket_timeout: float | None = Field(
         None,
         gt=0,
+        le=LONGEST_SECONDS,
         description="seconds that a live worker may keep a ticket; none: without limit where nobody waits, else "
         "20 times the median, at least 60",
     )
 
     # What gradients are taken
     max_gradient_norm: float | None = Field(
-        None, gt=0, description="largest Euclidean norm of a gradient; none: any that is finite"
+        None, gt=0, description="largest Euclidean norm of a gradient; none: any that leaves the model finite"
     )
     over_norm: Literal["clip", "refuse"] = Field(
         "clip", description="what becomes of a gradient of a larger norm: it is scaled down to it, or not applied"
@@ -83,7 +84,7 @@ class ServerSettings(TrainingSettings):
 
     # What is kept
     exit_when_finished: bool = Field(False, description="exit at the end of the run instead of staying up for readers")
-    checkpoint_seconds: float = Field(60.0, gt=0, description="time between checkpoints")
+    checkpoint_seconds: float = Field(60.0, gt=0, le=LONGEST_SECONDS, description="time between checkpoints")
     checkpoints_kept: int = Field(3, ge=1, description="how many of the last checkpoints stay on disk")
     journal: bool = Field(
         False, description="keep every input since the last checkpoint on disk, so that a crash loses nothing"
@@ -99,7 +100,9 @@ class ServerSettings(TrainingSettings):
         description="write a checkpoint, and begin the journal anew, when it has grown to this, such as 512MiB: bounds "
         "the time of a restart; gradients wait while it is twice as large",
     )
-    drain_seconds: float = Field(20.0, gt=0, description="how long exchanges under way may take to end on SIGTERM")
+    drain_seconds: float = Field(
+        20.0, gt=0, le=LONGEST_SECONDS, description="how long exchanges under way may take to end on SIGTERM"
+    )
     memory_limit: ByteSize | None = Field(
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
@@ -108,6 +111,7 @@ class ServerSettings(TrainingSettings):
     threads: int = Field(
         1,
         ge=1,
+        le=1024,
         description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
         "and updates get slower unless the processor has nothing else to do",
     )

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ormo_protos.settings import Settings
+from ormo_protos.settings import MOST, Settings
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
@@ -33,33 +33,40 @@ class TrainingSettings(Settings):
     step_scale: str | None = Field(None, description=f"instead of the preset's: {_choices(STEP_SCALES)}")
     scheduler: str | None = Field(None, description=f"instead of the preset's: {_choices(SCHEDULERS)}")
     staleness_bound: int | None = Field(
-        None, ge=0, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
+        None, ge=0, le=MOST, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
     )
     discard_delay: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="do not apply gradients with this delay or more; none: apply all, but `ringmaster` none from 2K on",
     )
     delay_compensation: float = Field(
-        0.04, ge=0, description="λ of the update rule `dc`, in the units of an inverse gradient"
+        0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
     )
     learning_rate: float = Field(
         0.01, gt=0, description="η after the warm-up; K gradients are summed in a bucket, so divide by about K"
     )
     schedule: str = Field("constant", description=f"how η changes with the iteration: {_choices(KINDS)}")
-    warmup_gradients: int = Field(0, ge=0, description="gradients over which η rises linearly from near 0")
+    warmup_gradients: int = Field(0, ge=0, le=MOST, description="gradients over which η rises linearly from near 0")
     milestones: tuple[int, ...] = Field((), description="for `milestones`: iterations at which η is multiplied")
     milestone_factor: float = Field(0.1, gt=0, description="for `milestones`: by what η is multiplied at each")
-    cosine_gradients: int = Field(0, ge=0, description="for `cosine`: the iteration at which it reaches its end")
+    cosine_gradients: int = Field(
+        0, ge=0, le=MOST, description="for `cosine`: the iteration at which it reaches its end"
+    )
     final_learning_rate: float = Field(0.0, ge=0, description="for `cosine`: η at its end")
     momentum: float = Field(0.9, ge=0, lt=1, description="β, the momentum coefficient")
-    weight_decay: float = Field(0.0, ge=0, description="λ, which workers are told to add as λ·w to their gradients")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="λ, which workers are told to add as λ·w to their gradients"
+    )
     bucket_size: int | None = Field(
-        None, ge=1, description="K, gradients in a bucket; none: the number of slots of the live workers"
+        None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
     seed: int = Field(0, ge=0, description="where the workers' data orders come from")
-    stop_after_gradients: int = Field(0, ge=0, description="end the run after so many applied gradients; 0 for never")
-    stop_after_samples: int = Field(0, ge=0, description="end the run after so many samples; 0 for never")
+    stop_after_gradients: int = Field(
+        0, ge=0, le=MOST, description="end the run after so many applied gradients; 0 for never"
+    )
+    stop_after_samples: int = Field(0, ge=0, le=MOST, description="end the run after so many samples; 0 for never")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -35,11 +35,11 @@ def test_before_the_first_gradient_it_holds_at_once() -> None:
     assert rates(driver, 2) == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf, 1e308, 1.1e6, 5e-324])
 def test_what_is_no_learning_rate_is_refused_and_changes_nothing(rate: float) -> None:
     driver = driver_of(run_of(), "a")
     before = fingerprint(driver.machine)
-    with pytest.raises(BadRequest, match="expected a finite number above 0"):
+    with pytest.raises(BadRequest, match=r"expected 1e-15 to 1e\+06"):
         driver.set_learning_rate(rate)
     assert fingerprint(driver.machine) == before
 

@@ -41,8 +41,10 @@ def test_the_learning_rate_is_what_the_table_says(schedule: LearningRate, expect
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"peak": 0.0}, "learning rate 0.0: expected a finite number above 0"),
+        ({"peak": 0.0}, r"learning rate 0.0: expected 1e-15 to 1e\+06"),
         ({"peak": -1.0}, "learning rate -1.0: expected"),
+        ({"peak": 5e-324}, "learning rate 5e-324: expected"),
+        ({"peak": 1.1e6}, "learning rate 1100000.0: expected"),
         ({"peak": float("nan")}, "learning rate nan: expected"),
         ({"peak": float("inf")}, "learning rate inf: expected"),
         ({"kind": "linear"}, "schedule 'linear' is not known: choose one of constant, milestones, cosine"),
@@ -54,13 +56,21 @@ def test_the_learning_rate_is_what_the_table_says(schedule: LearningRate, expect
         ({"warmup_gradients": -1}, "a warm-up of -1 gradients: expected at least 0"),
         ({"factor": 0.0}, "milestone factor 0.0: expected a finite number above 0"),
         ({"factor": float("nan")}, "milestone factor nan: expected"),
-        ({"final": -0.1}, "final learning rate -0.1: expected a finite number of at least 0"),
+        ({"final": -0.1}, r"final learning rate -0.1: expected 0 to 1e\+06"),
         ({"final": float("inf")}, "final learning rate inf: expected"),
+        (
+            {"kind": "milestones", "milestones": tuple(range(400)), "factor": 10.0},
+            r"learning rate 1.0 times 10.0 at each of 400 milestones: expected at most 1e\+06 at the end",
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         LearningRate(**({"peak": 1.0} | settings))
+
+
+def test_a_schedule_of_many_milestones_ends_at_0() -> None:
+    assert LearningRate(1.0, kind="milestones", milestones=tuple(range(400))).at(400) == 0.0
 
 
 def test_the_learning_rate_changes_only_when_a_bucket_opens() -> None:

@@ -3,13 +3,14 @@
 import json
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from ormo_protos.logs import FewOf, Fields, formatter
+from ormo_protos.logs import FewOf, FewOfEach, Fields, formatter
 
 
 def record(message: str, *values: object, **fields: object) -> logging.LogRecord:
@@ -88,3 +89,54 @@ def test_a_librarys_lines_are_few_however_many_there_would_be() -> None:
         ("ormo", "came 7"),
         ("grpc", "came 7 (498 more lines like this before it were left out)"),
     ]
+
+
+def test_lines_from_one_place_in_the_code_are_few_and_those_for_debugging_all() -> None:
+    few, shown = FewOfEach(count=2, seconds=10.0), []
+    for line_number, level, created in [
+        *[(1, logging.INFO, 100.0 + second / 100) for second in range(500)],
+        *[(2, logging.DEBUG, 104.0)] * 5,
+        (3, logging.INFO, 104.0),
+        (1, logging.INFO, 111.0),
+    ]:
+        line = record("came %d", line_number)
+        line.lineno, line.levelno, line.created = line_number, level, created
+        if few.filter(line):
+            shown.append(line.getMessage())
+    assert shown == [
+        *["came 1"] * 2,
+        *["came 2"] * 5,
+        "came 3",
+        "came 1 (498 more lines like this before it were left out)",
+    ]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_a_full_stderr_did_not_take_is_told_in_a_line_like_any_other(form: str) -> None:
+    reader, writer = os.pipe()
+    code = f"""
+import logging, os
+from ormo_protos import logs
+logs.set_up("info", {form!r})
+for number in range(2000):
+    logging.getLogger("x").debug("")  # not shown, so not counted
+    getattr(logging.getLogger("x"), ("info", "warning")[number % 2])("n" * 100)
+    logs.FewOfEach.filter = lambda *_: True
+print("full", flush=True)
+input()
+logging.getLogger("x").info("again")
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": writer, "text": True}
+    with os.fdopen(reader, encoding="utf-8") as stderr, subprocess.Popen(command, **pipes) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "full\n"  # nobody has read its stderr
+        kept = os.read(reader, 1 << 20).decode().count("\n")
+        process.stdin.write("\n")
+        process.stdin.flush()
+        told = stderr.read().splitlines()
+    assert f"stderr took no more: {2000 - kept} lines were left out" in told[-2]
+    assert "again" in told[-1]
+    assert [line[:1] for line in told[-2:]] == (["{", "{"] if form == "json" else ["2", "2"])

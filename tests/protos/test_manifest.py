@@ -12,6 +12,7 @@ from ormo_protos.manifest import (
     FLOAT32,
     INT64,
     MAX_DIMENSIONS,
+    MAX_ELEMENTS,
     MAX_NAME_BYTES,
     MAX_TENSORS,
     PARAMETER,
@@ -19,6 +20,7 @@ from ormo_protos.manifest import (
     ManifestError,
     TensorSpec,
 )
+from ormo_protos.tensors import PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 WEIGHT = TensorSpec("weight", (2, 3), FLOAT32, PARAMETER)
@@ -122,6 +124,13 @@ REFUSALS = [
     ([spec(name="a\nb")], "without tab or line feed"),
     ([spec(shape=(1,) * (MAX_DIMENSIONS + 1))], "at most 16 sizes, none below 0"),
     ([spec(shape=(2, -3))], r"tensor 'weight' has shape \(2, -3\): at most 16 sizes, none below 0"),
+    (
+        [spec(shape=(2**62,))],
+        r"tensor 'weight' has shape \(4611686018427387904,\): at most 281,474,976,710,656 elements",
+    ),
+    ([spec(shape=(2**31,) * 16)], "at most 281,474,976,710,656 elements"),
+    ([spec(shape=(0, 2**62, 2**62))], "at most 281,474,976,710,656 elements"),  # has none, but strides
+    ([spec(shape=(2**48,)), spec(name="x")], "tensor 'x' ends at 281,474,976,710,662 of its section: at most"),
     ([spec(dtype=INT64)], "has role 1 and dtype 3: a parameter is float32 or bfloat16"),
     ([spec(dtype=pb.DTYPE_UNSPECIFIED)], "has role 1 and dtype 0"),
     ([WEIGHT, spec(name="x", role=BUFFER, dtype=99)], "has role 2 and dtype 99"),
@@ -171,6 +180,12 @@ def test_more_tensors_than_allowed_are_refused() -> None:
 def test_the_longest_name_and_the_most_dimensions_are_taken() -> None:
     longest = spec(name="é" * (MAX_NAME_BYTES // 2), shape=(1,) * MAX_DIMENSIONS)
     assert Manifest.laid_out([longest]).sizes["parameters"] == 1
+
+
+def test_the_most_elements_are_taken_and_their_bytes_fit_the_contract() -> None:
+    largest = Manifest.laid_out([spec(shape=(MAX_ELEMENTS,)), COUNT])
+    layout = PayloadLayout.of(largest, FLOAT32, with_buffers=True)
+    assert pb.Delivery(payload_bytes=layout.total_bytes).payload_bytes == 4 * MAX_ELEMENTS + 8
 
 
 def test_a_scalar_is_one_element_and_an_empty_tensor_none() -> None:

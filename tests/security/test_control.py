@@ -51,7 +51,7 @@ def test_the_learning_rate_outlives_a_server_that_is_killed_at_once(tmp_path: Pa
         (pb.ControlRequest(), "without an action: expected checkpoint, drain or set_learning_rate"),
         (
             pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=-1)),
-            "learning rate -1.0: expected a fin",
+            "learning rate -1.0: expected 1e-15 to",
         ),
         (pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=float("nan"))), "learning rate nan"),
     ],

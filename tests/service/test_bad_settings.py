@@ -1,10 +1,14 @@
 """Settings of a method that can't be used: one sentence each, before anything starts."""
 
+import threading
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from ormo_protos.failure_detection import FailureDetection
 from ormo_server.cli import main
+from ormo_server.config import ServerSettings
 
 SAID = [
     ("--update-rule adam", "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, sgd, naive, shifted"),
@@ -20,9 +24,33 @@ SAID = [
     ("--momentum -0.1", "--momentum is '-0.1': input should be greater than or equal to 0"),
     ("--learning-rate -1", "--learning-rate is '-1': input should be greater than 0"),
     ("--learning-rate nan", "--learning-rate is 'nan': input should be a finite number"),
+    ("--learning-rate 1e308", "learning rate 1e+308: expected 1e-15 to 1e+06"),
+    ("--learning-rate 5e-324", "learning rate 5e-324: expected 1e-15 to 1e+06"),
+    ("--checkpoint-seconds 1e308", "--checkpoint-seconds is '1e308': input should be less than or equal to 1000000000"),
     ("--discard-delay 0", "--discard-delay is '0': input should be greater than or equal to 1"),
     ("--delay-compensation -1", "--delay-compensation is '-1': input should be greater than or equal to 0"),
 ]
+
+
+# They are compared, and nothing is made of them.
+UNBOUNDED = {"max_gradient_norm", "milestone_factor"}
+FLOATS = [name for name, field in ServerSettings.model_fields.items() if "float" in str(field.annotation)]
+
+
+@pytest.mark.parametrize("name", sorted({*FLOATS, "threads", "bucket_size", "stop_after_gradients"} - UNBOUNDED))
+def test_a_number_that_nothing_can_be_made_of_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=r"less than|expected"):
+        ServerSettings.model_validate({name: 1e308 if name in FLOATS else 2**63})
+
+
+@pytest.mark.parametrize("name", ["failure_timeout", "ticket_timeout", "checkpoint_seconds", "drain_seconds"])
+def test_the_longest_time_of_a_setting_can_be_waited_for(name: str) -> None:
+    (limit,) = [rule.le for rule in ServerSettings.model_fields[name].metadata if hasattr(rule, "le")]
+    there = threading.Event()
+    there.set()
+    assert there.wait(limit)
+    assert limit <= threading.TIMEOUT_MAX
+    assert 1000 * FailureDetection(limit).ping_timeout_seconds < 2**31 or name != "failure_timeout"
 
 
 @pytest.mark.parametrize(("flags", "sentence"), SAID)

@@ -58,6 +58,36 @@ for kind in OrmoError.__subclasses__():
     }
 
 
+def test_failures_of_the_server_s_own_are_few_tracebacks_however_many_calls_cause_them(tmp_path: Path) -> None:
+    code = f"""
+import grpc
+from ormo_protos.logs import set_up
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.config import ServerSettings
+from ormo_server.service.engine import Engine
+from ormo_server.service.server import Server
+from ormo_server.service.servicer import Servicer
+
+def failing(*_):
+    raise RuntimeError("a mistake in here")
+
+set_up("info", "text")
+Servicer._welcome = Servicer._ask_for_model = failing
+server = Server(ServerSettings(listen="127.0.0.1:0", metrics_listen="", directory={str(tmp_path)!r}))
+server.start()
+with grpc.insecure_channel(server.address) as channel:
+    for _ in range(200):
+        try:
+            ParameterServerStub(channel).Join(pb.JoinRequest(worker="w", protocol_version=1, slots=1))
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.INTERNAL
+server.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 <= done.stderr.count("Traceback (most recent call last)") == done.stderr.count("a mistake in here") <= 10
+
+
 def test_log_warns_once_for_each_number_of_slots_that_a_staleness_bound_keeps_idle(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

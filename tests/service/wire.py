@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +69,7 @@ def payload(manifest: Manifest, value: float, *, buffers: bool = False, dtype: i
     made = Payload(PayloadLayout.of(manifest, dtype, with_buffers=buffers))  # type: ignore[arg-type]
     made.parameters.fill_(value)
     made.float_buffers.fill_(value)
-    made.int_buffers.fill_(int(value) if math.isfinite(value) else 0)
+    made.int_buffers.fill_(int(value) if abs(value) < 2**62 else 0)
     return made
 
 

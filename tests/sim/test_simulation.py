@@ -188,6 +188,18 @@ def test_a_single_gradient_that_is_not_finite_is_refused_as_a_server_would() -> 
     assert told.record.rows[-1].gradients == 20
 
 
+def test_a_run_whose_gradients_are_finite_and_too_long_to_be_added_is_called_off() -> None:
+    class TooLong(ByTicket):
+        def gradient(self, ticket: int, params: torch.Tensor, out: torch.Tensor) -> Any:
+            computed = super().gradient(ticket, params, out)
+            out.fill_(1.0 if ticket < 8 else 1e30)
+            return computed
+
+    told = Told(workers=3, gradients=1000, workload=TooLong())
+    assert told.record.diverged
+    assert (told.record.refusals, told.record.rows[-1].gradients) == (4, 7)
+
+
 # Sameness
 
 

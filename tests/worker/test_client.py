@@ -1,6 +1,7 @@
 """The client against a server that misbehaves: each rule of `session.py`, over a real connection."""
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -88,6 +89,27 @@ def test_the_first_worker_hands_the_server_its_model(server: FakeServer) -> None
     assert value_of(worker.slot.exchange(None)) == 1.0
     worker.client.close()
     assert server.asked[-1] == "leave"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e308, math.inf, math.nan])
+def test_a_lease_that_nobody_can_keep_is_an_error(server: FakeServer, seconds: float) -> None:
+    server.lease_seconds = seconds
+    with (
+        Worker(server).client as client,
+        pytest.raises(ProtocolBroken, match=r"grants a lease of .* s: expected above"),
+    ):
+        client.join()
+
+
+@pytest.mark.parametrize("seconds", [1e308, math.inf, math.nan])
+def test_a_server_that_asks_to_wait_for_ever_is_asked_again(
+    server: FakeServer, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ormo_worker.retries._LONGEST_ASKED_SECONDS", 0.01)
+    server.answers_to_join.append(pb.JoinResponse(wait=pb.Wait(retry_seconds=seconds)))
+    with Worker(server).client as client:
+        client.join()
+    assert server.asked == ["join", "join", "offer", "join", "leave"]
 
 
 OFFERS = [refuse("FAILED_PRECONDITION", Reason.NOT_WANTED), refuse("ALREADY_EXISTS", Reason.MODEL_EXISTS), LOST]

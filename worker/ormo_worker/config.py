@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from ormo_protos.credentials import ClientSettings
-from ormo_protos.settings import checked_address
+from ormo_protos.settings import LONGEST_SECONDS, checked_address
 
 # What the protocol allows a worker.
 MOST_IN_FLIGHT = 16
@@ -27,12 +27,17 @@ class _Common(ClientSettings):
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one")
     threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU")
-    connect_timeout: float = Field(60.0, gt=0, description="seconds to wait for the server at first")
+    connect_timeout: float = Field(
+        60.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for the server at first"
+    )
     failure_timeout: float = Field(
-        30.0, gt=0, description="seconds of silence after which the connection to the server is made anew"
+        30.0, gt=0, le=1e6, description="seconds of silence after which the connection to the server is made anew"
     )
     give_up_after: float | None = Field(
-        None, gt=0, description="seconds without the server, once it was there, after which to fail; none: go on trying"
+        None,
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="seconds without the server, once it was there, after which to fail; none: go on trying",
     )
     keep_freed_memory: bool = Field(
         True,
@@ -95,7 +100,7 @@ class RunSettings(_Common):
         "off", description="automatic mixed precision: the dtype to compute in where PyTorch thinks it safe"
     )
     slow_factor: float = Field(
-        1.0, ge=1, description="take so many times as long for each gradient, to stand in for a slower machine"
+        1.0, ge=1, le=1e6, description="take so many times as long for each gradient, to stand in for a slower machine"
     )
     stop_after: int = Field(0, ge=0, description="leave after so many gradients of this worker; 0: at the run's end")
     seed: int = Field(
@@ -107,5 +112,7 @@ class EvaluateSettings(_Common):
     """Evaluate a run's parameters on its task's test set while it goes on."""
 
     batch_size: int = Field(256, ge=1, description="samples in each batch of the test set")
-    every_seconds: float = Field(10.0, gt=0, description="seconds between evaluations; skipped if nothing is newer")
+    every_seconds: float = Field(
+        10.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations; skipped if nothing is newer"
+    )
     once: bool = Field(False, description="evaluate once and exit")

@@ -9,6 +9,7 @@ import grpc
 
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest, ManifestError
+from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -116,6 +117,7 @@ class Membership:
         match answer.WhichOneof("answer"):
             case "welcome":
                 self._check_model(answer.welcome)
+                _check_lease(answer.welcome.lease_seconds)
                 return answer.welcome
             case "model_wanted":
                 self._offer()
@@ -191,3 +193,8 @@ class Membership:
         if not self.finished:
             _LOG.info("the run is over at iteration %d", iteration.number)
         self.finished = True
+
+
+def _check_lease(seconds: float) -> None:
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise ProtocolBroken(f"the server grants a lease of {seconds} s: expected above 0, up to {LONGEST_SECONDS:g}")

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
 _SECONDS_BETWEEN_LOGS = 15.0
+# A server asks for some seconds; one that asks for years must not be waited for.
+_LONGEST_ASKED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class RetryLoop:
         """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
         error = state.outcome.exception() if state.outcome is not None else None
         asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
-        return max(self._backoff(state), asked_for)
+        return max(self._backoff(state), min(asked_for, _LONGEST_ASKED_SECONDS))
 
     def _sleep(self, seconds: float) -> None:
         self._closed.wait(seconds)

@@ -781,9 +781,9 @@ class Gradient(_message.Message):
     samples: _builtins.int
     """Samples in the mini-batch, 0 to 2^31 - 1: counted for stop conditions and metrics."""
     loss: _builtins.float
-    """Mean training loss of the mini-batch; not set if not known. Shown, never used."""
+    """Mean training loss of the mini-batch; not set if not known. Shown, never used; shown as NaN if it is not finite."""
     compute_seconds: _builtins.float
-    """Seconds from having the parameters to having the gradient; 0 if not known. Shown, never used."""
+    """Seconds from having the parameters to having the gradient, up to 1e9; 0 if not known. Shown, never used."""
     @_builtins.property
     def ticket(self) -> Global___Ticket:
         """As delivered. Used up when the gradient is applied."""
@@ -1217,7 +1217,7 @@ class Evaluation(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     ACCURACY_FIELD_NUMBER: _builtins.int
     loss: _builtins.float
-    """Mean loss over the test set; may be NaN or infinite."""
+    """Mean loss over the test set; may be NaN or infinite, and is shown as NaN then."""
     accuracy: _builtins.float
     """Share of the test set that was predicted right, 0 to 1; not set where the task has no such thing."""
     @_builtins.property
@@ -1589,7 +1589,7 @@ class SetLearningRate(_message.Message):
 
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """η after the warm-up, above 0."""
+    """η after the warm-up, from 1e-15 to 1e6."""
     def __init__(
         self,
         *,

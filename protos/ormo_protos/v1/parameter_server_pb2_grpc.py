@@ -195,7 +195,7 @@ class ParameterServerServicer(object):
 
     def Control(self, request, context):
         """What an operator may do to a run, one action a call. Safe to retry.
-        INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+        INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate outside 1e-15 to 1e6.
         UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
         FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
         RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.

@@ -131,7 +131,7 @@ class ParameterServerStub:
     """What a command line shows. Safe to retry."""
     Control: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ControlRequest, _parameter_server_pb2.ControlResponse]
     """What an operator may do to a run, one action a call. Safe to retry.
-      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate outside 1e-15 to 1e6.
       UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
       FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
       RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
@@ -209,7 +209,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """What a command line shows. Safe to retry."""
     Control: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ControlRequest, _parameter_server_pb2.ControlResponse]  # type: ignore[assignment]
     """What an operator may do to a run, one action a call. Safe to retry.
-      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+      INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate outside 1e-15 to 1e6.
       UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
       FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
       RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.
@@ -344,7 +344,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.ControlResponse, _abc.Awaitable[_parameter_server_pb2.ControlResponse]]:
         """What an operator may do to a run, one action a call. Safe to retry.
-          INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate that is not a finite number above 0.
+          INVALID_ARGUMENT     BAD_REQUEST: no action, or a learning rate outside 1e-15 to 1e6.
           UNAVAILABLE          NOT_READY: there is no model yet; or the checkpoint could not be written.
           FAILED_PRECONDITION  FINISHED: the run is over, its learning rate can't be set.
           RESOURCE_EXHAUSTED   DISK_FULL: the learning rate is set, and a crash would undo it as long as the disk is full.

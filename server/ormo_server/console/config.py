@@ -6,14 +6,14 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ormo_protos.credentials import ClientSettings
-from ormo_protos.settings import checked_address
+from ormo_protos.settings import LONGEST_SECONDS, checked_address
 
 
 class _Common(ClientSettings):
     """What all commands need."""
 
     server: str = Field("127.0.0.1:50051", description="host and port of the server")
-    timeout: float = Field(5.0, gt=0, description="seconds to wait for an answer")
+    timeout: float = Field(5.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for an answer")
 
     @field_validator("server")
     @classmethod
@@ -53,7 +53,7 @@ class ControlSettings(_Common):
 class TopSettings(_Common):
     """Show how a server and its workers are doing, again and again; Ctrl-C or q ends it."""
 
-    every_seconds: float = Field(1.0, ge=0.1, description="seconds between two looks at the server")
+    every_seconds: float = Field(1.0, ge=0.1, le=LONGEST_SECONDS, description="seconds between two looks at the server")
     sort: Literal["delay", "rate", "silent", "worker"] = Field(
         "delay", description="which workers come first: late ones, slow ones, silent ones, or by id"
     )

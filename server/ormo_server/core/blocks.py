@@ -33,6 +33,12 @@ def all_finite(vector: torch.Tensor) -> bool:
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
 
+def largest(vector: torch.Tensor) -> float:
+    """The largest absolute value in a vector, shape (n,), floating; NaN if there is one, 0 for no elements."""
+    ends = [torch.stack(torch.aminmax(block)).abs().max() for (block,) in walk(vector) if block.numel()]
+    return float(torch.stack(ends).max()) if ends else 0.0
+
+
 class SquaredNorm:
     """Σ x² of a vector, shape (n,), floating: float32 within a row of a block, float64 over the rows.
 

@@ -87,7 +87,7 @@ class NonFinite(OrmoError):
 
 
 class NormTooLarge(OrmoError):
-    """A gradient whose norm is above the set bound."""
+    """A gradient whose norm is above the set bound, or so large that the model might become infinite."""
 
     reason = Reason.NORM_TOO_LARGE
 

@@ -33,6 +33,7 @@ class Gradient:
         samples: in the mini-batch.
         float_buffers: the worker's, shape (f,), float32; None if it sent none.
         int_buffers: the worker's, shape (i,), int64; None if it sent none.
+        norm: Euclidean, of `values`; None for one that was taken before, and is only done again.
     """
 
     ticket: TicketKey
@@ -40,6 +41,7 @@ class Gradient:
     samples: int = 0
     float_buffers: torch.Tensor | None = None
     int_buffers: torch.Tensor | None = None
+    norm: float | None = None
 
 
 # Inputs that took effect. `now` is seconds on the driver's clock, as it was passed in.

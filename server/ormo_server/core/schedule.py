@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from ormo_server.core.errors import SettingsError
 
 KINDS = ("constant", "milestones", "cosine")
+# Of η. Nobody trains by a smaller or a larger one: it is a slip of the hand, and update rules count on the upper one.
+LOWEST, HIGHEST = 1e-15, 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +28,14 @@ class LearningRate:
     """The learning rate η at every iteration; a linear warm-up may go before any kind.
 
     Attributes:
-        peak: η after the warm-up, above 0.
+        peak: η after the warm-up, from `LOWEST` to `HIGHEST`.
         kind: `constant`; `milestones`: times `factor` at each of `milestones`; `cosine`: down to `final` over
             `cosine_gradients`.
         warmup_gradients: η rises linearly from peak/warmup to peak over so many gradients; 0 for none.
         milestones: rising iterations.
-        factor: in (0, 1] usually; above 0.
+        factor: in (0, 1] usually; above 0. η is at most `HIGHEST` after the last milestone, too.
         cosine_gradients: iteration at which the cosine ends; it stays at `final` after it.
-        final: where the cosine ends, at least 0.
+        final: where the cosine ends, from 0 to `HIGHEST`.
 
     Raises:
         SettingsError: a value outside its limits.
@@ -48,8 +50,8 @@ class LearningRate:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.peak) and self.peak > 0):
-            raise SettingsError(f"learning rate {self.peak}: expected a finite number above 0")
+        if not LOWEST <= self.peak <= HIGHEST:
+            raise SettingsError(f"learning rate {self.peak}: expected {LOWEST:g} to {HIGHEST:g}")
         if self.kind not in KINDS:
             raise SettingsError(f"schedule {self.kind!r} is not known: choose one of {', '.join(KINDS)}")
         if self.kind == "milestones" and list(self.milestones) != sorted(set(self.milestones)):
@@ -65,8 +67,14 @@ class LearningRate:
             raise SettingsError(f"a warm-up of {self.warmup_gradients} gradients: expected at least 0")
         if not (math.isfinite(self.factor) and self.factor > 0):
             raise SettingsError(f"milestone factor {self.factor}: expected a finite number above 0")
-        if not (math.isfinite(self.final) and self.final >= 0):
-            raise SettingsError(f"final learning rate {self.final}: expected a finite number of at least 0")
+        # By logarithms, as the power itself may be too large for a float.
+        if math.log(self.peak) + len(self.milestones) * math.log(self.factor) > math.log(HIGHEST):
+            raise SettingsError(
+                f"learning rate {self.peak} times {self.factor} at each of {len(self.milestones)} milestones: expected "
+                f"at most {HIGHEST:g} at the end"
+            )
+        if not 0 <= self.final <= HIGHEST:
+            raise SettingsError(f"final learning rate {self.final}: expected 0 to {HIGHEST:g}")
 
     def at(self, iteration: int) -> float:
         """η at iteration t ≥ 0."""

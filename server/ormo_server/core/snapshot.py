@@ -12,7 +12,7 @@ from ormo_server.core.errors import SettingsError
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
-from ormo_server.core.schedule import Tuning
+from ormo_server.core.schedule import HIGHEST, LOWEST, Tuning
 from ormo_server.core.state import Departed, Member, PushResult, Slot, State, Ticket
 from ormo_server.core.state_machine import StateMachine
 
@@ -103,7 +103,9 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
         _void_everything(state)
     if snapshot.fields["scheduler"] != run.method.scheduler:
         _change_scheduler(state)
-    if state.tuning is not None and state.tuning.instead_of != run.learning_rate.peak:
+    # Earlier versions let an operator set any finite number.
+    tuned = state.tuning
+    if tuned is not None and (tuned.instead_of != run.learning_rate.peak or not LOWEST <= tuned.peak <= HIGHEST):
         state.tuning = None
     state.epoch = epoch
     # Whoever was a member once has been waited for already.

@@ -176,9 +176,16 @@ class State:
         """What a delivery now depends on."""
         return Sending(self.learning_rate, bucket_size)
 
-    def seconds_of_slots(self) -> Iterator[float]:
-        """How long the last redeemed ticket of every live slot was out, of those that have redeemed one."""
+    def seconds_of_slots(self, redeeming: Slot, seconds: float) -> Iterator[float]:
+        """How long the last redeemed ticket of every live slot was out, of those that have redeemed one.
+
+        Args:
+            redeeming: the slot that redeems another one now.
+            seconds: how long that was out.
+        """
         for member in self.members.values():
             for slot in member.slots:
-                if slot.ticket_seconds is not None:
+                if slot is redeeming:
+                    yield seconds
+                elif slot.ticket_seconds is not None:
                     yield slot.ticket_seconds

@@ -6,6 +6,7 @@ possible for others (a ticket for a slot that waited, the end of a wait) comes o
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from ormo_server.core.blocks import all_finite
 from ormo_server.core.errors import (
     BadRequest,
     Finished,
+    NormTooLarge,
     NotAMember,
     OrmoError,
     Replaced,
@@ -229,6 +231,7 @@ class StateMachine:
             NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
             Finished: the run is over.
             TicketUnknown: the slot does not hold this ticket.
+            NormTooLarge: the gradient is so long that the parameters might become infinite.
             StaleRequest: besides, the number is that of another gradient, whose result is kept.
         """
         slot = self.requesting_slot(requester)
@@ -238,9 +241,9 @@ class StateMachine:
         self._refuse_finished()
         ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
         self._assert_sizes(gradient)
-        slot.ticket_seconds = now - ticket.handed_out_seconds
-        slot.result = self._count(requester, ticket, gradient, slot.ticket_seconds)
-        slot.request, slot.redeemed = requester.request, ticket.key
+        seconds = now - ticket.handed_out_seconds
+        slot.result = self._count(requester, ticket, gradient, seconds)
+        slot.request, slot.redeemed, slot.ticket_seconds = requester.request, ticket.key, seconds
         tickets.close(self.state, ticket)
         if self.listener is not None:
             self.listener(Pushed(now, requester, ticket, gradient.samples, slot.result))
@@ -257,7 +260,11 @@ class StateMachine:
         if limit is not None and counted_delay >= limit:
             lag = max(0, state.newest_bucket - ticket.bucket)
             return PushResult(requester.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
-        landing = self._land(ticket, counted_delay, seconds)
+        learning_rate, landing = self._land(ticket, counted_delay, seconds)
+        if gradient.norm is not None and not state.rule.stays_finite(state.params, gradient.norm, landing):
+            raise self._too_large(requester, gradient.norm, landing)
+        state.newest_bucket += landing.opened_buckets
+        state.learning_rate = learning_rate
         state.rule.apply(state.params, gradient.values, landing)
         self._merge_buffers(gradient)
         state.iteration += 1
@@ -273,15 +280,24 @@ class StateMachine:
         assert gradient.float_buffers is None or gradient.float_buffers.shape == self.state.float_buffers.shape
         assert gradient.int_buffers is None or gradient.int_buffers.shape == self.state.int_buffers.shape
 
-    def _land(self, ticket: Ticket, counted_delay: int, seconds: float) -> Landing:
-        state = self.state
+    def _land(self, ticket: Ticket, counted_delay: int, seconds: float) -> tuple[float, Landing]:
+        """η from then on, and where the gradient would count."""
+        state, size = self.state, self.bucket_size
         opened = max(0, ticket.bucket - state.newest_bucket)
-        if opened:
-            state.newest_bucket = ticket.bucket
-            state.learning_rate = self.learning_rate.at(state.iteration)
-        size = self.bucket_size
-        step_size = state.learning_rate * self._scale(Timing(counted_delay, size, seconds, state.seconds_of_slots))
-        return Landing(step_size, opened, state.newest_bucket - ticket.bucket, size, ticket.slot)
+        lag = max(0, state.newest_bucket - ticket.bucket)
+        learning_rate = self.learning_rate.at(state.iteration) if opened else state.learning_rate
+        of_slots = partial(state.seconds_of_slots, state.slot(ticket.slot), seconds)
+        step_size = learning_rate * self._scale(Timing(counted_delay, size, seconds, of_slots))
+        return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
+
+    @staticmethod
+    def _too_large(requester: Requester, norm: float, landing: Landing) -> NormTooLarge:
+        return NormTooLarge(
+            f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {norm:.4g}: with a "
+            f"step size of {landing.step_size:.4g} the parameters might become infinite, so it was not applied; its "
+            "ticket stays valid. Lower the learning rate, or clip or rescale the gradient",
+            worker=requester.worker,
+        )
 
     def _merge_buffers(self, gradient: Gradient) -> None:
         # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
@@ -304,7 +320,7 @@ class StateMachine:
         """From the next bucket on, η is as if the settings had said this: warm-up and schedule go on, at this peak.
 
         Raises:
-            BadRequest: not a finite number above 0.
+            BadRequest: below `schedule.LOWEST`, or above `HIGHEST`.
             Finished: the run is over.
         """
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
+from ormo_server.core.blocks import all_finite
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
 from ormo_server.core.events import Granted, superseded
@@ -305,6 +306,7 @@ class Engine:
     def _push(self, requester: Requester, push: Push) -> tuple[PushResult | None, OrmoError | None]:
         try:
             if push.norm is None:
+                self._fail_unless_finite()
                 raise non_finite(requester, push)
             if self._bounds.exceeded_by(push):
                 raise self._bounds.too_large(requester, push)
@@ -314,6 +316,15 @@ class Engine:
             if isinstance(refusal, NonFinite | NormTooLarge):
                 self._note_unsound(requester)
             return None, refusal
+
+    def _fail_unless_finite(self) -> None:
+        """Of parameters that are not finite come gradients that are not, so with the first of these it is found out.
+
+        No gradient that is taken leads there, but an earlier version's state may.
+        """
+        if not all_finite(self._machine.state.params):
+            self.fail("the model has NaN or infinite values")
+            raise self._inputs.refusal()
 
     def _note_unsound(self, requester: Requester) -> None:
         member = self._machine.state.members.get(requester.worker)
@@ -334,6 +345,7 @@ class Engine:
             push.samples,
             payload.float_buffers if layout.with_buffers else None,
             payload.int_buffers if layout.with_buffers else None,
+            norm,
         )
         now = self._clock()
         ticket = self._machine.state.tickets.get(push.ticket)
@@ -458,9 +470,14 @@ class Engine:
             self._inputs.closed = True
         self._copies.close()
 
-    def fail(self) -> None:
-        """What happens can't be recorded any more: refuse every input, and let the server stop."""
-        self._inputs.fail()
+    def fail(self, why: str) -> None:
+        """The state is of no use any more, or can't be recorded: refuse every input, and let the server stop."""
+        self._inputs.fail(why)
+
+    @property
+    def why_broken(self) -> str:
+        """Why `broken` is set, in a sentence."""
+        return self._inputs.why_broken
 
     def snapshot(self) -> tuple[Snapshot, float, int | None]:
         """A copy of the state, the run's clock at that moment, and the log of the journal that begins with it."""

@@ -19,10 +19,9 @@ from ormo_protos.tensors import PayloadError
 from ormo_server.core.errors import BadManifest, BadPayload, BadRequest, OrmoError
 from ormo_server.service.delivery import PeerGone
 
-log = logging.getLogger(__name__)
 # Apart from each other, because lines of each are limited: whoever may do little must not drown the rest.
 _refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger("ormo_server.denied")
-_bad_gradients = logging.getLogger("ormo_server.bad_gradients")
+_bad_gradients, _failed = logging.getLogger("ormo_server.bad_gradients"), logging.getLogger("ormo_server.failed")
 _DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
 _BAD_GRADIENTS = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})
 
@@ -127,7 +126,7 @@ def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> N
         refuse(service, context, error)
     if isinstance(error, grpc.RpcError) or not context.is_active():
         raise error  # the peer went away in mid-message: gRPC knows its own error, and nothing was changed
-    log.error("a call failed for a reason that is the server's own fault", exc_info=error)
+    _failed.error("a call failed for a reason that is the server's own fault", exc_info=error)
     service.count_refusal(Reason.INTERNAL)
     _abort(context, Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log says more", None)
 

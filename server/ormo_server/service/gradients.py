@@ -19,7 +19,7 @@ class Push:
         ticket: that it redeems.
         payload: its tensors.
         samples: in the mini-batch.
-        loss: of the mini-batch, None if not told.
+        loss: of the mini-batch, NaN if it is not finite; None if not told.
         compute_seconds: as the worker measured; 0 if not told.
         norm: Euclidean, of the gradient; None if it, or a buffer, has NaN or infinity.
     """

@@ -17,8 +17,9 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
+from ormo_server.core.blocks import largest
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
-from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.rules import LARGEST, UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Journal, NoJournal, is_journal
 from ormo_server.metrics import Metrics
@@ -28,7 +29,16 @@ from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.service.recovery import Recovered, recovered
 from ormo_server.service.soundness import Bounds
-from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, FlatModel, ModelFile, StoreError, size_bytes
+from ormo_server.store import (
+    Checkpoint,
+    CheckpointStore,
+    DirectoryLock,
+    FlatModel,
+    ModelFile,
+    NotFinite,
+    StoreError,
+    size_bytes,
+)
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -186,7 +196,7 @@ class RunHost:
 
     def _journal_failed(self) -> None:
         if self._engine is not None:
-            self._engine.fail()
+            self._engine.fail(f"the journal in {self._journal_directory} can't be written")
 
     def _forget_older_journal(self, damage: str) -> None:
         """The state is in a checkpoint now. A damaged journal is kept, for people."""
@@ -292,6 +302,10 @@ class RunHost:
             raise ModelExists("this server has a model already: join again to get its manifest")
 
     def _start(self, manifest: Manifest, model: FlatModel) -> None:
+        if largest(model.params) > LARGEST:
+            raise NonFinite(
+                f"the model has numbers above {LARGEST:.3g}, so that none can be added: start from a sound one"
+            )
         machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
         try:
             self._write_first(machine, manifest)
@@ -407,6 +421,8 @@ class RunHost:
         except (StoreError, NotReady, DiskFull) as error:
             self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
+            if isinstance(error, NotFinite):
+                engine.fail("the model, or its momentum, has NaN or infinite values")
             return False
         self._forget_journal_before(journal_log)
         seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)

@@ -4,6 +4,7 @@ import math
 import re
 
 from ormo_protos.manifest import Manifest
+from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
@@ -72,17 +73,17 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
             f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
             f"{message.with_buffers} makes {layout.total_bytes} bytes for this model"
         )
-    if not 0 <= message.samples <= MAX_SAMPLES or not 0 <= message.compute_seconds < math.inf:
+    if not 0 <= message.samples <= MAX_SAMPLES or not 0 <= message.compute_seconds <= LONGEST_SECONDS:
         raise BadRequest(
             f"samples {message.samples}, compute seconds {message.compute_seconds}: expected 0 to {MAX_SAMPLES} "
-            "samples and finite seconds of at least 0"
+            f"samples and 0 to {LONGEST_SECONDS:g} seconds"
         )
     return layout
 
 
 def push(message: pb.Gradient, payload: Payload, norm: float | None) -> Push:
     """A gradient whose tensors have come."""
-    loss = message.loss if message.HasField("loss") else None
+    loss = _loss(message.loss) if message.HasField("loss") else None
     return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
 
 
@@ -98,7 +99,12 @@ def evaluation(message: pb.Evaluation) -> Evaluation:
             f"an evaluation of iteration {message.iteration.number} with accuracy {accuracy}: expected an iteration of "
             "at least 0 and a share from 0 to 1"
         )
-    return Evaluation(message.iteration.epoch, message.iteration.number, message.loss, accuracy)
+    return Evaluation(message.iteration.epoch, message.iteration.number, _loss(message.loss), accuracy)
+
+
+def _loss(reported: float) -> float:
+    """One word for all that is no number, which alerts wait for: infinities would cancel out, or not, in sums."""
+    return reported if math.isfinite(reported) else math.nan
 
 
 def push_result(result: PushResult) -> pb.PushResult:

@@ -73,7 +73,7 @@ class Evaluation:
 
     Attributes:
         epoch, iteration: of the parameters.
-        loss: mean over the test set; may be NaN or infinite.
+        loss: mean over the test set; NaN if it is not finite.
         accuracy: share that was predicted right; None if not told.
     """
 
@@ -143,4 +143,5 @@ class Observations:
     def loss(self) -> float | None:
         """Mean of the live workers' last losses; what it was when the last one left; None if none was reported."""
         losses = [record.last_loss for record in list(self.workers.values()) if record.last_loss is not None]
-        return sum(losses) / len(losses) if losses else self._last_loss
+        # Divided first: the sum of two finite losses may be infinite.
+        return sum(loss / len(losses) for loss in losses) if losses else self._last_loss

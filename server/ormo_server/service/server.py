@@ -187,7 +187,7 @@ class Server:
             return
         host, _, port = self.settings.metrics_listen.rpartition(":")
         try:
-            server = http.serve(host, int(port), self.metrics.registry, lambda: not self._stopping.is_set())
+            server = http.serve(host, int(port), self.metrics.registry, self._is_ready)
         except (OSError, OverflowError) as error:
             raise AddressInUseError(
                 f"can't serve metrics on {self.settings.metrics_listen}: {error}; choose another --metrics-listen, or "
@@ -195,6 +195,10 @@ class Server:
             ) from error
         self._metrics_server = server
         self.metrics_address = f"{host}:{server.server_port}"
+
+    def _is_ready(self) -> bool:
+        broken = self.host.has_model and self.host.engine.broken.is_set()
+        return not (broken or self._stopping.is_set())
 
     # While it runs
 
@@ -230,9 +234,7 @@ class Server:
         Returns:
             Whether the state is on disk.
         """
-        self._stopping.set()
-        for name in ("", SERVICE_NAME):
-            self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._stop_serving()
         log.info("draining: %d streams are open", len(self.streams))
         if not self.streams.drain(self.settings.drain_seconds):
             log.warning("exchanges were cut off after %g s; their workers will retry", self.settings.drain_seconds)
@@ -244,9 +246,14 @@ class Server:
 
     def close(self) -> None:
         """Stop at once, keeping nothing that is not on disk already."""
-        self._stopping.set()
+        self._stop_serving()
         self._grpc.stop(grace=0).wait()
         self.host.close()
         if self.metrics_address:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
+
+    def _stop_serving(self) -> None:
+        self._stopping.set()
+        for name in ("", SERVICE_NAME):
+            self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -12,7 +12,7 @@ class Bounds:
     """The bounds of a run.
 
     Attributes:
-        norm: the largest Euclidean norm of a gradient; None for any that is finite.
+        norm: the largest Euclidean norm of a gradient; None for any that leaves the model finite.
         clips: whether a longer gradient is scaled down to it; else it is refused.
         refused_share: a worker is sent away once more than this share of its gradients, smoothed, was refused as
             unsound; None for never.

@@ -1,11 +1,13 @@
 """A state machine whose workers compute with one workload, in whatever order a driver lets them."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.blocks import all_finite
+from ormo_server.core.blocks import SquaredNorm, all_finite
+from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.keys import SlotKey
@@ -120,14 +122,19 @@ class Training:
         started = time.perf_counter()
         computed = process.worker.gradient(place.ticket.number, place.params, self._gradient)
         self._record.computed(time.perf_counter() - started)
-        if not (all_finite(self._gradient) and all_finite(computed.float_buffers)):
+        square = SquaredNorm(self._gradient).total()
+        if square is None or not all_finite(computed.float_buffers):
+            self._refuse(now, place)
+            return
+        count = computed.samples if samples is None else samples
+        buffers = _buffers_sent(computed)
+        gradient = Gradient(place.ticket.key, self._gradient, count, *buffers, norm=math.sqrt(square))
+        try:
+            result = self.machine.push(now, _requester(process, place), gradient)
+        except NormTooLarge:
             self._refuse(now, place)
             return
         self._refused_in_a_row = 0
-        requester = _requester(process, place)
-        count = computed.samples if samples is None else samples
-        gradient = Gradient(place.ticket.key, self._gradient, count, *_buffers_sent(computed))
-        result = self.machine.push(now, requester, gradient)
         place.ticket = None
         self._record.pushed(result, computed.loss)
         if not result.discarded and (result.iteration % self._evaluate_every == 0 or self.machine.state.finished):

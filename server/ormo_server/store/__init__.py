@@ -12,9 +12,18 @@ directory/
 from ormo_server.store.checkpoint import Checkpoint
 from ormo_server.store.checkpoints import CheckpointStore
 from ormo_server.store.directory_lock import DirectoryLock
-from ormo_server.store.errors import StoreError
+from ormo_server.store.errors import NotFinite, StoreError
 from ormo_server.store.files import size_bytes
 from ormo_server.store.flat_model import FlatModel
 from ormo_server.store.model_file import ModelFile
 
-__all__ = ["Checkpoint", "CheckpointStore", "DirectoryLock", "FlatModel", "ModelFile", "StoreError", "size_bytes"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "DirectoryLock",
+    "FlatModel",
+    "ModelFile",
+    "NotFinite",
+    "StoreError",
+    "size_bytes",
+]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ormo_protos.manifest import Manifest
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.store.errors import StoreError, listed
+from ormo_server.store.errors import NotFinite, StoreError, listed
 from ormo_server.store.files import (
     SUMS_FILE,
     check_sums,
@@ -70,7 +70,7 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     """Write the files of a checkpoint into an empty directory; they are on the disk when this returns.
 
     Raises:
-        StoreError: the model or its momentum has NaN or infinite values.
+        NotFinite: the model or its momentum has NaN or infinite values.
         OSError: the disk is full, or does not take it for another reason.
     """
     tensors = checkpoint.snapshot.tensors
@@ -162,7 +162,7 @@ def _read_document(path: Path) -> _Document:
 def _refuse_non_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     bad = non_finite(tensors)
     if bad:
-        raise StoreError(
+        raise NotFinite(
             f"{listed(bad)} would be written with NaN or infinite values: restart from an earlier checkpoint, with a "
             "lower learning rate"
         )

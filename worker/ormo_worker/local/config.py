@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from ormo_protos.settings import Settings
+from ormo_protos.settings import LONGEST_SECONDS, Settings
 from ormo_protos.slow_workers import slow_factors
 from ormo_worker.config import MOST_IN_FLIGHT
 
@@ -30,7 +30,9 @@ class LocalSettings(Settings):
     learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
     weight_decay: float = Field(0.0, ge=0, description="λ")
-    evaluate_every: float = Field(2.0, gt=0, description="seconds between evaluations on the test set")
+    evaluate_every: float = Field(
+        2.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations on the test set"
+    )
     directory: Path | None = Field(
         None,
         description="where checkpoints and logs go; an earlier run's directory goes on with that run; none: a new one "

@@ -1,6 +1,6 @@
 """The update rules by name. A new rule is one file and one row here."""
 
-from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule, geometric_sum
+from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, Sending, UpdateRule, geometric_sum
 from ormo_server.core.rules.dc import DelayCompensated
 from ormo_server.core.rules.naive import Naive
 from ormo_server.core.rules.ormo import Ormo
@@ -19,4 +19,4 @@ UPDATE_RULES: dict[str, type[UpdateRule]] = {
     "dc": DelayCompensated,
 }
 
-__all__ = ["UPDATE_RULES", "Coefficients", "Landing", "Sending", "UpdateRule", "geometric_sum"]
+__all__ = ["LARGEST", "UPDATE_RULES", "Coefficients", "Landing", "Sending", "UpdateRule", "geometric_sum"]

@@ -8,6 +8,17 @@ import torch
 
 from ormo_server.core.keys import SlotKey
 
+# Why no gradient that is taken can make the state infinite, however many come.
+#
+# A float32 x with |x| ≤ B stays there when something below B/2^25 is added: that is less than half of the distance from
+# B to the next float32, and rounding keeps the order of numbers. So with B = LARGEST for w, which is so far below
+# float32's range (2^128) that twice it, and it in bfloat16, are finite:
+#   - w moves by at most ηg/(1 − β) of the gradient and βu/(1 − β) of the momentum: both must be below LARGEST/2^26;
+#   - so u must stay below (1 − β) LARGEST/2^26, and what is added to it, ηg, below (1 − β) LARGEST/2^51.
+# One factor 2 more is for the norm, whose own rounding may make it a little less than an element of g.
+LARGEST = 2.0**126
+LARGEST_STEP = LARGEST / 2.0**52
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
@@ -79,6 +90,14 @@ class UpdateRule(ABC):
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """The vectors at the start of a run."""
         return {}
+
+    def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:  # noqa: ARG002
+        """Whether `apply` surely overflows nowhere with a gradient of this Euclidean norm, which no element exceeds.
+
+        With w_0 up to `LARGEST`, η up to `schedule.HIGHEST`, and this asked of each gradient before, no delivery does
+        either. A rule that adds more to a vector than ηg, or multiplies by w, must say so here.
+        """
+        return max(1.0, norm) * landing.step_size <= LARGEST_STEP * (1.0 - self.coefficients.momentum)
 
     @abstractmethod
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:

@@ -2,9 +2,9 @@
 
 import torch
 
-from ormo_server.core.blocks import walk
+from ormo_server.core.blocks import largest, walk
 from ormo_server.core.keys import SlotKey
-from ormo_server.core.rules.base import Landing, UpdateRule
+from ormo_server.core.rules.base import LARGEST_STEP, Landing, UpdateRule
 
 
 class DelayCompensated(UpdateRule):
@@ -15,7 +15,15 @@ class DelayCompensated(UpdateRule):
 
     vectors_per_slot = 1
     keeps_deliveries = True
-    vectors_moved = 4
+    vectors_moved = 6  # two of them to see how far w has gone
+
+    def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
+        """See `UpdateRule.stays_finite`."""
+        # The only rule that multiplies by w, so w must be looked at: a bound for any would refuse usual gradients.
+        # Each product on the way to η λ g⊙g⊙(w − w_ticket) must be finite: a norm or η below 1 makes none smaller.
+        distance = _largest_difference(params, self.vectors[_sent_to(landing.slot)])
+        compensation = self.coefficients.delay_compensation * distance * max(1.0, norm) * max(1.0, norm)
+        return max(1.0, landing.step_size) * (norm + compensation) <= LARGEST_STEP
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
@@ -37,6 +45,10 @@ class DelayCompensated(UpdateRule):
     def slot_closed(self, slot: SlotKey) -> None:
         """See `UpdateRule.slot_closed`."""
         self.vectors.pop(_sent_to(slot), None)
+
+
+def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return max(largest(each - its) for each, its in walk(one, other))
 
 
 def _sent_to(slot: SlotKey) -> str:

@@ -7,6 +7,12 @@ import torch
 from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
 
+# v holds gradients without η, and is multiplied by an η of later. It is a sum of means of gradients, βv + G/s, so by
+# the argument of `LARGEST` it stays below 2^27 times the largest norm (|G|/s is at most e times that, for any s). With
+# these two, ηβv is below LARGEST/2^26, and what is sent, where v counts ηβK times, is finite up to η = 2^20, K = 2^31.
+_LARGEST_NORM = 2.0**40
+_LARGEST_STEP_SIZE = 2.0**33
+
 
 class Smega2(UpdateRule):
     """One momentum v of whole buckets of gradients, and parameters sent to where they are expected to be used.
@@ -29,6 +35,11 @@ class Smega2(UpdateRule):
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
         """See `UpdateRule.fresh_vectors`."""
         return {"momentum": torch.zeros(elements), "gathered": torch.zeros(elements)}
+
+    def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
+        """See `UpdateRule.stays_finite`."""
+        in_bounds = norm <= _LARGEST_NORM and landing.step_size <= _LARGEST_STEP_SIZE
+        return in_bounds and super().stays_finite(params, norm, landing)
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""

@@ -1,0 +1,132 @@
+"""A state that has become infinite all the same, as an earlier version's could: it is served and kept no further."""
+
+import math
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.service.server import Server
+from service.wire import SMALL, Refused, WireWorker, connected, payload, served
+
+# Gradients are taken as they were before anybody asked whether they may be.
+SERVE_AS_BEFORE = """
+import sys
+from ormo_server.cli import main
+from ormo_server.core.rules import UPDATE_RULES
+for rule in UPDATE_RULES.values():
+    rule.stays_finite = lambda *_: True
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def poison(server: Server) -> None:
+    with server.host.engine.inspect() as machine:
+        machine.state.params[-1] = math.inf
+
+
+def ready(server: Server) -> int:
+    try:
+        with urllib.request.urlopen(f"http://{server.metrics_address}/ready", timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def check_is_refused(server: Server, worker: WireWorker) -> None:
+    assert server.host.engine.broken.is_set()
+    assert ready(server) == 503
+    with pytest.raises(
+        Refused, match=r"the model.* has NaN or infinite values: the server stops, try again"
+    ) as refused:
+        worker.push(payload(SMALL, 1.0))
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+    assert server.host.engine.position()[1] == 1
+
+
+def test_the_next_checkpoint_finds_it_and_nothing_is_taken_any_more(tmp_path: Path) -> None:
+    with served(tmp_path, metrics_listen="127.0.0.1:0") as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.join()
+        worker.pull()
+        worker.push(payload(SMALL, 1.0))
+        before = server.host.last_checkpoint
+        assert ready(server) == 200
+        worker.pull()
+        poison(server)
+        assert not server.host.checkpoint()
+        check_is_refused(server, worker)
+        assert not server.host.checkpoint()
+        assert server.host.last_checkpoint == before
+
+
+def test_the_first_gradient_that_comes_of_it_finds_it(tmp_path: Path) -> None:
+    with served(tmp_path, metrics_listen="127.0.0.1:0") as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.join()
+        worker.pull()
+        worker.push(payload(SMALL, 1.0))
+        worker.pull()
+        with pytest.raises(Refused, match="NON_FINITE"):
+            worker.push(payload(SMALL, math.nan))
+        assert not server.host.engine.broken.is_set(), "the model is sound: it is the gradient that is not"
+        poison(server)
+        with pytest.raises(Refused, match=r"NOT_READY.*the model has NaN or infinite values"):
+            worker.push(payload(SMALL, math.nan))
+        check_is_refused(server, worker)
+
+
+def test_a_server_that_stops_or_is_closed_is_not_ready(tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        asked = health_pb2.HealthCheckRequest()
+        with grpc.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(asked).status == health_pb2.HealthCheckResponse.SERVING
+            server._stop_serving()
+            assert health.Check(asked).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tmp_path: Path) -> None:
+    def start() -> "subprocess.Popen[str]":
+        flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", str(tmp_path), "--method", "asgd"]
+        command = [sys.executable, "-c", SERVE_AS_BEFORE, *flags, "--learning-rate", "1", "--checkpoint-seconds", "1e6"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def worker_of(process: "subprocess.Popen[str]", channels: list[grpc.Channel]) -> WireWorker:
+        assert process.stdout is not None
+        channels.append(grpc.insecure_channel(process.stdout.readline().split()[1].removeprefix("address=")))
+        worker = WireWorker(ParameterServerStub(channels[-1]), "a", incarnation=len(channels))
+        worker.join()
+        worker.pull()
+        return worker
+
+    channels: list[grpc.Channel] = []
+    with start() as process:
+        worker = worker_of(process, channels)
+        for _ in range(2):
+            worker.push(payload(SMALL, 3e38))
+            worker.pull()
+        assert worker.params[0].item() == -math.inf
+        with pytest.raises(Refused):
+            worker.push(payload(SMALL, math.nan))
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        critical = [line for line in process.stderr if " CRITICAL " in line]
+        assert len(critical) == 1
+        assert (
+            "the state is broken (the model has NaN or infinite values): stopping; a restart goes back" in critical[0]
+        )
+    with start() as again:
+        worker = worker_of(again, channels)
+        assert worker.push(payload(SMALL, 1.0)).iteration.number == 1
+        again.send_signal(signal.SIGTERM)
+        assert again.wait(60) == 0
+    for channel in channels:
+        channel.close()
