@@ -296,3 +296,19 @@ def test_streams_beyond_the_threads_are_refused_at_once_and_others_are_still_ser
             stream.drop()
         eventually(lambda: len(server.streams) == 0)
         worker.pull()
+
+
+@pytest.mark.parametrize("reason", ["MODEL_EXISTS", "NOT_WANTED"])
+def test_a_manifest_is_read_only_if_it_is_this_worker_s_model_that_is_waited_for(reason: str, tmp_path: Path) -> None:
+    """A large one takes a second, and anybody may send it. This one would be refused as BAD_MANIFEST."""
+    with served(tmp_path) as server, connected(server) as stub:
+        asked = WireWorker(stub, "asked")
+        asked.ask_to_join()
+        if reason == "MODEL_EXISTS":
+            asked.offer()
+        offer = pb.ModelOffer(worker="other", incarnation=1, manifest=pb.Manifest(digest=b"none"))
+        with pytest.raises(Refused) as refused, refusals():
+            stub.OfferModel(iter([pb.OfferModelRequest(offer=offer)]))
+        assert refused.value.reason == reason
+        asked.join()
+        assert server.host.has_model

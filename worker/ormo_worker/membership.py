@@ -13,7 +13,7 @@ from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
-from ormo_worker.errors import ModelMismatch, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
@@ -72,6 +72,7 @@ class Membership:
 
         Raises:
             ModelMismatch: the server trains another model.
+            ModelUnusable: the server asks for this model, and it has names that no run may begin with.
             RunFinished: the run is over.
             OrmoError: any other reason why joining can't succeed.
         """
@@ -141,6 +142,10 @@ class Membership:
         )
 
     def _offer(self) -> None:
+        try:
+            self._wire.manifest.check_names()
+        except ManifestError as error:
+            raise ModelUnusable(f"the server has no model yet, and would refuse this one: {error}") from None
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)

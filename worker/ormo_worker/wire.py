@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from ormo_protos.framing import Headed, Malformed
+from ormo_protos.framing import Headed
+from ormo_protos.limits import Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb

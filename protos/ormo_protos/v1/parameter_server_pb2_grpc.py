@@ -107,6 +107,7 @@ class ParameterServerServicer(object):
     def OfferModel(self, request_iterator, context):
         """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
         answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+        Whatever comes after the payload is refused, and the model with it.
         INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
         FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -133,6 +134,7 @@ class ParameterServerServicer(object):
 
     def PushGradient(self, request_iterator, context):
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+        Whatever comes after the payload is refused, and the gradient with it.
         as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -14,6 +14,8 @@ applied between the ticket's parameters and its gradient.
 Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc-status-details-bin) with domain
 "ormo.v1" and one of the reasons listed at the RPCs; where waiting helps, a google.rpc.RetryInfo says how long. A
 refused call leaves the model as it was. Every RPC may also end with
+  INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
+                     where the request is one message, one of more than 16 KiB.
   UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
@@ -76,6 +78,7 @@ class ParameterServerStub:
     OfferModel: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
     answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+    Whatever comes after the payload is refused, and the model with it.
       INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -94,6 +97,7 @@ class ParameterServerStub:
     """
     PushGradient: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+    Whatever comes after the payload is refused, and the gradient with it.
       as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
     """
     PushPull: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]
@@ -154,6 +158,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     OfferModel: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]  # type: ignore[assignment]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
     answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+    Whatever comes after the payload is refused, and the model with it.
       INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -172,6 +177,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """
     PushGradient: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]  # type: ignore[assignment]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+    Whatever comes after the payload is refused, and the gradient with it.
       as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
     """
     PushPull: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]  # type: ignore[assignment]
@@ -241,6 +247,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.OfferModelResponse, _abc.Awaitable[_parameter_server_pb2.OfferModelResponse]]:
         """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
         answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+        Whatever comes after the payload is refused, and the model with it.
           INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
           FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
           ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -271,6 +278,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.PushGradientResponse, _abc.Awaitable[_parameter_server_pb2.PushGradientResponse]]:
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+        Whatever comes after the payload is refused, and the gradient with it.
           as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
         """
 

@@ -11,7 +11,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.framing import Malformed
+from ormo_protos.limits import Malformed
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
@@ -105,11 +105,16 @@ def understood(request: _Request) -> _Request:
     """The request.
 
     Raises:
-        BadRequest: its bytes were no message.
+        BadRequest, BadManifest: its bytes were no message.
     """
     if isinstance(request, Malformed):
-        raise BadRequest(request.why)
+        raise not_understood(request)
     return request
+
+
+def not_understood(malformed: Malformed) -> OrmoError:
+    """The error for bytes that were no message."""
+    return BadManifest(malformed.why) if malformed.reason is Reason.BAD_MANIFEST else BadRequest(malformed.why)
 
 
 def named(error: Exception) -> Exception:
