@@ -104,7 +104,7 @@ class Membership:
         self._is_member = False
         request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
         try:
-            self._connection.unary(self._connection.stub.Leave, request, _LEAVE_SECONDS)
+            self._connection.unary(self._connection.stub.leave, request, _LEAVE_SECONDS)
         except CallEnded as end:
             _LOG.info("leaving the run failed (%s): the lease runs out by itself", end)
 
@@ -113,7 +113,7 @@ class Membership:
         self._heartbeat.stop()
 
     def _join(self) -> pb.Welcome:
-        answer = self._connection.unary(self._connection.stub.Join, self._request)
+        answer = self._connection.unary(self._connection.stub.join, self._request)
         match answer.WhichOneof("answer"):
             case "welcome":
                 self._check_model(answer.welcome)

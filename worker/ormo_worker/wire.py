@@ -13,7 +13,7 @@ from ormo_worker.errors import ModelMismatch, ProtocolBroken
 from ormo_worker.identity import Identity
 from ormo_worker.session import Ask
 
-M = TypeVar("M", pb.PushPullResponse, pb.PullParamsResponse)
+A = TypeVar("A")
 PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk
 OfferFrame: TypeAlias = Headed[pb.OfferModelRequest] | Chunk
 
@@ -122,15 +122,15 @@ class Wire:
         )
 
 
-def understood(frame: Headed[M] | Malformed) -> Headed[M]:
-    """The message.
+def understood(answer: A | Malformed) -> A:
+    """What the server sent.
 
     Raises:
-        ProtocolBroken: its bytes were none.
+        ProtocolBroken: bytes that are no message, or too large a one.
     """
-    if isinstance(frame, Malformed):
-        raise ProtocolBroken(f"the server sent what can't be understood: {frame.why}")
-    return frame
+    if isinstance(answer, Malformed):
+        raise ProtocolBroken(f"the server sent what can't be understood: {answer.why}")
+    return answer
 
 
 class DeliveryReceiver:

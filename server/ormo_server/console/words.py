@@ -7,11 +7,6 @@ _STEPS = (("s", 60), ("min", 60), ("h", 24), ("d", 0))
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def printable(text: str) -> str:
-    """The text without control characters: what comes from elsewhere must not move the cursor."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
-
-
 def shortened(text: str, width: int) -> str:
     """At most `width` letters of the text, from both ends: made-up worker ids differ in their last ones."""
     if len(text) <= width:

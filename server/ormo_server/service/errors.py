@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 # Apart from each other, because lines of each are limited: whoever may do little must not drown the rest.
 _refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger("ormo_server.denied")
 _bad_gradients = logging.getLogger("ormo_server.bad_gradients")
+_SENTENCE_CHARACTERS = 1000
 _DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
 _BAD_GRADIENTS = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})
 
@@ -170,7 +171,9 @@ def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_se
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(retry_seconds * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    status = status_pb2.Status(code=STATUS_CODES[reason], message=message, details=details)
+    # It may quote what came, and travels twice, escaped; clients take 8 KiB of trailers for certain.
+    shown = message if len(message) <= _SENTENCE_CHARACTERS else f"{message[:_SENTENCE_CHARACTERS]}…"
+    status = status_pb2.Status(code=STATUS_CODES[reason], message=shown, details=details)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")
 
