@@ -1,5 +1,7 @@
 """Numbers and texts of a status as people read them."""
 
+import math
+
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 NOT_KNOWN = "–"
@@ -24,6 +26,8 @@ def phase_word(phase: int) -> str:
 
 def duration(seconds: float) -> str:
     """Such as 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return NOT_KNOWN
     if seconds < 10:
         return f"{max(0.0, seconds):.1f} s"
     smaller, number = "", round(seconds)
