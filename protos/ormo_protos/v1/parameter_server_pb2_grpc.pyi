@@ -109,7 +109,8 @@ class ParameterServerStub:
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                           the server's machine has no memory left: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -189,7 +190,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                           the server's machine has no memory left: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -296,7 +298,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                               TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                               TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                               the server's machine has no memory left: try again later.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                                server began to drain: try again on a new stream.

@@ -406,7 +406,7 @@ class RunHost:
                 state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
             )
             path = self._store.write(checkpoint)
-        except (StoreError, NotReady, DiskFull) as error:
+        except (StoreError, NotReady, DiskFull, MemoryError) as error:
             self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             return False
