@@ -98,8 +98,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> "Manifest":
-        """Read what `to_json` wrote."""
-        return cls(tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in rows))
+        """Read what `to_json` wrote.
+
+        Raises:
+            ManifestError, TypeError, KeyError: it is not that.
+        """
+        specs = tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+        if not all(isinstance(spec.name, str) and isinstance(spec.alias_of, str) for spec in specs):
+            raise TypeError("names of tensors are texts")
+        return cls(specs)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The manifest as plain data, for checkpoints."""
