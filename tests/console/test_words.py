@@ -2,7 +2,7 @@
 
 import pytest
 
-from ormo_server.console.words import duration, memory, phase_word, printable, rate, shortened
+from ormo_server.console.words import duration, memory, phase_word, rate, shortened
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,6 @@ def test_a_long_id_keeps_both_ends() -> None:
     assert shortened("gpu-node-7-of-the-basement-1042-ab12cd", 21) == "gpu-node-7…042-ab12cd"
     assert len(shortened("x" * 128, 28)) == 28
     assert shortened("worker-1", 28) == "worker-1"
-
-
-def test_nothing_that_moves_the_cursor_is_printed() -> None:
-    assert printable("a\x1b[2Jb\nc\x07\u202ed é 木") == "a�[2Jb�c��d é 木"
 
 
 def test_a_phase_that_only_a_newer_server_knows_has_a_word() -> None:

@@ -146,18 +146,18 @@ def test_a_broken_connection_is_dialled_anew_with_the_newest_certificates(tmp_pa
         connection = Connection(server.address, Patience(connect_timeout=20), Observer(), Credentials(trusted, *pair))
         try:
             with pytest.raises(Exception, match="UNAVAILABLE"):
-                connection.unary(connection.stub.GetStatus, pb.GetStatusRequest(), 2.0)
+                connection.unary(connection.stub.get_status, pb.GetStatusRequest(), 2.0)
             authority.pair("evaluator", into="mine")
             trusted.write_bytes(authority.ca.read_bytes())
             first = connection.stub
             answer = connection.retrying(
-                lambda: connection.unary(connection.stub.GetStatus, pb.GetStatusRequest(), 2.0), "asking"
+                lambda: connection.unary(connection.stub.get_status, pb.GetStatusRequest(), 2.0), "asking"
             )
             assert answer.version
             assert connection.stub is not first
             second = connection.stub
             other.pair("evaluator", into="mine")
-            assert connection.unary(connection.stub.GetStatus, pb.GetStatusRequest(), 2.0).version
+            assert connection.unary(connection.stub.get_status, pb.GetStatusRequest(), 2.0).version
             assert connection.stub is second
         finally:
             connection.close()

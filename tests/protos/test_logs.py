@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 
-from ormo_protos.logs import FewOf, FewOfEach, Fields, formatter
+from ormo_protos.logs import FewOf, FewOfEach, Fields, formatter, printable
 
 
 def record(message: str, *values: object, **fields: object) -> logging.LogRecord:
@@ -42,6 +43,43 @@ def test_a_program_s_own_fields_are_in_every_line_unless_a_record_has_its_own() 
 def test_text_leaves_fields_to_the_message() -> None:
     line = formatter("text").format(record("worker %s left", "w1", worker="w1", iteration=7))
     assert line.endswith(" WARNING worker w1 left")
+
+
+def test_nothing_that_moves_the_cursor_or_hides_is_shown_as_it_is() -> None:
+    shown = "a\\x1b[2Jb\\nc\\x07\\u202ed é 木\\r\\u200b\\U000e0041"
+    assert printable("a\x1b[2Jb\nc\x07\u202ed é 木\r\u200b\U000e0041") == shown
+    assert printable(ValueError("an error\x00")) == "an error\\x00"
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\r\n2026-01-01 00:00:00 ERROR   a fake line\u202e"
+
+
+def test_a_record_is_one_line_whatever_it_quotes() -> None:
+    line = formatter("text").format(record("worker %s left", EVIL))
+    assert line.endswith(
+        r" WARNING worker \x1b]0;owned\x07\x1b[2J\r\n2026-01-01 00:00:00 ERROR   a fake line\u202e left"
+    )
+    assert line.isprintable()
+
+
+def test_an_exception_in_the_log_has_lines_of_its_own_that_look_like_no_record() -> None:
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        failed = logging.makeLogRecord({"msg": "it failed", "exc_info": sys.exc_info(), "stack_info": EVIL})
+    first, *others = formatter("text").format(failed).split("\n")
+    assert first.endswith("it failed")
+    assert others[0] == "  Traceback (most recent call last):"
+    assert all(line.startswith("  ") and line.isprintable() for line in others)
+    assert sum("a fake line" in line for line in others) == 2
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_last_words_are_one_line_whatever_they_quote(form: Literal["text", "json"]) -> None:
+    code = f"from ormo_protos import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', {EVIL!r}, {form!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.decode().removesuffix("\n").isprintable()
 
 
 @pytest.mark.parametrize(("form", "starts"), [("text", "ormo-x: no such"), ("json", "{")])

@@ -212,3 +212,24 @@ def test_the_same_tensors_in_another_order_are_said_to_be_that() -> None:
     other = spec(name="other")
     differences = Manifest.laid_out([WEIGHT, other]).differences(Manifest.laid_out([other, WEIGHT]))
     assert differences == ["the tensors are the same but come in another order"]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "bidi\u202e", "bell\x07", "__metadata__", "half\ud800"])
+def test_names_that_no_run_may_begin_with_are_found(name: str) -> None:
+    with pytest.raises(ManifestError) as error:
+        Manifest.laid_out([dataclasses.replace(WEIGHT, name=name)]).check_names()
+    assert f"tensor name {name!r}" in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_names_in_all_scripts_and_of_all_modules_are_fit() -> None:
+    names = ["weight", "layers.0.weight", "größe", "重み", "a b", 'quote"', "back\\slash", "__metadata__.x", "x" * 512]
+    Manifest.laid_out([dataclasses.replace(WEIGHT, name=name) for name in names]).check_names()
+
+
+@pytest.mark.parametrize("wrong", [5, None, ["weight"]])
+@pytest.mark.parametrize("key", ["name", "alias_of"])
+def test_a_file_whose_names_are_no_texts_is_malformed(key: str, wrong: object) -> None:
+    rows = [{**row, key: wrong} for row in Manifest.laid_out([WEIGHT]).to_json()]
+    with pytest.raises(TypeError):
+        Manifest.from_json(rows)

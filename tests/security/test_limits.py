@@ -92,6 +92,16 @@ def too_many_workers(worker: WireWorker) -> None:
     WireWorker(worker.stub, "third", MIDDLE).ask_to_join()
 
 
+def too_many_returned_tickets(worker: WireWorker) -> None:
+    assert worker.ticket is not None
+    beat = pb.HeartbeatRequest(worker="w", incarnation=1, returned=[worker.ticket] * 65)
+    worker.stub.Heartbeat(beat)
+
+
+def a_request_that_is_too_long(worker: WireWorker) -> None:
+    worker.stub.Leave(pb.LeaveRequest(worker="x" * (16 << 10)))
+
+
 def too_many_samples(worker: WireWorker) -> None:
     worker.push(payload(MIDDLE, 1.0), samples=2**31)
 
@@ -107,6 +117,8 @@ REFUSED: dict[Callable[[WireWorker], None], tuple[grpc.StatusCode, str, str]] = 
     a_worker_id_that_is_too_long: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 1 to 128 of the char"),
     too_many_slots: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "slots_per_worker is 2: raise it or ask less"),
     too_many_workers: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS", "max_workers is 2: raise it or wait"),
+    too_many_returned_tickets: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "HeartbeatRequest.returned came more"),
+    a_request_that_is_too_long: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "at most 16,384 were expected"),
     too_many_samples: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 0 to 2147483647 samples"),
     too_much_metadata: (grpc.StatusCode.RESOURCE_EXHAUSTED, "", "metadata size"),
 }

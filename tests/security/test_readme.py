@@ -9,6 +9,8 @@ from grpc_health.v1 import health_pb2
 
 from ormo_protos.credentials import Credentials
 from ormo_protos.dialling import Dialer
+from ormo_protos.limits import MAX_ELEMENTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
+from ormo_protos.manifest import MAX_NAME_BYTES
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -94,6 +96,25 @@ def test_limits_name_settings_and_reasons_that_there_are() -> None:
             assert flag.replace("-", "_") in ServerSettings.model_fields
         reasons = re.findall(r"`([A-Z_]+)`", refusal)
         assert reasons == [] or reasons[0] in set(Reason) or "by gRPC" in refusal
+
+
+def test_limits_on_lists_are_those_of_the_code() -> None:
+    values = {limit: value for limit, value, _ in rows("limits")}
+    said = [
+        values["tensors of a model, bytes of a name, dimensions"],
+        values["tickets that a heartbeat returns"],
+        values["workers, and reasons of refusals, in a server's status"],
+        values["times that any other field comes in one message"],
+    ]
+    most = {name.removeprefix("ormo.v1."): number for name, number in MAX_ELEMENTS.items()}
+    expected = [
+        (most["Manifest.tensors"], MAX_NAME_BYTES, most["TensorSpec.shape"]),
+        (most["HeartbeatRequest.returned"],),
+        (most["GetStatusResponse.workers"], most["GetStatusResponse.refusals"]),
+        (MAX_REPEATS,),
+    ]
+    assert said == [", ".join(f"{number:,}" for number in numbers) for numbers in expected]
+    assert values["a request that is one message"] == f"{SMALL_MESSAGE_BYTES >> 10} KiB"
 
 
 def test_what_security_md_names_is_there() -> None:

@@ -1,9 +1,11 @@
 """Payload buffers: lent to one at a time, used again whatever is wanted next, never with old numbers in the padding."""
 
+import pytest
 import torch
 
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import PayloadLayout
+from ormo_server.core.errors import TooMuchInFlight
 from ormo_server.service.buffers import BufferPool
 from ormo_server.service.in_flight import BytesInFlight
 
@@ -76,3 +78,21 @@ def test_memory_is_not_shared_with_another_dtype_nor_with_what_is_larger() -> No
     gradient = pool.take(layout())
     assert pool.again(gradient, layout(BFLOAT16)) is None
     assert pool.again(gradient, layout(buffers=True)) is None
+
+
+def test_where_there_is_no_memory_the_loan_is_refused_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's own other exchanges must not be refused for what was never lent."""
+    pool = BufferPool(BytesInFlight(layout().total_bytes))
+
+    def no_memory(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patched, pool.loans("a") as loans:
+        patched.setattr(torch, "empty", no_memory)
+        with pytest.raises(
+            TooMuchInFlight, match="16 bytes are wanted for tensors, and this machine has no memory"
+        ) as e:
+            loans.take(layout())
+        assert e.value.retry_seconds == 1.0
+    with pool.loans("a") as loans:
+        assert loans.take(layout()).layout == layout()

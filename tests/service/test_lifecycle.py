@@ -264,3 +264,25 @@ def test_concurrent_pushes_are_all_applied_exactly_once(tmp_path: Path) -> None:
         assert state.fields["iteration"] == 300
         assert state.tensors["params"].tolist() == [-300.0] * 9
         eventually(lambda: len(server.streams) == 0)
+
+
+def test_without_memory_for_a_copy_a_checkpoint_fails_with_a_sentence_and_a_drain_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        worker.join()
+        worker.pull()
+        worker.push(payload(SMALL, 1.0))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "clone", no_memory)
+            assert not server.host.checkpoint()
+            assert (
+                "no checkpoint was written, the earlier ones stay: this machine has no memory for a copy" in caplog.text
+            )
+            assert server.drain()
+    with served(tmp_path) as server:
+        assert server.host.engine.position()[1] == 1

@@ -8,13 +8,17 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ormo_protos.limits import MAX_ELEMENTS, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.handlers import SERVICE
 from ormo_server.service.server import Server
+from protos.test_limits import lists, with_elements
 from service.wire import SMALL, Refused, WireWorker, payload, refusals, served, state_of
 
 METHODS = {method.name: method for method in SERVICE.methods}
@@ -142,6 +146,39 @@ def test_what_is_no_message_is_refused_after_a_whole_exchange_which_stands(raw: 
     assert state_of(raw.server)[0] == 1
 
 
+# Well formed, and with more elements than anybody needs.
+
+BEYOND = [(name, path) for name, method in METHODS.items() for path in lists(method.input_type)]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), BEYOND, ids=[".".join([name, *(each.name for each in path)]) for name, path in BEYOND]
+)
+def test_a_list_that_is_too_long_is_refused_by_each_method_that_has_one(
+    raw: Raw, name: str, path: tuple[FieldDescriptor, ...]
+) -> None:
+    most, of_model = MAX_ELEMENTS[path[-1].full_name], name == "OfferModel"
+    sentence = raw.refused(name, [with_elements(path, most + 1)], "BAD_MANIFEST" if of_model else "BAD_REQUEST")
+    assert f"came more than {most:,} times in one message" in sentence
+    raw.goes_on()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in STREAMING])
+def test_a_request_that_is_alone_is_refused_if_it_is_longer_than_any_needs_to_be(raw: Raw, name: str) -> None:
+    unknown = pb.PushPullResponse(data=bytes(SMALL_MESSAGE_BYTES)).SerializeToString()  # number 5
+    assert raw.refused(name, [unknown]).endswith("bytes came: at most 16,384 were expected")
+    raw.goes_on()
+
+
+def test_health_is_not_asked_about_services_with_endless_names(raw: Raw) -> None:
+    """A watcher's would be kept for as long as it watches."""
+    health = health_pb2_grpc.HealthStub(raw.channel)
+    endless = health_pb2.HealthCheckRequest(service="x" * 20_000)
+    for call in (health.Check, lambda request: next(health.Watch(request))):
+        with pytest.raises(grpc.RpcError, match="a HealthCheckRequest of 20,004 bytes came"):
+            call(endless)
+
+
 # Well formed, and out of place.
 
 WANTED = {"PushPull": "exchange", "PushGradient": "push", "OfferModel": "offer"}
@@ -166,6 +203,46 @@ def test_another_header_is_refused_where_a_chunk_is_wanted(raw: Raw, name: str, 
     said = WANTED[name] if second == "header" else "nothing"
     assert sentence == f"a message with '{said}' came where 'chunk' was expected"
     raw.goes_on()
+
+
+AFTER_THE_END = {
+    "chunk": (chunk(0, GRADIENT), "BAD_PAYLOAD", "offset 0 came where offset 40"),
+    "chunk where it would go on": (chunk(40, b"x"), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
+    "empty chunk": (chunk(40, b""), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
+    "nothing": (b"", "BAD_REQUEST", "a message with 'nothing' came where 'chunk' was expected"),
+    "no message": (MALFORMED["cut"], "BAD_REQUEST", "bytes came that are no PushGradientRequest"),
+}
+
+
+@pytest.mark.parametrize("case", AFTER_THE_END)
+def test_what_comes_after_a_gradient_by_pushgradient_is_refused_and_the_gradient_not_applied(
+    raw: Raw, case: str
+) -> None:
+    more, reason, sentence = AFTER_THE_END[case]
+    whole = [header(raw.worker, payload(SMALL, 1.0), "PushGradient"), chunk(0, GRADIENT)]
+    assert sentence in raw.refused("PushGradient", [*whole, more], reason)
+    raw.goes_on()
+
+
+def test_another_gradient_in_a_stream_of_pushgradient_is_refused_with_the_first(raw: Raw) -> None:
+    whole = [header(raw.worker, payload(SMALL, 1.0), "PushGradient"), chunk(0, GRADIENT)]
+    assert "'push' came where 'chunk' was expected" in raw.refused("PushGradient", whole * 2)
+    raw.goes_on()
+
+
+@pytest.mark.parametrize("more", ["chunk", "offer"])
+def test_what_comes_after_a_model_is_refused_and_the_model_not_taken(tmp_path: Path, more: str) -> None:
+    with served(tmp_path) as server, grpc.insecure_channel(server.address) as channel:
+        worker = WireWorker(ParameterServerStub(channel), "a")
+        assert worker.ask_to_join().WhichOneof("answer") == "model_wanted"
+        model = bytes(payload(SMALL, 1.0, buffers=True).memory)
+        first = header(worker, payload(SMALL, 1.0), "OfferModel")
+        after = chunk(0, b"x") if more == "chunk" else first
+        with pytest.raises(Refused, match=f"offset {len(model)}|'offer' came") as refused, refusals():
+            Raw(server, channel, worker).call("OfferModel", [first, chunk(0, model), after])
+        assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert not server.host.has_model
+        worker.join()
 
 
 # `data`, which only PushPull has.

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.manifest import BFLOAT16, FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import Server
@@ -296,3 +296,71 @@ def test_streams_beyond_the_threads_are_refused_at_once_and_others_are_still_ser
             stream.drop()
         eventually(lambda: len(server.streams) == 0)
         worker.pull()
+
+
+@pytest.mark.parametrize("reason", ["MODEL_EXISTS", "NOT_WANTED"])
+def test_a_manifest_is_read_only_if_it_is_this_worker_s_model_that_is_waited_for(reason: str, tmp_path: Path) -> None:
+    """A large one takes a second, and anybody may send it. This one would be refused as BAD_MANIFEST."""
+    with served(tmp_path) as server, connected(server) as stub:
+        asked = WireWorker(stub, "asked")
+        asked.ask_to_join()
+        if reason == "MODEL_EXISTS":
+            asked.offer()
+        offer = pb.ModelOffer(worker="other", incarnation=1, manifest=pb.Manifest(digest=b"none"))
+        with pytest.raises(Refused) as refused, refusals():
+            stub.OfferModel(iter([pb.OfferModelRequest(offer=offer)]))
+        assert refused.value.reason == reason
+        asked.join()
+        assert server.host.has_model
+
+
+ODD_NAMES = ["two\x1b[31mlines", "bidi\u202e", "zero\u200bwidth", "bell\x07", "__metadata__", "nul\x00", "line\u2028"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_model_with_a_name_that_a_file_or_a_terminal_can_not_hold_is_refused(name: str, tmp_path: Path) -> None:
+    odd = Manifest.laid_out([TensorSpec(name, (3,), FLOAT32, PARAMETER)])
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", odd)
+        worker.ask_to_join()
+        with pytest.raises(Refused) as refused:
+            worker.offer()
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_MANIFEST")
+        assert f"tensor name {name!r}" in refused.value.message
+        assert refused.value.message.isprintable()
+        assert not server.host.has_model
+        assert kept_files(tmp_path) == []
+        WireWorker(stub, "a").join()
+        assert server.host.has_model
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if name != "__metadata__"])
+def test_a_run_that_has_begun_with_such_a_name_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions took them, and their files hold all but the one."""
+    odd = Manifest.laid_out([TensorSpec(name, (3,), FLOAT32, PARAMETER)])
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "check_names", lambda _: None)
+        with served(tmp_path) as server, connected(server) as stub:
+            WireWorker(stub, "a", odd, start=2.0).join()
+            assert server.drain()
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", odd)
+        assert worker.join().manifest.tensors[0].name == name
+        worker.pull()
+        assert worker.params.tolist() == [2.0] * 3
+        assert worker.push(payload(odd, 1.0)).iteration.number == 1
+
+
+def test_a_sentence_that_quotes_much_is_cut(tmp_path: Path) -> None:
+    """It travels in headers, of which clients take so much and no more."""
+    with served(tmp_path) as server, connected(server) as stub:
+        WireWorker(stub, "a").ask_to_join()
+        spec = pb.TensorSpec(name="\x01" * 500, alias_of="\x02" * 500, dtype=FLOAT32, role=PARAMETER)
+        offer = pb.ModelOffer(worker="a", incarnation=1, manifest=pb.Manifest(tensors=[spec]))
+        with pytest.raises(Refused) as refused, refusals():
+            stub.OfferModel(iter([pb.OfferModelRequest(offer=offer)]))
+        assert refused.value.reason == "BAD_MANIFEST"
+        assert refused.value.message.endswith(r"\x01…")
+        assert len(refused.value.message) == 1001

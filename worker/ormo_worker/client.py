@@ -126,7 +126,7 @@ class ParameterClient:
             ServerUnreachable: patience is at its end.
             Refused: the server won't tell.
         """
-        get_status = self._connection.stub.GetStatus
+        get_status = self._connection.stub.get_status
         return self._connection.retrying(
             lambda: self._connection.unary(get_status, pb.GetStatusRequest()), "asking for the status"
         )
@@ -143,7 +143,7 @@ class ParameterClient:
             Refused: the server does not take it.
         """
         request = pb.ReportEvaluationRequest(evaluation=evaluation)
-        method = self._connection.stub.ReportEvaluation
+        method = self._connection.stub.report_evaluation
         self._connection.retrying(
             lambda: self._connection.unary(method, request), "reporting an evaluation", within=within
         )

@@ -9,16 +9,17 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from ormo_protos.credentials import Credentials
-from ormo_protos.dialling import Dialer
+from ormo_protos.dialling import Dialer, UnaryStub
 from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.interruption import end_on_signals, leave_if_asked
+from ormo_protos.limits import Malformed
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
-from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.errors import ClientClosed, OrmoError
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended
 from ormo_worker.retries import Patience, RetryLoop, SignsOfLife
 from ormo_worker.stub import TensorStub
+from ormo_worker.wire import understood
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ class Connection:
         """Call `attempt` until it succeeds; arguments and errors as for `RetryLoop.run`."""
         return self._loop.run(attempt, what, within=within)
 
-    def unary(self, method: Callable[..., T], request: Any, seconds: float | None = None) -> T:
+    def unary(self, method: Callable[..., T | Malformed], request: Any, seconds: float | None = None) -> T:
         """Make one call with one answer, without retries.
 
         Args:
@@ -106,6 +107,7 @@ class Connection:
 
         Raises:
             CallEnded: it ended without its answer.
+            ProtocolBroken: the answer is none.
         """
         limit = FailureDetection(self.patience.failure_timeout).call_seconds if seconds is None else seconds
         if not self._signs.any:
@@ -113,7 +115,7 @@ class Connection:
         with self.watched():
             answer = method(request, timeout=limit)
         self.heard()
-        return answer
+        return understood(answer)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -141,7 +143,7 @@ class Connection:
         channel = self._dialer.dial()
         with self._lock:
             older, self._channels = self._channels[:-1], [*self._channels[-1:], channel]
-            self.stub, self.tensors = ParameterServerStub(channel), TensorStub(channel)
+            self.stub, self.tensors = UnaryStub(channel), TensorStub(channel)
         for each in older:
             each.close()
 

@@ -64,7 +64,7 @@ class Heartbeat:
     def _beat(self) -> None:
         try:
             answer = self._connection.unary(
-                self._connection.stub.Heartbeat, self._request, FailureDetection(self._lease_seconds).heartbeat_seconds
+                self._connection.stub.heartbeat, self._request, FailureDetection(self._lease_seconds).heartbeat_seconds
             )
         except CallEnded as end:
             self._missed(end)

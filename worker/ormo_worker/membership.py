@@ -14,7 +14,7 @@ from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
-from ormo_worker.errors import ModelMismatch, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
@@ -73,6 +73,7 @@ class Membership:
 
         Raises:
             ModelMismatch: the server trains another model.
+            ModelUnusable: the server asks for this model, and it has names that no run may begin with.
             RunFinished: the run is over.
             OrmoError: any other reason why joining can't succeed.
         """
@@ -104,7 +105,7 @@ class Membership:
         self._is_member = False
         request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
         try:
-            self._connection.unary(self._connection.stub.Leave, request, _LEAVE_SECONDS)
+            self._connection.unary(self._connection.stub.leave, request, _LEAVE_SECONDS)
         except CallEnded as end:
             _LOG.info("leaving the run failed (%s): the lease runs out by itself", end)
 
@@ -113,7 +114,7 @@ class Membership:
         self._heartbeat.stop()
 
     def _join(self) -> pb.Welcome:
-        answer = self._connection.unary(self._connection.stub.Join, self._request)
+        answer = self._connection.unary(self._connection.stub.join, self._request)
         match answer.WhichOneof("answer"):
             case "welcome":
                 self._check_model(answer.welcome)
@@ -143,6 +144,10 @@ class Membership:
         )
 
     def _offer(self) -> None:
+        try:
+            self._wire.manifest.check_names()
+        except ManifestError as error:
+            raise ModelUnusable(f"the server has no model yet, and would refuse this one: {error}") from None
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)

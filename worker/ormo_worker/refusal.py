@@ -7,6 +7,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from ormo_protos.logs import printable
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_worker.errors import Refused, Replaced, RunFinished
 from ormo_worker.session import Step, step_after
@@ -38,12 +39,13 @@ class CallEnded(Exception):
                 detail.Unpack(kind)  # does nothing if it is of another kind
         reason = info.reason if info.domain == ERROR_DOMAIN else ""
         seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        return cls(call.code().name, reason, call.details() or "no details", seconds)
+        # Whoever answered there: what it says gets into errors, and so to the terminals of programs that are not ours.
+        return cls(call.code().name, printable(reason), printable(call.details() or "no details"), seconds)
 
     @property
     def cause(self) -> str:
-        """The reason, or the status code where there is none."""
-        return self.reason or self.code
+        """The reason, or the status code where there is none that is known: there are a few of both."""
+        return self.reason if self.reason in set(Reason) else self.code
 
     @property
     def step(self) -> Step:

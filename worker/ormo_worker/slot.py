@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ormo_protos.framing import Frame
-from ormo_protos.logs import Fields
+from ormo_protos.logs import Fields, printable
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
@@ -162,6 +162,8 @@ class Slot:
 
     def _take_result(self, result: pb.PushResult) -> Step:
         self._over("push")
+        if result.refusal:
+            result.refusal, result.refusal_message = printable(result.refusal), printable(result.refusal_message)
         return self._session.on_result(result)
 
     def _take_delivery(self, delivery: pb.Delivery, data: memoryview) -> Step:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from ormo_protos.framing import Headed, Malformed
+from ormo_protos.framing import Headed
+from ormo_protos.limits import Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -12,7 +13,7 @@ from ormo_worker.errors import ModelMismatch, ProtocolBroken
 from ormo_worker.identity import Identity
 from ormo_worker.session import Ask
 
-M = TypeVar("M", pb.PushPullResponse, pb.PullParamsResponse)
+A = TypeVar("A")
 PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk
 OfferFrame: TypeAlias = Headed[pb.OfferModelRequest] | Chunk
 
@@ -121,15 +122,15 @@ class Wire:
         )
 
 
-def understood(frame: Headed[M] | Malformed) -> Headed[M]:
-    """The message.
+def understood(answer: A | Malformed) -> A:
+    """What the server sent.
 
     Raises:
-        ProtocolBroken: its bytes were none.
+        ProtocolBroken: bytes that are no message, or too large a one.
     """
-    if isinstance(frame, Malformed):
-        raise ProtocolBroken(f"the server sent what can't be understood: {frame.why}")
-    return frame
+    if isinstance(answer, Malformed):
+        raise ProtocolBroken(f"the server sent what can't be understood: {answer.why}")
+    return answer
 
 
 class DeliveryReceiver:

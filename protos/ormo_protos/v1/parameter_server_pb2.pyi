@@ -14,6 +14,8 @@ applied between the ticket's parameters and its gradient.
 Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc-status-details-bin) with domain
 "ormo.v1" and one of the reasons listed at the RPCs; where waiting helps, a google.rpc.RetryInfo says how long. A
 refused call leaves the model as it was. Every RPC may also end with
+  INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
+                     where the request is one message, one of more than 16 KiB.
   UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
@@ -115,7 +117,10 @@ class TensorSpec(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     ALIAS_OF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The key in the model's state_dict; 1 to 512 bytes, unique."""
+    """The key in the model's state_dict; 1 to 512 bytes, unique. An offered model's has no characters that can't be shown
+    (control characters, invisible ones, ones that change the direction of writing), and is not "__metadata__", which
+    safetensors keeps for itself.
+    """
     dtype: Global___Dtype.ValueType
     """The dtype that the model holds; buffers of other integer types say DTYPE_INT64, other floating ones DTYPE_FLOAT32."""
     role: Global___Role.ValueType
@@ -1119,7 +1124,7 @@ class HeartbeatRequest(_message.Message):
     """As in Join."""
     @_builtins.property
     def returned(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ticket]:
-        """Tickets that will not be used. Unknown ones are passed over."""
+        """Tickets that will not be used, at most 64. Unknown ones are passed over."""
 
     def __init__(
         self,
@@ -1445,11 +1450,11 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
-        """Live workers, by id."""
+        """Live workers, by id; at most 10,000."""
 
     @_builtins.property
     def refusals(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Refusals since the server started, by reason."""
+        """Refusals since the server started, by reason; at most 1,000 of them."""
 
     @_builtins.property
     def settings(self) -> Global___RunSettings:

@@ -107,6 +107,7 @@ class ParameterServerServicer(object):
     def OfferModel(self, request_iterator, context):
         """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
         answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+        Whatever comes after the payload is refused, and the model with it.
         INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
         FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -133,6 +134,7 @@ class ParameterServerServicer(object):
 
     def PushGradient(self, request_iterator, context):
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+        Whatever comes after the payload is refused, and the gradient with it.
         as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -148,7 +150,8 @@ class ParameterServerServicer(object):
         INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-        TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+        TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+        the server's machine has no memory left: try again later.
         ABORTED              SUPERSEDED: a newer stream of the same slot took over.
         CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
         server began to drain: try again on a new stream.

@@ -14,6 +14,8 @@ applied between the ticket's parameters and its gradient.
 Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc-status-details-bin) with domain
 "ormo.v1" and one of the reasons listed at the RPCs; where waiting helps, a google.rpc.RetryInfo says how long. A
 refused call leaves the model as it was. Every RPC may also end with
+  INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
+                     where the request is one message, one of more than 16 KiB.
   UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
@@ -76,6 +78,7 @@ class ParameterServerStub:
     OfferModel: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
     answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+    Whatever comes after the payload is refused, and the model with it.
       INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -94,6 +97,7 @@ class ParameterServerStub:
     """
     PushGradient: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+    Whatever comes after the payload is refused, and the gradient with it.
       as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
     """
     PushPull: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]
@@ -105,7 +109,8 @@ class ParameterServerStub:
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                           the server's machine has no memory left: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -154,6 +159,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     OfferModel: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.OfferModelRequest, _parameter_server_pb2.OfferModelResponse]  # type: ignore[assignment]
     """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
     answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+    Whatever comes after the payload is refused, and the model with it.
       INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -172,6 +178,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """
     PushGradient: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]  # type: ignore[assignment]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+    Whatever comes after the payload is refused, and the gradient with it.
       as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
     """
     PushPull: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]  # type: ignore[assignment]
@@ -183,7 +190,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                           TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                           the server's machine has no memory left: try again later.
       ABORTED              SUPERSEDED: a newer stream of the same slot took over.
       CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                            server began to drain: try again on a new stream.
@@ -241,6 +249,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.OfferModelResponse, _abc.Awaitable[_parameter_server_pb2.OfferModelResponse]]:
         """Hands the server its model: the parameters and buffers that training starts from. Taken whole or not at all, and
         answered after they are in a checkpoint. Safe to retry: once there is a model, the answer is ALREADY_EXISTS.
+        Whatever comes after the payload is refused, and the model with it.
           INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
           FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
           ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
@@ -271,6 +280,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.PushGradientResponse, _abc.Awaitable[_parameter_server_pb2.PushGradientResponse]]:
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
+        Whatever comes after the payload is refused, and the gradient with it.
           as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
         """
 
@@ -288,7 +298,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
-                               TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way.
+                               TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
+                               the server's machine has no memory left: try again later.
           ABORTED              SUPERSEDED: a newer stream of the same slot took over.
           CANCELLED            the same while the stream was sending or receiving; or its worker's lease ran out; or the
                                server began to drain: try again on a new stream.

@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from ormo_protos.credentials import Credentials, CredentialsError
-from ormo_protos.dialling import Dialer
+from ormo_protos.dialling import Dialer, UnaryStub
 from ormo_protos.interruption import end_on_signals, leave_if_asked
+from ormo_protos.limits import Malformed
+from ormo_protos.logs import printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.console.words import printable
 
-T = TypeVar("T")
+A = TypeVar("A", bound=Message)
 
 # A server that comes back is to be seen soon; gRPC would wait for up to two minutes.
 _OPTIONS = [("grpc.initial_reconnect_backoff_ms", 250), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -26,12 +27,14 @@ class NoAnswerError(Exception):
 class Asker:
     """A connection to one server, which mends itself.
 
+    Whatever listens there may say anything: all texts in its answers have escapes for what is not printable.
+
     Args:
         stub: of the connection.
         timeout: seconds to wait for an answer.
     """
 
-    def __init__(self, stub: ParameterServerStub, timeout: float) -> None:
+    def __init__(self, stub: UnaryStub, timeout: float) -> None:
         self._stub = stub
         self._timeout = timeout
         self._call: grpc.Future[Any] | None = None
@@ -43,7 +46,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say that it has.
         """
-        return self._answered(self._stub.Control, request)
+        return self._answered(self._stub.control, request)
 
     def ask(self) -> pb.GetStatusResponse:
         """How things are.
@@ -51,7 +54,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say.
         """
-        return self._answered(self._stub.GetStatus, pb.GetStatusRequest())
+        return self._answered(self._stub.get_status, pb.GetStatusRequest())
 
     def cancel_open(self) -> None:
         """End the call that is under way, if there is one; from any thread."""
@@ -59,15 +62,33 @@ class Asker:
         if call is not None:
             call.cancel()
 
-    def _answered(self, method: "grpc.UnaryUnaryMultiCallable[Any, T]", request: object) -> T:
+    def _answered(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
         self._call = method.future(request, timeout=self._timeout)
         try:
-            return self._call.result()
+            answer = self._call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             leave_if_asked()
             raise NoAnswerError(_why(error)) from None
         finally:
             self._call = None
+        if isinstance(answer, Malformed):
+            raise NoAnswerError(f"what it sent can't be understood: {answer.why}")
+        _make_printable(answer)
+        return answer
+
+
+def _make_printable(message: Message) -> None:
+    """Escape what is not printable in all texts of a message; the only map has a text for each number."""
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            numbers = {printable(text): number for text, number in value.items()}
+            value.clear()
+            value.update(numbers)
+        elif field.message_type is not None:
+            for one in value if field.is_repeated else [value]:
+                _make_printable(one)
+        elif field.type == field.TYPE_STRING:
+            setattr(message, field.name, printable(value))
 
 
 def _why(error: grpc.RpcError | grpc.FutureCancelledError) -> str:
@@ -88,4 +109,4 @@ def asker(server: str, timeout: float, credentials: Credentials | None = None) -
     except CredentialsError as error:
         raise NoAnswerError(str(error)) from None
     with channel:
-        yield Asker(ParameterServerStub(channel), timeout)
+        yield Asker(UnaryStub(channel), timeout)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.rates import Rates
-from ormo_server.console.words import NOT_KNOWN, duration, memory, printable, rate
+from ormo_server.console.words import NOT_KNOWN, duration, memory, rate
 
 Facts = Mapping[str, str]
 
@@ -25,7 +25,7 @@ def of_the_moment(status: pb.GetStatusResponse) -> Facts:
 def of_the_method(status: pb.GetStatusResponse) -> Facts:
     """How it trains what."""
     return {
-        "method": printable(
+        "method": (
             f"{status.method}: update rule {status.update_rule}, step scale {status.step_scale} "
             f"(mean {status.step_scale_mean:.3g}), scheduler {status.scheduler}"
         ),
@@ -79,7 +79,7 @@ def _ends(status: pb.GetStatusResponse, rates: Rates | None) -> list[tuple[int, 
 def refusals(status: pb.GetStatusResponse) -> str:
     """By reason, the most frequent first."""
     counts = sorted(status.refusals.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {printable(reason)}" for reason, count in counts) or "none"
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts) or "none"
 
 
 def _evaluation(status: pb.GetStatusResponse) -> str:

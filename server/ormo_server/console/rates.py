@@ -1,5 +1,6 @@
 """How fast a run is, from what the server counted between two answers. Time is the server's own uptime."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Rates:
 def rates_between(older: pb.GetStatusResponse, newer: pb.GetStatusResponse) -> Rates | None:
     """The rates, or None if the two are not of one start of the server, or no time lies between them."""
     seconds = newer.uptime_seconds - older.uptime_seconds
-    if older.iteration.epoch != newer.iteration.epoch or seconds <= 0:
+    if older.iteration.epoch != newer.iteration.epoch or not 0 < seconds < math.inf:
         return None
     before = {worker.worker: worker.applied for worker in older.workers}
     return Rates(

@@ -7,7 +7,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.as_json import as_plain
 from ormo_server.console.asking import NoAnswerError, asker
 from ormo_server.console.config import StatusSettings
-from ormo_server.console.words import duration, phase_word, printable
+from ormo_server.console.words import duration, phase_word
 
 WIDE = 200  # columns of the table where nothing is cut: files and pipes
 
@@ -43,7 +43,7 @@ def _print(server: str, status: pb.GetStatusResponse) -> None:
     console = Console(width=None if terminal else WIDE, highlight=False)
     up = duration(status.uptime_seconds)
     facts = {
-        "server": f"{server}, version {printable(status.version) or 'not known'}, up {up}",
+        "server": f"{server}, version {status.version or 'not known'}, up {up}",
         "progress": f"{phase_word(status.phase).replace('_', ' ')}, {position(status)}",
         "throughput": mean_throughput(status),
         **of_the_method(status),
@@ -51,7 +51,7 @@ def _print(server: str, status: pb.GetStatusResponse) -> None:
         "refusals": refusals(status),
     }
     if status.checkpoint_path:
-        facts["checkpoint"] += f", {printable(status.checkpoint_path)}"
+        facts["checkpoint"] += f", {status.checkpoint_path}"
     for name, text in facts.items():
         console.print(f"{name:>13}  {text}", markup=False, soft_wrap=True)
     if status.workers:

@@ -12,7 +12,7 @@ from rich.text import Text
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.facts import Facts, of_the_moment, position, refusals, seconds_left, share_done, throughput
 from ormo_server.console.rates import History
-from ormo_server.console.words import duration, phase_word, printable
+from ormo_server.console.words import duration, phase_word
 from ormo_server.console.workers import (
     LATE,
     LATE_COLOUR,
@@ -61,9 +61,9 @@ class View:
         yield Styled(parts, "dim") if self.trouble else parts
 
     def _head(self, status: pb.GetStatusResponse, console: Console, width: int) -> Iterator[ConsoleRenderable]:
-        version, up = printable(status.version) or "not known", duration(status.uptime_seconds)
+        version, up = status.version or "not known", duration(status.uptime_seconds)
         title = Text.assemble(
-            (printable(status.method), "bold cyan"),
+            (status.method, "bold cyan"),
             (f"  {phase_word(status.phase).replace('_', ' ')}", "bold"),
             f"  {self.server}, version {version}, up {up}",
         )

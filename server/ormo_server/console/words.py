@@ -1,15 +1,12 @@
 """Numbers and texts of a status as people read them."""
 
+import math
+
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 NOT_KNOWN = "–"
 _STEPS = (("s", 60), ("min", 60), ("h", 24), ("d", 0))
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def printable(text: str) -> str:
-    """The text without control characters: what comes from elsewhere must not move the cursor."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def shortened(text: str, width: int) -> str:
@@ -29,6 +26,8 @@ def phase_word(phase: int) -> str:
 
 def duration(seconds: float) -> str:
     """Such as 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return NOT_KNOWN
     if seconds < 10:
         return f"{max(0.0, seconds):.1f} s"
     smaller, number = "", round(seconds)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.rates import Rates
-from ormo_server.console.words import NOT_KNOWN, printable, rate, shortened
+from ormo_server.console.words import NOT_KNOWN, rate, shortened
 
 # In multiples of K, the delay that K workers of one speed have. From 2K on delay-adaptive steps get smaller.
 LATE, VERY_LATE = 2, 4
@@ -86,7 +86,7 @@ class _Column:
 def _name(row: Row) -> RenderableType:
     colour = row.colour(_smoothed(row))
     # Only what is late stands out.
-    return Text(shortened(printable(row.worker.worker), _NAME_WIDTH), style="" if colour == ON_TIME_COLOUR else colour)
+    return Text(shortened(row.worker.worker, _NAME_WIDTH), style="" if colour == ON_TIME_COLOUR else colour)
 
 
 def _smoothed(row: Row) -> float:

@@ -159,7 +159,7 @@ class TooManyWorkers(OrmoError):
 
 
 class TooMuchInFlight(OrmoError):
-    """One caller has as many bytes of tensors under way as it may."""
+    """One caller has as many bytes of tensors under way as it may, or all together as the machine has memory for."""
 
     reason = Reason.TOO_MUCH_IN_FLIGHT
 

@@ -45,8 +45,16 @@ class Snapshot:
     fields: dict[str, Any]
 
 
-def take(machine: StateMachine) -> Snapshot:
-    """Copy the state; the machine may go on at once."""
+def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
+    """The state as it is now.
+
+    Args:
+        machine: that has it.
+        copied: so that the machine may go on at once; without, it must stay as it is while the snapshot is used.
+
+    Raises:
+        MemoryError: there is none for a copy.
+    """
     state = machine.state
     views = {"params": state.params, "float_buffers": state.float_buffers, "int_buffers": state.int_buffers}
     views |= {f"rule.{name}": vector for name, vector in state.rule.vectors.items()}
@@ -63,7 +71,14 @@ def take(machine: StateMachine) -> Snapshot:
     fields["replaced"] = [list(key) for key in state.replaced]
     fields["departed"] = {worker: dataclasses.asdict(process) for worker, process in state.departed.items()}
     fields["waiting"] = [list(key) for key in state.waiting]
-    return Snapshot({name: view.clone() for name, view in views.items()}, fields)
+    return Snapshot(_copies(views) if copied else views, fields)
+
+
+def _copies(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    try:
+        return {name: view.clone() for name, view in views.items()}
+    except RuntimeError as error:  # PyTorch's word for it
+        raise MemoryError("this machine has no memory for a copy of the state") from error
 
 
 def resume(run: Run, snapshot: Snapshot) -> StateMachine:

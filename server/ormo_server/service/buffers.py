@@ -7,7 +7,8 @@ from typing import Self
 import torch
 
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_server.service.in_flight import BytesInFlight
+from ormo_server.core.errors import TooMuchInFlight
+from ormo_server.service.in_flight import RETRY_SECONDS, BytesInFlight
 
 
 def _page_aligned(size: int) -> torch.Tensor:
@@ -34,6 +35,17 @@ class _Buffer:
         return self._payloads[layout]
 
 
+def _made(size: int) -> _Buffer:
+    try:
+        return _Buffer(size)
+    except (RuntimeError, MemoryError) as error:  # the first is PyTorch's
+        raise TooMuchInFlight(
+            f"{size:,} bytes are wanted for tensors, and this machine has no memory for them while so much is under "
+            "way: try again, and have less under way (--max-bytes-in-flight, --max-readers) or more memory",
+            retry_seconds=RETRY_SECONDS,
+        ) from error
+
+
 class BufferPool:
     """Lends payloads. It never holds more buffers than were out at one time, each as large as what was asked for.
 
@@ -57,13 +69,18 @@ class BufferPool:
         return Loans(self, caller)
 
     def take(self, layout: PayloadLayout) -> Payload:
-        """A payload of this layout, with whatever its memory held before."""
+        """A payload of this layout, with whatever its memory held before.
+
+        Raises:
+            TooMuchInFlight: this machine has no more memory.
+        """
         with self._lock:
             fitting = (at for at, buffer in enumerate(self._idle) if buffer.memory.numel() >= layout.total_bytes)
             at = next(fitting, None)
             buffer = self._idle.pop(at if at is not None else -1) if self._idle else None
         if buffer is None or buffer.memory.numel() < layout.total_bytes:
-            buffer = _Buffer(layout.total_bytes)
+            buffer = None  # one that is too small makes room
+            buffer = _made(layout.total_bytes)
         payload = buffer.payload(layout)
         with self._lock:
             self._lent[id(payload)] = buffer
@@ -109,10 +126,14 @@ class Loans:
         """A payload of this layout.
 
         Raises:
-            TooMuchInFlight: the caller has as much as it may.
+            TooMuchInFlight: the caller has as much as it may, or the machine has no more memory.
         """
         self._pool.in_flight.begin(self._caller, layout.total_bytes)
-        payload = self._pool.take(layout)
+        try:
+            payload = self._pool.take(layout)
+        except TooMuchInFlight:
+            self._pool.in_flight.end(self._caller, layout.total_bytes)
+            raise
         self._taken.append(payload)
         return payload
 

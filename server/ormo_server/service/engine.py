@@ -480,11 +480,16 @@ class Engine:
         return self._inputs.why_broken
 
     def snapshot(self) -> tuple[Snapshot, float, int | None]:
-        """A copy of the state, the run's clock at that moment, and the log of the journal that begins with it."""
+        """A copy of the state, the run's clock at that moment, and the log of the journal that begins with it.
+
+        Raises:
+            NotReady: the state is broken.
+            MemoryError: there is none for a copy. Once the engine is closed nothing changes, and none is made.
+        """
         with self._lock:
             if self.broken.is_set():
                 raise NotReady("the state is broken and must not be kept; the server stops")
-            return take(self._machine), self._clock(), self._journal.begin_log()
+            return take(self._machine, copied=not self._inputs.closed), self._clock(), self._journal.begin_log()
 
     # What people see
 

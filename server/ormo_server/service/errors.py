@@ -11,7 +11,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.framing import Malformed
+from ormo_protos.limits import Malformed
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
@@ -22,6 +22,7 @@ from ormo_server.service.delivery import PeerGone
 # Apart from each other, because lines of each are limited: whoever may do little must not drown the rest.
 _refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger("ormo_server.denied")
 _bad_gradients, _failed = logging.getLogger("ormo_server.bad_gradients"), logging.getLogger("ormo_server.failed")
+_SENTENCE_CHARACTERS = 1000
 _DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
 _BAD_GRADIENTS = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})
 
@@ -104,11 +105,16 @@ def understood(request: _Request) -> _Request:
     """The request.
 
     Raises:
-        BadRequest: its bytes were no message.
+        BadRequest, BadManifest: its bytes were no message.
     """
     if isinstance(request, Malformed):
-        raise BadRequest(request.why)
+        raise not_understood(request)
     return request
+
+
+def not_understood(malformed: Malformed) -> OrmoError:
+    """The error for bytes that were no message."""
+    return BadManifest(malformed.why) if malformed.reason is Reason.BAD_MANIFEST else BadRequest(malformed.why)
 
 
 def named(error: Exception) -> Exception:
@@ -164,7 +170,9 @@ def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_se
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(retry_seconds * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    status = status_pb2.Status(code=STATUS_CODES[reason], message=message, details=details)
+    # It may quote what came, and travels twice, escaped; clients take 8 KiB of trailers for certain.
+    shown = message if len(message) <= _SENTENCE_CHARACTERS else f"{message[:_SENTENCE_CHARACTERS]}…"
+    status = status_pb2.Status(code=STATUS_CODES[reason], message=shown, details=details)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")
 

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
-from ormo_server.core.errors import OrmoError
+from ormo_protos.limits import SMALL_MESSAGE_BYTES
+from ormo_server.core.errors import BadRequest, OrmoError
 from ormo_server.security.access import Access
+from ormo_server.security.callers import Caller
 from ormo_server.security.roles import ALLOWED
 from ormo_server.service.errors import Refuser, refuse
 from ormo_server.service.open_calls import OpenCalls
@@ -43,7 +46,7 @@ class Guard(grpc.ServerInterceptor):
             try:
                 caller = self._access.caller(context)
                 caller.check_may_call(method, allowed)
-                request = requests if handler.request_streaming else self._calls.request(requests, context, caller)
+                request = requests if handler.request_streaming else self._small_request(requests, context, caller)
             except OrmoError as error:
                 refuse(self._refuser, context, error)
             if holds_no_thread(behaviour):
@@ -51,3 +54,12 @@ class Guard(grpc.ServerInterceptor):
             return behaviour(request, context, *more)
 
         return rewrapped(handler, guarded, request_streaming=True)
+
+    def _small_request(self, requests: Any, context: grpc.ServicerContext, caller: Caller) -> Any:
+        request = self._calls.request(requests, context, caller)
+        size = request.ByteSize() if isinstance(request, Message) else 0
+        if size > SMALL_MESSAGE_BYTES:
+            raise BadRequest(
+                f"a {request.DESCRIPTOR.name} of {size:,} bytes came: at most {SMALL_MESSAGE_BYTES:,} were expected"
+            )
+        return request

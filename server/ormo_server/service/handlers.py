@@ -5,10 +5,10 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
-from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from ormo_protos.framing import Framing, Malformed
+from ormo_protos.framing import Framing
+from ormo_protos.limits import Parser
 from ormo_server.security.roles import SERVICE
 from ormo_server.service.servicer import Servicer
 
@@ -33,19 +33,9 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> "grpc.R
 
 def _reader(kind: Descriptor) -> Callable[[bytes], Any]:
     made = GetMessageClass(kind)
-    return Framing(made).decode if "chunk" in kind.fields_by_name else _parser(made)
+    return Framing(made).decode if "chunk" in kind.fields_by_name else Parser(made).parse
 
 
 def _writer(kind: Descriptor) -> Callable[[Any], bytes]:
     made = GetMessageClass(kind)
     return Framing(made).encode if "chunk" in kind.fields_by_name else made.SerializeToString
-
-
-def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
-    def parse(encoded: bytes) -> Message | Malformed:
-        try:
-            return kind.FromString(encoded)
-        except DecodeError as error:
-            return Malformed(f"{len(encoded)} bytes came that are no {kind.DESCRIPTOR.name}: {error}")
-
-    return parse

@@ -238,16 +238,23 @@ class RunHost:
 
     # A new model
 
-    def begin_offer(self, worker: str, incarnation: int, manifest: Manifest) -> PayloadLayout:
-        """How an offered model's bytes will lie; `room_for` gives them a place.
+    def check_wanted(self, worker: str, incarnation: int) -> None:
+        """Nothing, if it is this worker whose model is waited for.
 
         Raises:
             ModelExists: there is a model already.
             NotWanted: this worker was not asked for it.
+        """
+        if self._engine is not None:
+            raise ModelExists("this server has a model already: join again to get its manifest")
+        self.offers.renew(worker, incarnation, self.clock())
+
+    def begin_offer(self, manifest: Manifest) -> PayloadLayout:
+        """How an offered model's bytes will lie; `room_for` gives them a place.
+
+        Raises:
             MemoryLimit: the model is too large.
         """
-        self._refuse_second_model()
-        self.offers.renew(worker, incarnation, self.clock())
         self._check_memory(manifest)
         return PayloadLayout.of(manifest, FLOAT32, with_buffers=True)
 
@@ -273,7 +280,7 @@ class RunHost:
             (epoch, iteration) at the start.
 
         Raises:
-            ModelExists, NotWanted: as `begin_offer`.
+            ModelExists, NotWanted: as `check_wanted`.
             NonFinite: NaN or infinity in the model.
             BadManifest: the server starts from a file, and it is another model's.
             NotReady: the checkpoint could not be written.
@@ -283,8 +290,7 @@ class RunHost:
                 f"the model that worker {worker!r} offers has NaN or infinite values: start from a sound one"
             )
         with self._building:
-            self._refuse_second_model()
-            self.offers.renew(worker, incarnation, self.clock())
+            self.check_wanted(worker, incarnation)
             model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers)
             if self._weights is not None:
                 model = self._arranged(self._weights, manifest)
@@ -296,10 +302,6 @@ class RunHost:
             return weights.arranged(manifest)
         except StoreError as error:
             raise BadManifest(str(error)) from error
-
-    def _refuse_second_model(self) -> None:
-        if self._engine is not None:
-            raise ModelExists("this server has a model already: join again to get its manifest")
 
     def _start(self, manifest: Manifest, model: FlatModel) -> None:
         if largest(model.params) > LARGEST:
@@ -418,7 +420,7 @@ class RunHost:
                 state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
             )
             path = self._store.write(checkpoint)
-        except (StoreError, NotReady, DiskFull) as error:
+        except (StoreError, NotReady, DiskFull, MemoryError) as error:
             self.metrics.checkpoints.failures.inc()
             log.error("no checkpoint was written, the earlier ones stay: %s", error)
             if isinstance(error, NotFinite):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ormo_server.core.errors import TooMuchInFlight
 
-_RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 
 
 class BytesInFlight:
@@ -36,7 +36,7 @@ class BytesInFlight:
                 raise TooMuchInFlight(
                     f"{caller!r} has {under_way:,} bytes under way and wants {size:,} more, and max_bytes_in_flight is "
                     f"{self._limit:,}: end an exchange first, or raise it",
-                    retry_seconds=_RETRY_SECONDS,
+                    retry_seconds=RETRY_SECONDS,
                 )
             self._bytes[caller] += size
 

@@ -64,7 +64,7 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
     """
     if message.manifest_digest != manifest.digest:
         raise ManifestDigest(
-            f"the gradient is for the model with digest {message.manifest_digest.hex()[:16] or 'none'}…, this server "
+            f"the gradient is for the model with digest {message.manifest_digest[:8].hex() or 'none'}…, this server "
             f"holds {manifest.digest.hex()[:16]}…: join again and use the manifest of the answer"
         )
     layout = PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)

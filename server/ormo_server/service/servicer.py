@@ -8,7 +8,8 @@ from typing import NoReturn, TypeVar
 
 import grpc
 
-from ormo_protos.framing import NOTHING, Frame, Headed, Malformed
+from ormo_protos.framing import NOTHING, Frame, Headed
+from ormo_protos.limits import Malformed
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
 from ormo_protos.tensors import Chunk, PayloadReceiver
@@ -24,7 +25,7 @@ from ormo_server.service.buffers import BufferPool, Loans
 from ormo_server.service.controls import Controls
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
-from ormo_server.service.errors import answers, log_refusal, named, streams_answers
+from ormo_server.service.errors import answers, log_refusal, named, not_understood, streams_answers
 from ormo_server.service.exchange import Outcome
 from ormo_server.service.gradients import FiniteNorm, Push
 from ormo_server.service.host import RunHost
@@ -144,18 +145,20 @@ class Servicer:
     ) -> pb.OfferModelResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
             offer = _first(request_iterator, "offer").message.offer
-            worker, manifest = _own(stream.caller, offer.worker), Manifest.from_message(offer.manifest)
+            worker = _own(stream.caller, offer.worker)
             try:
                 with stream.exchange():
-                    return self._accepted(stream, worker, offer.incarnation, manifest, _chunks(request_iterator))
+                    return self._accepted(stream, worker, offer, _chunks(request_iterator))
             except BaseException:
                 self._host.offers.give_up(worker, offer.incarnation)
                 raise
 
-    def _accepted(
-        self, stream: OpenStream, worker: str, incarnation: int, manifest: Manifest, chunks: Chunks
-    ) -> pb.OfferModelResponse:
-        layout = self._host.begin_offer(worker, incarnation, manifest)
+    def _accepted(self, stream: OpenStream, worker: str, offer: pb.ModelOffer, chunks: Chunks) -> pb.OfferModelResponse:
+        incarnation = offer.incarnation
+        self._host.check_wanted(worker, incarnation)  # before a manifest is read, which may take a second
+        manifest = Manifest.from_message(offer.manifest)
+        manifest.check_names()
+        layout = self._host.begin_offer(manifest)
         with self._in_flight.during(stream.caller.name, layout.total_bytes):
             payload = self._host.room_for(layout)
             for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
@@ -347,6 +350,9 @@ class Servicer:
             counter.inc(len(chunk.data))
             stream.moved()
             yield
+        if method != "PushPull":  # which goes on with the next exchange
+            for chunk in chunks:
+                receiver.accept(chunk)  # refuses it: all is there
 
     def _sent(
         self, stream: OpenStream, engine: Engine, head: R, delivery: Delivery, method: str, *, with_data: bool = False
@@ -420,7 +426,7 @@ def _frames(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[
 
 def _headed(frame: Frame[M], wanted: str) -> Headed[M]:
     if isinstance(frame, Malformed):
-        raise BadRequest(frame.why)
+        raise not_understood(frame)
     got = "chunk" if isinstance(frame, Chunk) else frame.message.WhichOneof("part")
     if isinstance(frame, Chunk) or got != wanted:
         raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
@@ -443,7 +449,7 @@ def _chunks(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Chunks:
 
 def _no_chunk(frame: Headed[M] | Malformed) -> NoReturn:
     if isinstance(frame, Malformed):
-        raise BadRequest(frame.why)
+        raise not_understood(frame)
     got = frame.message.WhichOneof("part")
     raise BadRequest(f"a message with {got or 'nothing'!r} came where 'chunk' was expected")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ormo_protos import logs
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
 from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return simulate(arguments) if command is None else command(arguments[1:])
     except (UsageError, OSError) as error:
-        sys.stderr.write(f"ormo-sim: {error}\n")
+        logs.last_words("ormo-sim", error, "text")
         return BAD_SETTINGS_EXIT_CODE
     except KeyboardInterrupt:
         return _INTERRUPTED_EXIT_CODE
@@ -104,4 +105,4 @@ def _show(console: Console, directory: Path, result: Result, wall_seconds: float
         "results": str(directory),
     }
     for name, value in rows.items():
-        console.print(f"{name:>16}  {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:>16}  {value}", highlight=False, markup=False, soft_wrap=True)

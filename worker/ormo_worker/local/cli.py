@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ormo_protos.dialling import UnaryStub
 from ormo_protos.interruption import leave_if_asked, leave_on_signals
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_worker.local.cluster import Cluster, ClusterError
 from ormo_worker.local.config import LocalSettings
 
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cluster.start(progress.evaluation.update)
         console.print(f"server on {cluster.address}, metrics on http://{cluster.metrics_address}/metrics")
-        console.print(f"training {settings.task} by {settings.method} with {settings.workers} workers")
+        console.print(f"training {settings.task} by {settings.method} with {settings.workers} workers", markup=False)
         _watch(cluster, progress, console)
     except ClusterError as error:
-        console.print(f"ormo-local: {error}", style="red")
+        console.print(Text(f"ormo-local: {error}", style="red"))
         code = 1
     except KeyboardInterrupt:
         code = _INTERRUPTED_EXIT_CODE
@@ -103,7 +103,7 @@ def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
 
 def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
     with grpc.insecure_channel(cluster.address) as channel, Live(console=console, refresh_per_second=4) as live:
-        stub = ParameterServerStub(channel)
+        stub = UnaryStub(channel)
         reported: set[str] = set()
         while True:
             leave_if_asked()
@@ -111,10 +111,12 @@ def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
             for worker in cluster.failed_workers():
                 if worker.name not in reported:
                     reported.add(worker.name)
-                    live.console.print(f"{worker.name} ended with code {worker.ended()}: {worker.last_words(1)}")
+                    live.console.print(Text(f"{worker.name} ended with code {worker.ended()}: {worker.last_words(1)}"))
             with contextlib.suppress(grpc.RpcError):  # if the server has ended, the cluster knows
-                progress.observe(stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=_ANSWER_SECONDS))
-                live.update(progress.line())
+                status = stub.get_status(pb.GetStatusRequest(), wait_for_ready=True, timeout=_ANSWER_SECONDS)
+                if isinstance(status, pb.GetStatusResponse):
+                    progress.observe(status)
+                    live.update(progress.line())
             if cluster.all_done():
                 return
             time.sleep(_POLL_SECONDS)
@@ -139,4 +141,4 @@ def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
     rows["logs"] = str(cluster.directory / "logs")
     rows["model"] = str(cluster.newest_checkpoint() or "no checkpoint")
     for name, value in rows.items():
-        console.print(f"{name:>14}  {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:>14}  {value}", highlight=False, markup=False, soft_wrap=True)

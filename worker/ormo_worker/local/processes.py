@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from ormo_protos.logs import printable
+
 _STOP_SECONDS = 30.0
 _KIB = 1024
 
@@ -86,4 +88,4 @@ class Child:
 
     def last_words(self, lines: int = 5) -> str:
         """The end of its log."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(map(printable, self.log_path.read_text(errors="replace").splitlines()[-lines:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ormo_protos.logs import printable
 from ormo_protos.settings import load_settings
 from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
@@ -126,7 +127,7 @@ class Reproduction:
                 progress.update(task, advance=sizes[directory], done=done, failed=failed)
                 name = directory.relative_to(self._directory / CELLS)
                 if error is not None:
-                    self.console.print(f"{name} failed: {type(error).__name__}: {error}")
+                    self.console.print(f"{name} failed: {type(error).__name__}: {printable(error)}", markup=False)
                 elif not self.console.is_terminal:
                     self.console.print(f"{done + failed} of {len(jobs)}: {name}")
 

@@ -1,0 +1,187 @@
+"""No message makes more of its bytes than is good for whoever reads it, whoever wrote it and however."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from fuzz.script import Script
+from fuzz.wire_format import assembled, field, varint
+from ormo_protos import limits
+from ormo_protos.limits import MAX_ELEMENTS, MAX_REPEATS, SMALL_MESSAGE_BYTES, Malformed, Parser
+from ormo_protos.reasons import Reason
+from ormo_protos.v1 import parameter_server_pb2 as pb
+
+KINDS: list[type[Message]] = [GetMessageClass(kind) for kind in pb.DESCRIPTOR.message_types_by_name.values()]
+GROUP, END_OF_GROUP, DELIMITED = 3, 4, 2
+
+
+def lists(kind: Descriptor, path: tuple[FieldDescriptor, ...] = ()) -> Iterator[tuple[FieldDescriptor, ...]]:
+    """The way to every repeated field and map of a message, also in the messages in it."""
+    for each in kind.fields:
+        if each.is_repeated:
+            yield (*path, each)
+        if each.message_type is not None:
+            yield from lists(each.message_type, (*path, each))
+
+
+LISTS = [(kind, path) for kind in KINDS for path in lists(kind.DESCRIPTOR)]
+
+
+def with_elements(path: tuple[FieldDescriptor, ...], number: int) -> bytes:
+    """A message whose last field on the path has so many elements; lists on the way there have one."""
+    *way, last = path
+    one = field(last.number, DELIMITED if last.message_type else 0, b"" if last.message_type else b"\x01")
+    made = one * number
+    for each in reversed(way):
+        made = field(each.number, DELIMITED, made)
+    return made
+
+
+def test_every_list_and_map_of_the_contract_has_a_limit_and_every_limit_a_list() -> None:
+    assert {path[-1].full_name for _, path in LISTS} == set(MAX_ELEMENTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    LISTS,
+    ids=[f"{kind.DESCRIPTOR.name}.{'.'.join(each.name for each in path)}" for kind, path in LISTS],
+)
+def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
+    kind: type[Message], path: tuple[FieldDescriptor, ...]
+) -> None:
+    most, name = MAX_ELEMENTS[path[-1].full_name], path[-1].full_name.removeprefix("ormo.v1.")
+    taken = Parser(kind).parse(with_elements(path, most))
+    assert isinstance(taken, kind)
+    refused = Parser(kind).parse(with_elements(path, most + 1))
+    assert isinstance(refused, Malformed)
+    assert refused.why == f"{name} came more than {most:,} times in one message: send at most so many"
+    assert (refused.reason is Reason.BAD_MANIFEST) == name.startswith(("Manifest", "TensorSpec"))
+
+
+def test_a_list_without_a_limit_keeps_the_programs_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits._Counted.of.cache_clear()
+    monkeypatch.delitem(MAX_ELEMENTS, "ormo.v1.HeartbeatRequest.returned")
+    with pytest.raises(KeyError, match="returned"):
+        Parser(pb.HeartbeatRequest)
+    limits._Counted.of.cache_clear()
+
+
+def shape(packed: bytes) -> bytes:
+    return field(1, DELIMITED, field(3, DELIMITED, field(1, DELIMITED, field(2, DELIMITED, packed))))
+
+
+MANIFEST_TWICE = field(1, DELIMITED, field(3, DELIMITED, field(1, DELIMITED, b"") * 50_001))
+BEYOND: dict[str, tuple[type[Message], bytes, str]] = {
+    "tickets": (pb.HeartbeatRequest, b"\x1a\x00" * 2_000_000, "HeartbeatRequest.returned came more than 64 times"),
+    "tickets with long tags": (pb.HeartbeatRequest, field(3, DELIMITED, b"", 3) * 65, "returned"),
+    "tickets after a group": (pb.HeartbeatRequest, b"\x4b\x1a\x00\x4c" + b"\x1a\x00" * 65, "returned"),
+    "a packed shape": (pb.OfferModelRequest, shape(varint(2**62) * 17), "TensorSpec.shape"),
+    "a packed shape of megabytes": (pb.OfferModelRequest, shape(b"\x01" * 4_000_000), "TensorSpec.shape"),
+    "a model in two parts": (pb.OfferModelRequest, MANIFEST_TWICE * 2, "Manifest.tensors came more than 100,000 times"),
+    "turns": (pb.PushPullRequest, b"\x0a\x00\x12\x00" * 1_000_000, "PushPullRequest.exchange came more than 10,000"),
+    "a name again and again": (pb.JoinRequest, b"\x0a\x00" * (MAX_REPEATS + 1), "JoinRequest.worker"),
+    "unknown fields": (pb.JoinRequest, b"\x78\x00" * (MAX_REPEATS + 1), "a field that is not known"),
+    "unknown groups": (pb.JoinRequest, b"\x7b" * 20_000 + b"\x7c" * 20_000, "a field that is not known"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_too_much_is_refused_however_it_is_written_and_before_a_message_is_made(case: str) -> None:
+    kind, encoded, sentence = BEYOND[case]
+    parser = Parser(kind)
+    parser._kind = None  # type: ignore[assignment] # whoever makes a message fails
+    refused = parser.parse(encoded)
+    assert isinstance(refused, Malformed)
+    assert sentence in refused.why
+
+
+SOUND: dict[str, tuple[type[Message], bytes]] = {
+    "a packed shape": (pb.OfferModelRequest, shape(varint(2**62) * 16)),
+    "lists in a group are not known": (pb.HeartbeatRequest, b"\x4b" + b"\x1a\x00" * 65 + b"\x4c"),
+    "a part of the bytes of a text": (
+        pb.HeartbeatRequest,
+        pb.HeartbeatRequest(worker="\x1a\0" * 65).SerializeToString(),
+    ),
+    "large and with unknown fields": (pb.JoinRequest, field(15, DELIMITED, bytes(4_000_000)) + b"\x78\x00" * 9_000),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_what_is_within_the_limits_is_what_generated_code_makes_of_it(case: str) -> None:
+    kind, encoded = SOUND[case]
+    assert Parser(kind).parse(encoded) == kind.FromString(encoded)
+
+
+def largest(message: Message, found: dict[str, int]) -> dict[str, int]:
+    """The most elements that each list has, as generated code reads them."""
+    for each, value in message.ListFields():
+        if each.is_repeated:
+            found[each.full_name] = max(found.get(each.full_name, 0), len(value))
+        if each.message_type is not None and not each.message_type.GetOptions().map_entry:
+            for one in value if each.is_repeated else [value]:
+                largest(one, found)
+    return found
+
+
+def written(by: random.Random, kind: type[Message]) -> bytes:
+    """A message in any way that the wire format allows, and some that it does not; most have lists, in parts."""
+    made = b"" if by.random() < 0.7 else assembled(Script(by.randbytes(200)))
+    ways = [path for other, path in LISTS if other is kind]
+    for _ in range(by.randrange(4)):
+        made += with_elements(by.choice(ways), by.randrange(5))
+    return made
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Message]], Parser[Any]]]:
+    limits._Counted.of.cache_clear()
+    for name in MAX_ELEMENTS:
+        monkeypatch.setitem(MAX_ELEMENTS, name, 3)
+    yield Parser
+    limits._Counted.of.cache_clear()
+
+
+def test_no_bytes_make_a_message_with_more_than_the_limits_allow(
+    small_limits: Callable[[type[Message]], Parser[Any]],
+) -> None:
+    """And bytes as generated code writes them are refused for their lists only if these are beyond a limit."""
+    by, refused, taken = random.Random(15), 0, 0
+    parsers = [small_limits(kind) for kind in KINDS if any(other is kind for other, _ in LISTS)]
+    for _ in range(10_000):
+        parser = by.choice(parsers)
+        encoded = written(by, parser._kind)
+        message = parser.parse(encoded)
+        if not isinstance(message, Malformed):
+            found = largest(message, {})
+            taken += bool(found)
+            assert all(number <= 3 for number in found.values()), encoded
+            assert parser.parse(message.SerializeToString()) == message
+        elif "came more than" in message.why:
+            refused += 1
+            plain = parser._kind.FromString(encoded) if well_formed(parser._kind, encoded) else None
+            if plain is not None and isinstance(parser.parse(plain.SerializeToString()), Malformed):
+                assert any(number > 3 for number in largest(plain, {}).values()), encoded
+    assert min(refused, taken) > 500
+
+
+def well_formed(kind: type[Message], encoded: bytes) -> bool:
+    try:
+        kind.FromString(encoded)
+    except Exception:  # noqa: BLE001 - protobuf's own
+        return False
+    return True
+
+
+def test_messages_that_are_small_and_have_no_lists_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are thousands a second, and nothing of that size does harm."""
+    monkeypatch.setattr(limits, "_count", None)
+    exchange = pb.PushPullRequest(exchange=pb.Exchange(requester=pb.Requester(worker="w")))
+    assert Parser(pb.PushPullRequest).parse(exchange.SerializeToString()) == exchange
+    exchange.exchange.requester.worker = "w" * SMALL_MESSAGE_BYTES
+    with pytest.raises(TypeError):
+        Parser(pb.PushPullRequest).parse(exchange.SerializeToString())
