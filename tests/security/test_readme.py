@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 
 from ormo_protos.credentials import Credentials
 from ormo_protos.dialling import Dialer
-from ormo_protos.limits import MAX_ELEMENTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
+from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import MAX_NAME_BYTES
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -106,7 +106,7 @@ def test_limits_on_lists_are_those_of_the_code() -> None:
         values["workers, and reasons of refusals, in a server's status"],
         values["times that any other field comes in one message"],
     ]
-    most = {name.removeprefix("ormo.v1."): number for name, number in MAX_ELEMENTS.items()}
+    most = {name.removeprefix("ormo.v1."): number for name, number in LONGEST_LISTS.items()}
     expected = [
         (most["Manifest.tensors"], MAX_NAME_BYTES, most["TensorSpec.shape"]),
         (most["HeartbeatRequest.returned"],),
