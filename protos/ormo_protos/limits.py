@@ -15,7 +15,7 @@ from ormo_protos.reasons import Reason
 M = TypeVar("M", bound=Message)
 
 # Every repeated field and every map of the contract is here, or the programs don't start.
-MAX_ELEMENTS = {
+LONGEST_LISTS = {
     "ormo.v1.Manifest.tensors": MAX_TENSORS,
     "ormo.v1.TensorSpec.shape": MAX_DIMENSIONS,
     # A worker has 16 tickets at most; what it returns may have gathered while the server was away.
@@ -102,7 +102,7 @@ class _Counted(NamedTuple):
 
 
 def _field(field: FieldDescriptor) -> _Field:
-    most = MAX_ELEMENTS[field.full_name] if field.is_repeated else MAX_REPEATS
+    most = LONGEST_LISTS[field.full_name] if field.is_repeated else MAX_REPEATS
     inside = None if field.message_type is None else _Counted.of(field.message_type)
     packable = field.is_repeated and field.is_packed
     assert not packable or field.type == field.TYPE_INT64, f"{field.full_name}: only packed varints are counted"

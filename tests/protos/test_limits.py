@@ -12,7 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from fuzz.script import Script
 from fuzz.wire_format import assembled, field, varint
 from ormo_protos import limits
-from ormo_protos.limits import MAX_ELEMENTS, MAX_REPEATS, SMALL_MESSAGE_BYTES, Malformed, Parser
+from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES, Malformed, Parser
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
@@ -43,7 +43,7 @@ def with_elements(path: tuple[FieldDescriptor, ...], number: int) -> bytes:
 
 
 def test_every_list_and_map_of_the_contract_has_a_limit_and_every_limit_a_list() -> None:
-    assert {path[-1].full_name for _, path in LISTS} == set(MAX_ELEMENTS)
+    assert {path[-1].full_name for _, path in LISTS} == set(LONGEST_LISTS)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_list_and_map_of_the_contract_has_a_limit_and_every_limit_a_list()
 def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
     kind: type[Message], path: tuple[FieldDescriptor, ...]
 ) -> None:
-    most, name = MAX_ELEMENTS[path[-1].full_name], path[-1].full_name.removeprefix("ormo.v1.")
+    most, name = LONGEST_LISTS[path[-1].full_name], path[-1].full_name.removeprefix("ormo.v1.")
     taken = Parser(kind).parse(with_elements(path, most))
     assert isinstance(taken, kind)
     refused = Parser(kind).parse(with_elements(path, most + 1))
@@ -65,7 +65,7 @@ def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
 
 def test_a_list_without_a_limit_keeps_the_programs_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     limits._Counted.of.cache_clear()
-    monkeypatch.delitem(MAX_ELEMENTS, "ormo.v1.HeartbeatRequest.returned")
+    monkeypatch.delitem(LONGEST_LISTS, "ormo.v1.HeartbeatRequest.returned")
     with pytest.raises(KeyError, match="returned"):
         Parser(pb.HeartbeatRequest)
     limits._Counted.of.cache_clear()
@@ -140,8 +140,8 @@ def written(by: random.Random, kind: type[Message]) -> bytes:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Message]], Parser[Any]]]:
     limits._Counted.of.cache_clear()
-    for name in MAX_ELEMENTS:
-        monkeypatch.setitem(MAX_ELEMENTS, name, 3)
+    for name in LONGEST_LISTS:
+        monkeypatch.setitem(LONGEST_LISTS, name, 3)
     yield Parser
     limits._Counted.of.cache_clear()
 

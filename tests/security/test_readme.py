@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2
 
 from ormo_protos.credentials import Credentials
 from ormo_protos.dialling import Dialer
-from ormo_protos.limits import MAX_ELEMENTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
-from ormo_protos.manifest import MAX_NAME_BYTES
+from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
+from ormo_protos.manifest import MAX_ELEMENTS, MAX_NAME_BYTES
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -101,14 +101,14 @@ def test_limits_name_settings_and_reasons_that_there_are() -> None:
 def test_limits_on_lists_are_those_of_the_code() -> None:
     values = {limit: value for limit, value, _ in rows("limits")}
     said = [
-        values["tensors of a model, bytes of a name, dimensions"],
+        values["tensors of a model, bytes of a name, dimensions, elements"].replace("2^48", f"{2**48:,}"),
         values["tickets that a heartbeat returns"],
         values["workers, and reasons of refusals, in a server's status"],
         values["times that any other field comes in one message"],
     ]
-    most = {name.removeprefix("ormo.v1."): number for name, number in MAX_ELEMENTS.items()}
+    most = {name.removeprefix("ormo.v1."): number for name, number in LONGEST_LISTS.items()}
     expected = [
-        (most["Manifest.tensors"], MAX_NAME_BYTES, most["TensorSpec.shape"]),
+        (most["Manifest.tensors"], MAX_NAME_BYTES, most["TensorSpec.shape"], MAX_ELEMENTS),
         (most["HeartbeatRequest.returned"],),
         (most["GetStatusResponse.workers"], most["GetStatusResponse.refusals"]),
         (MAX_REPEATS,),

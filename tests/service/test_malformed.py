@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ormo_protos.limits import MAX_ELEMENTS, SMALL_MESSAGE_BYTES
+from ormo_protos.limits import LONGEST_LISTS, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -157,7 +157,7 @@ BEYOND = [(name, path) for name, method in METHODS.items() for path in lists(met
 def test_a_list_that_is_too_long_is_refused_by_each_method_that_has_one(
     raw: Raw, name: str, path: tuple[FieldDescriptor, ...]
 ) -> None:
-    most, of_model = MAX_ELEMENTS[path[-1].full_name], name == "OfferModel"
+    most, of_model = LONGEST_LISTS[path[-1].full_name], name == "OfferModel"
     sentence = raw.refused(name, [with_elements(path, most + 1)], "BAD_MANIFEST" if of_model else "BAD_REQUEST")
     assert f"came more than {most:,} times in one message" in sentence
     raw.goes_on()

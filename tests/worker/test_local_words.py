@@ -1,0 +1,34 @@
+"""What `ormo-local` shows of its programs' last words, which may quote anything."""
+
+from pathlib import Path
+
+import pytest
+
+from ormo_worker.local import cli
+from ormo_worker.local.cluster import Cluster, ClusterError
+from ormo_worker.local.processes import Child
+
+
+def test_last_words_are_shown_with_escapes(tmp_path: Path) -> None:
+    child = Child.__new__(Child)
+    child.log_path = tmp_path / "worker-0.log"
+    child.log_path.write_bytes(b"first\nit said \x1b[2J\x07 and went\n")
+    assert child.last_words(1) == r"it said \x1b[2J\x07 and went"
+    assert child.last_words().startswith("first\n")
+
+
+def test_last_words_are_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bracket that closes nothing would be an error of its own."""
+
+    def fails(*_: object) -> None:
+        raise ClusterError("the server said [/red] [bold]loudly")
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # signals are the test runner's
+    monkeypatch.setattr(Cluster, "start", fails)
+    directory = tmp_path / "[b]run"
+    assert cli.main(["--directory", str(directory)]) == 1
+    shown = capsys.readouterr().out
+    assert "ormo-local: the server said [/red] [bold]loudly" in shown
+    assert f"{directory}/logs".replace("\n", "") in shown.replace("\n", "")
