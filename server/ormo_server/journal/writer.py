@@ -59,6 +59,7 @@ class Journal:
 
     Raises:
         OSError: the directory can't be used.
+        RuntimeError: the system has no thread for the fsync of every second.
     """
 
     def __init__(
@@ -97,7 +98,11 @@ class Journal:
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
         if fsync == "interval":
-            self._syncing.start()
+            try:
+                self._syncing.start()
+            except RuntimeError:
+                self._file.close()
+                raise
 
     # Before the lock
 

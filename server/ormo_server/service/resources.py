@@ -1,0 +1,75 @@
+"""What the system must give this process before it serves: threads and file descriptors.
+
+Both are asked for before the port opens. Who ran out of them while it serves could not answer for itself any more.
+"""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ormo_protos.threads import StartedPool
+from ormo_server.config import ServerSettings
+
+# Calls that hold no thread for long (Join, heartbeats, health, status) share these.
+_RESERVE_THREADS = 32
+# Those outside the pool: 18 of ours at most (upkeep, metrics, copies, trace, journal, the end of a stop), and gRPC's.
+# Measured with 2 and 16 cores, 64 workers, 400 connections and a flood of calls: at most 26 of gRPC's.
+_OTHER_THREADS = 64
+# The fewest elements that PyTorch has a thread of its own for.
+_ELEMENTS_PER_THREAD = 1 << 15
+# The limit of a container or a systemd unit: version 2 of control groups, then version 1.
+_TASKS = (Path("/sys/fs/cgroup/pids.max"), Path("/sys/fs/cgroup/pids/pids.max"))
+
+
+class TooFewResources(RuntimeError):
+    """The system does not give what is needed; the sentence says how much that is."""
+
+
+def worker_streams(settings: ServerSettings) -> int:
+    """How many streams workers may have open at once.
+
+    Each slot counts twice: after a broken connection the new stream may come before the old one is known to be dead.
+    """
+    return 2 * settings.max_workers * settings.slots_per_worker
+
+
+def calls_per_connection(settings: ServerSettings) -> int:
+    """How many calls go on at once in one connection; HTTP/2 lets further ones wait there, in the client.
+
+    A worker has a stream for each slot, twice for a moment, and heartbeats; the rest is for those who share one.
+    """
+    return 2 * settings.slots_per_worker + _RESERVE_THREADS
+
+
+def pool_of_threads(settings: ServerSettings) -> StartedPool:
+    """The threads that calls are answered in, all of them, where the system has enough for everything else besides.
+
+    Raises:
+        TooFewResources: it has not.
+    """
+    size = worker_streams(settings) + settings.max_readers + _RESERVE_THREADS
+    # With more than one, each of ours that computes has so many of PyTorch's.
+    needed = settings.threads * (size + _OTHER_THREADS)
+    try:
+        # Whatever limits them, nested control groups included, limits these too, and there is no other way to ask.
+        StartedPool(needed, "trial").shutdown()
+        return StartedPool(size, "grpc", _pytorch_threads(settings.threads) if settings.threads > 1 else None)
+    except RuntimeError as error:
+        raise TooFewResources(
+            f"this server needs {needed} threads, and the system does not give it so many ({_limits_of_threads()}): "
+            "raise the limit of processes, or lower --max-workers, --slots-per-worker, --max-readers or --threads"
+        ) from error
+
+
+def _pytorch_threads(count: int) -> Callable[[], object]:
+    """What has PyTorch start those of the thread that calls it. It ends the process when it can't: better now."""
+    return torch.zeros(count * _ELEMENTS_PER_THREAD).neg_
+
+
+def _limits_of_threads() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    own = "no limit" if soft == resource.RLIM_INFINITY else str(soft)
+    tasks = next((path.read_text().strip() for path in _TASKS if path.exists()), "not known")
+    return f"`ulimit -u`, for all of this user's programs: {own}; limit of the container: {tasks}"
