@@ -84,11 +84,12 @@ def serve(settings: "ServerSettings") -> int:
 
     from ormo_protos.usage import UsageError
     from ormo_server.core.errors import OrmoError, SettingsError
-    from ormo_server.service.resources import TooFewResources
+    from ormo_server.service.resources import TooFewResources, raise_limit_of_descriptors
     from ormo_server.service.server import AddressInUseError, Server
     from ormo_server.store import StoreError
 
     torch.set_num_threads(settings.threads)
+    raise_limit_of_descriptors()
     stop = _stop_signal()
     try:
         server = Server(settings)

@@ -1,22 +1,35 @@
-"""Full disks, which are waited for, as against broken ones."""
+"""Full disks, and want of descriptors or memory, which are waited for, as against broken disks."""
 
 import errno
 
 from ormo_server.core.errors import DiskFull
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Of this process or of the system: others may have taken them for a while.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _RETRY_SECONDS = 2.0
 
 
-def is_full(error: OSError) -> bool:
-    """Whether this is for lack of room, so that it may go better later."""
-    return error.errno in _NO_ROOM
+def may_pass(error: OSError) -> bool:
+    """Whether this is for lack of something, so that it may go better later."""
+    return error.errno in (*_NO_ROOM, *_SCARCE)
 
 
 def disk_full(where: object, why: object) -> DiskFull:
     """What a worker is told: it tries again, and training goes on once there is room."""
+    return _refusal(where, why, "make room there, or mend the disk")
+
+
+def kept_back(where: object, error: OSError) -> DiskFull:
+    """The same for what the system said."""
+    if error.errno in _SCARCE:
+        return _refusal(where, error.strerror, "see who has them, or raise the limit of open files or of memory")
+    return disk_full(where, error.strerror)
+
+
+def _refusal(where: object, why: object, advice: str) -> DiskFull:
     return DiskFull(
-        f"the journal in {where} can't take more ({why}): make room there, or mend the disk; workers try again by "
-        "themselves, and nothing is lost",
+        f"the journal in {where} can't take more ({why}): {advice}; workers try again by themselves, and nothing is "
+        "lost",
         retry_seconds=_RETRY_SECONDS,
     )

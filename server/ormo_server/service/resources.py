@@ -3,6 +3,8 @@
 Both are asked for before the port opens. Who ran out of them while it serves could not answer for itself any more.
 """
 
+import contextlib
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,13 @@ _RESERVE_THREADS = 32
 # Those outside the pool: 18 of ours at most (upkeep, metrics, copies, trace, journal, the end of a stop), and gRPC's.
 # Measured with 2 and 16 cores, 64 workers, 400 connections and a flood of calls: at most 26 of gRPC's.
 _OTHER_THREADS = 64
+# Descriptors for everything but connections: the journal has 4 and at times 10, a checkpoint 5, the port for metrics 9,
+# gRPC 12, and then there are lists and certificates that are read again, the trace, /proc, modules, and logs.
+_OWN_DESCRIPTORS = 64
+# Connections of operators, probes and strangers. Each costs some 30 kB, so that a flood of them costs 10 MB.
+_OTHER_CONNECTIONS = 256
+# gRPC counts for each address that a name such as localhost has.
+_ADDRESSES = 2
 # The fewest elements that PyTorch has a thread of its own for.
 _ELEMENTS_PER_THREAD = 1 << 15
 # The limit of a container or a systemd unit: version 2 of control groups, then version 1.
@@ -41,6 +50,37 @@ def calls_per_connection(settings: ServerSettings) -> int:
     A worker has a stream for each slot, twice for a moment, and heartbeats; the rest is for those who share one.
     """
     return 2 * settings.slots_per_worker + _RESERVE_THREADS
+
+
+def raise_limit_of_descriptors() -> None:
+    """Have as many descriptors as the system gives without being asked for more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit besides
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def most_connections(settings: ServerSettings) -> int:
+    """How many connections there may be on an address of the port for gRPC.
+
+    As many as workers and readers have, twice, for those that are broken and not yet known to be; and some others. Less
+    where the limit of descriptors leaves less, so that one for the journal can always be had.
+
+    Raises:
+        TooFewResources: not each worker and reader could have one.
+    """
+    people = settings.max_workers + settings.max_readers
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * people + _OTHER_CONNECTIONS
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    taken = len(os.listdir("/dev/fd")) + _OWN_DESCRIPTORS  # noqa: PTH208 - names are all that is needed
+    left = (limit - taken) // _ADDRESSES
+    if left < people:
+        raise TooFewResources(
+            f"this server needs {taken + _ADDRESSES * people} file descriptors, and may have {limit}: raise the limit "
+            "(`ulimit -n`), or lower --max-workers or --max-readers"
+        )
+    return min(wanted, left)
 
 
 def pool_of_threads(settings: ServerSettings) -> StartedPool:

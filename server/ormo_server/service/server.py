@@ -22,7 +22,7 @@ from ormo_server.service.guard import Guard
 from ormo_server.service.handlers import handlers
 from ormo_server.service.host import RunHost
 from ormo_server.service.open_calls import OpenCalls
-from ormo_server.service.resources import calls_per_connection, pool_of_threads, worker_streams
+from ormo_server.service.resources import calls_per_connection, most_connections, pool_of_threads, worker_streams
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.status import phase_of
 from ormo_server.service.streams import StreamRegistry
@@ -51,6 +51,7 @@ class AddressInUseError(OSError):
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     failures = FailureDetection(settings.failure_timeout)
+    silence_ms = int(1000 * settings.failure_timeout)
     ping_ms, ping_timeout_ms = int(1000 * failures.ping_seconds), int(1000 * failures.ping_timeout_seconds)
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -66,8 +67,11 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         # What waits in one connection is memory; a worker has a connection of its own.
         ("grpc.max_concurrent_streams", calls_per_connection(settings)),
-        # Who connects and then says nothing.
-        ("grpc.server_handshake_timeout_ms", int(1000 * settings.failure_timeout)),
+        # Who connects and then says nothing, or has said it. Workers have a stream open, or send heartbeats.
+        ("grpc.server_handshake_timeout_ms", silence_ms),
+        ("grpc.max_connection_idle_ms", max(1000, silence_ms)),
+        # Further ones are closed at once, whoever they are.
+        ("grpc.max_allowed_incoming_connections", most_connections(settings)),
         # Workers may ping as often; the default would send them away for it.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),
