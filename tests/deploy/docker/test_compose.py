@@ -10,7 +10,6 @@ from deploy.docker import compose
 from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_protos.settings import Settings, read_settings
 from ormo_server.config import ServerSettings
-from ormo_server.console.config import StatusSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 OURS: dict[tuple[str, str], type[Settings]] = {
@@ -101,7 +100,6 @@ def test_health_of_the_server_is_asked_as_its_image_does() -> None:
     word, *command = ours()["server"]["healthcheck"]["test"]
     assert word == "CMD"
     assert command == stage.last("HEALTHCHECK").exec_form
-    read_settings(StatusSettings, command[2:], {}, program="health")
 
 
 def test_every_service_has_a_health_check(service: dict[str, Any]) -> None:
