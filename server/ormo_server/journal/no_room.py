@@ -3,16 +3,15 @@
 import errno
 
 from ormo_server.core.errors import DiskFull
+from ormo_server.store.files import is_scarcity
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# Of this process or of the system: others may have taken them for a while.
-_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _RETRY_SECONDS = 2.0
 
 
 def may_pass(error: OSError) -> bool:
     """Whether this is for lack of something, so that it may go better later."""
-    return error.errno in (*_NO_ROOM, *_SCARCE)
+    return error.errno in _NO_ROOM or is_scarcity(error)
 
 
 def disk_full(where: object, why: object) -> DiskFull:
@@ -22,7 +21,7 @@ def disk_full(where: object, why: object) -> DiskFull:
 
 def kept_back(where: object, error: OSError) -> DiskFull:
     """The same for what the system said."""
-    if error.errno in _SCARCE:
+    if is_scarcity(error):
         return _refusal(where, error.strerror, "see who has them, or raise the limit of open files or of memory")
     return disk_full(where, error.strerror)
 

@@ -84,15 +84,22 @@ def most_connections(settings: ServerSettings) -> int:
     return min(wanted, left)
 
 
+def threads_needed(settings: ServerSettings) -> int:
+    """How many the server has at most. With --threads, each of its own that computes has so many of PyTorch's."""
+    return settings.threads * (_pool_size(settings) + _OTHER_THREADS)
+
+
+def _pool_size(settings: ServerSettings) -> int:
+    return worker_streams(settings) + settings.max_readers + _RESERVE_THREADS
+
+
 def pool_of_threads(settings: ServerSettings) -> StartedPool:
     """The threads that calls are answered in, all of them, where the system has enough for everything else besides.
 
     Raises:
         TooFewResources: it has not.
     """
-    size = worker_streams(settings) + settings.max_readers + _RESERVE_THREADS
-    # With more than one, each of ours that computes has so many of PyTorch's.
-    needed = settings.threads * (size + _OTHER_THREADS)
+    size, needed = _pool_size(settings), threads_needed(settings)
     try:
         # Whatever limits them, nested control groups included, limits these too, and there is no other way to ask.
         StartedPool(needed, "trial").shutdown()
