@@ -1,6 +1,7 @@
-"""The health check of workers and evaluators: exit code 0 if the container's own metrics answer.
+"""The health check of all images: exit code 0 if the port for metrics says that the program is alive.
 
-The address is that of ORMO_METRICS_LISTEN; without one there is nothing to ask, and the process being there is all.
+The address is that of ORMO_METRICS_LISTEN; without one there is nothing to ask, and the process being there is all. The
+port has no TLS, whatever the others have. Workers and evaluators answer any question with their metrics.
 Nothing but the standard library is imported: it runs twice a minute beside a program that computes.
 """
 
@@ -18,7 +19,7 @@ def main() -> int:
         return 0
     connection = http.client.HTTPConnection(f"127.0.0.1:{address.rpartition(':')[2]}", timeout=_TIMEOUT_SECONDS)
     try:
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/alive")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
         sys.stderr.write(f"no metrics on {address}: {error}\n")

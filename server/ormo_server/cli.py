@@ -4,9 +4,12 @@ Each command imports what it needs: only `serve` waits for PyTorch.
 """
 
 import logging
+import math
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from ormo_server.service.server import Server
 
 log = logging.getLogger("ormo_server")
+
+_LAST_WORDS_SECONDS = 5.0
 
 USAGE = """usage: ormo-server COMMAND [FLAGS]
 
@@ -80,15 +85,18 @@ def serve(settings: "ServerSettings") -> int:
 
     from ormo_protos.usage import UsageError
     from ormo_server.core.errors import OrmoError, SettingsError
+    from ormo_server.service.resources import TooFewResources, raise_limit_of_descriptors
     from ormo_server.service.server import AddressInUseError, Server
     from ormo_server.store import StoreError
 
     torch.set_num_threads(settings.threads)
+    raise_limit_of_descriptors()
     stop = _stop_signal()
     try:
         server = Server(settings)
+        threading.Thread(target=_insist_on_the_end, args=(server,), name="end", daemon=True).start()
         server.start()
-    except (StoreError, AddressInUseError, OrmoError, SettingsError, UsageError) as error:
+    except (StoreError, AddressInUseError, TooFewResources, OrmoError, SettingsError, UsageError) as error:
         logs.last_words("ormo-server", error, settings.log_format)
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
@@ -104,9 +112,31 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
+def _insist_on_the_end(server: "Server") -> None:
+    """End the process when its stop takes longer than it may: whoever waits for that can't help it either."""
+    server.stopping.wait()
+    limit = server.stop_seconds
+    # By the system, should this thread not come to its turn, or wait for the log.
+    signal.alarm(math.ceil(limit + _LAST_WORDS_SECONDS))
+    time.sleep(limit)
+    log.critical(
+        "the stop has taken %g s, and waits for %s: the process ends now; the checkpoints and the journal that are on "
+        "disk stay as they are",
+        limit,
+        server.stop_stage,
+    )
+    os._exit(1)
+
+
 def _run_until_told(server: "Server", stop: threading.Event) -> int:
     checkpointed_end = False
     while not stop.wait(0.1) and not server.told_to_stop.is_set():
+        if not server.serving:
+            log.critical(
+                "gRPC's thread that takes calls has ended (see the error above): stopping, to be started again"
+            )
+            server.drain()
+            return 1
         if not server.host.has_model:
             continue
         engine = server.host.engine

@@ -1,9 +1,11 @@
 """The journal's files: what is written when, what goes when, and what a full or broken disk does."""
 
+import contextlib
 import errno
 import os
+import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from journal.recording import checkpoint, journal_in, payload_of, recorded, repl
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.journal import Journal, writer
 from ormo_server.journal.records import gradients_path, log_path
+from service.wire import eventually
 
 ROOM = errno.ENOSPC
 
@@ -341,6 +344,86 @@ def test_no_room_for_a_new_log_is_waited_for(tmp_path: Path, disk: Disk) -> None
         journal.settle(journal.position)
     disk.failing.clear()
     journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+# Too few descriptors
+
+
+@contextlib.contextmanager
+def no_descriptor() -> Iterator[None]:
+    """No file can be opened: really."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("fsync", ["always", "interval", "off"])
+def test_no_descriptor_for_the_next_files_is_waited_for(tmp_path: Path, fsync: Any) -> None:
+    broken: list[bool] = []
+    journal = journal_in(tmp_path, fsync, on_failure=lambda: broken.append(True))
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    steps(driver)
+    journal.settle(journal.position)
+    checkpoint(driver)
+    with no_descriptor():
+        with pytest.raises(DiskFull, match=r"Too many open files.*limit of open files.* nothing is lost") as refused:
+            journal.settle(journal.position)
+        assert refused.value.retry_seconds == 2.0
+        before = fingerprint(driver.machine)
+        with pytest.raises(DiskFull, match=r"Too many open files"):
+            driver.push("a", 1.0)
+        assert fingerprint(driver.machine) == before
+    assert not broken
+    steps(driver)
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_want_of_descriptors_or_memory_is_no_broken_disk(tmp_path: Path, disk: Disk, number: int) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    steps(driver)
+    journal.settle(journal.position)
+    steps(driver)
+    disk.fail("pwrite", "log", number)
+    with pytest.raises(DiskFull):
+        journal.settle(journal.position)
+    disk.failing.clear()
+    journal.settle(journal.position)
+
+
+@pytest.mark.parametrize("fsync", ["always", "interval", "off"])
+def test_checkpoints_that_fail_leave_no_descriptors_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: Any
+) -> None:
+    monkeypatch.setattr(writer, "INTERVAL_SECONDS", 0.01)
+    journal = journal_in(tmp_path, fsync)
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+
+    def attempt() -> None:
+        steps(driver)
+        checkpoint(driver)
+        journal.settle(journal.position)
+
+    attempt()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        attempt()
+    if fsync == "interval":  # closed at the next turn after their fsync
+        eventually(lambda: not any(file.unsynced for file in journal._gradients._files.values()))
+        attempt()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from ormo_protos import watched_files
 from ormo_protos.credentials import ClientSettings, Credentials, CredentialsError, read_token
 from ormo_protos.dialling import Dialer
 from ormo_protos.settings import SettingsProblemsError, read_settings
@@ -134,6 +135,19 @@ def test_a_change_that_can_not_be_used_is_said_once_and_mended_later(
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         number.write("4")
         assert (number.watched.value, number.watched.version) == (4, 1)
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_read_later_though_it_has_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may have been no descriptor for it."""
+    number = Number(tmp_path / "n")
+    monkeypatch.setattr(watched_files, "RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(number.watched, "_read", lambda: int("too many open files"))
+        number.write("2")
+        assert number.watched.value == 1
+    assert number.watched.value == 2
 
 
 def test_a_broken_connection_is_dialled_anew_with_the_newest_certificates(tmp_path: Path, authority: Authority) -> None:

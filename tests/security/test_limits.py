@@ -16,7 +16,8 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.errors import MemoryLimit, TooMuchInFlight
 from ormo_server.service.in_flight import BytesInFlight
-from ormo_server.service.server import Server, calls_per_connection
+from ormo_server.service.resources import calls_per_connection
+from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import (
     LARGE,
@@ -255,9 +256,10 @@ def test_calls_beyond_those_of_a_connection_wait_for_one_to_end(server: Server, 
     before = state_of(server)
     with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         health, status = health_pb2_grpc.HealthStub(channel), ParameterServerStub(channel).GetStatus
-        watching = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(calls_per_connection(server.settings))]
-        for call in watching:
-            next(call)
+        watching = []
+        for _ in range(calls_per_connection(server.settings)):
+            watching.append(health.Watch(health_pb2.HealthCheckRequest()))
+            next(watching[-1])
         with pytest.raises(grpc.RpcError) as waited:
             status(pb.GetStatusRequest(), timeout=1.0)
         assert waited.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ormo_protos.manifest import FLOAT32
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core import snapshot
 from ormo_server.service.server import Server
-from service.wire import SMALL, WireWorker, connected, payload, served
+from service.wire import SMALL, WireWorker, connected, eventually, payload, served
 
 JOURNALED: dict[str, Any] = {"journal": True, "checkpoint_seconds": 3600.0}
 
@@ -48,3 +49,12 @@ def trained(server: Server, *, rounds: int = 3, dtype: int = FLOAT32) -> tuple[W
             bert.push(payload(SMALL, -0.5 * value, dtype=dtype))
             bert.pull(dtype=dtype)
         return anna, bert
+
+
+def unserved(server: Server) -> None:
+    """End gRPC's thread that takes calls, as the first call does that can't have a thread of the pool."""
+    server._pool.shutdown()
+    with connected(server) as stub:
+        call = stub.GetStatus.future(pb.GetStatusRequest())
+        eventually(lambda: not server.serving)
+        call.cancel()

@@ -1,9 +1,12 @@
 """A corrupt checkpoint is never used: the one before is, loudly."""
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +143,26 @@ def test_a_corrupt_one_is_neither_changed_nor_removed_by_reading(tmp_path: Path)
     with pytest.raises(StoreError, match="or move them away to start a new run"):
         store.newest()
     assert iterations(store) == [2]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_checkpoint_that_can_not_be_read_for_want_of_something_is_not_taken_for_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    newest = [store.write(at(iteration)) for iteration in (1, 2)][-1]
+    read = Path.read_text
+
+    def scarce(path: Path, *how: Any) -> str:
+        if path.parent == newest:
+            raise OSError(number, os.strerror(number))
+        return read(path, *how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", scarce)
+        with pytest.raises(StoreError, match=os.strerror(number)):
+            store.newest()
+    found = store.newest()
+    assert found is not None
+    assert found.snapshot.fields["iteration"] == 2
+    assert not store.newer_lost

@@ -26,23 +26,27 @@ class Program:
     """One running program."""
 
     def __init__(
-        self, folder: Path, name: str, *arguments: object, module: str, environment: Mapping[str, str]
+        self,
+        folder: Path,
+        name: str,
+        *arguments: object,
+        module: str,
+        environment: Mapping[str, str],
+        through: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         words = [str(argument) for argument in arguments]
         self.process: subprocess.Popen[str] | Forked
-        if environment:  # which may matter before anything is imported
-            self.process = self._started(module, words, folder, environment)
+        if environment or through:  # which may matter before anything is imported
+            self.process = self._started([*through, sys.executable, "-m", module, *words], folder, environment)
         else:
             self.process = Forked(module, words, folder=folder, log=self.log, environment=ENVIRONMENT)
 
-    def _started(
-        self, module: str, words: Sequence[str], folder: Path, environment: Mapping[str, str]
-    ) -> "subprocess.Popen[str]":
+    def _started(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
         with self.log.open("ab") as stderr:
             return subprocess.Popen(
-                [sys.executable, "-m", module, *words],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
@@ -89,16 +93,21 @@ class Stage:
         self.programs: list[Program] = []
 
     def program(
-        self, name: str, *arguments: object, module: str, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *arguments: object,
+        module: str,
+        environment: Mapping[str, str] | None = None,
+        through: Sequence[str] = (),
     ) -> Program:
-        program = Program(self.folder, name, *arguments, module=module, environment=environment or {})
+        program = Program(self.folder, name, *arguments, module=module, environment=environment or {}, through=through)
         self.programs.append(program)
         return program
 
-    def server(self, **flags: Any) -> Program:
-        """Start a server, on the port of the one before it, and wait until it serves."""
+    def server(self, *, through: Sequence[str] = (), **flags: Any) -> Program:
+        """Start a server, on the port of the one before it, by a program such as `prlimit`; wait until it serves."""
         given = {"listen": self.address, "metrics-listen": "", "directory": "run"} | flags
-        server = self.program("server", "serve", *as_flags(given), module="ormo_server")
+        server = self.program("server", "serve", *as_flags(given), module="ormo_server", through=through)
         assert server.process.stdout is not None
         ready = server.process.stdout.readline()
         assert ready.startswith("serving address="), server.log.read_text()

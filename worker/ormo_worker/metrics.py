@@ -14,9 +14,10 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
 
+from ormo_protos.http_port import HttpPort
 from ormo_worker.errors import OptionRefused
 from ormo_worker.observer import Observer, Outcome, Stage
 
@@ -149,26 +150,24 @@ class Exporter:
     """
 
     def __init__(self, listen: str, registry: CollectorRegistry) -> None:
-        self._server = None
+        self._port: HttpPort | None = None
         if not listen:
             return
         host, _, port = listen.rpartition(":")
         try:
-            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+            self._port = HttpPort(host, int(port), make_wsgi_app(registry))
         except OSError as error:
             raise OptionRefused(
                 f"--metrics-listen is {listen}, but that can't be listened on ({error.strerror or error}): name "
                 "another port, or end the program that has it"
             ) from None
-        _LOG.info("metrics on %s:%d", host, self._server.server_port)
+        _LOG.info("metrics on %s:%d", host, self._port.server_port)
 
     def close(self) -> None:
         """Stop serving; may be called again."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-            self._thread.join()
+        port, self._port = self._port, None
+        if port is not None:
+            port.close()
 
 
 def _registry() -> CollectorRegistry:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ormo_protos.tensors import Payload
 from ormo_server.core.errors import NotReady
-from ormo_server.journal.no_room import disk_full
+from ormo_server.journal.no_room import kept_back
 from ormo_server.journal.placed_writer import PlacedWriter, place_after
 from ormo_server.journal.records import GRADIENTS_NAME, StoredGradient, gradients_path, numbered
 
@@ -63,12 +63,12 @@ class GradientFiles:
         try:
             file, offset = self._place(layout.total_bytes)
         except OSError as error:
-            raise disk_full(self._directory, error.strerror) from error
+            raise kept_back(self._directory, error) from error
         try:
             file.writer.write(memory, offset)
         except OSError as error:
             self._done_with(file)
-            raise disk_full(self._directory, error.strerror) from error
+            raise kept_back(self._directory, error) from error
         file.unsynced = True  # from now on: an fsync before would not have had it
         return StoredGradient(
             file=file.number,
@@ -121,6 +121,21 @@ class GradientFiles:
                 file.unsynced = False
         for file in files:
             file.writer.sync()
+
+    def close_idle(self, *, unsynced: bool) -> None:
+        """Give back the descriptors of files that nothing more is written to; they stay on the disk.
+
+        Checkpoints that fail begin a new file each, and none of these goes before one is written.
+
+        Not to be called while `sync` is.
+
+        Args:
+            unsynced: also those that `sync` would see to.
+        """
+        with self._lock:
+            for file in self._files.values():
+                if file is not self._current and not file.users and (unsynced or not file.unsynced):
+                    file.writer.close()
 
     def let_go_before(self, log: int) -> list[Path]:
         """The files that only older logs name, and those of earlier servers: nobody uses them any more.

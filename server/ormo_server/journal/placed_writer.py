@@ -36,6 +36,7 @@ class PlacedWriter:
     def __init__(self, path: Path) -> None:
         self._descriptor = new_file(path)
         self._direct: int | None = None
+        self._closed = False
         if _DIRECT is not None:
             with contextlib.suppress(OSError):  # not every file system can
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
@@ -71,7 +72,10 @@ class PlacedWriter:
         synced(os.fdatasync, self._descriptor)
 
     def close(self) -> None:
-        """Let it go."""
+        """Let it go; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)

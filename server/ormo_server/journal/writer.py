@@ -15,7 +15,7 @@ from ormo_server.core.inputs import Input, Pushed
 from ormo_server.core.keys import SlotKey
 from ormo_server.journal.gradient_files import GradientFiles
 from ormo_server.journal.log_file import LogFile
-from ormo_server.journal.no_room import disk_full, is_full
+from ormo_server.journal.no_room import disk_full, kept_back, may_pass
 from ormo_server.journal.records import LOG_NAME, Delivered, StoredGradient, line_of, log_path, numbered
 from ormo_server.store.files import make_directory, sync
 
@@ -59,6 +59,7 @@ class Journal:
 
     Raises:
         OSError: the directory can't be used.
+        RuntimeError: the system has no thread for the fsync of every second.
     """
 
     def __init__(
@@ -97,7 +98,11 @@ class Journal:
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
         if fsync == "interval":
-            self._syncing.start()
+            try:
+                self._syncing.start()
+            except RuntimeError:
+                self._file.close()
+                raise
 
     # Before the lock
 
@@ -182,8 +187,8 @@ class Journal:
             try:
                 return act()
             except OSError as error:
-                if is_full(error):
-                    refusal = disk_full(self._directory, error.strerror)
+                if may_pass(error):
+                    refusal = kept_back(self._directory, error)
                     self._complain(refusal)
                     raise refusal from error
                 self._failed = True
@@ -218,6 +223,7 @@ class Journal:
             self._file.sync()
         after = LogFile(log_path(self._directory, self._open_log + 1))
         self._file.close()
+        self._gradients.close_idle(unsynced=self._fsync == "off")
         self._older_logs[self._open_log] = self._file.size_bytes
         self._open_log, self._file = self._open_log + 1, after
 

@@ -7,11 +7,11 @@ lock is free: it is only the next gradient that has to wait for its end.
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from ormo_protos.tensors import Payload
+from ormo_protos.threads import StartedPool
 from ormo_server.core.blocks import blocks
 from ormo_server.metrics.distributions import Distribution
 
@@ -59,11 +59,14 @@ class Copies:
 
     Args:
         seconds: where the time of each copy is counted.
+
+    Raises:
+        RuntimeError: the system has no thread for it.
     """
 
     def __init__(self, seconds: Distribution) -> None:
         self._seconds = seconds
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="copies")
+        self._thread = StartedPool(1, "copies")
         self._last: Copy | None = None
 
     def begin(self, payload: Payload, write: Callable[[torch.Tensor, slice], object]) -> Copy:

@@ -52,6 +52,7 @@ class Engine:
         lease_seconds: how long a worker may be silent.
         ticket_timeout: seconds that a live worker may keep a ticket; None: the scheduler's choice.
         bounds: of gradients.
+        copies: what fills large deliveries; it ends with the engine.
         journal: what inputs are recorded in, and waited for before anybody hears of what followed from them.
     """
 
@@ -62,6 +63,7 @@ class Engine:
         clock: Callable[[], float],
         metrics: Metrics,
         *,
+        copies: Copies,
         lease_seconds: float,
         ticket_timeout: float | None = None,
         bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
@@ -77,7 +79,7 @@ class Engine:
         self._inputs = Inputs(machine, self._lock)
         self.broken = self._inputs.broken
         self._waiters: dict[SlotKey, Waiter] = {}
-        self._copies = Copies(metrics.traffic.stage["copy"])
+        self._copies = copies
         self._bounds = bounds
         self._journal = journal
         if isinstance(journal, Journal):

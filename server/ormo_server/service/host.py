@@ -24,6 +24,7 @@ from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Journal, NoJournal, is_journal
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
+from ormo_server.service.copies import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
@@ -65,6 +66,10 @@ class RunHost:
         settings: of the server.
         metrics: what to count in.
 
+    Attributes:
+        last_checkpoint: the newest one; None before the first.
+        checkpoint_bytes: of one, at most; 0 without a model.
+
     Raises:
         StoreError: no checkpoint is whole, the model file can't be used, or the trace can't be written.
         SettingsError: the checkpoint was written by another update rule.
@@ -78,6 +83,7 @@ class RunHost:
         self.clock = RunClock()
         self.offers = ModelOffers(FailureDetection(settings.failure_timeout).offer_seconds)
         self.last_checkpoint: LastCheckpoint | None = None
+        self.checkpoint_bytes = 0
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
         self._directory_lock = DirectoryLock(settings.directory)
@@ -88,6 +94,8 @@ class RunHost:
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
         self._journal: Journal | NoJournal = NoJournal()
+        # Before anybody calls: once there is a model, a thread that can't be started would break the engine.
+        self._copies = Copies(metrics.traffic.stage["copy"])
         self._drained = self._closed = False
         metrics.process.settings(settings.described())
         metrics.checkpoints.every(settings.checkpoint_seconds)
@@ -109,6 +117,7 @@ class RunHost:
             return
         self._closed = True
         self._writing.release()
+        self._copies.close()
         if self._trace is not None:
             self._trace.close()
         self._journal.close()
@@ -191,7 +200,7 @@ class RunHost:
                 self._journal_failed,
                 self.metrics.journal.commit_seconds.observe,
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise StoreError(f"the journal in {self._journal_directory} can't be written ({error})") from error
 
     def _journal_failed(self) -> None:
@@ -346,6 +355,7 @@ class RunHost:
                 self.settings.max_refused_share,
             ),
             journal=self._journal,
+            copies=self._copies,
         )
 
     @property
@@ -359,6 +369,7 @@ class RunHost:
         slots = self.settings.max_workers * self.settings.slots_per_worker
         need = memory.need(self._run, elements, slots)
         self.metrics.process.needs(need)
+        self.checkpoint_bytes = need.checkpoint_bytes
         rule = self._run.method.rule
         log.info(
             "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "

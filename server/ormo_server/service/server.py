@@ -1,9 +1,9 @@
 """The gRPC server round a run: its threads, its port, its upkeep, and how it starts and ends."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from concurrent import futures
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,6 +22,7 @@ from ormo_server.service.guard import Guard
 from ormo_server.service.handlers import handlers
 from ormo_server.service.host import RunHost
 from ormo_server.service.open_calls import OpenCalls
+from ormo_server.service.resources import calls_per_connection, most_connections, pool_of_threads, worker_streams
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.status import phase_of
 from ormo_server.service.streams import StreamRegistry
@@ -33,8 +34,12 @@ SERVICE_NAME: str = SERVICE.full_name
 # Stays SERVING while the process works, also while it drains: a probe on it must not kill a busy server.
 LIVENESS_NAME = "liveness"
 
-# Calls that hold no thread for long (Join, heartbeats, health, status) share these.
-_RESERVE_THREADS = 32
+# Besides the exchanges' and the checkpoint's time, what a stop may take; most of it is for a busy machine.
+_STOP_SECONDS = 30.0
+# A checkpoint at the end takes no longer but on a disk that hangs. A network's disk writes so much in a second.
+_SLOW_DISK_BYTES = 10e6
+# gRPC tells at once, unless its serving thread is dead: then it never does.
+_GRPC_STOP_SECONDS = 5.0
 # How often the journal's size is looked at, and how long a full disk is left alone.
 _RELIEF_SECONDS = 0.2
 _FULL_SECONDS = 5.0
@@ -44,24 +49,9 @@ class AddressInUseError(OSError):
     """The port can't be had; the sentence says which and what to do."""
 
 
-def worker_streams(settings: ServerSettings) -> int:
-    """How many streams workers may have open at once.
-
-    Each slot counts twice: after a broken connection the new stream may come before the old one is known to be dead.
-    """
-    return 2 * settings.max_workers * settings.slots_per_worker
-
-
-def calls_per_connection(settings: ServerSettings) -> int:
-    """How many calls go on at once in one connection; HTTP/2 lets further ones wait there, in the client.
-
-    A worker has a stream for each slot, twice for a moment, and heartbeats; the rest is for those who share one.
-    """
-    return 2 * settings.slots_per_worker + _RESERVE_THREADS
-
-
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     failures = FailureDetection(settings.failure_timeout)
+    silence_ms = int(1000 * settings.failure_timeout)
     ping_ms, ping_timeout_ms = int(1000 * failures.ping_seconds), int(1000 * failures.ping_timeout_seconds)
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -77,8 +67,11 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         # What waits in one connection is memory; a worker has a connection of its own.
         ("grpc.max_concurrent_streams", calls_per_connection(settings)),
-        # Who connects and then says nothing.
-        ("grpc.server_handshake_timeout_ms", int(1000 * settings.failure_timeout)),
+        # Who connects and then says nothing, or has said it. Workers have a stream open, or send heartbeats.
+        ("grpc.server_handshake_timeout_ms", silence_ms),
+        ("grpc.max_connection_idle_ms", max(1000, silence_ms)),
+        # Further ones are closed at once, whoever they are.
+        ("grpc.max_allowed_incoming_connections", most_connections(settings)),
         # Workers may ping as often; the default would send them away for it.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),
@@ -101,8 +94,11 @@ class Server:
         address: host and port it listens on, once started.
         metrics_address: the same for metrics; empty if none are served.
         told_to_stop: set when an operator has asked it to drain.
+        stopping: set once it stops.
+        stop_stage: what it is at then.
 
     Raises:
+        TooFewResources: the system has not enough threads or descriptors for it.
         StoreError, SettingsError, MemoryLimit: see `RunHost`.
         CredentialsError, AccessError: certificates, or the list of callers, can't be used.
     """
@@ -112,6 +108,7 @@ class Server:
         # First what reads files only, so that a mistake there costs nothing.
         self._access: Access = OpenAccess() if settings.access is None else ListedAccess(settings.access)
         self._credentials = _credentials(settings)
+        self._pool = pool_of_threads(settings)
         self.told_to_stop = threading.Event()
         self.metrics = Metrics(settings.worker_series)
         self.host = RunHost(settings, self.metrics)
@@ -119,7 +116,9 @@ class Server:
         self._calls = OpenCalls()
         self.address = ""
         self.metrics_address = ""
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()
+        self.stop_stage = ""
+        self._serving: list[threading.Thread] = []
         self._upkeep = self._repeating("expiry", FailureDetection(settings.failure_timeout).check_seconds, self._expire)
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._relief = self._repeating("journal", _RELIEF_SECONDS, self._relieve_journal)
@@ -137,14 +136,12 @@ class Server:
         self.metrics.calls.expect(methods(SERVICE))
 
     def _grpc_server(self) -> grpc.Server:
-        threads = worker_streams(self.settings) + self.settings.max_readers + _RESERVE_THREADS
-        pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc")
         servicer = Servicer(self.host, self.streams, self._access, Controls(self.host, self.told_to_stop))
         interceptors = [
             CallCounter(self.metrics.calls, (SERVICE, HEALTH, REFLECTION)),
             Guard(self._access, servicer, self._calls),
         ]
-        server = grpc.server(pool, interceptors=interceptors, options=_options(self.settings))
+        server = grpc.server(self._pool, interceptors=interceptors, options=_options(self.settings))
         server.add_generic_rpc_handlers((handlers(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
@@ -162,11 +159,18 @@ class Server:
         self._serve_metrics()
         for name in ("", SERVICE_NAME, LIVENESS_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._grpc.start()
         self._upkeep.start()
         self._checkpoints.start()
         if self.settings.journal:
             self._relief.start()
+        before = threading.enumerate()
+        self._grpc.start()
+        self._serving = [each for each in threading.enumerate() if each not in before and "_serve" in each.name]
+
+    @property
+    def serving(self) -> bool:
+        """Whether gRPC's one thread lives that hands calls to ours; without it nobody is answered any more."""
+        return all(thread.is_alive() for thread in self._serving)
 
     def _bind(self) -> str:
         host = self.settings.listen.rpartition(":")[0]
@@ -187,7 +191,13 @@ class Server:
             return
         host, _, port = self.settings.metrics_listen.rpartition(":")
         try:
-            server = http.serve(host, int(port), self.metrics.registry, self._is_ready)
+            server = http.serve(
+                host,
+                int(port),
+                self.metrics.registry,
+                alive=lambda: self.serving or self.stopping.is_set(),
+                ready=self._is_ready,
+            )
         except (OSError, OverflowError) as error:
             raise AddressInUseError(
                 f"can't serve metrics on {self.settings.metrics_listen}: {error}; choose another --metrics-listen, or "
@@ -198,17 +208,17 @@ class Server:
 
     def _is_ready(self) -> bool:
         broken = self.host.has_model and self.host.engine.broken.is_set()
-        return not (broken or self._stopping.is_set())
+        return not (broken or self.stopping.is_set())
 
     # While it runs
 
     def _repeating(self, work: str, seconds: float, act: Callable[[], object]) -> threading.Thread:
         def repeat() -> None:
-            while not self._stopping.wait(seconds):
+            while not self.stopping.wait(seconds):
                 try:
                     act()
                 except Exception:  # without this work leases never end, or nothing is kept: it must go on
-                    if not self._stopping.is_set():
+                    if not self.stopping.is_set():
                         log.exception("%s failed; it is tried again in %g s", work, seconds)
                         self.metrics.upkeep.failures.labels(work).inc()
 
@@ -224,9 +234,14 @@ class Server:
 
     def _relieve_journal(self) -> None:
         if not self.host.relieve_journal():
-            self._stopping.wait(_FULL_SECONDS)
+            self.stopping.wait(_FULL_SECONDS)
 
     # At the end
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long a stop may take, whatever it waits for."""
+        return self.settings.drain_seconds + _STOP_SECONDS + self.host.checkpoint_bytes / _SLOW_DISK_BYTES
 
     def drain(self) -> bool:
         """Stop without losing anything: let exchanges end, checkpoint, close.
@@ -234,26 +249,43 @@ class Server:
         Returns:
             Whether the state is on disk.
         """
-        self._stop_serving()
+        self._stop_serving("the end of exchanges")
         log.info("draining: %d streams are open", len(self.streams))
         if not self.streams.drain(self.settings.drain_seconds):
             log.warning("exchanges were cut off after %g s; their workers will retry", self.settings.drain_seconds)
         if self.host.has_model:
             self.host.engine.close()
+        self._stop("the last checkpoint")
         kept = self.host.checkpoint(drained=True)
+        self._end_calls()
+        if not kept:  # without connections there may be descriptors and memory for it
+            self._stop("the last checkpoint")
+            kept = self.host.checkpoint(drained=True)
         self.close()
         return kept
 
     def close(self) -> None:
         """Stop at once, keeping nothing that is not on disk already."""
-        self._stop_serving()
-        self._grpc.stop(grace=0).wait()
+        self._stop_serving("the end of calls")
+        self._end_calls()
+        self._stop("the end of the journal and the trace")
         self.host.close()
         if self.metrics_address:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+            self._stop("the end of the metrics port")
+            self._metrics_server.close()
+        self._stop("the end of the process")
 
-    def _stop_serving(self) -> None:
-        self._stopping.set()
+    def _stop(self, stage: str) -> None:
+        self.stop_stage = stage
+        self.stopping.set()
+
+    def _stop_serving(self, stage: str) -> None:
+        self._stop(stage)
         for name in ("", SERVICE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def _end_calls(self) -> None:
+        self._stop("the end of calls")
+        with contextlib.suppress(RuntimeError):  # no thread can be started for it: calls end with the process
+            self._grpc.stop(grace=0).wait(_GRPC_STOP_SECONDS)
+        self._pool.shutdown(wait=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ormo_server.core.errors import SettingsError
 from ormo_server.store.checkpoint import Checkpoint, read_files, write_files
 from ormo_server.store.errors import StoreError
-from ormo_server.store.files import make_directory, reading, sync
+from ormo_server.store.files import is_scarcity, make_directory, reading, sync
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,16 @@ class CheckpointStore:
         log of a journal named, whatever was written: the lost ones may have applied gradients after it.
 
         Raises:
-            StoreError: there are checkpoints and all are corrupt, or the directory can't be read.
+            StoreError: there are checkpoints and all are corrupt, or the directory or one of them can't be read for
+                want of descriptors or memory.
         """
         failures: list[StoreError] = []
         for path in reversed(self.paths()):
             try:
                 checkpoint = read_files(path)
             except StoreError as error:
+                if is_scarcity(error.__cause__):
+                    raise  # it may be whole
                 failures.append(error)
                 self._corrupt.add(path)
                 continue

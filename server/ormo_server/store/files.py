@@ -1,5 +1,6 @@
 """Files that are whole and on the disk, or not there: syncing, checksums, tensors in and out."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,13 @@ from ormo_server.core.blocks import all_finite
 from ormo_server.store.errors import StoreError, listed
 
 SUMS_FILE = "SHA256SUMS"
+# Descriptors, or memory, of this process or of the system: others may have them for a while.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def is_scarcity(error: BaseException | None) -> bool:
+    """Whether it says nothing of a file or a disk, but of what the system has to give just now."""
+    return isinstance(error, OSError) and error.errno in _SCARCE
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from deploy.docker import compose
 from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_protos.settings import Settings, read_settings
 from ormo_server.config import ServerSettings
-from ormo_server.console.config import StatusSettings
+from ormo_server.service.resources import threads_needed
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 OURS: dict[tuple[str, str], type[Settings]] = {
@@ -101,7 +101,6 @@ def test_health_of_the_server_is_asked_as_its_image_does() -> None:
     word, *command = ours()["server"]["healthcheck"]["test"]
     assert word == "CMD"
     assert command == stage.last("HEALTHCHECK").exec_form
-    read_settings(StatusSettings, command[2:], {}, program="health")
 
 
 def test_every_service_has_a_health_check(service: dict[str, Any]) -> None:
@@ -131,6 +130,13 @@ def test_model_that_fits_the_memory_limit_leaves_room_in_the_container() -> None
     assert settings.memory_limit is not None
     assert service["deploy"]["resources"]["limits"]["memory"] == "2g"
     assert settings.memory_limit + 2**29 <= 2 * 2**30, "512 MiB for Python, PyTorch and the health check"
+
+
+def test_server_may_have_the_threads_that_it_needs() -> None:
+    settings = settings_of(ours()["server"])
+    assert isinstance(settings, ServerSettings)
+    limit = ours()["server"]["deploy"]["resources"]["limits"]["pids"]
+    assert threads_needed(settings) + 20 <= limit, "20 for the first process, the health check, and whoever looks in"
 
 
 def test_only_this_machine_reaches_the_ports(service: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 import json
 import re
+import runpy
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,6 @@ from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_protos.settings import Settings, SettingsProblemsError, read_settings
 from ormo_server.config import ServerSettings
-from ormo_server.console.config import StatusSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 IMAGES = [("server.Dockerfile", "server"), ("worker.Dockerfile", "cpu"), ("worker.Dockerfile", "cuda")]
@@ -96,15 +97,17 @@ def test_server_image_does_not_serve_just_anybody_unless_it_is_told_to() -> None
         read_settings(ServerSettings, [], Dockerfile("server.Dockerfile").stages["server"].environment, program="image")
 
 
-def test_server_image_asks_the_port_that_it_listens_on_for_its_health() -> None:
-    stage = Dockerfile("server.Dockerfile").stages["server"]
-    program, command, *flags = stage.last("HEALTHCHECK").exec_form
-    assert (program, command) == ("ormo-server", "status")
-    asked = read_settings(StatusSettings, flags, {}, program="health")
-    assert asked.server.rpartition(":")[2] == stage.environment["ORMO_LISTEN"].rpartition(":")[2]
+@pytest.mark.parametrize(("name", "target"), IMAGES)
+def test_image_asks_its_port_for_metrics_for_its_health(name: str, target: str) -> None:
+    stage = Dockerfile(name).stages[target]
+    program, script = stage.last("HEALTHCHECK").exec_form
+    assert program == "python"
+    assert f"deploy/docker/{Path(script).name} {script}" in [copy.value for copy in stage.all("COPY")]
+    assert "ORMO_METRICS_LISTEN" in stage.environment, "where the script asks"
     limit = re.search(r"--timeout=(\d+)s ", stage.last("HEALTHCHECK").value)
     assert limit is not None
-    assert float(limit.group(1)) >= asked.timeout + 5, "it gives up by itself, with a sentence"
+    patience = runpy.run_path(str(FOLDER / "metrics_answer.py"))["_TIMEOUT_SECONDS"]
+    assert float(limit.group(1)) >= patience + 5, "it gives up by itself, with a sentence"
 
 
 @pytest.mark.parametrize(("name", "target"), IMAGES)

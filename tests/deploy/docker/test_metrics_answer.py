@@ -1,11 +1,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import prometheus_client
 import pytest
 
 from deploy.docker.tree import FOLDER
+from security.authority import Authority, guarded
+from service.crashing import unserved
+from service.wire import served
 
 
 def health(metrics_listen: str) -> subprocess.CompletedProcess[str]:
@@ -40,3 +44,17 @@ def test_process_is_healthy_while_its_metrics_answer_and_not_after(port: int) ->
 
 def test_process_without_metrics_is_not_asked() -> None:
     assert health("").returncode == 0
+
+
+def test_server_with_tls_is_healthy(tmp_path: Path) -> None:
+    with guarded(tmp_path, Authority(tmp_path), metrics_listen="127.0.0.1:0") as server:
+        assert health(server.metrics_address).returncode == 0
+
+
+# That is how the thread dies.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_server_that_can_not_take_calls_is_not_healthy(tmp_path: Path) -> None:
+    with served(tmp_path, metrics_listen="127.0.0.1:0") as server:
+        assert health(server.metrics_address).returncode == 0
+        unserved(server)
+        assert health(server.metrics_address).returncode == 1

@@ -225,21 +225,6 @@ def test_server_trains_with_a_worker_and_keeps_its_state_without_writing_anywher
     ] == []
 
 
-def test_health_check_of_the_server_is_light_and_says_no_when_nobody_answers(
-    server_image: Container, server: "subprocess.Popen[str]"
-) -> None:
-    command = server_image.stage.last("HEALTHCHECK").exec_form
-    at = command.index("--server") + 1
-    command[at] = address_of(server)
-    server_image.run(command)
-    imported = server_image.run(["python", "-X", "importtime", f"{server_image.venv}/bin/{command[0]}", *command[1:]])
-    modules = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
-    assert "ormo_server.cli" in modules
-    assert "torch" not in modules, "it costs 2 s and 200 MB, twice a minute"
-    command[at] = f"127.0.0.1:{free_port()}"
-    server_image.run(command, code=1)
-
-
 def test_evaluator_of_the_worker_image_is_healthy_once_its_metrics_answer_and_leaves_when_told(
     worker_image: Container, server: "subprocess.Popen[str]"
 ) -> None:

@@ -73,7 +73,7 @@ def test_with_tls_the_manifests_server_answers_every_probe_and_takes_those_of_th
 
 def test_a_server_that_drains_is_alive_and_not_ready(tmp_path: Path) -> None:
     with started(overlay("local"), tmp_path) as server:
-        server._stopping.set()
+        server.stopping.set()
         with urllib.request.urlopen(f"http://{server.metrics_address}/alive", timeout=10) as answer:
             assert answer.status == 200
         with pytest.raises(urllib.error.HTTPError) as unready:

@@ -4,7 +4,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ormo_worker.local.config import LocalSettings
@@ -42,19 +42,28 @@ class Cluster:
             evaluated: told of each evaluation: iteration, loss, accuracy and seconds.
 
         Raises:
-            ClusterError: the server did not come up.
+            ClusterError: the server did not come up, or the system starts no more programs.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
-        self.server = Child("server", "ormo_server", self._server_arguments(), self._logs)
+        self.server = self._child("server", "ormo_server", self._server_arguments())
         self._await_server(self.server)
         for number, factor in enumerate(self.settings.slow_factors()):
             arguments = self._worker_arguments(number, factor)
-            self.workers.append(Child(f"worker-{number}", "ormo_worker", arguments, self._logs))
+            self.workers.append(self._child(f"worker-{number}", "ormo_worker", arguments))
         for worker in self.workers:
             _in_background(lambda worker=worker: [None for _ in worker.output])  # type: ignore[misc]
-        evaluator = Child("evaluator", "ormo_worker", self._evaluator_arguments(), self._logs)
+        evaluator = self._child("evaluator", "ormo_worker", self._evaluator_arguments())
         self.evaluator = evaluator
         _in_background(lambda: _report(evaluator, evaluated))
+
+    def _child(self, name: str, module: str, arguments: Sequence[str]) -> Child:
+        try:
+            return Child(name, module, arguments, self._logs)
+        except OSError as error:
+            raise ClusterError(
+                f"{name} can't be started ({error.strerror}): take fewer --workers, or raise the limits of processes "
+                "and of open files (`ulimit -u`, `ulimit -n`)"
+            ) from error
 
     def _await_server(self, server: Child) -> None:
         ready = _fields(server.output.readline())

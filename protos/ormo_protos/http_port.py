@@ -1,0 +1,118 @@
+"""A port for metrics and probes, which asks nobody who they are: so slow and many callers get little of it."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import WSGIApplication
+
+from ormo_protos.threads import StartedPool
+
+# Each has a thread. A Prometheus and two probes need one each for milliseconds.
+CONNECTIONS = 8
+# Prometheus waits no longer by default.
+ANSWER_SECONDS = 10.0
+# Where no connection can be taken for want of descriptors, it would be tried again at once, and so on.
+_PAUSE_SECONDS = 0.1
+
+
+class HttpPort(WSGIServer):
+    """Answers in threads of its own until `close`.
+
+    Who is not done after `ANSWER_SECONDS` is cut off, and so is who has been there the longest when there is no room
+    for somebody new: of those of the address that has the most connections, so that a flood is cut before a probe.
+
+    Args:
+        host: to listen on; an IPv6 address may be in brackets.
+        port: to listen on; 0 picks a free one.
+        answer: a WSGI application.
+
+    Raises:
+        OSError, OverflowError: the port can't be had.
+        RuntimeError: the system has not enough threads.
+    """
+
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, answer: WSGIApplication) -> None:
+        bare = host.strip("[]")
+        self.address_family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        self._open: dict[socket.socket, tuple[str, float]] = {}
+        self._places = threading.Semaphore(CONNECTIONS)
+        super().__init__((bare, port), _Silent)
+        self.set_app(answer)
+        try:
+            self._pool = StartedPool(CONNECTIONS, "http")
+            self._accepting = threading.Thread(target=self.serve_forever, name="http", daemon=True)
+            self._accepting.start()
+        except RuntimeError:
+            self.server_close()
+            raise
+
+    def close(self) -> None:
+        """Stop; whoever is connected is cut off."""
+        self.shutdown()
+        self._accepting.join()
+        self.server_close()
+        for connection in list(self._open):
+            _cut(connection)
+        self._pool.shutdown()
+
+    # What `socketserver` calls, in the one thread that accepts
+
+    def get_request(self) -> tuple[Any, Any]:
+        """See `socketserver.TCPServer`."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_PAUSE_SECONDS)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See `socketserver.BaseServer`."""
+        if len(self._open) >= CONNECTIONS:
+            self._make_room()
+        self._places.acquire()
+        self._open[request] = (client_address[0], time.monotonic())
+        self._pool.submit(self._answer, request, client_address)
+
+    def _make_room(self) -> None:
+        connections = list(self._open.items())  # oldest first
+        count = Counter(host for _, (host, _) in connections)
+        if connections:
+            _cut(max(connections, key=lambda each: count[each[1][0]])[0])
+
+    def service_actions(self) -> None:
+        """See `socketserver.BaseServer`: twice a second, and at each connection."""
+        now = time.monotonic()
+        for connection, (_, began) in list(self._open.items()):
+            if now - began > ANSWER_SECONDS:
+                _cut(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """See `socketserver.BaseServer`: who was cut off, or went away, is no news."""
+
+    # In the pool's threads
+
+    def _answer(self, request: Any, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+        finally:
+            del self._open[request]
+            self.shutdown_request(request)
+            self._places.release()
+
+
+class _Silent(WSGIRequestHandler):
+    timeout = ANSWER_SECONDS
+
+    def log_message(self, *_: object) -> None:
+        """Scrapes and probes are no news."""
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended already
+        connection.shutdown(socket.SHUT_RDWR)  # wakes its thread, which closes it
