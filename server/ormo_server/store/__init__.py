@@ -9,7 +9,7 @@ directory/
     latest -> checkpoint-00000007-iteration-1200
 """
 
-from ormo_server.store.checkpoint import Checkpoint
+from ormo_server.store.checkpoint import Checkpoint, unsound
 from ormo_server.store.checkpoints import CheckpointStore
 from ormo_server.store.directory_lock import DirectoryLock
 from ormo_server.store.errors import StoreError
@@ -17,4 +17,13 @@ from ormo_server.store.files import size_bytes
 from ormo_server.store.flat_model import FlatModel
 from ormo_server.store.model_file import ModelFile
 
-__all__ = ["Checkpoint", "CheckpointStore", "DirectoryLock", "FlatModel", "ModelFile", "StoreError", "size_bytes"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "DirectoryLock",
+    "FlatModel",
+    "ModelFile",
+    "StoreError",
+    "size_bytes",
+    "unsound",
+]
