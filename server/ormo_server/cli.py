@@ -111,7 +111,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
             continue
         engine = server.host.engine
         if engine.broken.is_set():
-            log.critical("the state is broken (see the error above): stopping; a restart restores the last checkpoint")
+            log.critical("the state is broken, or can't be kept (see above): stopping; a restart restores what is kept")
             server.close()
             return 1
         if engine.finished.is_set() and not checkpointed_end:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ormo_server.journal.log_file import new_file, synced
+from ormo_server.journal.log_file import new_file, refuse_if_gone, synced
 
 _BLOCK_BYTES = mmap.PAGESIZE
 _DIRECT_BYTES = 256 << 10
@@ -34,6 +34,7 @@ class PlacedWriter:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = new_file(path)
         self._direct: int | None = None
         if _DIRECT is not None:
@@ -69,6 +70,10 @@ class PlacedWriter:
             OSError: see `synced`.
         """
         synced(os.fdatasync, self._descriptor)
+
+    def refuse_if_gone(self) -> None:
+        """See `log_file.refuse_if_gone`."""
+        refuse_if_gone(self._path, self._descriptor)
 
     def close(self) -> None:
         """Let it go."""

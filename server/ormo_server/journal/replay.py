@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from ormo_protos.tensors import Payload, torch_dtype
+from ormo_server.core.errors import NonFinite, NormTooLarge
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import (
     Gradient,
@@ -23,6 +24,10 @@ from ormo_server.journal.records import Delivered, Record
 from ormo_server.store import StoreError
 
 
+class UnsoundRecord(StoreError):
+    """A gradient that had been taken is refused as unsound when it comes again."""
+
+
 def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None]], clock_seconds: float) -> float:
     """Give a machine the recorded inputs.
 
@@ -36,6 +41,7 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
 
     Raises:
         StoreError: an input has another outcome than it had.
+        UnsoundRecord: of an older server, which took what must not be taken.
     """
     granted: dict[SlotKey, Granted] = {}
     for number, (record, payload) in enumerate(records, start=1):
@@ -47,6 +53,8 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
                 granted |= {event.slot: event for event in machine.take_events() if isinstance(event, Granted)}
             else:
                 same = _deliver(machine, granted, record.delivered)
+        except (NonFinite, NormTooLarge) as error:
+            raise UnsoundRecord(f"record {number} of the journal ({record}): {error}") from error
         except Exception as error:
             raise _differs(number, record, f"it fails ({type(error).__name__}: {error})") from error
         if not same:

@@ -40,6 +40,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is, or still is, what is found at this path."""
+    with suppress(OSError):  # what can't be looked at can't be found either
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
+
+
 def make_directory(path: Path) -> None:
     """Make a directory with its parents, so that a power cut does not take them away again."""
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
