@@ -149,7 +149,7 @@ def test_a_damaged_line_is_told_and_nothing_after_it_is_used(recording: Recordin
     machine, reading = recording.read()
     assert (fingerprint(machine), reading.records, reading.torn) == (expected, 10, False)
     assert f"line 11 of {recording.path} is damaged" in reading.lost
-    assert f"at least {recording.inputs - 10} entries that were acknowledged are lost" in reading.lost
+    assert f"acknowledged entries lost: at least {recording.inputs - 10}" in reading.lost
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
@@ -167,7 +167,7 @@ def test_a_damaged_gradient_ends_the_journal_before_its_push(recording: Recordin
     machine, reading = recording.read()
     assert fingerprint(machine) == expected
     assert f"line {pushes[0] + 1} of" in reading.lost
-    assert "are lost; pushes that can still be read among them: 5 of 'a', 5 of 'b'" in reading.lost
+    assert ", pushes among them that can still be read: 5 of 'a', 5 of 'b'" in reading.lost
 
 
 def test_a_missing_log_is_told(recording: Recording) -> None:
@@ -175,7 +175,7 @@ def test_a_missing_log_is_told(recording: Recording) -> None:
     machine, reading = recording.read()
     assert fingerprint(machine) == recording.states[0]
     missing = f"inputs-00000002.log of {recording.directory} is missing"
-    assert reading.lost == f"{missing}: at least {recording.inputs} entries that were acknowledged are lost"
+    assert reading.lost == f"{missing}: acknowledged entries lost: at least {recording.inputs}"
     recording.mark.unlink()
     assert recording.read()[1].lost == missing
 

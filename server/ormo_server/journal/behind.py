@@ -58,5 +58,5 @@ class Behind:
         count = sum(self._ends.get(log, 0) for log in range(used.log, last.log)) + last.line - used.line
         pushes = Counter(worker for place, worker in self._pushes if used < place <= last)
         among = ", ".join(f"{number:,} of {worker!r}" for worker, number in sorted(pushes.items()))
-        known = f"; pushes that can still be read among them: {among}" if among else ""
-        return f"at least {max(count, 1):,} entries that were acknowledged are lost{known}"
+        known = f", pushes among them that can still be read: {among}" if among else ""
+        return f"acknowledged entries lost: at least {max(count, 1):,}{known}"

@@ -57,6 +57,10 @@ class End:
         """Of the last line."""
         return Place(self.log, self.lines)
 
+    def heard(self) -> "End":
+        """The same, once all of it was told."""
+        return End(self.log, self.lines, self.link)
+
     def turned_over(self) -> "End":
         """Where the next log ends as long as it has no lines."""
         return End(self.log + 1, 0, self.link, self.unheard)

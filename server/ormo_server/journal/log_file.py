@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ormo_server.store.files import is_at, sync
+from ormo_server.store.files import identity, is_at, sync
 
 
 class LogFile:
@@ -24,7 +24,7 @@ class LogFile:
 
     def __init__(self, path: Path, opening: bytes) -> None:
         self._descriptor = new_file(path)
-        self._path = path
+        self._path, self._identity = path, identity(self._descriptor)
         self.size_bytes = 0
         try:
             self.append(opening)
@@ -59,20 +59,20 @@ class LogFile:
 
     def refuse_if_gone(self) -> None:
         """See `refuse_if_gone`."""
-        refuse_if_gone(self._path, self._descriptor)
+        refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
         """Let it go."""
         os.close(self._descriptor)
 
 
-def refuse_if_gone(path: Path, descriptor: int) -> None:
+def refuse_if_gone(path: Path, known: tuple[int, int]) -> None:
     """Look whether what is written will be found.
 
     Raises:
         OSError: the file is not at this path any more: it goes as soon as this process ends, or is somewhere else.
     """
-    if not is_at(path, descriptor):
+    if not is_at(path, known):
         raise OSError(errno.ESTALE, f"{path} was removed, moved or replaced while this server wrote to it")
 
 

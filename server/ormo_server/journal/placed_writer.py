@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ormo_server.journal.log_file import new_file, refuse_if_gone, synced
+from ormo_server.store.files import identity
 
 _BLOCK_BYTES = mmap.PAGESIZE
 _DIRECT_BYTES = 256 << 10
@@ -34,8 +35,8 @@ class PlacedWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._descriptor = new_file(path)
+        self._path, self._identity = path, identity(self._descriptor)
         self._direct: int | None = None
         if _DIRECT is not None:
             with contextlib.suppress(OSError):  # not every file system can
@@ -73,7 +74,7 @@ class PlacedWriter:
 
     def refuse_if_gone(self) -> None:
         """See `log_file.refuse_if_gone`."""
-        refuse_if_gone(self._path, self._descriptor)
+        refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
         """Let it go."""

@@ -154,13 +154,13 @@ def told_since(directory: Path, log: int = 0) -> str:
     return behind.lost
 
 
-def is_journal(directory: Path, before: int | None = None) -> bool:
-    """Whether logs in this directory, or those of them before this number, say anything.
+def is_journal(directory: Path) -> bool:
+    """Whether logs in this directory say anything.
 
     Raises:
         StoreError: a file can't be read.
     """
-    return any(number for log, number, _ in raw_lines(directory) if before is None or log < before)
+    return any(number for _, number, _ in raw_lines(directory))
 
 
 def is_chained(directory: Path, log: int) -> bool:

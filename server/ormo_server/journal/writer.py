@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -218,7 +217,7 @@ class Journal:
             self._file.sync()
         self._gradients.refuse_if_gone()
         self._file.refuse_if_gone()
-        self._end = replace(self._end, unheard=0)
+        self._end = self._end.heard()
         self._mark.move(self._last_line)
         self._safe = self._written  # last: from now on others answer without asking
 

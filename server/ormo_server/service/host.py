@@ -20,7 +20,7 @@ from ormo_server.core import memory, snapshot
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Journal, NoJournal, is_journal, next_log, told_since
+from ormo_server.journal import Journal, NoJournal, next_log, told_since
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
@@ -227,7 +227,7 @@ class RunHost:
         """The state is in a checkpoint now. A damaged journal is kept, for people."""
         older = self._journal_directory
         try:
-            if keep and is_journal(older, before=self._journal.log):
+            if keep and older.exists():
                 self._keep_aside(older, older.with_name(f"journal-damaged-{self._epoch:016x}"))
             elif isinstance(self._journal, Journal):
                 self._journal.forget_before(self._journal.log)
@@ -239,12 +239,17 @@ class RunHost:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
     def _keep_aside(self, older: Path, aside: Path) -> None:
-        log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        # With the checkpoint that it may follow, which would go with its elders.
         if isinstance(self._journal, Journal):
             aside.mkdir()
             self._journal.forget_before(self._journal.log, lambda path: path.rename(aside / path.name))
         else:
             older.rename(aside)
+        self._store.move_corrupt(aside)
+        if any(aside.iterdir()):
+            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        else:
+            aside.rmdir()
 
     def relieve_journal(self) -> bool:
         """Write a checkpoint if the journal has grown to its bound.

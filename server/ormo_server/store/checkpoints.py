@@ -93,6 +93,16 @@ class CheckpointStore:
             )
         return None
 
+    def move_corrupt(self, directory: Path) -> None:
+        """Put those that `newest` has found corrupt into this directory.
+
+        Raises:
+            OSError: one can't be moved.
+        """
+        while self._corrupt:
+            path = self._corrupt.pop()
+            path.rename(directory / path.name)
+
     def read_again(self) -> Checkpoint:
         """What `newest` has found, once more.
 

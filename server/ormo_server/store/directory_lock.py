@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ormo_server.store.errors import StoreError
-from ormo_server.store.files import is_at, make_directory
+from ormo_server.store.files import identity, is_at, make_directory
 
 
 class DirectoryLock:
@@ -35,6 +35,7 @@ class DirectoryLock:
             raise StoreError(
                 f"{directory} is in use by another program (process {holder}): stop it or choose another --directory"
             ) from error
+        self._identity = identity(self._file.fileno())
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
@@ -46,7 +47,7 @@ class DirectoryLock:
     @property
     def holds(self) -> bool:
         """Whether no other program can have the directory: not if its file was removed, or the directory with it."""
-        return is_at(self._path, self._file.fileno())
+        return is_at(self._path, self._identity)
 
     def release(self) -> None:
         """Let another program have the directory."""
