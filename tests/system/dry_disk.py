@@ -82,7 +82,7 @@ def main() -> None:
             "errors of the last start": server.log.read_text().count("all tickets are void"),
             "exit": server.terminate(),
         }
-    print(json.dumps(said))
+    sys.stdout.write(json.dumps(said))
 
 
 if __name__ == "__main__":

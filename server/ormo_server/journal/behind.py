@@ -55,7 +55,8 @@ class Behind:
         used, last = self._used, self._acknowledged
         if last <= used:
             return ""
-        count = sum(self._ends.get(log, 0) for log in range(used.log, last.log)) + last.line - used.line
+        before = sum(lines for log, lines in self._ends.items() if used.log <= log < last.log)
+        count = before + last.line - used.line
         pushes = Counter(worker for place, worker in self._pushes if used < place <= last)
         among = ", ".join(f"{number:,} of {worker!r}" for worker, number in sorted(pushes.items()))
         known = f", pushes among them that can still be read: {among}" if among else ""

@@ -108,7 +108,12 @@ class Journal:
         self._begun: dict[int, int] = {}
         self._forgotten = 0
         self._file = LogFile(log_path(directory, self.log), opening(before))
-        self._mark = Mark(directory, self.log)
+        try:
+            self._mark = Mark(directory, self.log)
+        except OSError:
+            self._file.close()
+            log_path(directory, self.log).unlink()
+            raise
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
         if fsync == "interval":

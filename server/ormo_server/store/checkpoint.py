@@ -126,7 +126,7 @@ def has_files(directory: Path) -> bool:
 
 
 def unsound(taken: Snapshot, manifest: Manifest) -> str:
-    """Names of what can't be kept of a state: tensors, and counters, with NaN or infinity; empty if all can be."""
+    """Names of the tensors of a state that can't be kept, for NaN or infinity in them; empty if all can be."""
     tensors = taken.tensors
     model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(manifest)
     bad = non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
