@@ -233,6 +233,30 @@ def test_files_of_an_earlier_server_go_and_their_numbers_are_not_used_again(tmp_
     assert names(tmp_path) == ["gradients-00000006.bin", "inputs-00000009.log"]
 
 
+def test_a_mark_goes_with_the_logs_of_its_server(tmp_path: Path) -> None:
+    for number in (1, 3):
+        journal = journal_in(tmp_path)
+        steps(recorded(run_of(), journal))
+        journal.begin_log()
+        journal.settle(journal.position)
+        journal.forget_before(journal.log)
+        journal.close()
+        assert [path.name for path in tmp_path.glob("acknowledged-*")] == [f"acknowledged-{number:08d}"]
+
+
+def test_a_number_that_a_mark_knows_is_not_used_again(tmp_path: Path) -> None:
+    """Else it would tell of lines that the new log never had."""
+    journal = journal_in(tmp_path)
+    steps(recorded(run_of(), journal))
+    journal.settle(journal.position)
+    journal.close()
+    for path in tmp_path.glob("inputs-*"):
+        path.unlink()
+    later = journal_in(tmp_path)
+    assert later.log == 2
+    later.close()
+
+
 # Size
 
 
@@ -354,6 +378,27 @@ def test_no_room_for_a_new_log_is_waited_for(tmp_path: Path, disk: Disk) -> None
     journal.settle(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+@pytest.mark.parametrize("number", [ROOM, errno.EIO])
+def test_a_mark_that_cant_be_written_says_less_and_stops_nobody(tmp_path: Path, disk: Disk, number: int) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    steps(driver)
+    disk.fail("pwrite", "mark", number)
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_a_journal_that_cant_begin_leaves_no_log(tmp_path: Path, disk: Disk, call: str) -> None:
+    disk.fail(call, "log" if call == "pwrite" else "directory", ROOM)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            journal_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # A broken one

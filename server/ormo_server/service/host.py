@@ -20,7 +20,7 @@ from ormo_server.core import memory, snapshot
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Journal, NoJournal, next_log, told_since
+from ormo_server.journal import Journal, NoJournal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.engine import Engine
@@ -145,12 +145,11 @@ class RunHost:
         if checkpoint is not None:
             self._restore(checkpoint)
             return
-        told = told_since(self._journal_directory)
-        if told:
+        if is_journal(self._journal_directory) or told_since(self._journal_directory):
             raise StoreError(
                 f"{self.settings.directory} has a journal, and its checkpoint is missing, so that no run can go on: "
-                "bring that checkpoint back from a backup, or choose another --directory for a new run. As it is "
-                f"{told}; nothing was changed"
+                "bring that checkpoint back from a backup, or choose another --directory for a new run; nothing was "
+                f"changed ({told_since(self._journal_directory)})"
             )
         if self.settings.model is not None:
             self._load(self.settings.model)
