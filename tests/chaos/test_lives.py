@@ -145,9 +145,9 @@ def damage_a_file(archive: Path) -> None:
 
 
 PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a line dropped": (drop_a_line, "acknowledged entries lost"),
+    "a line dropped": (drop_a_line, "acknowledged entries"),
     "the end of a log dropped": (drop_the_last_lines, "differ from what the files before it lead to"),
-    "a line doubled": (double_a_line, "acknowledged entries lost"),
+    "a line doubled": (double_a_line, "acknowledged entries"),
     # A replay takes the bucket from the ticket that it has itself, and sees nothing.
     "another bucket": (file_elsewhere, "and the closed form of the journal's lines"),
     "a log removed": (remove_a_log, "the journal is not whole"),

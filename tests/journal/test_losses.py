@@ -133,7 +133,7 @@ def test_what_was_acknowledged_and_is_missing_is_told(tmp_path: Path, damage: Da
     damage(story)
     reading = story.read()
     assert (reading.records, reading.torn, reading.doubled) == (used, False, False)
-    assert f"acknowledged entries lost: at least {LINES - used}" in reading.lost
+    assert f"at least {LINES - used} acknowledged entries" in reading.lost
 
 
 @pytest.mark.parametrize(("damage", "used"), DAMAGES.values(), ids=DAMAGES.keys())
@@ -161,7 +161,7 @@ def test_without_the_mark_each_line_says_it_for_those_before(tmp_path: Path, tol
     (tmp_path / "acknowledged-00000001").unlink()
     damage, used = DAMAGES["a line in the middle is flipped"]
     damage(story)
-    assert f"acknowledged entries lost: at least {told - used}" in story.read().lost
+    assert f"at least {told - used} acknowledged entries" in story.read().lost
 
 
 def test_lines_that_hang_together_need_no_opening(tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ def test_what_a_later_server_was_told_of_follows_its_own_checkpoint_only(tmp_pat
     reading = story.read()
     assert reading.records == LINES
     assert f"line 0 of {log_path(tmp_path, SECOND + 1)} does not follow the one before" in reading.lost
-    assert "acknowledged entries lost: at least 2" in reading.lost
+    assert "at least 2 acknowledged entries" in reading.lost
 
 
 def test_a_journal_says_what_would_be_lost_with_it(tmp_path: Path) -> None:
     Story(tmp_path)
-    assert told_since(tmp_path).startswith(f"acknowledged entries lost: at least {LINES}")
+    assert told_since(tmp_path).startswith(f"at least {LINES} acknowledged entries")
     assert told_since(tmp_path).endswith("pushes among them that can still be read: 4 of 'a'")
-    assert told_since(tmp_path, SECOND).startswith("acknowledged entries lost: at least 5")
+    assert told_since(tmp_path, SECOND).startswith("at least 5 acknowledged entries")
     assert told_since(tmp_path, SECOND + 1) == ""
     assert told_since(tmp_path / "not there") == ""
     assert is_journal(tmp_path)
@@ -264,17 +264,17 @@ def test_a_journal_without_a_chain_is_read_as_before(tmp_path: Path) -> None:
         (
             change(SECOND, lambda lines: [*lines[:2], flipped(lines[2]), *lines[3:]]),
             8,
-            "acknowledged entries lost: at least 2",
+            "at least 2 acknowledged entries",
         ),
         (
             change(FIRST, lambda lines: [*lines[:2], flipped(lines[2]), *lines[3:]]),
             2,
-            "acknowledged entries lost: at least 8",
+            "at least 8 acknowledged entries",
         ),
         (
             lambda story: log_path(story.directory, FIRST).unlink(),
             0,
-            "inputs-00000002.log of .* is missing: acknowledged entries lost",
+            "inputs-00000002.log of .* is missing, with at least 4 acknowledged",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, cap
     with crashing(tmp_path) as again:
         assert again.host.engine.position()[1] == 0
         assert "inputs-00000001.log of" in caplog.text
-        assert "is missing: acknowledged entries lost: at least 32" in caplog.text
+        assert "is missing, with at least 32 acknowledged entries" in caplog.text
     (kept,) = tmp_path.glob("journal-damaged-*")
     damaged = kept / newest.name
     assert (damaged / "state.safetensors").exists()
@@ -166,7 +166,9 @@ def test_no_new_run_begins_where_a_journal_has_lost_its_checkpoints(tmp_path: Pa
     for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "latest"):
         path.rename(tmp_path / f"moved-{path.name}")
     before = content(tmp_path / "journal")
-    with pytest.raises(StoreError, match=r"its checkpoint is missing.* at least 16, .*3 of 'anna', 3 of 'bert'"):
+    with pytest.raises(
+        StoreError, match=r"has a journal of at least 16 acknowledged entries, .*3 of 'anna', 3 of 'bert', and the ch"
+    ):
         Server(settings(tmp_path, **JOURNALED | {"journal": journal}))
     assert content(tmp_path / "journal") == before
 
@@ -187,7 +189,7 @@ def test_a_journal_whose_checkpoint_is_missing_is_kept_where_an_older_run_had_no
     before = content(tmp_path / "journal")
     with crashing(tmp_path) as again, connected(again) as stub:
         assert again.host.engine.position()[1] == 6
-        assert "follows a checkpoint that is not there: acknowledged entries lost: at least 16" in caplog.text
+        assert "follows a checkpoint that is not there; lost: at least 16 acknowledged entries" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused):
             anna.push(payload(SMALL, 1.0))

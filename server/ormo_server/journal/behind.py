@@ -60,4 +60,4 @@ class Behind:
         pushes = Counter(worker for place, worker in self._pushes if used < place <= last)
         among = ", ".join(f"{number:,} of {worker!r}" for worker, number in sorted(pushes.items()))
         known = f", pushes among them that can still be read: {among}" if among else ""
-        return f"acknowledged entries lost: at least {max(count, 1):,}{known}"
+        return f"at least {max(count, 1):,} acknowledged entries{known}"

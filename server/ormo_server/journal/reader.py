@@ -103,9 +103,9 @@ class Reading:
             behind.add(log, number, raw)
         if not log_path(self.directory, self.first).exists():
             where = f"inputs-{self.first:08d}.log of {self.directory} is missing"
-            self.lost = f"{where}: {behind.lost}" if behind.lost else where
+            self.lost = f"{where}, with {behind.lost or 'all that it said'}"
         elif behind.lost:
-            self.lost = f"{where}: {behind.lost}"
+            self.lost = f"{where}; lost: {behind.lost}"
         else:
             self.torn, self.doubled = behind.anything and not behind.doubled, behind.doubled
 

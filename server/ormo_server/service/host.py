@@ -145,11 +145,12 @@ class RunHost:
         if checkpoint is not None:
             self._restore(checkpoint)
             return
-        if is_journal(self._journal_directory) or told_since(self._journal_directory):
+        told = told_since(self._journal_directory)
+        if told or is_journal(self._journal_directory):
             raise StoreError(
-                f"{self.settings.directory} has a journal, and its checkpoint is missing, so that no run can go on: "
-                "bring that checkpoint back from a backup, or choose another --directory for a new run; nothing was "
-                f"changed ({told_since(self._journal_directory)})"
+                f"{self.settings.directory} has a journal of {told or 'a run'}, and the checkpoint that it follows is "
+                "missing: bring that one back from a backup, or choose another --directory for a new run; nothing was "
+                "changed"
             )
         if self.settings.model is not None:
             self._load(self.settings.model)

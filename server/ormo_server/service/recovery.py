@@ -57,7 +57,7 @@ def recovered(
     if first is None or not checkpoint.settings.get("journal", True):
         # Who wrote it kept no journal. Files of an earlier one may be left, which it tells by a number.
         told = told_since(journal, first or 0)
-        damage = f"{journal} follows a checkpoint that is not there: {told}" if told else ""
+        damage = f"{journal} follows a checkpoint that is not there; lost: {told}" if told else ""
         return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, checkpoint.drained and not told, damage)
     if newer_lost and is_journal(journal) and not is_chained(journal, first):
         damage = f"the checkpoint that {journal} begins with is not whole"  # or it is: such logs do not tell
