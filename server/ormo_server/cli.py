@@ -142,7 +142,9 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         engine = server.host.engine
         if engine.broken.is_set():
             why = engine.why_broken
-            log.critical("the state is broken (%s): stopping; a restart goes back to the newest sound one", why)
+            log.critical(
+                "the state is broken, or can't be kept (%s): stopping; a restart goes on from the newest sound one", why
+            )
             server.close()
             return 1
         if engine.finished.is_set() and not checkpointed_end:

@@ -75,8 +75,8 @@ def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], appli
                 replay(machine, _noted(reading, machine, applied), checkpoint.clock_seconds)
             except StoreError as error:
                 evidence.differences.append(f"{where}: {error}")
-        if reading.lost or (reading.torn and following is not None):
-            evidence.differences.append(f"{where}: the journal is not whole: {reading.lost or 'torn'}")
+        if reading.lost or reading.doubled or (reading.torn and following is not None):
+            evidence.differences.append(f"{where}: the journal is not whole: {reading.lost or 'torn, or doubled'}")
         if following is not None:
             _compare(evidence, where, snapshot.take(machine), following.snapshot)
     return machine

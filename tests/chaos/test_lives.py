@@ -1,7 +1,6 @@
 """What is planted in the files of a run is found by whoever reads them, and nothing in an untouched one."""
 
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from chaos.lives import read_lives
 from chaos.loads import MARKS, manifest_of
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_server.journal.chain import End, chained, opening, parsed
 from ormo_server.service.server import Server
 from service.wire import WireWorker, connected, served
 from store.building import reseal
@@ -100,10 +100,13 @@ def double_a_line(archive: Path) -> None:
 
 def file_elsewhere(archive: Path) -> None:
     def moved(lines: list[bytes]) -> list[bytes]:
-        record = json.loads(lines[a_push(lines)][9:])
+        before = parsed(lines[0], 0)
+        assert isinstance(before, End)
+        texts = [line[line.index(b"{") : -1] for line in lines[1:]]
+        record = json.loads(texts[a_push(texts)])
         record["input"]["bucket"] -= 1
-        text = json.dumps(record, separators=(",", ":")).encode()
-        return [b"%08x %s\n" % (zlib.crc32(text), text) if at == a_push(lines) else x for at, x in enumerate(lines)]
+        texts[a_push(texts)] = json.dumps(record, separators=(",", ":")).encode()
+        return [opening(before), chained(before.turned_over(), texts)[0]]
 
     rewrite(whole_logs(archive)[3], moved)
 
@@ -142,9 +145,9 @@ def damage_a_file(archive: Path) -> None:
 
 
 PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a line dropped": (drop_a_line, "can't be done again as it was"),
+    "a line dropped": (drop_a_line, "acknowledged entries"),
     "the end of a log dropped": (drop_the_last_lines, "differ from what the files before it lead to"),
-    "a line doubled": (double_a_line, "can't be done again as it was"),
+    "a line doubled": (double_a_line, "acknowledged entries"),
     # A replay takes the bucket from the ticket that it has itself, and sees nothing.
     "another bucket": (file_elsewhere, "and the closed form of the journal's lines"),
     "a log removed": (remove_a_log, "the journal is not whole"),

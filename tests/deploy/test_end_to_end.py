@@ -5,6 +5,7 @@ All durations of the shipped rules, and those of scraping, are divided by `FACTO
 
 import math
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -144,13 +145,12 @@ def test_killed_worker_fires_and_its_return_resolves_it(run: Run, watched: Prome
 
 
 def test_disk_that_takes_no_checkpoint_fires_and_resolves_when_it_does_again(run: Run, watched: Prometheus) -> None:
-    directory = run.stage.folder / "run"
-    aside = directory.rename(directory.with_name("aside"))
-    directory.write_text("")  # where the directory was there is a file now
+    server = run.server.process.pid
+    limits = resource.prlimit(server, resource.RLIMIT_FSIZE)
+    resource.prlimit(server, resource.RLIMIT_FSIZE, (0, limits[1]))  # not a byte into any file
     until_firing(watched, run.instance, "OrmoCheckpointFailing", "OrmoCheckpointTooOld")
     assert run.stage.status().phase == run.stage.status().PHASE_TRAINING
-    directory.unlink()
-    aside.rename(directory)
+    resource.prlimit(server, resource.RLIMIT_FSIZE, limits)
     until_resolved(watched, run.instance, "OrmoCheckpointFailing", "OrmoCheckpointTooOld")
 
 

@@ -14,6 +14,7 @@ from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, reco
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, replay
+from ormo_server.journal.chain import End, chained, opening
 from ormo_server.journal.records import gradients_path, log_path
 from ormo_server.store import StoreError
 
@@ -28,6 +29,10 @@ def recording() -> tuple[Snapshot, bytes, bytes]:
         journal = journal_in(Path(folder))
         driver = recorded(RUN, journal)
         taken, log = checkpoint(driver)
+        take = driver.machine.listener
+        assert take is not None
+        # Each line says that those before it were acknowledged.
+        driver.machine.listener = lambda taken: (take(taken), journal.settle(journal.position))[1]
         _a_story(driver)
         journal.settle(journal.position)
         journal.close()
@@ -49,24 +54,31 @@ def _a_story(driver: Driver) -> None:
 
 
 def sealed(text: bytes) -> bytes:
-    """A line with a checksum that fits."""
+    """A line of an older server, with a checksum that fits."""
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def files(fuzzed: bytes) -> tuple[bytes, bytes]:
-    """The log and the gradients; a first byte above 127 says that the lines are given without their checksums."""
+    """The log and the gradients.
+
+    A first byte above 127 says that the lines are given without what hangs them together: above 191 they get the chain,
+    else the checksums of older servers.
+    """
     script = Script(fuzzed)
     choice = script.number()
     if choice == 0:
         return script.rest(), b""
     _, log, gradients = recording()
     body = script.rest()
+    if choice >= 192:
+        lines, _ = chained(End(2, 0, 7), body.split(b"\n"))
+        return opening(End(1, 0, 7)) + lines, gradients
     if choice >= 128:
         return b"".join(sealed(line) for line in body.split(b"\n")), gradients
     if choice >= 64:
         return log, body
-    lines = log.splitlines(keepends=True)
-    return b"".join(lines[: choice % len(lines)]) + body, gradients
+    whole = log.splitlines(keepends=True)
+    return b"".join(whole[: choice % len(whole)]) + body, gradients
 
 
 def check(fuzzed: bytes) -> str:
@@ -84,9 +96,9 @@ def check(fuzzed: bytes) -> str:
         except StoreError:
             return "error"
     assert reading.records <= log.count(b"\n")
-    assert not (reading.torn and reading.lost)
+    assert reading.torn + reading.doubled + bool(reading.lost) <= 1
     fingerprint(machine)
-    return "lost" if reading.lost else "torn" if reading.torn else "whole"
+    return "lost" if reading.lost else "torn" if reading.torn else "doubled" if reading.doubled else "whole"
 
 
 def seeds() -> Iterator[bytes]:
@@ -96,7 +108,14 @@ def seeds() -> Iterator[bytes]:
     yield b"\x05" + log
     yield b"\x40" + gradients
     yield b"\x40" + gradients[:-1]
-    texts = [line[9:-1] for line in log.splitlines(keepends=True)]
+    lines = log.splitlines(keepends=True)
+    yield b"\x05" + b"".join(lines[6:])
+    yield b"\x05" + b"".join(lines[5:])
+    yield b"\x05" + b"".join([*lines[5:], lines[-1]])
+    yield b"\x05" + b"".join([*lines[5:], b"torn"])
+    texts = [line[line.index(b"{") : -1] for line in log.splitlines(keepends=True)[1:]]
     yield b"\x80" + b"\n".join(texts)
+    yield b"\xc0" + b"\n".join(texts)
     for text in texts:
         yield b"\x80" + texts[0] + b"\n" + text
+        yield b"\xc0" + texts[0] + b"\n" + text

@@ -22,7 +22,13 @@ ROOM = errno.ENOSPC
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    """Of logs and gradients."""
+    return sorted(path.name for path in directory.iterdir() if path.suffix)
+
+
+def bytes_in(directory: Path) -> int:
+    """Of logs and gradients."""
+    return sum(path.stat().st_size for path in directory.iterdir() if path.suffix)
 
 
 def steps(driver: Driver, count: int = 3) -> None:
@@ -36,7 +42,8 @@ def steps(driver: Driver, count: int = 3) -> None:
 
 def kind_of(descriptor: int) -> str:
     kinds = {".log": "log", ".bin": "gradients"}
-    return kinds.get(Path(f"/proc/self/fd/{descriptor}").readlink().suffix, "directory")
+    path = Path(f"/proc/self/fd/{descriptor}").readlink()
+    return "mark" if path.name.startswith("acknowledged-") else kinds.get(path.suffix, "directory")
 
 
 class Disk:
@@ -95,7 +102,12 @@ def test_a_gradient_is_on_the_disk_before_its_line_and_its_line_before_the_answe
     steps(driver, 1)
     assert disk.calls == [("pwrite", "gradients")]
     journal.settle(journal.position)
-    assert disk.calls[1:] == [("fdatasync", "gradients"), ("pwrite", "log"), ("fsync", "log")]
+    assert disk.calls[1:] == [
+        ("fdatasync", "gradients"),
+        ("pwrite", "log"),
+        ("fsync", "log"),
+        ("pwrite", "mark"),  # which nobody waits for
+    ]
 
 
 def test_without_fsync_an_answer_waits_for_the_write_alone(tmp_path: Path, disk: Disk) -> None:
@@ -104,7 +116,7 @@ def test_without_fsync_an_answer_waits_for_the_write_alone(tmp_path: Path, disk:
     disk.calls.clear()
     steps(driver, 1)
     journal.settle(journal.position)
-    assert disk.calls == [("fsync", "directory"), ("pwrite", "gradients"), ("pwrite", "log")]
+    assert disk.calls == [("fsync", "directory"), ("pwrite", "gradients"), ("pwrite", "log"), ("pwrite", "mark")]
 
 
 def test_with_an_interval_all_of_it_is_on_the_disk_soon(
@@ -177,7 +189,7 @@ def test_a_checkpoint_takes_away_what_it_holds(tmp_path: Path) -> None:
     ]
     journal.forget_before(log)
     assert names(tmp_path) == ["gradients-00000002.bin", "inputs-00000002.log"]
-    assert journal.size_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert journal.size_bytes == bytes_in(tmp_path)
 
 
 def test_a_gradient_that_is_not_taken_yet_keeps_its_file(tmp_path: Path) -> None:
@@ -224,6 +236,30 @@ def test_files_of_an_earlier_server_go_and_their_numbers_are_not_used_again(tmp_
     assert names(tmp_path) == ["gradients-00000006.bin", "inputs-00000009.log"]
 
 
+def test_a_mark_goes_with_the_logs_of_its_server(tmp_path: Path) -> None:
+    for number in (1, 3):
+        journal = journal_in(tmp_path)
+        steps(recorded(run_of(), journal))
+        journal.begin_log()
+        journal.settle(journal.position)
+        journal.forget_before(journal.log)
+        journal.close()
+        assert [path.name for path in tmp_path.glob("acknowledged-*")] == [f"acknowledged-{number:08d}"]
+
+
+def test_a_number_that_a_mark_knows_is_not_used_again(tmp_path: Path) -> None:
+    """Else it would tell of lines that the new log never had."""
+    journal = journal_in(tmp_path)
+    steps(recorded(run_of(), journal))
+    journal.settle(journal.position)
+    journal.close()
+    for path in tmp_path.glob("inputs-*"):
+        path.unlink()
+    later = journal_in(tmp_path)
+    assert later.log == 2
+    later.close()
+
+
 # Size
 
 
@@ -258,8 +294,7 @@ def test_its_size_is_that_of_all_its_logs_while_no_checkpoint_can_be_written(tmp
 
     with pytest.raises(DiskFull):
         go_on()
-    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert 4000 < on_disk == journal.size_bytes < 6000
+    assert 4000 < bytes_in(tmp_path) == journal.size_bytes < 6000
 
 
 def test_a_checkpoint_is_due_after_many_entries_however_small_they_are(
@@ -346,6 +381,27 @@ def test_no_room_for_a_new_log_is_waited_for(tmp_path: Path, disk: Disk) -> None
     journal.settle(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
+
+
+@pytest.mark.parametrize("number", [ROOM, errno.EIO])
+def test_a_mark_that_cant_be_written_says_less_and_stops_nobody(tmp_path: Path, disk: Disk, number: int) -> None:
+    journal = journal_in(tmp_path, "always")
+    driver = recorded(run_of(), journal)
+    taken, log = checkpoint(driver)
+    steps(driver)
+    disk.fail("pwrite", "mark", number)
+    journal.settle(journal.position)
+    machine, reading = replayed(run_of(), taken, tmp_path, log)
+    assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_a_journal_that_cant_begin_leaves_no_log(tmp_path: Path, disk: Disk, call: str) -> None:
+    disk.fail(call, "log" if call == "pwrite" else "directory", ROOM)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            journal_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Too few descriptors

@@ -1,16 +1,22 @@
 """Checkpoints beside a journal: who waits for them, what may follow them, and what becomes of damaged ones."""
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ormo_server.core.errors import NormTooLarge
+from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.rules import UpdateRule
+from ormo_server.core.state import PushResult
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal.records import log_path
 from ormo_server.service.server import Server
 from ormo_server.store import StoreError
 from service.crashing import JOURNALED, crashing, everything, trained
-from service.wire import SMALL, WireWorker, connected, payload, settings
+from service.wire import SMALL, Refused, WireWorker, connected, payload, settings
 
 
 def checkpoint_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Thread, threading.Event]:
@@ -77,6 +83,9 @@ def test_after_a_drain_no_checkpoint_voids_what_it_kept(tmp_path: Path) -> None:
         assert anna.push(payload(SMALL, 1.0)).iteration.number == 7
 
 
+# What of them is there at a start
+
+
 def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with crashing(tmp_path) as server:
         trained(server)
@@ -85,43 +94,241 @@ def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, cap
         before = everything(server)
     sound = {path.name: path.read_bytes() for path in (tmp_path / "latest").iterdir()}
     newest = (tmp_path / "latest").resolve()
-    (newest / "model.safetensors").write_bytes(sound["model.safetensors"][:-1] + b"#")
-    journal = {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()}
+    damage(newest / "state.safetensors")
+    journal = content(tmp_path / "journal")
     with crashing(tmp_path) as again:
         assert again.host.engine.position()[1] == 0
-        assert "begins with is not whole" in caplog.text
+        assert "inputs-00000001.log of" in caplog.text
+        assert "is missing, with at least 32 acknowledged entries" in caplog.text
     (kept,) = tmp_path.glob("journal-damaged-*")
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == journal
+    damaged = kept / newest.name
+    assert (damaged / "state.safetensors").exists()
+    damaged.rename(tmp_path / "damaged")
+    assert content(kept) == journal
     # With the checkpoint from a backup, and the journal that was kept, nothing is lost after all.
     other = tmp_path / "other"
     other.mkdir()
     kept.rename(other / "journal")
     (other / newest.name).mkdir()
-    for name, content in sound.items():
-        (other / newest.name / name).write_bytes(content)
+    for name, data in sound.items():
+        (other / newest.name / name).write_bytes(data)
     with crashing(other) as whole:
         assert everything(whole) == before
 
 
-def test_a_model_that_has_diverged_replaces_no_checkpoint_and_the_way_back_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"#")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_one_before_will_do_as_long_as_the_journal_since_then_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(UpdateRule, "stays_finite", lambda *_: True)  # as an earlier version had it
-    huge = {"method": "asgd", "momentum": 0.0, "learning_rate": 1.0}
-    with crashing(tmp_path, **huge) as server, connected(server) as stub:
+    """A kill right after a checkpoint, and that one is damaged."""
+    with crashing(tmp_path) as server:
+        trained(server)
+        monkeypatch.setattr(server.host._journal, "forget_before", lambda log: None)
+        assert server.host.checkpoint()
+        trained(server)
+        before = everything(server)
+    damage((tmp_path / "latest").resolve() / "state.safetensors")
+    with crashing(tmp_path) as again:
+        assert everything(again) == before
+        assert "what came after it is lost if no journal has it" in caplog.text
+        assert "all tickets are void" not in caplog.text
+    assert not list(tmp_path.glob("journal-damaged-*"))
+
+
+@pytest.mark.parametrize("stray", ["a model that is damaged", "a folder without files"])
+def test_what_no_start_needs_sets_nothing_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, stray: str) -> None:
+    with crashing(tmp_path) as server:
+        trained(server)
+        assert server.host.checkpoint()
+        trained(server)
+        before = everything(server)
+    if stray == "a model that is damaged":
+        damage((tmp_path / "latest").resolve() / "model.safetensors")
+    else:
+        (tmp_path / "checkpoint-99999999-iteration-5").mkdir()
+    with crashing(tmp_path) as again:
+        assert everything(again) == before
+        assert "ERROR" not in caplog.text
+        assert (tmp_path / "latest").resolve().name == "checkpoint-00000003-iteration-12"
+    assert not list(tmp_path.glob("journal-damaged-*"))
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_no_new_run_begins_where_a_journal_has_lost_its_checkpoints(tmp_path: Path, journal: bool) -> None:
+    with crashing(tmp_path) as server:
+        trained(server)
+    for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "latest"):
+        path.rename(tmp_path / f"moved-{path.name}")
+    before = content(tmp_path / "journal")
+    with pytest.raises(
+        StoreError, match=r"has a journal of at least 16 acknowledged entries, .*3 of 'anna', 3 of 'bert', and the ch"
+    ):
+        Server(settings(tmp_path, **JOURNALED | {"journal": journal}))
+    assert content(tmp_path / "journal") == before
+
+
+def test_a_journal_whose_checkpoint_is_missing_is_kept_where_an_older_run_had_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with crashing(tmp_path, journal=False) as server:
+        trained(server)
+        assert server.drain()
+    first = (tmp_path / "latest").resolve()
+    with crashing(tmp_path) as server:
+        anna = trained(server)[0]
+    for path in tmp_path.glob("checkpoint-*"):
+        if path.name > first.name:
+            path.rename(tmp_path / f"moved-{path.name}")
+    (tmp_path / "latest").unlink()
+    before = content(tmp_path / "journal")
+    with crashing(tmp_path) as again, connected(again) as stub:
+        assert again.host.engine.position()[1] == 6
+        assert "follows a checkpoint that is not there; lost: at least 16 acknowledged entries" in caplog.text
+        anna.stub = stub
+        with pytest.raises(Refused):
+            anna.push(payload(SMALL, 1.0))
+    (kept,) = tmp_path.glob("journal-damaged-*")
+    assert content(kept) == before
+
+
+def test_a_journal_that_a_run_without_one_could_not_remove_is_known_to_be_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with crashing(tmp_path) as server:
+        trained(server)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", _refuse)
+        with crashing(tmp_path, journal=False) as without:
+            trained(without)
+            assert without.host.checkpoint()
+            before = everything(without)
+    assert list((tmp_path / "journal").iterdir())
+    caplog.clear()
+    with crashing(tmp_path, journal=False) as again:
+        assert everything(again)[1] == before[1]
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+        assert not (tmp_path / "journal").exists()
+
+
+def _refuse(path: Path) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with crashing(tmp_path) as server:
+        anna = trained(server)[0]
+        before = everything(server)
+    log = log_path(tmp_path / "journal", 1)
+    log.write_bytes(log.read_bytes() + b"".join(log.read_bytes().splitlines(keepends=True)[-2:]))
+    with crashing(tmp_path) as again, connected(again) as stub:
+        assert everything(again) == before
+        anna.stub = stub
+        assert not anna.push(payload(SMALL, 1.0)).refusal
+        assert "stand behind its end once more: all that was acknowledged comes before them" in caplog.text
+    assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
+
+
+# A model that has diverged
+
+HUGE: dict[str, Any] = {"method": "asgd", "momentum": 0.0, "learning_rate": 1.0}
+
+
+def diverged(directory: Path) -> WireWorker:
+    """As servers of before let it: the fourth gradient made the parameters infinite, and training went on."""
+    with crashing(directory, **HUGE) as server, connected(server) as stub:
+        anna, bad = (WireWorker(stub, name, start=1.0) for name in ("anna", "bad"))
+        anna.join()
+        bad.join()
+        huge = payload(SMALL, 0.0)
+        huge.parameters.fill_(3e38)
+        for worker, gradient in (
+            (anna, payload(SMALL, 1.0)),
+            (anna, payload(SMALL, 1.0)),
+            (bad, huge),
+            (bad, huge),
+            (anna, payload(SMALL, 1.0)),
+        ):
+            worker.pull()
+            with server.host.engine.inspect() as machine:
+                requester = Requester(worker.name, worker.incarnation, 0, worker.request + 1)
+                worker.request += 1
+                stored = server.host.engine._journal.store(gradient)
+                server.host.engine._journal.announce(stored)
+                assert worker.ticket is not None
+                key = (worker.ticket.epoch, worker.ticket.number)
+                machine.push(server.host.clock(), requester, Gradient(key, gradient.parameters))
+        server.host.engine.settle_all()
+        anna.pull()
+        assert not server.host.checkpoint()
+        return anna
+
+
+def test_a_state_that_is_not_finite_is_undone_up_to_the_gradient_that_made_it_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    anna = diverged(tmp_path)
+    before = content(tmp_path / "journal")
+    with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
+        assert again.host.engine.position()[1] == 3
+        assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
+        assert "goes on from before it, at iteration 3" in caplog.text
+        anna.stub = stub
+        with pytest.raises(Refused, match="TICKET_UNKNOWN"):
+            anna.push(payload(SMALL, 1.0))
+        anna.pull()
+        assert anna.push(payload(SMALL, 1.0)).iteration.number == 4
+        after = everything(again)
+    (kept,) = tmp_path.glob("journal-damaged-*")
+    assert content(kept) == before
+    with crashing(tmp_path, **HUGE) as whole:
+        assert everything(whole) == after
+
+
+def test_a_gradient_that_would_be_refused_today_is_where_a_replay_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diverged(tmp_path)
+    real = StateMachine.push
+
+    def careful(self: StateMachine, now: float, requester: Requester, gradient: Gradient) -> PushResult:
+        if gradient.values.max() > 1e38:
+            raise NormTooLarge("too large", worker=requester.worker)
+        return real(self, now, requester, gradient)
+
+    monkeypatch.setattr(StateMachine, "push", careful)
+    with crashing(tmp_path, **HUGE) as again:
+        assert again.host.engine.position()[1] == 2
+        assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["in the journal", "in the checkpoint"])
+def test_a_learning_rate_that_no_operator_may_set_today_is_where_a_replay_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    with crashing(tmp_path, **HUGE) as server, connected(server) as stub, monkeypatch.context() as earlier:
+        earlier.setattr("ormo_server.core.schedule.HIGHEST", 1e300)
+        earlier.setattr(UpdateRule, "stays_finite", lambda *_: True)
         anna = WireWorker(stub, "anna", start=1.0)
         anna.join()
         anna.pull()
         anna.push(payload(SMALL, 1.0))
-        assert server.host.checkpoint()
-        large = payload(SMALL, 0.0)
-        large.parameters.fill_(3e38)
-        for _ in range(2):
-            anna.pull()
-            anna.push(large)
-        assert not server.host.checkpoint()
-    with pytest.raises(StoreError, match=r"NaN or infinite.*/journal: to go on from the checkpoint alone, move that"):
-        Server(settings(tmp_path, **JOURNALED | huge))
-    (tmp_path / "journal").rename(tmp_path / "moved")
-    with crashing(tmp_path, **huge) as again:
+        server.host.engine.set_learning_rate(1e30)
+        if kept == "in the checkpoint":
+            assert server.host.checkpoint()
+        anna.pull()
+        anna.push(payload(SMALL, 0.0))
+    with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
         assert again.host.engine.position()[1] == 1
+        culprit = "the learning rate 1e+30" if kept == "in the journal" else "the gradient of worker 'anna'"
+        assert f"{culprit}, led to NaN or infinite values, or might have" in caplog.text
+        anna.stub = stub
+        anna.pull()
+        assert anna.push(payload(SMALL, 1.0)).learning_rate == 1.0
+    assert len(list(tmp_path.glob("journal-damaged-*"))) == 1

@@ -89,7 +89,7 @@ def test_a_server_that_stops_or_is_closed_is_not_ready(tmp_path: Path) -> None:
         with grpc.insecure_channel(server.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             assert health.Check(asked).status == health_pb2.HealthCheckResponse.SERVING
-            server._stop_serving()
+            server._stop_serving("the test")
             assert health.Check(asked).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -120,9 +120,7 @@ def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tm
         assert process.stderr is not None
         critical = [line for line in process.stderr if " CRITICAL " in line]
         assert len(critical) == 1
-        assert (
-            "the state is broken (the model has NaN or infinite values): stopping; a restart goes back" in critical[0]
-        )
+        assert "can't be kept (the model has NaN or infinite values): stopping; a restart goes on" in critical[0]
     with start() as again:
         worker = worker_of(again, channels)
         assert worker.push(payload(SMALL, 1.0)).iteration.number == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ormo_server.store import CheckpointStore, StoreError
 from store.building import at, iterations, reseal
@@ -67,15 +68,18 @@ def document(**changes: object) -> Damage:
     return damage
 
 
+def poison(directory: Path) -> None:
+    tensors = load_file(directory / "state.safetensors")
+    tensors["rule.momentum"][0] = float("nan")
+    save_file(tensors, directory / "state.safetensors")
+
+
 DAMAGES = {
     "a tensor file cut short": (truncate("state.safetensors"), "state.safetensors has the SHA-256"),
-    "a model file cut short": (truncate("model.safetensors"), "model.safetensors has the SHA-256"),
     "a flipped bit in the state": (flip_a_bit("state.safetensors"), "state.safetensors has the SHA-256"),
-    "a flipped bit in the model": (flip_a_bit("model.safetensors"), "model.safetensors has the SHA-256"),
     "a flipped bit in the JSON": (flip_a_bit("checkpoint.json"), "checkpoint.json has the SHA-256"),
     "a flipped bit in the sums": (flip_a_bit("SHA256SUMS"), "SHA256SUMS is malformed"),
     "no state": (remove("state.safetensors"), "state.safetensors is missing"),
-    "no model": (remove("model.safetensors"), "model.safetensors is missing"),
     "no JSON": (remove("checkpoint.json"), "checkpoint.json is missing"),
     "no sums": (remove("SHA256SUMS"), "SHA256SUMS is missing"),
     "empty JSON": (empty("checkpoint.json"), "checkpoint.json has the SHA-256"),
@@ -85,6 +89,7 @@ DAMAGES = {
     "an unknown version": (sealed(document(format_version=99)), "has format version 99, and this server reads 1"),
     "an unknown field": (sealed(document(surprise=1)), "checkpoint.json is malformed"),
     "a manifest that contradicts itself": (sealed(document(manifest=[])), "checkpoint.json is malformed"),
+    "NaN in the state": (sealed(poison), "state.safetensors has NaN or infinite values in 'rule.momentum'"),
     "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is no whole safetensors file"),
 }
 
@@ -112,7 +117,7 @@ def test_if_all_are_corrupt_no_new_run_is_started(tmp_path: Path, damage: Damage
         damage(store.write(at(iteration)))
     with pytest.raises(StoreError) as caught:
         store.newest()
-    assert "none of the 2 checkpoints" in str(caught.value)
+    assert "none of the checkpoints" in str(caught.value)
     assert told in str(caught.value)
 
 
@@ -140,9 +145,78 @@ def test_corrupt_ones_do_not_count_among_those_kept_and_go_with_their_elders(tmp
 def test_a_corrupt_one_is_neither_changed_nor_removed_by_reading(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     remove("checkpoint.json")(store.write(at(2)))
-    with pytest.raises(StoreError, match="or move them away to start a new run"):
+    with pytest.raises(StoreError, match="or choose another --directory for a new run"):
         store.newest()
     assert iterations(store) == [2]
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate("model.safetensors"), flip_a_bit("model.safetensors"), remove("model.safetensors")]
+)
+def test_the_model_file_is_a_copy_and_nothing_is_lost_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Damage
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.write(at(1))
+    damage(store.write(at(2)))
+    newest = store.newest()
+    assert newest is not None
+    assert (newest.snapshot.fields["iteration"], newest.drained, store.newer_lost) == (2, True, False)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "nothing is lost: the state has the model too" in record.getMessage()
+
+
+def test_a_folder_without_files_is_no_checkpoint_whatever_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stray = tmp_path / "checkpoint-99999999-iteration-5"
+    (stray / "lost+found").mkdir(parents=True)
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.newest() is None
+    store.write(at(1))
+    newest = store.newest()
+    assert newest is not None
+    assert (newest.drained, store.newer_lost, caplog.records) == (True, False, [])
+    assert store.write(at(2)).name == "checkpoint-00000002-iteration-2"
+    assert stray.exists()
+
+
+def test_a_name_that_a_stray_folder_has_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000001-iteration-5" / "notes").mkdir(parents=True)
+    assert CheckpointStore(tmp_path, keep=1).write(at(5)).name == "checkpoint-00000002-iteration-5"
+
+
+def test_the_last_one_is_missed_where_latest_names_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    good, gone = store.write(at(1)), store.write(at(2))
+    gone.rename(tmp_path / "moved")
+    newest = store.newest()
+    assert newest is not None
+    assert (newest.snapshot.fields["iteration"], newest.drained, store.newer_lost) == (1, False, True)
+    assert f"{gone} is missing, and {tmp_path / 'latest'} names it as the last one; {good} is used" in caplog.text
+    assert store.write(at(1)).name == "checkpoint-00000003-iteration-1", "the missing one may come back"
+
+
+def test_no_new_run_begins_where_all_are_missing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    path = store.write(at(1))
+    path.rename(tmp_path / "moved")
+    with pytest.raises(StoreError, match=f"none of the checkpoints in .*{path.name} is missing.*from a backup"):
+        store.newest()
+
+
+def test_latest_may_be_behind(tmp_path: Path) -> None:
+    """Where it could not be pointed anew it may name one that has gone since."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.write(at(1))
+    stays = (tmp_path / "latest").readlink()
+    store.write(at(2))
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(stays)
+    newest = store.newest()
+    assert newest is not None
+    assert (newest.drained, store.newer_lost) == (True, False)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])

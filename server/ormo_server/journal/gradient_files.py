@@ -137,6 +137,18 @@ class GradientFiles:
                 if file is not self._current and not file.users and (unsynced or not file.unsynced):
                     file.writer.close()
 
+    def refuse_if_gone(self) -> None:
+        """Look whether what is stored now will be found.
+
+        Raises:
+            OSError: the file was removed, moved or replaced.
+        """
+        with self._lock:
+            current = self._current
+        # It is let go of by `let_go_before` alone, and not while it is the current one or this is called.
+        if current is not None:
+            current.writer.refuse_if_gone()
+
     def let_go_before(self, log: int) -> list[Path]:
         """The files that only older logs name, and those of earlier servers: nobody uses them any more.
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ormo_server.store.files import sync
+from ormo_server.store.files import identity, is_at, sync
 
 
 class LogFile:
@@ -13,17 +13,25 @@ class LogFile:
 
     Args:
         path: of the file, which must not exist.
+        opening: what it begins with.
 
     Attributes:
-        size_bytes: of all that was appended.
+        size_bytes: of all that is in it.
 
     Raises:
         OSError: it can't be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opening: bytes) -> None:
         self._descriptor = new_file(path)
+        self._path, self._identity = path, identity(self._descriptor)
         self.size_bytes = 0
+        try:
+            self.append(opening)
+        except OSError:
+            self.close()
+            path.unlink()
+            raise
 
     def append(self, data: bytes) -> None:
         """Write all of this, or leave the file as it was.
@@ -49,9 +57,23 @@ class LogFile:
         """
         synced(os.fsync, self._descriptor)
 
+    def refuse_if_gone(self) -> None:
+        """See `refuse_if_gone`."""
+        refuse_if_gone(self._path, self._identity)
+
     def close(self) -> None:
         """Let it go."""
         os.close(self._descriptor)
+
+
+def refuse_if_gone(path: Path, known: tuple[int, int]) -> None:
+    """Look whether what is written will be found.
+
+    Raises:
+        OSError: the file is not at this path any more: it goes as soon as this process ends, or is somewhere else.
+    """
+    if not is_at(path, known):
+        raise OSError(errno.ESTALE, f"{path} was removed, moved or replaced while this server wrote to it")
 
 
 def synced(sync: Callable[[int], None], descriptor: int) -> None:

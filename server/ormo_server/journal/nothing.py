@@ -11,12 +11,19 @@ from ormo_server.journal.records import StoredGradient
 
 
 class NoJournal:
-    """As `Journal`, and keeps nothing."""
+    """As `Journal`, and keeps nothing.
 
-    log = None
+    Args:
+        log: number that no log has; checkpoints name it as long as there are files of an earlier run's journal, which
+            are then known to be older.
+    """
+
     position = 0
     size_bytes = 0
     full = False
+
+    def __init__(self, log: int | None = None) -> None:
+        self.log = log
 
     def store(self, payload: Payload) -> StoredGradient | None: ...
 
@@ -28,7 +35,8 @@ class NoJournal:
 
     def delivered(self, slot: SlotKey, dtype: int) -> None: ...
 
-    def begin_log(self) -> None: ...
+    def begin_log(self) -> int | None:
+        return self.log
 
     def settle(self, position: int) -> None: ...
 

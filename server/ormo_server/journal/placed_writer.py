@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ormo_server.journal.log_file import new_file, synced
+from ormo_server.journal.log_file import new_file, refuse_if_gone, synced
+from ormo_server.store.files import identity
 
 _BLOCK_BYTES = mmap.PAGESIZE
 _DIRECT_BYTES = 256 << 10
@@ -35,6 +36,7 @@ class PlacedWriter:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = new_file(path)
+        self._path, self._identity = path, identity(self._descriptor)
         self._direct: int | None = None
         self._closed = False
         if _DIRECT is not None:
@@ -70,6 +72,10 @@ class PlacedWriter:
             OSError: see `synced`.
         """
         synced(os.fdatasync, self._descriptor)
+
+    def refuse_if_gone(self) -> None:
+        """See `log_file.refuse_if_gone`."""
+        refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
         """Let it go; may be called again."""

@@ -12,6 +12,7 @@ from ormo_server.trace.rows import InputRow, row_of
 
 LOG_NAME = re.compile(r"inputs-(\d{8,})\.log")
 GRADIENTS_NAME = re.compile(r"gradients-(\d{8,})\.bin")
+MARK_NAME = re.compile(r"acknowledged-(\d{8,})")
 # No line is as long: ids of workers are limited.
 LONGEST_LINE_BYTES = 1 << 16
 _CHECKSUM_DIGITS = 8
@@ -68,29 +69,43 @@ class Record(_Line):
     gradient: StoredGradient | None = None
     delivered: Delivered | None = None
 
+    @classmethod
+    def read(cls, text: bytes) -> "Record | None":
+        """The record that is written like this; None if it is none."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            return None
 
-def line_of(taken: Input | Delivered, gradient: StoredGradient | None) -> bytes:
-    """The line of an input or a delivery."""
-    record = Record(delivered=taken) if isinstance(taken, Delivered) else Record(input=row_of(taken), gradient=gradient)
-    text = record.model_dump_json(exclude_none=True).encode()
+    def text(self) -> bytes:
+        """As it is written."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+def text_of(taken: Input | Delivered, gradient: StoredGradient | None) -> bytes:
+    """What is written of an input or a delivery."""
+    if isinstance(taken, Delivered):
+        return Record(delivered=taken).text()
+    return Record(input=row_of(taken), gradient=gradient).text()
+
+
+def sealed(record: Record) -> bytes:
+    """A line of a checksum and the record."""
+    text = record.text()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def record_of(line: bytes) -> Record | None:
-    """The record of a line; None if it is not whole."""
+    """The record of such a line; None if it is not whole."""
     checksum, space, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS : _CHECKSUM_DIGITS + 1], line[9:-1]
     if not line.endswith(b"\n") or space != b" " or checksum != b"%08x" % zlib.crc32(text):
         return None
-    try:
-        return Record.model_validate_json(text)
-    except ValidationError:
-        return None
+    return Record.read(text)
 
 
-def is_journal(directory: Path, before: int | None = None) -> bool:
-    """Whether logs in this directory, or those of them before this number, say anything."""
-    logs = numbered(directory, LOG_NAME)
-    return any(path.stat().st_size for number, path in logs.items() if before is None or number < before)
+def next_log(directory: Path) -> int:
+    """A number that no log has, nor had as long as a mark of it is there."""
+    return 1 + max((*numbered(directory, LOG_NAME), *numbered(directory, MARK_NAME)), default=0)
 
 
 def log_path(directory: Path, number: int) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from ormo_protos.tensors import Payload, torch_dtype
+from ormo_server.core.errors import NonFinite, NormTooLarge, SettingsError
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import (
     Gradient,
@@ -23,6 +24,10 @@ from ormo_server.journal.records import Delivered, Record
 from ormo_server.store import StoreError
 
 
+class UnsoundRecord(StoreError):
+    """What an older server took, a gradient or a learning rate, is refused as unsound when it comes again."""
+
+
 def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None]], clock_seconds: float) -> float:
     """Give a machine the recorded inputs.
 
@@ -36,6 +41,7 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
 
     Raises:
         StoreError: an input has another outcome than it had.
+        UnsoundRecord: of an older server, which took what must not be taken.
     """
     granted: dict[SlotKey, Granted] = {}
     for number, (record, payload) in enumerate(records, start=1):
@@ -48,6 +54,8 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
             else:
                 same = _deliver(machine, granted, record.delivered)
         except Exception as error:
+            if isinstance(error, NonFinite | NormTooLarge) or isinstance(error.__cause__ or error, SettingsError):
+                raise UnsoundRecord(f"record {number} of the journal ({record}): {error}") from error
             raise _differs(number, record, f"it fails ({type(error).__name__}: {error})") from error
         if not same:
             raise _differs(number, record, "its outcome is another one")
@@ -93,6 +101,6 @@ def _deliver(machine: StateMachine, granted: dict[SlotKey, Granted], delivered: 
 def _differs(number: int, record: Record, how: str) -> StoreError:
     return StoreError(
         f"record {number} of the journal ({record}) can't be done again as it was: {how}. Was it written by another "
-        "version of this program, of PyTorch, or on another processor? Start with those, or move the folder `journal` "
-        "away to go on from the last checkpoint"
+        "version of this program, of PyTorch, or on another processor? Start with those: nothing was changed. To go on "
+        "from the last checkpoint alone, without what the journal says, move the folder `journal` away"
     )

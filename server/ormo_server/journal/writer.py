@@ -13,10 +13,21 @@ from ormo_protos.tensors import Payload
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.core.inputs import Input, Pushed
 from ormo_server.core.keys import SlotKey
+from ormo_server.journal.chain import End, chained, opening
 from ormo_server.journal.gradient_files import GradientFiles
 from ormo_server.journal.log_file import LogFile
+from ormo_server.journal.mark import Mark
 from ormo_server.journal.no_room import disk_full, kept_back, may_pass
-from ormo_server.journal.records import LOG_NAME, Delivered, StoredGradient, line_of, log_path, numbered
+from ormo_server.journal.records import (
+    LOG_NAME,
+    MARK_NAME,
+    Delivered,
+    StoredGradient,
+    log_path,
+    next_log,
+    numbered,
+    text_of,
+)
 from ormo_server.store.files import make_directory, sync
 
 log = logging.getLogger(__name__)
@@ -78,7 +89,7 @@ class Journal:
         self._on_commit = on_commit
         self._gradients = GradientFiles(directory)
         # Under the engine's lock.
-        self.log = 1 + max(numbered(directory, LOG_NAME), default=0)
+        self.log = next_log(directory)
         self.position = 0
         self._complained = float("-inf")
         self._announced: StoredGradient | None = None
@@ -89,12 +100,21 @@ class Journal:
         self._written = 0
         self._safe = 0
         self._failed = self._closed = False
-        self._open_log = self.log
+        self._first = self.log
+        before = End.before_all(self.log)
+        self._end = before.turned_over()
+        self._last_line = self._end.place
         self._older_logs: dict[int, int] = {}
         # Where each log begins, and where the one does that the last checkpoint names.
         self._begun: dict[int, int] = {}
         self._forgotten = 0
-        self._file = LogFile(log_path(directory, self.log))
+        self._file = LogFile(log_path(directory, self.log), opening(before))
+        try:
+            self._mark = Mark(directory, self.log)
+        except OSError:
+            self._file.close()
+            log_path(directory, self.log).unlink()
+            raise
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
         if fsync == "interval":
@@ -205,13 +225,20 @@ class Journal:
         self._write()
         if self._fsync == "always":
             self._file.sync()
-        self._safe = self._written
+        self._gradients.refuse_if_gone()
+        self._file.refuse_if_gone()
+        self._end = self._end.heard()
+        self._mark.move(self._last_line)
+        self._safe = self._written  # last: from now on others answer without asking
 
     def _write(self) -> None:
         while self._unwritten:
             entries = list(takewhile(lambda entry: entry.taken is not None, self._unwritten))
             if entries:
-                self._file.append(b"".join(line_of(taken, stored) for taken, stored in entries if taken is not None))
+                texts = (text_of(taken, stored) for taken, stored in entries if taken is not None)
+                lines, end = chained(self._end, texts)
+                self._file.append(lines)
+                self._end, self._last_line = end, end.place
             else:
                 self._turn_over()
             for _ in entries or (None,):
@@ -221,11 +248,12 @@ class Journal:
     def _turn_over(self) -> None:
         if self._fsync != "off":
             self._file.sync()
-        after = LogFile(log_path(self._directory, self._open_log + 1))
+        following = self._end.turned_over()
+        after = LogFile(log_path(self._directory, following.log), opening(self._end))
         self._file.close()
         self._gradients.close_idle(unsynced=self._fsync == "off")
-        self._older_logs[self._open_log] = self._file.size_bytes
-        self._open_log, self._file = self._open_log + 1, after
+        self._older_logs[self._end.log] = self._file.size_bytes
+        self._end, self._file = following, after
 
     def _sync_often(self) -> None:
         while not self._closing.wait(INTERVAL_SECONDS):
@@ -271,7 +299,8 @@ class Journal:
         for number in [each for each in list(self._begun) if each <= log]:
             self._forgotten = self._begun.pop(number)
         logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
-        for path in (*logs, *gradients):
+        marks = [path for number, path in numbered(self._directory, MARK_NAME).items() if number < self._first]
+        for path in (*logs, *gradients, *marks):
             dispose(path)
         sync(self._directory)
 
@@ -284,4 +313,5 @@ class Journal:
             if not self._closed:
                 self._closed = True
                 self._file.close()
+                self._mark.close()
         self._gradients.close()

@@ -54,6 +54,7 @@ class Engine:
         bounds: of gradients.
         copies: what fills large deliveries; it ends with the engine.
         journal: what inputs are recorded in, and waited for before anybody hears of what followed from them.
+        refuse_if_not_ours: is asked after that whether the next server will find it; see `RunHost`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         ticket_timeout: float | None = None,
         bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
         journal: Journal | NoJournal = NoJournal(),  # noqa: B008 - it has no state
+        refuse_if_not_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
         self.observations = Observations()
@@ -82,6 +84,7 @@ class Engine:
         self._copies = copies
         self._bounds = bounds
         self._journal = journal
+        self._refuse_if_not_ours = refuse_if_not_ours
         if isinstance(journal, Journal):
             machine.listener = _both(machine.listener, journal.take)
         self._unsound = UnsoundWorkers()
@@ -279,6 +282,8 @@ class Engine:
 
     def _settled(self, position: int) -> None:
         self._journal.settle(position)
+        # After it: a server that starts from now on finds what is settled.
+        self._refuse_if_not_ours()
         if self._end is not None and position >= self._end:
             self.finished.set()
 

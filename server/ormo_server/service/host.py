@@ -21,7 +21,7 @@ from ormo_server.core.blocks import largest
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import LARGEST, UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Journal, NoJournal, is_journal
+from ormo_server.journal import Journal, NoJournal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.copies import Copies
@@ -123,6 +123,22 @@ class RunHost:
         self._journal.close()
         self._directory_lock.release()
 
+    def refuse_if_not_ours(self) -> None:
+        """To be called before anybody is told of anything: it would not be found again.
+
+        Raises:
+            NotReady: the directory was removed, moved or replaced, or another server may have it. This one stops.
+        """
+        if self._closed or self._directory_lock.holds:
+            return
+        why = (
+            f"{self.settings.directory}, or the file .lock in it, was removed, moved or replaced, so that nothing "
+            "would be found there again"
+        )
+        if self._engine is not None:
+            self._engine.fail(why)
+        raise NotReady(f"{why}: this server stops; leave the directory alone while one runs", retry_seconds=2.0)
+
     @property
     def has_model(self) -> bool:
         """Whether training can go on."""
@@ -145,15 +161,27 @@ class RunHost:
         checkpoint = self._store.newest()
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif self.settings.model is not None:
+            return
+        told = told_since(self._journal_directory)
+        if told or is_journal(self._journal_directory):
+            raise StoreError(
+                f"{self.settings.directory} has a journal of {told or 'a run'}, and the checkpoint that it follows is "
+                "missing: bring that one back from a backup, or choose another --directory for a new run; nothing was "
+                "changed"
+            )
+        if self.settings.model is not None:
             self._load(self.settings.model)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._check_memory(checkpoint.manifest)
         _warn_if_bits_may_differ(checkpoint)
-        found = recovered(checkpoint, self._journal_directory, newer_lost=self._store.newer_lost)
+        found = recovered(
+            checkpoint, self._journal_directory, self._store.read_again, newer_lost=self._store.newer_lost
+        )
         if found.damage:
-            log.error("the journal is damaged, and what came after is lost, with all tickets: %s", found.damage)
+            log.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
+        if found.doubled:
+            log.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
         machine = self._restored(found, keep_tickets=found.complete)
         try:
@@ -162,13 +190,13 @@ class RunHost:
             if self.settings.journal:
                 # What is recorded from now on would follow from a state that is nowhere on disk.
                 raise StoreError(
-                    f"{error}. The state comes from the last checkpoint and {self._journal_directory}: to go on from "
-                    "the checkpoint alone, move that folder away"
+                    f"{error}. Nothing is lost: the last checkpoint and {self._journal_directory} hold the run, leave "
+                    "both as they are; the next start goes on with them"
                 ) from error
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(found, keep_tickets=False)
         else:
-            self._forget_older_journal(found.damage)
+            self._forget_older_journal(keep=bool(found.damage or found.doubled))
         self._serve(machine, checkpoint.manifest, fresh=False)
 
     def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
@@ -190,7 +218,10 @@ class RunHost:
         return self.settings.directory / "journal"
 
     def _open_journal(self) -> None:
-        if not self.settings.journal or isinstance(self._journal, Journal):
+        if isinstance(self._journal, Journal):
+            return
+        if not self.settings.journal:
+            self._journal = NoJournal(next_log(self._journal_directory) if self._journal_directory.exists() else None)
             return
         try:
             self._journal = Journal(
@@ -201,32 +232,41 @@ class RunHost:
                 self.metrics.journal.commit_seconds.observe,
             )
         except (OSError, RuntimeError) as error:
-            raise StoreError(f"the journal in {self._journal_directory} can't be written ({error})") from error
+            raise StoreError(
+                f"the journal in {self._journal_directory} can't be written ({error}): make room there or mend the disk"
+            ) from error
 
     def _journal_failed(self) -> None:
         if self._engine is not None:
             self._engine.fail(f"the journal in {self._journal_directory} can't be written")
 
-    def _forget_older_journal(self, damage: str) -> None:
+    def _forget_older_journal(self, *, keep: bool) -> None:
         """The state is in a checkpoint now. A damaged journal is kept, for people."""
         older = self._journal_directory
         try:
-            if damage and is_journal(older, before=self._journal.log):
+            if keep and older.exists():
                 self._keep_aside(older, older.with_name(f"journal-damaged-{self._epoch:016x}"))
             elif isinstance(self._journal, Journal):
                 self._journal.forget_before(self._journal.log)
             elif older.exists():
                 shutil.rmtree(older)
-        except OSError as error:
+            if isinstance(self._journal, NoJournal):
+                self._journal = NoJournal()
+        except (OSError, StoreError) as error:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
     def _keep_aside(self, older: Path, aside: Path) -> None:
-        log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        # With the checkpoint that it may follow, which would go with its elders.
         if isinstance(self._journal, Journal):
             aside.mkdir()
             self._journal.forget_before(self._journal.log, lambda path: path.rename(aside / path.name))
         else:
             older.rename(aside)
+        self._store.move_corrupt(aside)
+        if any(aside.iterdir()):
+            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+        else:
+            aside.rmdir()
 
     def relieve_journal(self) -> bool:
         """Write a checkpoint if the journal has grown to its bound.
@@ -292,7 +332,7 @@ class RunHost:
             ModelExists, NotWanted: as `check_wanted`.
             NonFinite: NaN or infinity in the model.
             BadManifest: the server starts from a file, and it is another model's.
-            NotReady: the checkpoint could not be written.
+            NotReady: the checkpoint could not be written, or nobody would find it.
         """
         if not is_finite(payload):
             raise NonFinite(
@@ -300,6 +340,7 @@ class RunHost:
             )
         with self._building:
             self.check_wanted(worker, incarnation)
+            self.refuse_if_not_ours()
             model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers)
             if self._weights is not None:
                 model = self._arranged(self._weights, manifest)
@@ -356,6 +397,7 @@ class RunHost:
             ),
             journal=self._journal,
             copies=self._copies,
+            refuse_if_not_ours=self.refuse_if_not_ours,
         )
 
     @property
@@ -426,7 +468,7 @@ class RunHost:
         started = time.perf_counter()
         try:
             state, clock_seconds, journal_log = engine.snapshot()
-            engine.settle_all()  # the log that it names must be there
+            engine.settle_all()  # the log that it names must be there, and the directory ours
             checkpoint = Checkpoint(
                 state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
             )

@@ -1,14 +1,20 @@
 """What a server that comes back goes on with: the newest checkpoint, and what the journal says came after it."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from ormo_protos.tensors import Payload
 from ormo_server.core import snapshot
+from ormo_server.core.inputs import LearningRateSet, Pushed
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.journal import Reading, is_journal, replay
-from ormo_server.store import Checkpoint
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.journal import Reading, Record, UnsoundRecord, is_chained, is_journal, replay, told_since
+from ormo_server.store import Checkpoint, unsound
 from ormo_server.trace.rows import TracedSettings
 
 log = logging.getLogger(__name__)
@@ -23,42 +29,109 @@ class Recovered:
         clock_seconds: the run's clock.
         complete: nothing was applied after it, so tickets in flight and kept results stay good.
         damage: one sentence if the journal goes on and can't be used further.
+        doubled: one sentence if all of it is used, and some of it is there twice.
     """
 
     snapshot: Snapshot
     clock_seconds: float
     complete: bool
     damage: str = ""
+    doubled: str = ""
 
 
-def recovered(checkpoint: Checkpoint, journal: Path, *, newer_lost: bool = False) -> Recovered:
+def recovered(
+    checkpoint: Checkpoint, journal: Path, read_again: Callable[[], Checkpoint], *, newer_lost: bool = False
+) -> Recovered:
     """The newest state.
 
     Args:
-        checkpoint: the newest one that is whole.
+        checkpoint: the newest one that is whole; its tensors are written over.
         journal: directory of the journal.
-        newer_lost: there was a newer one, and the journal, if there is one, begins with that.
+        read_again: the same checkpoint once more.
+        newer_lost: there was a newer one.
 
     Raises:
         StoreError: the journal can't be read, or doing again what it says has another outcome.
     """
-    if newer_lost and is_journal(journal):
-        damage = f"the checkpoint that {journal} begins with is not whole"
+    first = checkpoint.journal_log
+    if first is None or not checkpoint.settings.get("journal", True):
+        # Who wrote it kept no journal. Files of an earlier one may be left, which it tells by a number.
+        told = told_since(journal, first or 0)
+        damage = f"{journal} follows a checkpoint that is not there; lost: {told}" if told else ""
+        return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, checkpoint.drained and not told, damage)
+    if newer_lost and is_journal(journal) and not is_chained(journal, first):
+        damage = f"the checkpoint that {journal} begins with is not whole"  # or it is: such logs do not tell
         return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, complete=False, damage=damage)
-    if checkpoint.journal_log is None:
-        return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, checkpoint.drained)
+    found = _replayed(checkpoint, Reading(journal, first, checkpoint.manifest))
+    return _before_poison(read_again, journal, first) if found is None else found
+
+
+def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
+    """All that the journal says done again; None if that led to values that are not finite."""
     started = time.perf_counter()
-    # As it was when the journal was written: the settings may have changed since.
-    known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
-    machine = snapshot.resume(TracedSettings(**known).run(), checkpoint.snapshot)
-    before = machine.state.iteration
-    reading = Reading(journal, checkpoint.journal_log, checkpoint.manifest)
-    clock_seconds = replay(machine, reading, checkpoint.clock_seconds)
+    machine = _resumed(checkpoint)
+    try:
+        clock_seconds = replay(machine, reading, checkpoint.clock_seconds)
+    except UnsoundRecord:
+        return None
+    taken = snapshot.take(machine)
+    if unsound(taken, checkpoint.manifest):
+        return None
     log.info(
         "replayed %d records of the journal since iteration %d in %.2f s%s",
         reading.records,
-        before,
+        checkpoint.snapshot.fields["iteration"],
         time.perf_counter() - started,
-        "; its last line was cut short and nobody had heard of it" if reading.torn else "",
+        "; nobody had heard of what a crash left behind them" if reading.torn else "",
     )
-    return Recovered(snapshot.take(machine), clock_seconds, not reading.lost, reading.lost)
+    doubled = f"lines of {reading.directory} stand behind its end once more" if reading.doubled else ""
+    return Recovered(taken, clock_seconds, not reading.lost, reading.lost, doubled)
+
+
+def _resumed(checkpoint: Checkpoint) -> StateMachine:
+    # As it was when the journal was written: the settings may have changed since.
+    known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
+    return snapshot.resume(TracedSettings(**known).run(), checkpoint.snapshot)
+
+
+# A state that is not finite
+
+
+def _before_poison(read_again: Callable[[], Checkpoint], journal: Path, first: int) -> Recovered:
+    """The state before the first record that made it unsound: all of it is looked at after each, which is rare."""
+    count, culprit = _first_unsound(read_again(), journal, first)
+    checkpoint = read_again()
+    machine = _resumed(checkpoint)
+    sound = islice(Reading(journal, first, checkpoint.manifest), count)
+    clock_seconds = replay(machine, sound, checkpoint.clock_seconds)
+    damage = (
+        f"record {count + 1} of {journal}, {_named(culprit)}, led to NaN or infinite values, or might have: the run goes "
+        f"on from before it, at iteration {machine.state.iteration}, and what came after that is lost"
+    )
+    return Recovered(snapshot.take(machine), clock_seconds, complete=False, damage=damage)
+
+
+def _first_unsound(checkpoint: Checkpoint, journal: Path, first: int) -> tuple[int, Record]:
+    machine, reading = _resumed(checkpoint), Reading(journal, first, checkpoint.manifest)
+    last: list[Record] = []
+
+    def until_unsound() -> Iterator[tuple[Record, Payload | None]]:
+        for record, payload in reading:
+            last[:] = [record]
+            yield record, payload
+            if unsound(snapshot.take(machine), checkpoint.manifest):
+                return
+
+    with contextlib.suppress(UnsoundRecord):
+        replay(machine, until_unsound(), checkpoint.clock_seconds)
+    return reading.records - 1, last[0]
+
+
+def _named(record: Record) -> str:
+    taken = None if record.input is None else record.input.input(0)
+    match taken:
+        case Pushed():
+            return f"the gradient of worker {taken.requester.worker!r}"
+        case LearningRateSet():
+            return f"the learning rate {taken.learning_rate:g}"
+    return repr(record)

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_server.config import ServerSettings
+from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics, http
 from ormo_server.security.access import Access, ListedAccess, OpenAccess
 from ormo_server.security.roles import HEALTH, REFLECTION, SERVICE
@@ -229,8 +230,10 @@ class Server:
             calls.end_silent(self.settings.failure_timeout)
             calls.end_unknown(self._access)
         if self.host.has_model and not self.host.engine.broken.is_set():
-            for worker, incarnation in self.host.engine.expire():
-                self.streams.end_worker(worker, incarnation)
+            with contextlib.suppress(NotReady):  # has said so, and ends it all
+                self.host.refuse_if_not_ours()
+                for worker, incarnation in self.host.engine.expire():
+                    self.streams.end_worker(worker, incarnation)
 
     def _relieve_journal(self) -> None:
         if not self.host.relieve_journal():

@@ -9,7 +9,7 @@ directory/
     latest -> checkpoint-00000007-iteration-1200
 """
 
-from ormo_server.store.checkpoint import Checkpoint
+from ormo_server.store.checkpoint import Checkpoint, unsound
 from ormo_server.store.checkpoints import CheckpointStore
 from ormo_server.store.directory_lock import DirectoryLock
 from ormo_server.store.errors import NotFinite, StoreError
@@ -26,4 +26,5 @@ __all__ = [
     "NotFinite",
     "StoreError",
     "size_bytes",
+    "unsound",
 ]

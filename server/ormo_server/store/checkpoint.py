@@ -73,9 +73,14 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
         NotFinite: the model or its momentum has NaN or infinite values.
         OSError: the disk is full, or does not take it for another reason.
     """
+    bad = unsound(checkpoint.snapshot, checkpoint.manifest)
+    if bad:
+        raise NotFinite(
+            f"{bad} would be written with NaN or infinite values: restart from an earlier checkpoint, with a lower "
+            "learning rate"
+        )
     tensors = checkpoint.snapshot.tensors
     model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(checkpoint.manifest)
-    _refuse_non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
     document = _document_text(checkpoint)
     rows = json.dumps(checkpoint.manifest.to_json(), separators=(",", ":"))
     save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
@@ -88,18 +93,44 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_files(directory: Path) -> Checkpoint:
-    """The checkpoint that `write_files` wrote, its tensors in memory of their own.
+    """The checkpoint that `write_files` wrote, its tensors in memory of their own. The model file is not needed.
 
     Raises:
-        StoreError: a file is missing, changed, cut short, or of an unknown format version.
+        StoreError: a file is missing, changed, cut short, or of an unknown format version, or has NaN or infinity.
     """
-    check_sums(directory, _FILES)
+    check_sums(directory, (STATE_FILE, DOCUMENT_FILE))
     document = _read_document(directory / DOCUMENT_FILE)
     with reading(directory / DOCUMENT_FILE):
         fields, rows, rest = document.fields, document.manifest, document.model_dump(exclude={"fields", "manifest"})
         manifest = Manifest.from_json(rows)
     tensors, _ = load_tensors(directory / STATE_FILE)
+    bad = non_finite(tensors)
+    if bad:
+        raise StoreError(f"{directory / STATE_FILE} has NaN or infinite values in {listed(bad)}")
     return Checkpoint(Snapshot(tensors, fields), manifest, **rest)
+
+
+def damage_of_model(directory: Path) -> str:
+    """What is wrong with the model file, which holds nothing that the state does not; empty if nothing is."""
+    try:
+        check_sums(directory, (MODEL_FILE,))
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def has_files(directory: Path) -> bool:
+    """Whether this folder holds any file of a checkpoint."""
+    with reading(directory):
+        return any((directory / name).exists() for name in (*_FILES, SUMS_FILE))
+
+
+def unsound(taken: Snapshot, manifest: Manifest) -> str:
+    """Names of the tensors of a state that can't be kept, for NaN or infinity in them; empty if all can be."""
+    tensors = taken.tensors
+    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(manifest)
+    bad = non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
+    return listed(bad)
 
 
 def model_of(directory: Path) -> Path:
@@ -157,12 +188,3 @@ def _read_document(path: Path) -> _Document:
         )
     with reading(path):
         return _Document.model_validate(content)
-
-
-def _refuse_non_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    bad = non_finite(tensors)
-    if bad:
-        raise NotFinite(
-            f"{listed(bad)} would be written with NaN or infinite values: restart from an earlier checkpoint, with a "
-            "lower learning rate"
-        )

@@ -4,6 +4,7 @@ They are in the order of writing, not of iterations: after a fall-back to an old
 iteration that is there already, the one that was written last is the newest.
 """
 
+import itertools
 import logging
 import re
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ormo_server.core.errors import SettingsError
-from ormo_server.store.checkpoint import Checkpoint, read_files, write_files
+from ormo_server.store.checkpoint import Checkpoint, damage_of_model, has_files, read_files, write_files
 from ormo_server.store.errors import StoreError
 from ormo_server.store.files import is_scarcity, make_directory, reading, sync
 
@@ -33,7 +34,7 @@ class CheckpointStore:
         keep: how many of the last whole ones stay, at least 1. Corrupt ones do not count; they go with their elders.
 
     Attributes:
-        newer_lost: `newest` has found one, and a newer one that was not whole.
+        newer_lost: `newest` has found one, and there was a newer one that is missing or not whole.
 
     Raises:
         SettingsError: `keep` is below 1.
@@ -45,6 +46,7 @@ class CheckpointStore:
         self._directory = directory
         self._keep = keep
         self.newer_lost = False
+        self._newest: Path | None = None
         self._corrupt: set[Path] = set()
         self._writing = threading.Lock()
 
@@ -55,20 +57,20 @@ class CheckpointStore:
             StoreError: the directory can't be read.
         """
         found = [path for path in self._entries() if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=_serial)
+        return sorted(filter(has_files, found), key=_serial)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none at all.
 
-        Each newer one that is not whole is logged as an error, and `newer_lost` is set. `drained` is false then, and no
-        log of a journal named, whatever was written: the lost ones may have applied gradients after it.
+        Each newer one that is not whole, or is missing where `latest` names it, is logged as an error, and `newer_lost`
+        is set. `drained` is false then, whatever was written: the lost ones may have applied gradients after it.
 
         Raises:
-            StoreError: there are checkpoints and all are corrupt, or the directory or one of them can't be read for
-                want of descriptors or memory.
+            StoreError: there are checkpoints, or were, and none is whole; or the directory can't be read, or one of
+                them for want of descriptors or memory.
         """
-        failures: list[StoreError] = []
-        for path in reversed(self.paths()):
+        paths, failures = self.paths(), self._missing()
+        for path in reversed(paths):
             try:
                 checkpoint = read_files(path)
             except StoreError as error:
@@ -78,15 +80,53 @@ class CheckpointStore:
                 self._corrupt.add(path)
                 continue
             for failure in failures:
-                log.error("corrupt checkpoint: %s; %s is used instead, what came after it is lost", failure, path)
-            self.newer_lost = bool(failures)
-            return replace(checkpoint, drained=False, journal_log=None) if failures else checkpoint
+                log.error(
+                    "corrupt checkpoint: %s; %s is used instead, what came after it is lost if no journal has it",
+                    failure,
+                    path,
+                )
+            if damage := damage_of_model(path):
+                log.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
+            self._newest, self.newer_lost = path, bool(failures)
+            return replace(checkpoint, drained=False) if failures else checkpoint
         if failures:
             raise StoreError(
-                f"none of the {len(failures)} checkpoints in {self._directory} is whole (the newest: {failures[0]}): "
-                "bring one back from a backup, or move them away to start a new run"
+                f"none of the checkpoints in {self._directory} is whole (the newest: {failures[0]}): "
+                "bring one back from a backup, or choose another --directory for a new run"
             )
         return None
+
+    def move_corrupt(self, directory: Path) -> None:
+        """Put those that `newest` has found corrupt into this directory.
+
+        Raises:
+            OSError: one can't be moved.
+        """
+        while self._corrupt:
+            path = self._corrupt.pop()
+            path.rename(directory / path.name)
+
+    def read_again(self) -> Checkpoint:
+        """What `newest` has found, once more.
+
+        Raises:
+            StoreError: it is not whole any more.
+        """
+        assert self._newest is not None
+        checkpoint = read_files(self._newest)
+        return replace(checkpoint, drained=False) if self.newer_lost else checkpoint
+
+    def _missing(self) -> list[StoreError]:
+        named = self._named_latest()
+        if named is None or any(_serial(path) >= _serial(named) for path in self.paths()):
+            return []
+        return [StoreError(f"{named} is missing, and {self._directory / _LATEST} names it as the last one")]
+
+    def _named_latest(self) -> Path | None:
+        # It may stay behind where it could not be pointed anew, and then names an older one.
+        link = self._directory / _LATEST
+        name = link.readlink().name if link.is_symlink() else ""
+        return self._directory / name if _NAME.fullmatch(name) else None
 
     def write(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint; it is on the disk when this returns. One write at a time, others wait.
@@ -114,7 +154,7 @@ class CheckpointStore:
 
     def _write_whole(self, checkpoint: Checkpoint) -> Path:
         make_directory(self._directory)
-        name = f"checkpoint-{self._next_serial():08d}-iteration-{checkpoint.snapshot.fields['iteration']}"
+        name = self._next_name(checkpoint.snapshot.fields["iteration"])
         aside, path = self._directory / (_ASIDE + name), self._directory / name
         aside.mkdir()
         try:
@@ -128,9 +168,14 @@ class CheckpointStore:
             raise
         return path
 
-    def _next_serial(self) -> int:
-        # Stale ones that can't be removed count: their names are taken.
-        return 1 + max((_serial(path) for path in (*self.paths(), *self._stale())), default=0)
+    def _next_name(self, iteration: int) -> str:
+        # Stale ones that can't be removed count: their names are taken. So does one that is missing: it may come back
+        # from a backup. Empty folders do not, or a stray one would decide on all numbers to come.
+        named = self._named_latest()
+        known = [*self.paths(), *self._stale(), *([named] if named else ())]
+        numbers = itertools.count(1 + max(map(_serial, known), default=0))
+        names = (f"checkpoint-{number:08d}-iteration-{iteration}" for number in numbers)
+        return next(name for name in names if not (self._directory / name).exists())
 
     def _point_latest(self, path: Path) -> None:
         # A convenience for people and scripts: where a file system has no links, there is none.

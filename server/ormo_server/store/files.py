@@ -48,6 +48,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def identity(descriptor: int) -> tuple[int, int]:
+    """Of an open file: its device and its number there."""
+    about = os.fstat(descriptor)
+    return about.st_dev, about.st_ino
+
+
+def is_at(path: Path, known: tuple[int, int]) -> bool:
+    """Whether the file with this identity is found at this path. Asked before each answer: it takes 3 us."""
+    try:
+        about = path.stat()
+    except OSError:  # what can't be looked at can't be found either
+        return False
+    return (about.st_dev, about.st_ino) == known
+
+
 def make_directory(path: Path) -> None:
     """Make a directory with its parents, so that a power cut does not take them away again."""
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
