@@ -105,8 +105,8 @@ def _before_poison(read_again: Callable[[], Checkpoint], journal: Path, first: i
     sound = islice(Reading(journal, first, checkpoint.manifest), count)
     clock_seconds = replay(machine, sound, checkpoint.clock_seconds)
     damage = (
-        f"record {count + 1} of {journal}, {_named(culprit)}, led to NaN or infinite values, or might have: the run goes "
-        f"on from before it, at iteration {machine.state.iteration}, and what came after that is lost"
+        f"record {count + 1} of {journal}, {_named(culprit)}, led to NaN or infinite values, or might have: the run "
+        f"goes on from before it, at iteration {machine.state.iteration}, and what came after that is lost"
     )
     return Recovered(snapshot.take(machine), clock_seconds, complete=False, damage=damage)
 
