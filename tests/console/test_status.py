@@ -132,7 +132,7 @@ def test_bad_flags_exit_with_2_and_a_sentence(
 
 
 def test_top_in_a_pipe_prints_one_uncut_view_with_rates(tmp_path: Path) -> None:
-    with served(tmp_path) as server, connected(server) as stub:
+    with served(tmp_path, max_workers=30) as server, connected(server) as stub:
         crowd = [WireWorker(stub, f"worker-{number}") for number in range(30)]
         for one in crowd:
             one.join()

@@ -48,6 +48,8 @@ SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 POLL_SECONDS = 0.5
 LONGEST_GAP_SECONDS = 5.0
 FAILURE_SECONDS = 2.0
+# gRPC's core counts from when it last looked at the clock, which may be some milliseconds before a connection came.
+GRPC_CLOCK_SECONDS = 0.05
 QUIET_SECONDS = 2.0  # of a server that may be busy with other tests
 PATIENT_SECONDS = 20.0  # for what is to come
 
@@ -289,7 +291,7 @@ def test_call_that_is_slow_from_its_first_byte_never_becomes_http2(impatient: Se
     words, seconds, pieces = slowly(impatient, "a call that is slow from its first byte", call_all(impatient.address))
     assert words.endswith("closed")
     assert ACCEPTED not in words
-    assert seconds > FAILURE_SECONDS
+    assert seconds > FAILURE_SECONDS - GRPC_CLOCK_SECONDS
     assert pieces < len(PREFACE)
 
 
