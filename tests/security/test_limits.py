@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from service.wire import (
     served,
     state_of,
 )
+from system.hostile import DATA, END_STREAM, frame, message, opening
 
 # 300,000 bytes: 64 + 18 chunks.
 MIDDLE = Manifest.laid_out([TensorSpec("weight", (75_000,), FLOAT32, PARAMETER)])
@@ -250,6 +252,33 @@ def test_watchers_of_health_hold_no_thread(server: Server, worker: WireWorker) -
         assert {next(call).status for call in watching} == {health_pb2.HealthCheckResponse.NOT_SERVING}
         assert calls("grpc_server_started_total", watch) == 100
     eventually(lambda: calls("grpc_server_handled_total", watch | {"grpc_code": "CANCELLED"}) == 100)
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["while all is well", "when the server stops"])
+def test_a_watcher_of_health_that_does_not_read_keeps_nobody_waiting(
+    server: Server, worker: WireWorker, changes: bool
+) -> None:
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as peer, connected(server) as stub:
+        began = calls_of_watch(server)
+        peer.sendall(opening("/grpc.health.v1.Health/Watch", window=0) + frame(DATA, END_STREAM, 1, message(b"")))
+        eventually(lambda: calls_of_watch(server) == began + 1)
+        with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            good = health.Watch(health_pb2.HealthCheckRequest())
+            assert next(good).status == health_pb2.HealthCheckResponse.SERVING
+            if changes:
+                server._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            good.cancel()  # its end is seen to by the thread that serves all calls
+            expected = health_pb2.HealthCheckResponse.NOT_SERVING if changes else health_pb2.HealthCheckResponse.SERVING
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == expected
+        assert stub.GetStatus(pb.GetStatusRequest(), timeout=10)
+        assert worker.push(payload(MIDDLE, 1.0)).iteration.number == 1
+
+
+def calls_of_watch(server: Server) -> float:
+    labels = {"grpc_type": "server_stream", "grpc_service": "grpc.health.v1.Health", "grpc_method": "Watch"}
+    return server.metrics.registry.get_sample_value("grpc_server_started_total", labels) or 0.0
 
 
 def test_calls_beyond_those_of_a_connection_wait_for_one_to_end(server: Server, worker: WireWorker) -> None:

@@ -65,8 +65,8 @@ def fields(**named: str) -> bytes:
 
 
 def heading(method: str) -> bytes:
-    """The header fields of a call."""
-    path, grpc = f"/ormo.v1.ParameterServer/{method}", "application/grpc"
+    """The header fields of a call; a method of another service is named with it."""
+    path, grpc = "/ormo.v1.ParameterServer/" * ("/" not in method) + method, "application/grpc"
     pseudo = fields(pseudo_method="POST", pseudo_scheme="http", pseudo_path=path, pseudo_authority="hostile")
     return pseudo + fields(te="trailers", content_type=grpc)
 

@@ -47,11 +47,13 @@ class Guard(grpc.ServerInterceptor):
                 caller = self._access.caller(context)
                 caller.check_may_call(method, allowed)
                 request = requests if handler.request_streaming else self._small_request(requests, context, caller)
+                if holds_no_thread(behaviour):
+                    self._calls.watch(context, caller)
+                    (send,) = more
+                    return behaviour(request, context, self._calls.sender(context, caller, send))
             except OrmoError as error:
                 refuse(self._refuser, context, error)
-            if holds_no_thread(behaviour):
-                self._calls.watch(context, caller)
-            return behaviour(request, context, *more)
+            return behaviour(request, context)
 
         return rewrapped(handler, guarded, request_streaming=True)
 

@@ -1,12 +1,14 @@
 """Calls that nothing else watches: those whose one request has not come yet, and those that hold no thread.
 
-gRPC itself waits without limit for the request of a call, in a thread of the server's pool.
+gRPC itself waits without limit for the request of a call, and for a watcher to take what it is sent, in a thread of the
+server's pool.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -37,12 +39,9 @@ class OpenCalls:
             BadRequest: it has none.
             grpc.RpcError: the call has ended.
         """
-        self._begin(context, caller)
-        try:
+        with self._awaited(context, caller):
             for request in requests:
                 return request
-        finally:
-            self._end(context, caller)
         raise BadRequest("the call has ended without its request: expected one message")
 
     def watch(self, context: grpc.ServicerContext, caller: Caller) -> None:
@@ -52,8 +51,23 @@ class OpenCalls:
         if not context.add_callback(lambda: self._forget(context)):
             self._forget(context)
 
+    def sender(
+        self, context: grpc.ServicerContext, caller: Caller, send: Callable[[Any], object]
+    ) -> Callable[[Any], object]:
+        """What sends to a call that goes on without a thread, and holds one until the caller has taken it.
+
+        Raises:
+            TooManyStreams: the caller does not take what it is sent in too many calls.
+        """
+
+        def send_awaited(response: Any) -> object:
+            with self._awaited(context, caller):
+                return send(response)
+
+        return send_awaited
+
     def end_silent(self, seconds: float) -> None:
-        """End calls whose request has not come for so long."""
+        """End calls whose caller has been waited for for so long."""
         now = time.monotonic()
         with self._lock:
             silent = [context for context, began in self._silent.items() if now - began > seconds]
@@ -68,11 +82,19 @@ class OpenCalls:
             if not access.still_knows(caller):
                 context.cancel()
 
+    @contextlib.contextmanager
+    def _awaited(self, context: grpc.ServicerContext, caller: Caller) -> Iterator[None]:
+        self._begin(context, caller)
+        try:
+            yield
+        finally:
+            self._end(context, caller)
+
     def _begin(self, context: grpc.ServicerContext, caller: Caller) -> None:
         with self._lock:
             if self._silent_of[caller.name] >= SILENT_CALLS:
                 raise TooManyStreams(
-                    f"{SILENT_CALLS} calls of {caller.name!r} wait for their requests: send these first",
+                    f"{SILENT_CALLS} calls of {caller.name!r} wait for it to send or to read: do that first",
                     retry_seconds=_RETRY_SECONDS,
                 )
             self._silent_of[caller.name] += 1

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ormo_protos.failure_detection import FailureDetection
@@ -21,6 +21,7 @@ from ormo_server.service.call_counter import CallCounter, methods
 from ormo_server.service.controls import Controls
 from ormo_server.service.guard import Guard
 from ormo_server.service.handlers import handlers
+from ormo_server.service.health import Health
 from ormo_server.service.host import RunHost
 from ormo_server.service.open_calls import OpenCalls
 from ormo_server.service.resources import calls_per_connection, most_connections, pool_of_threads, worker_streams
@@ -123,7 +124,7 @@ class Server:
         self._upkeep = self._repeating("expiry", FailureDetection(settings.failure_timeout).check_seconds, self._expire)
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._relief = self._repeating("journal", _RELIEF_SECONDS, self._relieve_journal)
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._grpc = self._grpc_server()
         self._export()
 
@@ -146,7 +147,7 @@ class Server:
         server.add_generic_rpc_handlers((handlers(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
-            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE_NAME, HEALTH.full_name, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         return server
 
@@ -291,4 +292,5 @@ class Server:
         self._stop("the end of calls")
         with contextlib.suppress(RuntimeError):  # no thread can be started for it: calls end with the process
             self._grpc.stop(grace=0).wait(_GRPC_STOP_SECONDS)
+        self._health.close()
         self._pool.shutdown(wait=False)
