@@ -1,15 +1,20 @@
 """A port for metrics and probes, which asks nobody who they are: so slow and many callers get little of it."""
 
 import contextlib
+import io
+import logging
 import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import WSGIApplication
 
 from ormo_protos.threads import StartedPool
+
+_LOG = logging.getLogger(__name__)
 
 # Each has a thread. A Prometheus and two probes need one each for milliseconds.
 CONNECTIONS = 8
@@ -43,7 +48,7 @@ class HttpPort(WSGIServer):
         self._open: dict[socket.socket, tuple[str, float]] = {}
         self._places = threading.Semaphore(CONNECTIONS)
         super().__init__((bare, port), _Silent)
-        self.set_app(answer)
+        self.set_app(_answering(answer))
         try:
             self._pool = StartedPool(CONNECTIONS, "http")
             self._accepting = threading.Thread(target=self.serve_forever, name="http", daemon=True)
@@ -106,8 +111,26 @@ class HttpPort(WSGIServer):
             self._places.release()
 
 
+def _answering(answer: WSGIApplication) -> WSGIApplication:
+    """An application that always answers: one may fail on headers that are no sense."""
+
+    def always(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        try:
+            return answer(environ, start_response)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is one answer less, and one line
+            _LOG.warning("a request from %s can't be answered (%r)", environ["REMOTE_ADDR"], error)
+            start_response("400 Bad Request", [("Content-Type", "text/plain")])
+            return [b"this request can't be answered\n"]
+
+    return always
+
+
 class _Silent(WSGIRequestHandler):
     timeout = ANSWER_SECONDS
+
+    def get_stderr(self) -> io.StringIO:
+        """Nowhere: what fails while an answer is sent is its caller's concern, who could fill a disk with it."""
+        return io.StringIO()
 
     def log_message(self, *_: object) -> None:
         """Scrapes and probes are no news."""

@@ -25,8 +25,9 @@ LONGEST_LISTS = {
     "ormo.v1.GetStatusResponse.refusals": 1_000,
 }
 # A field that is no list may come again, and the last one counts; yet where two of a `oneof` take turns, each is a new
-# object. Nobody writes so: this many make a megabyte. A newer version may write fields that are not known here.
-MAX_REPEATS = 10_000
+# object. Nobody writes so; a newer version may write fields that are not known here. To count this many of each field
+# takes 20 ms.
+MAX_REPEATS = 1_000
 # Of a request that is one message: it has no tensor and no manifest. Without lists nothing of this size can do harm.
 SMALL_MESSAGE_BYTES = 16 << 10
 

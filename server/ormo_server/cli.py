@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
@@ -91,9 +91,11 @@ def serve(settings: "ServerSettings") -> int:
 
     torch.set_num_threads(settings.threads)
     raise_limit_of_descriptors()
-    stop = _stop_signal()
+    # A start has nothing to lose, and may hang where no other thread can run: until it is over, signals end us at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         server = Server(settings)
+        stop = _stop_signal(server)
         threading.Thread(target=_insist_on_the_end, args=(server,), name="end", daemon=True).start()
         server.start()
     except (StoreError, AddressInUseError, TooFewResources, OrmoError, SettingsError, UsageError) as error:
@@ -105,11 +107,25 @@ def serve(settings: "ServerSettings") -> int:
     return _run_until_told(server, stop)
 
 
-def _stop_signal() -> threading.Event:
+def _stop_signal(server: "Server") -> threading.Event:
+    """Set by SIGTERM and SIGINT; the process ends as well if the main thread does not come to begin a stop then."""
     stop = threading.Event()
+    # Handlers run in the main thread, which may wait for a disk that hangs; the pipe hears of a signal at once.
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_heed_signal, args=(heard, stop, server), name="signal", daemon=True).start()
     return stop
+
+
+def _heed_signal(heard: int, stop: threading.Event, server: "Server") -> None:
+    os.read(heard, 1)
+    stop.set()
+    limit = server.stop_seconds
+    if not server.stopping.wait(limit):  # else `_insist_on_the_end` watches from here on
+        _end_now(limit, "the end of a checkpoint")
 
 
 def _insist_on_the_end(server: "Server") -> None:
@@ -119,11 +135,15 @@ def _insist_on_the_end(server: "Server") -> None:
     # By the system, should this thread not come to its turn, or wait for the log.
     signal.alarm(math.ceil(limit + _LAST_WORDS_SECONDS))
     time.sleep(limit)
+    _end_now(limit, server.stop_stage)
+
+
+def _end_now(seconds: float, stage: str) -> NoReturn:
     log.critical(
         "the stop has taken %g s, and waits for %s: the process ends now; the checkpoints and the journal that are on "
         "disk stay as they are",
-        limit,
-        server.stop_stage,
+        seconds,
+        stage,
     )
     os._exit(1)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from ormo_protos import http_port
 from ormo_protos.http_port import CONNECTIONS, HttpPort
@@ -139,3 +140,31 @@ def test_a_port_without_threads_is_not_held(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(RuntimeError, match="can't start new thread"):
             HttpPort("127.0.0.1", number, hello)
     HttpPort("127.0.0.1", number, hello).close()
+
+
+def test_a_request_that_the_application_fails_on_is_answered_and_is_one_line_in_the_log(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library for metrics fails on a version that is no number: whoever asks so could fill a disk by tracebacks."""
+    port = HttpPort("127.0.0.1", 0, make_wsgi_app(CollectorRegistry()))
+    connection = http.client.HTTPConnection("127.0.0.1", port.server_port, timeout=20)
+    with contextlib.closing(port), contextlib.closing(connection):
+        connection.request("GET", "/metrics", headers={"Accept": "text/plain; version=a"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (400, b"this request can't be answered\n")
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "a request from 127.0.0.1 can't be answered"
+    ]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_answer_that_can_not_be_written_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    def wrong(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        yield b"begun"
+        raise TimeoutError
+
+    port = HttpPort("127.0.0.1", 0, wrong)
+    with contextlib.closing(port):
+        asked(port)
+    assert capfd.readouterr().err == ""

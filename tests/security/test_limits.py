@@ -211,7 +211,7 @@ def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server
     eventually(lambda: server.streams.count(reader=False) == 0)
 
 
-@pytest.mark.parametrize("method", ["PushPull", "PushGradient", "OfferModel"])
+@pytest.mark.parametrize("method", ["PushPull", "PushGradient"])
 def test_a_stream_that_says_nothing_ends_after_the_failure_timeout_and_changes_nothing(
     method: str, tmp_path: Path
 ) -> None:

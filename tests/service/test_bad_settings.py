@@ -67,7 +67,7 @@ def test_settings_that_make_no_method_are_refused(
 def test_trace_that_cannot_be_written_is_refused_before_anything_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ormo_server.cli._stop_signal", lambda: None)  # signals are the test runner's
+    monkeypatch.setattr("ormo_server.cli._stop_signal", lambda _: None)  # signals are the test runner's
     (tmp_path / "notes.txt").write_text("precious\n")
     flags = ["--directory", str(tmp_path / "run"), "--metrics-listen", "", "--listen", "127.0.0.1:0"]
     for trace in (tmp_path, tmp_path / "notes.txt", tmp_path / "notes.txt" / "below"):

@@ -1,5 +1,6 @@
 """Ends that nobody asked for, and ends in which something hangs."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,13 +11,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import grpc
 import pytest
 
+from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.cli import _run_until_told
 from ormo_server.service.server import Server
 from ormo_server.store import Checkpoint, StoreError
 from service.crashing import JOURNALED, everything, trained, unserved
-from service.wire import served
+from service.wire import WireWorker, eventually, payload, served
 
 
 def says(server: Server, path: str) -> int:
@@ -55,6 +58,7 @@ server._STOP_SECONDS = 1.0
 real = os.fsync
 def fsync(descriptor):
     if "hang" in os.listdir("."):
+        open("hanging", "w").close()
         threading.Event().wait()
     real(descriptor)
 os.fsync = fsync
@@ -63,32 +67,86 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_stop_ends_within_its_limit_also_if_the_disk_hangs(tmp_path: Path) -> None:
-    """As a real process, since all threads of it go."""
-    with served(tmp_path / "run") as server:
-        trained(server)
-        assert server.host.checkpoint()
-    flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", "run", "--max-workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", HANGING, "serve", *flags, "--drain-seconds", "1"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def ended(process: "subprocess.Popen[str]") -> str:
+    """The log of a process that was told to end, and does so by itself with exit code 1."""
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("serving address=")
-        (tmp_path / "hang").touch()
         os.kill(process.pid, signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 1
-    assert "the stop has taken 2" in log
-    assert "waits for the last checkpoint: the process ends now" in log
+    assert "the process ends now" in log
     assert "Traceback" not in log
+    return log
+
+
+def started(folder: Path, *flags: str) -> "subprocess.Popen[str]":
+    always = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", "run", "--max-workers", "3"]
+    return subprocess.Popen(
+        [sys.executable, "-c", HANGING, "serve", *always, "--drain-seconds", "1", *flags],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def opened(path: Path) -> int | None:
+    """A FIFO's writing end, once somebody reads it."""
+    with contextlib.suppress(OSError):
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start_at_once_whatever_it_waits_for(tmp_path: Path, number: signal.Signals) -> None:
+    os.mkfifo(tmp_path / "hangs")
+    process = started(tmp_path, "--model", "hangs")
+    ends: list[int] = []
+    try:
+        eventually(lambda: ends.extend(filter(None, [opened(tmp_path / "hangs")])) or ends, seconds=60)
+        process.send_signal(number)
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        for end in ends:
+            os.close(end)
+    assert process.returncode == -number
+    assert "Traceback" not in log
+
+
+def test_a_stop_ends_within_its_limit_also_if_the_checkpoint_at_the_runs_end_hangs(tmp_path: Path) -> None:
+    with served(tmp_path / "run") as server:
+        trained(server)
+        assert server.host.checkpoint()
+        done = server.host.engine.position()[1]
+    process = started(tmp_path, "--stop-after-gradients", str(done + 1), "--checkpoint-seconds", "1000")
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[1].removeprefix("address=")
+    with grpc.insecure_channel(address) as channel:
+        worker = WireWorker(ParameterServerStub(channel), "last")
+        worker.join()
+        worker.pull()
+        (tmp_path / "hang").touch()
+        worker.push(payload(worker.manifest, 1.0))
+        eventually((tmp_path / "hanging").exists, seconds=20)
+    assert "waits for the end of a checkpoint" in ended(process)
+
+
+def test_a_stop_ends_within_its_limit_also_if_the_disk_hangs(tmp_path: Path) -> None:
+    """As a real process, since all threads of it go."""
+    with served(tmp_path / "run") as server:
+        trained(server)
+        assert server.host.checkpoint()
+    process = started(tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("serving address=")
+    (tmp_path / "hang").touch()
+    log = ended(process)
+    assert "the stop has taken 2" in log
+    assert "waits for the last checkpoint" in log
 
 
 def test_a_last_checkpoint_that_can_not_be_written_is_tried_again_once_the_connections_are_gone(

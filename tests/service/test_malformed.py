@@ -1,7 +1,9 @@
 """Bytes that are no message, and messages that are out of place: refused over a real socket, the state untouched."""
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ormo_protos import limits
 from ormo_protos.limits import LONGEST_LISTS, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
@@ -23,6 +26,7 @@ from service.wire import SMALL, Refused, WireWorker, payload, refusals, served, 
 
 METHODS = {method.name: method for method in SERVICE.methods}
 STREAMING = [name for name, method in METHODS.items() if method.client_streaming]
+OTHERS = [name for name in METHODS if name != "OfferModel"]  # which nobody reads once there is a model
 GRADIENT = bytes(payload(SMALL, 1.0).memory)  # 40 bytes
 MALFORMED = {
     "cut": b"\x0a\x05a",
@@ -97,22 +101,58 @@ def chunk(offset: int, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_message_is_refused_by_each_method(raw: Raw, name: str, case: str) -> None:
     sentence = raw.refused(name, [MALFORMED[case]])
     assert sentence.startswith(f"{len(MALFORMED[case])} bytes came that are no {METHODS[name].input_type.name}: ")
     raw.goes_on()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_what_is_no_message_is_refused_before_there_is_a_model(tmp_path: Path, name: str) -> None:
-    with served(tmp_path) as server, grpc.insecure_channel(server.address) as channel:
+def refused_before_a_model(folder: Path, name: str, request: bytes, reason: str = "BAD_REQUEST") -> str:
+    """Check that the call ends so, and that the run can begin afterwards; returns the sentence."""
+    with served(folder) as server, grpc.insecure_channel(server.address) as channel:
         worker = WireWorker(ParameterServerStub(channel), "a")
         with pytest.raises(Refused) as refused, refusals():
-            Raw(server, channel, worker).call(name, [MALFORMED["cut"]])
-        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST")
+            Raw(server, channel, worker).call(name, [request])
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
         assert not server.host.has_model
         worker.join()
+    return refused.value.message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_message_is_refused_before_there_is_a_model(tmp_path: Path, name: str) -> None:
+    sentence = refused_before_a_model(tmp_path, name, MALFORMED["cut"])
+    assert sentence.startswith(f"3 bytes came that are no {METHODS[name].input_type.name}: ")
+
+
+def test_a_model_that_is_offered_where_there_is_one_is_refused_before_it_is_read(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_count", None)  # whoever reads its lists fails
+    manifest = raw.worker.manifest.to_message()
+    offer = pb.OfferModelRequest(offer=pb.ModelOffer(worker="b", manifest=manifest))
+    with pytest.raises(Refused, match="has a model already"), refusals():
+        raw.call("OfferModel", [offer.SerializeToString()])
+
+
+def test_a_message_that_takes_long_to_read_keeps_nobody_from_being_served(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC has one thread for all calls: what is sent is read in the call's own."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(limits, "_beyond", slow)
+    with futures.ThreadPoolExecutor(1) as other:
+        refused = other.submit(raw.refused, "PushGradient", [bytes(2 * SMALL_MESSAGE_BYTES)])
+        assert begun.wait(20)
+        assert raw.call("GetStatus", [b""])
+        go_on.set()
+        assert "no PushGradientRequest" in refused.result()
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -148,7 +188,8 @@ def test_what_is_no_message_is_refused_after_a_whole_exchange_which_stands(raw: 
 
 # Well formed, and with more elements than anybody needs.
 
-BEYOND = [(name, path) for name, method in METHODS.items() for path in lists(method.input_type)]
+BEYOND = [(name, path) for name in OTHERS for path in lists(METHODS[name].input_type)]
+OF_A_MODEL = list(lists(METHODS["OfferModel"].input_type))
 
 
 @pytest.mark.parametrize(
@@ -157,10 +198,19 @@ BEYOND = [(name, path) for name, method in METHODS.items() for path in lists(met
 def test_a_list_that_is_too_long_is_refused_by_each_method_that_has_one(
     raw: Raw, name: str, path: tuple[FieldDescriptor, ...]
 ) -> None:
-    most, of_model = LONGEST_LISTS[path[-1].full_name], name == "OfferModel"
-    sentence = raw.refused(name, [with_elements(path, most + 1)], "BAD_MANIFEST" if of_model else "BAD_REQUEST")
+    most = LONGEST_LISTS[path[-1].full_name]
+    sentence = raw.refused(name, [with_elements(path, most + 1)])
     assert f"came more than {most:,} times in one message" in sentence
     raw.goes_on()
+
+
+@pytest.mark.parametrize("path", OF_A_MODEL, ids=[path[-1].full_name for path in OF_A_MODEL])
+def test_a_list_that_is_too_long_is_refused_in_an_offered_model(
+    tmp_path: Path, path: tuple[FieldDescriptor, ...]
+) -> None:
+    most = LONGEST_LISTS[path[-1].full_name]
+    sentence = refused_before_a_model(tmp_path, "OfferModel", with_elements(path, most + 1), "BAD_MANIFEST")
+    assert f"came more than {most:,} times in one message" in sentence
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in STREAMING])
@@ -175,7 +225,7 @@ def test_health_is_not_asked_about_services_with_endless_names(raw: Raw) -> None
     health = health_pb2_grpc.HealthStub(raw.channel)
     endless = health_pb2.HealthCheckRequest(service="x" * 20_000)
     for call in (health.Check, lambda request: next(health.Watch(request))):
-        with pytest.raises(grpc.RpcError, match="a HealthCheckRequest of 20,004 bytes came"):
+        with pytest.raises(grpc.RpcError, match="a request of 20,004 bytes came"):
             call(endless)
 
 
@@ -185,14 +235,12 @@ WANTED = {"PushPull": "exchange", "PushGradient": "push", "OfferModel": "offer"}
 
 
 @pytest.mark.parametrize("name", STREAMING)
-def test_a_chunk_is_refused_where_a_header_is_wanted(raw: Raw, name: str) -> None:
-    sentence = raw.refused(name, [chunk(0, bytes(8))])
-    assert sentence == f"a message with 'chunk' came where '{WANTED[name]}' was expected"
-
-
-@pytest.mark.parametrize("name", STREAMING)
-def test_a_message_with_nothing_in_it_is_refused(raw: Raw, name: str) -> None:
-    assert raw.refused(name, [b""]) == f"a message with 'nothing' came where '{WANTED[name]}' was expected"
+@pytest.mark.parametrize(("came", "encoded"), [("chunk", chunk(0, bytes(8))), ("nothing", b"")])
+def test_anything_else_is_refused_where_a_header_is_wanted(
+    tmp_path: Path, name: str, came: str, encoded: bytes
+) -> None:
+    sentence = refused_before_a_model(tmp_path, name, encoded)
+    assert sentence == f"a message with '{came}' came where '{WANTED[name]}' was expected"
 
 
 @pytest.mark.parametrize("name", ["PushPull", "PushGradient"])

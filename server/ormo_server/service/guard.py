@@ -46,22 +46,22 @@ class Guard(grpc.ServerInterceptor):
             try:
                 caller = self._access.caller(context)
                 caller.check_may_call(method, allowed)
-                request = requests if handler.request_streaming else self._small_request(requests, context, caller)
+                if not handler.request_streaming:
+                    requests = self._small_request(requests, context, caller)
                 if holds_no_thread(behaviour):
                     self._calls.watch(context, caller)
                     (send,) = more
-                    return behaviour(request, context, self._calls.sender(context, caller, send))
+                    return behaviour(requests, context, self._calls.sender(context, caller, send))
             except OrmoError as error:
                 refuse(self._refuser, context, error)
-            return behaviour(request, context)
+            return behaviour(requests, context)
 
         return rewrapped(handler, guarded, request_streaming=True)
 
     def _small_request(self, requests: Any, context: grpc.ServicerContext, caller: Caller) -> Any:
         request = self._calls.request(requests, context, caller)
-        size = request.ByteSize() if isinstance(request, Message) else 0
+        # Of our own service it still is bytes here; of others gRPC has made a message.
+        size = request.ByteSize() if isinstance(request, Message) else len(request)
         if size > SMALL_MESSAGE_BYTES:
-            raise BadRequest(
-                f"a {request.DESCRIPTOR.name} of {size:,} bytes came: at most {SMALL_MESSAGE_BYTES:,} were expected"
-            )
+            raise BadRequest(f"a request of {size:,} bytes came: at most {SMALL_MESSAGE_BYTES:,} were expected")
         return request

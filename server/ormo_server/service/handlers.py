@@ -23,11 +23,13 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
 def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> "grpc.RpcMethodHandler[Any, Any]":
     words = {True: "stream", False: "unary"}
     make = getattr(grpc, f"{words[method.client_streaming]}_{words[method.server_streaming]}_rpc_method_handler")
-    handler: grpc.RpcMethodHandler[Any, Any] = make(
-        behaviour,
-        request_deserializer=_reader(method.input_type),
-        response_serializer=_writer(method.output_type),
-    )
+    decode = _reader(method.input_type)
+
+    # Not as a deserializer: gRPC has one thread for these and all news of calls, and a large message would hold it.
+    def decoded(request: Any, context: grpc.ServicerContext) -> Any:
+        return behaviour(map(decode, request) if method.client_streaming else decode(request), context)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = make(decoded, response_serializer=_writer(method.output_type))
     return handler
 
 

@@ -294,9 +294,17 @@ class RunHost:
             ModelExists: there is a model already.
             NotWanted: this worker was not asked for it.
         """
+        self.refuse_second_model()
+        self.offers.renew(worker, incarnation, self.clock())
+
+    def refuse_second_model(self) -> None:
+        """Nothing, if there is no model yet.
+
+        Raises:
+            ModelExists: there is.
+        """
         if self._engine is not None:
             raise ModelExists("this server has a model already: join again to get its manifest")
-        self.offers.renew(worker, incarnation, self.clock())
 
     def begin_offer(self, manifest: Manifest) -> PayloadLayout:
         """How an offered model's bytes will lie; `room_for` gives them a place.

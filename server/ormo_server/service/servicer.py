@@ -144,6 +144,7 @@ class Servicer:
         self, request_iterator: Iterator[Frame[pb.OfferModelRequest]], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
+            self._host.refuse_second_model()  # before a manifest is waited for, and counted
             offer = _first(request_iterator, "offer").message.offer
             worker = _own(stream.caller, offer.worker)
             try:
