@@ -41,7 +41,7 @@ def refused_times(server: Server, reason: str) -> int:
 def servicer_buffers(server: Server) -> int:
     """Idle buffers in the pool; all that were ever lent, when no stream is open."""
     (handler,) = [h for h in server._grpc._state.generic_handlers if "ormo" in h.service_name()]
-    servicer = next(iter(handler._method_handlers.values())).unary_unary.__self__  # Join comes first
+    servicer = next(iter(handler._method_handlers.values())).unary_unary.__wrapped__.__self__  # Join comes first
     return len(servicer._buffers._idle)
 
 

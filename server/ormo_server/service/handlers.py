@@ -1,5 +1,6 @@
 """The service's methods as gRPC calls them: which reads and writes messages how."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> "grpc.R
     decode = _reader(method.input_type)
 
     # Not as a deserializer: gRPC has one thread for these and all news of calls, and a large message would hold it.
+    @functools.wraps(behaviour)
     def decoded(request: Any, context: grpc.ServicerContext) -> Any:
         return behaviour(map(decode, request) if method.client_streaming else decode(request), context)
 
