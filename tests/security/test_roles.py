@@ -107,6 +107,17 @@ def test_health_is_for_all_who_are_known(server: Server, authority: Authority) -
             assert refused.value.code() == code
 
 
+def test_no_offer_can_name_a_worker_that_is_not_the_callers(tmp_path: Path, authority: Authority) -> None:
+    with guarded(tmp_path, authority) as server, dialled(server, authority.credentials("gpu-1")) as asked:
+        assert WireWorker(asked, "gpu-1").ask_to_join().WhichOneof("answer") == "model_wanted"
+        with dialled(server, authority.credentials("gpu-2")) as thief:
+            offer = in_the_name_of("gpu-1", 1, None, thief)["OfferModel"]
+            with pytest.raises(Refused, match="'gpu-1' is not one of 'gpu-2', who may use") as refused, refusals():
+                offer()
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+        assert not server.host.has_model
+
+
 def test_a_denial_is_logged_with_who_and_why(
     server: Server, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +180,8 @@ def test_no_message_can_name_a_worker_that_is_not_the_callers(server: Server, au
         calls = in_the_name_of("gpu-1", 1, stolen, thief)
         naming = {method.name for method in SERVICE.methods if names_a_worker(method.input_type)}
         assert set(calls) == naming
+        with pytest.raises(Refused, match="MODEL_EXISTS"), refusals():  # whoever offers one: it is not even read
+            calls.pop("OfferModel")()
         for name, call in calls.items():
             with pytest.raises(Refused, match="'gpu-1' is not one of 'gpu-2', who may use") as refused, refusals():
                 call()
