@@ -217,7 +217,7 @@ def test_a_journal_that_a_run_without_one_could_not_remove_is_known_to_be_older(
         assert not (tmp_path / "journal").exists()
 
 
-def _refuse(path: Path) -> None:
+def _refuse(path: Path, *_: object) -> None:
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
@@ -233,6 +233,66 @@ def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, capl
         assert not anna.push(payload(SMALL, 1.0)).refusal
         assert "stand behind its end once more: all that was acknowledged comes before them" in caplog.text
     assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_damaged_is_kept_before_a_checkpoint_makes_it_needless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, links: bool
+) -> None:
+    """A kill right after that checkpoint: the next start removes the journal before, and knows nothing of damage."""
+    before = damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        if not links:
+            patched.setattr("os.link", _refuse)
+        patched.setattr("ormo_server.service.host.RunHost._forget_older_journal", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            Server(settings(tmp_path, **JOURNALED))
+    caplog.clear()
+    with crashing(tmp_path):
+        assert "ERROR" not in caplog.text
+    (kept,) = tmp_path.glob("journal-damaged-*")
+    assert content(kept) == before
+
+
+def damaged_journal(directory: Path) -> dict[str, bytes]:
+    with crashing(directory) as server:
+        trained(server)
+    path = log_path(directory / "journal", 1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:5], b"#" + lines[5][1:], *lines[6:]]))
+    return content(directory / "journal")
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_cant_be_kept_is_not_removed_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.link", _refuse)
+        patched.setattr("shutil.copyfile", _no_room)
+        with pytest.raises(StoreError, match=r"the damaged journal can't be kept in .*: make room there"):
+            Server(settings(tmp_path, **JOURNALED))
+    assert content(tmp_path / "journal") == before
+    with crashing(tmp_path):
+        (kept,) = tmp_path.glob("journal-damaged-*")
+        assert content(kept) == before
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_start_that_fails_keeps_no_copies_and_says_that_something_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("ormo_server.store.checkpoints.write_files", _no_room)
+        with pytest.raises(StoreError, match="Nothing more is lost"):
+            Server(settings(tmp_path, **JOURNALED))
+    assert not list(tmp_path.glob("journal-damaged-*"))
 
 
 # A model that has diverged

@@ -280,12 +280,11 @@ class Journal:
         entries = self.position - self._forgotten
         return self.size_bytes > self._max_bytes or entries > ENTRIES_BETWEEN_CHECKPOINTS
 
-    def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None:
+    def forget_before(self, log: int | None) -> None:
         """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
 
         Args:
             log: that begins with the checkpoint.
-            dispose: takes away a file.
 
         Raises:
             OSError: a file can't be taken away.
@@ -301,7 +300,7 @@ class Journal:
         logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
         marks = [path for number, path in numbered(self._directory, MARK_NAME).items() if number < self._first]
         for path in (*logs, *gradients, *marks):
-            dispose(path)
+            path.unlink()
         sync(self._directory)
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ from ormo_server.store import (
     StoreError,
     size_bytes,
 )
+from ormo_server.store.files import copy_of_directory, sync
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -184,19 +185,26 @@ class RunHost:
             log.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
         machine = self._restored(found, keep_tickets=found.complete)
+        # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
+        kept = self._kept_aside() if found.damage or found.doubled else None
         try:
             self._write_first(machine, checkpoint.manifest)
         except StoreError as error:
+            if kept is not None:
+                shutil.rmtree(kept, ignore_errors=True)
             if self.settings.journal:
                 # What is recorded from now on would follow from a state that is nowhere on disk.
+                lost = "Nothing more is lost" if found.damage else "Nothing is lost"
                 raise StoreError(
-                    f"{error}. Nothing is lost: the last checkpoint and {self._journal_directory} hold the run, leave "
-                    "both as they are; the next start goes on with them"
+                    f"{error}. {lost}: the last checkpoint and {self._journal_directory} hold the run, leave both as "
+                    "they are; the next start goes on with them"
                 ) from error
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(found, keep_tickets=False)
         else:
-            self._forget_older_journal(keep=bool(found.damage or found.doubled))
+            self._forget_older_journal()
+            if kept is not None:
+                self._tell_kept(kept)
         self._serve(machine, checkpoint.manifest, fresh=False)
 
     def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
@@ -240,13 +248,11 @@ class RunHost:
         if self._engine is not None:
             self._engine.fail(f"the journal in {self._journal_directory} can't be written")
 
-    def _forget_older_journal(self, *, keep: bool) -> None:
-        """The state is in a checkpoint now. A damaged journal is kept, for people."""
+    def _forget_older_journal(self) -> None:
+        """The state is in a checkpoint now."""
         older = self._journal_directory
         try:
-            if keep and older.exists():
-                self._keep_aside(older, older.with_name(f"journal-damaged-{self._epoch:016x}"))
-            elif isinstance(self._journal, Journal):
+            if isinstance(self._journal, Journal):
                 self._journal.forget_before(self._journal.log)
             elif older.exists():
                 shutil.rmtree(older)
@@ -255,14 +261,33 @@ class RunHost:
         except (OSError, StoreError) as error:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
-    def _keep_aside(self, older: Path, aside: Path) -> None:
-        # With the checkpoint that it may follow, which would go with its elders.
-        if isinstance(self._journal, Journal):
-            aside.mkdir()
-            self._journal.forget_before(self._journal.log, lambda path: path.rename(aside / path.name))
-        else:
-            older.rename(aside)
-        self._store.move_corrupt(aside)
+    def _kept_aside(self) -> Path:
+        """A directory with all that a damaged journal has, for people; on the disk when this returns.
+
+        Raises:
+            StoreError: it can't be made.
+        """
+        aside = self.settings.directory / f"journal-damaged-{self._epoch:016x}"
+        try:
+            if self._journal_directory.is_dir():
+                copy_of_directory(self._journal_directory, aside)
+            else:
+                aside.mkdir()
+            sync(self.settings.directory)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise StoreError(
+                f"the damaged journal can't be kept in {aside} ({error}): make room there or mend the disk; nothing "
+                "was changed"
+            ) from error
+        return aside
+
+    def _tell_kept(self, aside: Path) -> None:
+        try:
+            # A checkpoint that the journal may follow would go with its elders.
+            self._store.move_corrupt(aside)
+        except OSError as error:
+            log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
         if any(aside.iterdir()):
             log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
         else:
