@@ -232,6 +232,7 @@ def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, capl
         anna.stub = stub
         assert not anna.push(payload(SMALL, 1.0)).refusal
         assert "stand behind its end once more: all that was acknowledged comes before them" in caplog.text
+        assert "ERROR" not in caplog.text
     assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
 
 
@@ -301,7 +302,7 @@ HUGE: dict[str, Any] = {"method": "asgd", "momentum": 0.0, "learning_rate": 1.0}
 
 
 def diverged(directory: Path) -> WireWorker:
-    """As servers of before let it: the fourth gradient made the parameters infinite, and training went on."""
+    """As servers of before let it: the third gradient left no room, the fourth made the parameters infinite."""
     with crashing(directory, **HUGE) as server, connected(server) as stub:
         anna, bad = (WireWorker(stub, name, start=1.0) for name in ("anna", "bad"))
         anna.join()
@@ -336,14 +337,14 @@ def test_a_state_that_is_not_finite_is_undone_up_to_the_gradient_that_made_it_so
     anna = diverged(tmp_path)
     before = content(tmp_path / "journal")
     with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 3
+        assert again.host.engine.position()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
-        assert "goes on from before it, at iteration 3" in caplog.text
+        assert "goes on from before it, at iteration 2" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused, match="TICKET_UNKNOWN"):
             anna.push(payload(SMALL, 1.0))
         anna.pull()
-        assert anna.push(payload(SMALL, 1.0)).iteration.number == 4
+        assert anna.push(payload(SMALL, 1.0)).iteration.number == 3
         after = everything(again)
     (kept,) = tmp_path.glob("journal-damaged-*")
     assert content(kept) == before
@@ -366,6 +367,38 @@ def test_a_gradient_that_would_be_refused_today_is_where_a_replay_ends(
     with crashing(tmp_path, **HUGE) as again:
         assert again.host.engine.position()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["in the journal", "in the checkpoint"])
+def test_a_finite_state_that_any_gradient_may_make_infinite_is_undone_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    """Else the next ordinary gradient ends the server, and so it does after each start."""
+    changes = HUGE | {"method": "asgdm", "momentum": 0.9}
+    with crashing(tmp_path, **changes) as server, connected(server) as stub, monkeypatch.context() as earlier:
+        earlier.setattr(UpdateRule, "stays_finite", lambda *_: True)
+        anna = WireWorker(stub, "anna", start=1.0)
+        anna.join()
+        anna.pull()
+        anna.push(payload(SMALL, 1.0))
+        assert server.host.checkpoint()
+        anna.pull()
+        anna.push(payload(SMALL, 3e37))
+        if kept == "in the checkpoint":
+            assert server.host.checkpoint()
+    with crashing(tmp_path, **changes) as again, connected(again) as stub:
+        assert again.host.engine.position()[1] == 1
+        assert kept == "in the journal" or "has values so large that any gradient may make them infinite" in caplog.text
+        anna.stub = stub
+        for number in range(2, 20):
+            anna.pull()
+            assert anna.push(payload(SMALL, 1.0)).iteration.number == number
+        after = everything(again)
+    caplog.clear()
+    with crashing(tmp_path, **changes) as whole:
+        assert everything(whole) == after
+        assert "ERROR" not in caplog.text
+    assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
 
 
 @pytest.mark.parametrize("kept", ["in the journal", "in the checkpoint"])

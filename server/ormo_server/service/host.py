@@ -28,7 +28,7 @@ from ormo_server.service.copies import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
-from ormo_server.service.recovery import Recovered, recovered
+from ormo_server.service.recovery import Recovered, is_sound, recovered
 from ormo_server.service.soundness import Bounds
 from ormo_server.store import (
     Checkpoint,
@@ -159,7 +159,7 @@ class RunHost:
     # At the start
 
     def _restore_or_load(self) -> None:
-        checkpoint = self._store.newest()
+        checkpoint = self._store.newest(self._refuse_overflowing)
         if checkpoint is not None:
             self._restore(checkpoint)
             return
@@ -172,6 +172,17 @@ class RunHost:
             )
         if self.settings.model is not None:
             self._load(self.settings.model)
+
+    def _refuse_overflowing(self, checkpoint: Checkpoint) -> None:
+        # Of another update rule it can't be told, and `restore` refuses that.
+        taken = checkpoint.snapshot
+        if taken.fields["rule"] != self._run.method.rule:
+            return
+        if not is_sound(snapshot.resume(self._run, taken), checkpoint.manifest):
+            raise StoreError(
+                f"the checkpoint of iteration {taken.fields['iteration']} has values so large that any gradient may "
+                "make them infinite"
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._check_memory(checkpoint.manifest)
@@ -204,7 +215,7 @@ class RunHost:
         else:
             self._forget_older_journal()
             if kept is not None:
-                self._tell_kept(kept)
+                self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, fresh=False)
 
     def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
@@ -282,14 +293,14 @@ class RunHost:
             ) from error
         return aside
 
-    def _tell_kept(self, aside: Path) -> None:
+    def _tell_kept(self, aside: Path, level: int) -> None:
         try:
             # A checkpoint that the journal may follow would go with its elders.
             self._store.move_corrupt(aside)
         except OSError as error:
             log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
         if any(aside.iterdir()):
-            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+            log.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
         else:
             aside.rmdir()
 
