@@ -1,6 +1,7 @@
 """Checkpoints beside a journal: who waits for them, what may follow them, and what becomes of damaged ones."""
 
 import errno
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,29 @@ def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, cap
         (other / newest.name / name).write_bytes(data)
     with crashing(other) as whole:
         assert everything(whole) == before
+
+
+@pytest.mark.parametrize("without", [True, False])
+def test_no_log_has_the_number_again_that_an_earlier_checkpoint_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, without: bool
+) -> None:
+    """The journal was removed, and then the newest checkpoint is damaged: the one before names a log that is gone."""
+    with crashing(tmp_path) as server:
+        trained(server)
+    shutil.rmtree(tmp_path / "journal")
+    if without:
+        with crashing(tmp_path, journal=False):
+            pass
+    with crashing(tmp_path) as server:
+        trained(server)
+    newest = (tmp_path / "latest").resolve()
+    damage(newest / "state.safetensors")
+    if without:
+        damage(newest.with_name("checkpoint-00000002-iteration-0") / "state.safetensors")
+    with crashing(tmp_path) as again:
+        assert again.host.engine.position()[1] == 0
+        assert "inputs-00000001.log of" in caplog.text
+        assert "is missing, with at least 16 acknowledged entries" in caplog.text
 
 
 def damage(path: Path) -> None:

@@ -11,8 +11,8 @@ class NoJournal:
     """As `Journal`, and keeps nothing.
 
     Args:
-        log: number that no log has; checkpoints name it as long as there are files of an earlier run's journal, which
-            are then known to be older.
+        log: number that no log has; checkpoints name it where there was a journal before, so that its files are known
+            to be older, and those of a later one to be newer.
     """
 
     position = 0

@@ -63,6 +63,8 @@ class Journal:
             gradient is taken.
         on_failure: is called when the disk is broken: no answer may be given from then on.
         on_commit: is told the seconds of each write.
+        after: number that the last checkpoint names. No log has it again, also where the one that it named has gone:
+            else what is written now would be taken for what came after that checkpoint.
 
     Attributes:
         log: number of the log that lines are put in now.
@@ -80,6 +82,7 @@ class Journal:
         max_bytes: int,
         on_failure: Callable[[], object],
         on_commit: Callable[[float], object],
+        after: int = 0,
     ) -> None:
         make_directory(directory)
         self._directory = directory
@@ -89,7 +92,7 @@ class Journal:
         self._on_commit = on_commit
         self._gradients = GradientFiles(directory)
         # Under the engine's lock.
-        self.log = next_log(directory)
+        self.log = next_log(directory, after)
         self.position = 0
         self._complained = float("-inf")
         self._announced: StoredGradient | None = None

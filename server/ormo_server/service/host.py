@@ -95,6 +95,7 @@ class RunHost:
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
         self._journal: Journal | NoJournal = NoJournal()
+        self._last_log = 0
         # Before anybody calls: once there is a model, a thread that can't be started would break the engine.
         self._copies = Copies(metrics.traffic.stage["copy"])
         self._drained = self._closed = False
@@ -185,6 +186,7 @@ class RunHost:
             )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        self._last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         _warn_if_bits_may_differ(checkpoint)
         found = recovered(
@@ -240,7 +242,8 @@ class RunHost:
         if isinstance(self._journal, Journal):
             return
         if not self.settings.journal:
-            self._journal = NoJournal(next_log(self._journal_directory) if self._journal_directory.exists() else None)
+            if self._last_log or self._journal_directory.exists():
+                self._journal = NoJournal(next_log(self._journal_directory, self._last_log))
             return
         try:
             self._journal = Journal(
@@ -249,6 +252,7 @@ class RunHost:
                 int(self.settings.journal_max_bytes),
                 self._journal_failed,
                 self.metrics.journal.commit_seconds.observe,
+                self._last_log,
             )
         except (OSError, RuntimeError) as error:
             raise StoreError(
@@ -267,8 +271,6 @@ class RunHost:
                 self._journal.forget_before(self._journal.log)
             elif older.exists():
                 shutil.rmtree(older)
-            if isinstance(self._journal, NoJournal):
-                self._journal = NoJournal()
         except (OSError, StoreError) as error:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
