@@ -162,3 +162,26 @@ def test_the_largest_number_of_a_vector_is_found_in_all_blocks() -> None:
     vector[0] = math.nan
     assert math.isnan(largest(vector))
     assert math.isnan(largest(vector.roll(-1)))
+
+
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+@pytest.mark.parametrize(("value", "in_bounds"), [(1e3, True), (3e37, False), (math.nan, False), (-math.inf, False)])
+def test_vectors_that_no_gradient_that_is_taken_leads_to_are_out_of_bounds(
+    rule: str, value: float, in_bounds: bool
+) -> None:
+    """With momentum: what is in a vector goes on to move w."""
+    driver = driver_of(run_of(rule), "a")
+    driver.request("a")
+    driver.push("a", 1.0)
+    state = driver.machine.state
+    assert state.rule.in_bounds(state.params)
+    keeps = {name: vector for name, vector in state.rule.vectors.items() if not name.startswith("sent/")}
+    for vector in keeps.values():
+        vector[-1] = value
+    assert state.rule.in_bounds(state.params) is (in_bounds or not keeps)
+
+
+@pytest.mark.parametrize(("value", "in_bounds"), [(LARGEST, True), (-2 * LARGEST, False), (math.nan, False)])
+def test_parameters_beyond_the_largest_are_out_of_bounds(value: float, in_bounds: bool) -> None:
+    rule = UPDATE_RULES["sgd"](3, Coefficients(0.0))
+    assert rule.in_bounds(torch.tensor([1.0, value, 0.0])) is in_bounds

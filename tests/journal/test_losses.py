@@ -4,6 +4,7 @@ The lines of one server: a log of six, which a checkpoint that failed turned ove
 the files and says how many lines had been acknowledged.
 """
 
+import errno
 import re
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Journal, Reading, is_chained, is_journal, replay, told_since
 from ormo_server.journal.chain import End, Line, opening, parsed
 from ormo_server.journal.records import gradients_path, log_path, record_of, sealed
+from ormo_server.store import StoreError
 
 RUN = run_of()
 LINES = 11
@@ -233,6 +235,21 @@ def test_a_journal_says_what_would_be_lost_with_it(tmp_path: Path) -> None:
     assert told_since(tmp_path, SECOND + 1) == ""
     assert told_since(tmp_path / "not there") == ""
     assert is_journal(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["reader", "mark"])
+def test_a_directory_that_cant_be_read_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """It is there, so what it says is not taken for missing."""
+    Story(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(f"ormo_server.journal.{part}.numbered", refuse)
+    with pytest.raises(StoreError, match=re.escape(f"{tmp_path} can't be read (Permission denied)")):
+        told_since(tmp_path)
 
 
 # Lines of older servers

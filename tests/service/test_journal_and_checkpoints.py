@@ -1,6 +1,7 @@
 """Checkpoints beside a journal: who waits for them, what may follow them, and what becomes of damaged ones."""
 
 import errno
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,29 @@ def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, cap
         assert everything(whole) == before
 
 
+@pytest.mark.parametrize("without", [True, False])
+def test_no_log_has_the_number_again_that_an_earlier_checkpoint_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, without: bool
+) -> None:
+    """The journal was removed, and then the newest checkpoint is damaged: the one before names a log that is gone."""
+    with crashing(tmp_path) as server:
+        trained(server)
+    shutil.rmtree(tmp_path / "journal")
+    if without:
+        with crashing(tmp_path, journal=False):
+            pass
+    with crashing(tmp_path) as server:
+        trained(server)
+    newest = (tmp_path / "latest").resolve()
+    damage(newest / "state.safetensors")
+    if without:
+        damage(newest.with_name("checkpoint-00000002-iteration-0") / "state.safetensors")
+    with crashing(tmp_path) as again:
+        assert again.host.engine.position()[1] == 0
+        assert "inputs-00000001.log of" in caplog.text
+        assert "is missing, with at least 16 acknowledged entries" in caplog.text
+
+
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"#")
 
@@ -217,7 +241,7 @@ def test_a_journal_that_a_run_without_one_could_not_remove_is_known_to_be_older(
         assert not (tmp_path / "journal").exists()
 
 
-def _refuse(path: Path) -> None:
+def _refuse(path: Path, *_: object) -> None:
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
@@ -232,7 +256,68 @@ def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, capl
         anna.stub = stub
         assert not anna.push(payload(SMALL, 1.0)).refusal
         assert "stand behind its end once more: all that was acknowledged comes before them" in caplog.text
+        assert "ERROR" not in caplog.text
     assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_damaged_is_kept_before_a_checkpoint_makes_it_needless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, links: bool
+) -> None:
+    """A kill right after that checkpoint: the next start removes the journal before, and knows nothing of damage."""
+    before = damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        if not links:
+            patched.setattr("os.link", _refuse)
+        patched.setattr("ormo_server.service.host.RunHost._forget_older_journal", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            Server(settings(tmp_path, **JOURNALED))
+    caplog.clear()
+    with crashing(tmp_path):
+        assert "ERROR" not in caplog.text
+    (kept,) = tmp_path.glob("journal-damaged-*")
+    assert content(kept) == before
+
+
+def damaged_journal(directory: Path) -> dict[str, bytes]:
+    with crashing(directory) as server:
+        trained(server)
+    path = log_path(directory / "journal", 1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:5], b"#" + lines[5][1:], *lines[6:]]))
+    return content(directory / "journal")
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_cant_be_kept_is_not_removed_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.link", _refuse)
+        patched.setattr("shutil.copyfile", _no_room)
+        with pytest.raises(StoreError, match=r"the damaged journal can't be kept in .*: make room there"):
+            Server(settings(tmp_path, **JOURNALED))
+    assert content(tmp_path / "journal") == before
+    with crashing(tmp_path):
+        (kept,) = tmp_path.glob("journal-damaged-*")
+        assert content(kept) == before
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_start_that_fails_keeps_no_copies_and_says_that_something_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged_journal(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("ormo_server.store.checkpoints.write_files", _no_room)
+        with pytest.raises(StoreError, match="Nothing more is lost"):
+            Server(settings(tmp_path, **JOURNALED))
+    assert not list(tmp_path.glob("journal-damaged-*"))
 
 
 # A model that has diverged
@@ -241,7 +326,7 @@ HUGE: dict[str, Any] = {"method": "asgd", "momentum": 0.0, "learning_rate": 1.0}
 
 
 def diverged(directory: Path) -> WireWorker:
-    """As servers of before let it: the fourth gradient made the parameters infinite, and training went on."""
+    """As servers of before let it: the third gradient left no room, the fourth made the parameters infinite."""
     with crashing(directory, **HUGE) as server, connected(server) as stub:
         anna, bad = (WireWorker(stub, name, start=1.0) for name in ("anna", "bad"))
         anna.join()
@@ -276,14 +361,14 @@ def test_a_state_that_is_not_finite_is_undone_up_to_the_gradient_that_made_it_so
     anna = diverged(tmp_path)
     before = content(tmp_path / "journal")
     with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 3
+        assert again.host.engine.position()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
-        assert "goes on from before it, at iteration 3" in caplog.text
+        assert "goes on from before it, at iteration 2" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused, match="TICKET_UNKNOWN"):
             anna.push(payload(SMALL, 1.0))
         anna.pull()
-        assert anna.push(payload(SMALL, 1.0)).iteration.number == 4
+        assert anna.push(payload(SMALL, 1.0)).iteration.number == 3
         after = everything(again)
     (kept,) = tmp_path.glob("journal-damaged-*")
     assert content(kept) == before
@@ -306,6 +391,38 @@ def test_a_gradient_that_would_be_refused_today_is_where_a_replay_ends(
     with crashing(tmp_path, **HUGE) as again:
         assert again.host.engine.position()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["in the journal", "in the checkpoint"])
+def test_a_finite_state_that_any_gradient_may_make_infinite_is_undone_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    """Else the next ordinary gradient ends the server, and so it does after each start."""
+    changes = HUGE | {"method": "asgdm", "momentum": 0.9}
+    with crashing(tmp_path, **changes) as server, connected(server) as stub, monkeypatch.context() as earlier:
+        earlier.setattr(UpdateRule, "stays_finite", lambda *_: True)
+        anna = WireWorker(stub, "anna", start=1.0)
+        anna.join()
+        anna.pull()
+        anna.push(payload(SMALL, 1.0))
+        assert server.host.checkpoint()
+        anna.pull()
+        anna.push(payload(SMALL, 3e37))
+        if kept == "in the checkpoint":
+            assert server.host.checkpoint()
+    with crashing(tmp_path, **changes) as again, connected(again) as stub:
+        assert again.host.engine.position()[1] == 1
+        assert kept == "in the journal" or "has values so large that any gradient may make them infinite" in caplog.text
+        anna.stub = stub
+        for number in range(2, 20):
+            anna.pull()
+            assert anna.push(payload(SMALL, 1.0)).iteration.number == number
+        after = everything(again)
+    caplog.clear()
+    with crashing(tmp_path, **changes) as whole:
+        assert everything(whole) == after
+        assert "ERROR" not in caplog.text
+    assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
 
 
 @pytest.mark.parametrize("kept", ["in the journal", "in the checkpoint"])

@@ -160,7 +160,7 @@ class GradientFiles:
                 file.writer.close()
                 self.size_bytes -= self._files.pop(file.number).end
             found = numbered(self._directory, GRADIENTS_NAME)
-            return [path for number, path in found.items() if number not in self._files]
+            return [path for number, path in found.items() if number < self._next and number not in self._files]
 
     def _is_needless(self, file: _File, log: int) -> bool:
         return file is not self._current and not file.users and file.last_log < log

@@ -51,7 +51,9 @@ def marks(directory: Path) -> Iterator[Place]:
     Raises:
         StoreError: a file can't be read.
     """
-    for path in numbered(directory, MARK_NAME).values():
+    with reading(directory):
+        found = numbered(directory, MARK_NAME)
+    for path in found.values():
         with reading(path):
             match = _MARK.fullmatch(path.read_bytes())
         if match is not None and int(match[1], 16) == zlib.crc32(match[2]):

@@ -1,9 +1,6 @@
 """What a run without a journal has in its place."""
 # ruff: noqa: D102 - `Journal` says what they do
 
-from collections.abc import Callable
-from pathlib import Path
-
 from ormo_protos.tensors import Payload
 from ormo_server.core.inputs import Input
 from ormo_server.core.keys import SlotKey
@@ -14,8 +11,8 @@ class NoJournal:
     """As `Journal`, and keeps nothing.
 
     Args:
-        log: number that no log has; checkpoints name it as long as there are files of an earlier run's journal, which
-            are then known to be older.
+        log: number that no log has; checkpoints name it where there was a journal before, so that its files are known
+            to be older, and those of a later one to be newer.
     """
 
     position = 0
@@ -40,6 +37,6 @@ class NoJournal:
 
     def settle(self, position: int) -> None: ...
 
-    def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None: ...
+    def forget_before(self, log: int | None) -> None: ...
 
     def close(self) -> None: ...

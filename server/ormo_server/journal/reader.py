@@ -178,7 +178,9 @@ def raw_lines(directory: Path, first: int = 0) -> Iterator[tuple[int, int, bytes
     Raises:
         StoreError: a file can't be read.
     """
-    for log, path in numbered(directory, LOG_NAME).items():
+    with reading(directory):
+        logs = numbered(directory, LOG_NAME)
+    for log, path in logs.items():
         if log < first:
             continue
         with reading(path), path.open("rb") as file:

@@ -103,9 +103,9 @@ def record_of(line: bytes) -> Record | None:
     return Record.read(text)
 
 
-def next_log(directory: Path) -> int:
-    """A number that no log has, nor had as long as a mark of it is there."""
-    return 1 + max((*numbered(directory, LOG_NAME), *numbered(directory, MARK_NAME)), default=0)
+def next_log(directory: Path, after: int) -> int:
+    """A number above this one that no log has, nor had as long as a mark of it is there."""
+    return 1 + max((after, *numbered(directory, LOG_NAME), *numbered(directory, MARK_NAME)))
 
 
 def log_path(directory: Path, number: int) -> Path:

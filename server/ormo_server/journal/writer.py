@@ -63,6 +63,8 @@ class Journal:
             gradient is taken.
         on_failure: is called when the disk is broken: no answer may be given from then on.
         on_commit: is told the seconds of each write.
+        after: number that the last checkpoint names. No log has it again, also where the one that it named has gone:
+            else what is written now would be taken for what came after that checkpoint.
 
     Attributes:
         log: number of the log that lines are put in now.
@@ -80,6 +82,7 @@ class Journal:
         max_bytes: int,
         on_failure: Callable[[], object],
         on_commit: Callable[[float], object],
+        after: int = 0,
     ) -> None:
         make_directory(directory)
         self._directory = directory
@@ -89,7 +92,7 @@ class Journal:
         self._on_commit = on_commit
         self._gradients = GradientFiles(directory)
         # Under the engine's lock.
-        self.log = next_log(directory)
+        self.log = next_log(directory, after)
         self.position = 0
         self._complained = float("-inf")
         self._announced: StoredGradient | None = None
@@ -280,12 +283,11 @@ class Journal:
         entries = self.position - self._forgotten
         return self.size_bytes > self._max_bytes or entries > ENTRIES_BETWEEN_CHECKPOINTS
 
-    def forget_before(self, log: int | None, dispose: Callable[[Path], object] = Path.unlink) -> None:
+    def forget_before(self, log: int | None) -> None:
         """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
 
         Args:
             log: that begins with the checkpoint.
-            dispose: takes away a file.
 
         Raises:
             OSError: a file can't be taken away.
@@ -301,7 +303,7 @@ class Journal:
         logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
         marks = [path for number, path in numbered(self._directory, MARK_NAME).items() if number < self._first]
         for path in (*logs, *gradients, *marks):
-            dispose(path)
+            path.unlink()
         sync(self._directory)
 
     def close(self) -> None:

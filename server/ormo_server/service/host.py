@@ -28,7 +28,7 @@ from ormo_server.service.copies import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
-from ormo_server.service.recovery import Recovered, recovered
+from ormo_server.service.recovery import Recovered, is_sound, recovered
 from ormo_server.service.soundness import Bounds
 from ormo_server.store import (
     Checkpoint,
@@ -40,6 +40,7 @@ from ormo_server.store import (
     StoreError,
     size_bytes,
 )
+from ormo_server.store.files import copy_of_directory, sync
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class RunHost:
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
         self._journal: Journal | NoJournal = NoJournal()
+        self._last_log = 0
         # Before anybody calls: once there is a model, a thread that can't be started would break the engine.
         self._copies = Copies(metrics.traffic.stage["copy"])
         self._drained = self._closed = False
@@ -158,7 +160,7 @@ class RunHost:
     # At the start
 
     def _restore_or_load(self) -> None:
-        checkpoint = self._store.newest()
+        checkpoint = self._store.newest(self._refuse_overflowing)
         if checkpoint is not None:
             self._restore(checkpoint)
             return
@@ -172,7 +174,19 @@ class RunHost:
         if self.settings.model is not None:
             self._load(self.settings.model)
 
+    def _refuse_overflowing(self, checkpoint: Checkpoint) -> None:
+        # Of another update rule it can't be told, and `restore` refuses that.
+        taken = checkpoint.snapshot
+        if taken.fields["rule"] != self._run.method.rule:
+            return
+        if not is_sound(snapshot.resume(self._run, taken), checkpoint.manifest):
+            raise StoreError(
+                f"the checkpoint of iteration {taken.fields['iteration']} has values so large that any gradient may "
+                "make them infinite"
+            )
+
     def _restore(self, checkpoint: Checkpoint) -> None:
+        self._last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         _warn_if_bits_may_differ(checkpoint)
         found = recovered(
@@ -184,19 +198,26 @@ class RunHost:
             log.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
         machine = self._restored(found, keep_tickets=found.complete)
+        # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
+        kept = self._kept_aside() if found.damage or found.doubled else None
         try:
             self._write_first(machine, checkpoint.manifest)
         except StoreError as error:
+            if kept is not None:
+                shutil.rmtree(kept, ignore_errors=True)
             if self.settings.journal:
                 # What is recorded from now on would follow from a state that is nowhere on disk.
+                lost = "Nothing more is lost" if found.damage else "Nothing is lost"
                 raise StoreError(
-                    f"{error}. Nothing is lost: the last checkpoint and {self._journal_directory} hold the run, leave "
-                    "both as they are; the next start goes on with them"
+                    f"{error}. {lost}: the last checkpoint and {self._journal_directory} hold the run, leave both as "
+                    "they are; the next start goes on with them"
                 ) from error
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
             machine = self._restored(found, keep_tickets=False)
         else:
-            self._forget_older_journal(keep=bool(found.damage or found.doubled))
+            self._forget_older_journal()
+            if kept is not None:
+                self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, fresh=False)
 
     def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
@@ -221,7 +242,8 @@ class RunHost:
         if isinstance(self._journal, Journal):
             return
         if not self.settings.journal:
-            self._journal = NoJournal(next_log(self._journal_directory) if self._journal_directory.exists() else None)
+            if self._last_log or self._journal_directory.exists():
+                self._journal = NoJournal(next_log(self._journal_directory, self._last_log))
             return
         try:
             self._journal = Journal(
@@ -230,6 +252,7 @@ class RunHost:
                 int(self.settings.journal_max_bytes),
                 self._journal_failed,
                 self.metrics.journal.commit_seconds.observe,
+                self._last_log,
             )
         except (OSError, RuntimeError) as error:
             raise StoreError(
@@ -240,31 +263,46 @@ class RunHost:
         if self._engine is not None:
             self._engine.fail(f"the journal in {self._journal_directory} can't be written")
 
-    def _forget_older_journal(self, *, keep: bool) -> None:
-        """The state is in a checkpoint now. A damaged journal is kept, for people."""
+    def _forget_older_journal(self) -> None:
+        """The state is in a checkpoint now."""
         older = self._journal_directory
         try:
-            if keep and older.exists():
-                self._keep_aside(older, older.with_name(f"journal-damaged-{self._epoch:016x}"))
-            elif isinstance(self._journal, Journal):
+            if isinstance(self._journal, Journal):
                 self._journal.forget_before(self._journal.log)
             elif older.exists():
                 shutil.rmtree(older)
-            if isinstance(self._journal, NoJournal):
-                self._journal = NoJournal()
         except (OSError, StoreError) as error:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
-    def _keep_aside(self, older: Path, aside: Path) -> None:
-        # With the checkpoint that it may follow, which would go with its elders.
-        if isinstance(self._journal, Journal):
-            aside.mkdir()
-            self._journal.forget_before(self._journal.log, lambda path: path.rename(aside / path.name))
-        else:
-            older.rename(aside)
-        self._store.move_corrupt(aside)
+    def _kept_aside(self) -> Path:
+        """A directory with all that a damaged journal has, for people; on the disk when this returns.
+
+        Raises:
+            StoreError: it can't be made.
+        """
+        aside = self.settings.directory / f"journal-damaged-{self._epoch:016x}"
+        try:
+            if self._journal_directory.is_dir():
+                copy_of_directory(self._journal_directory, aside)
+            else:
+                aside.mkdir()
+            sync(self.settings.directory)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise StoreError(
+                f"the damaged journal can't be kept in {aside} ({error}): make room there or mend the disk; nothing "
+                "was changed"
+            ) from error
+        return aside
+
+    def _tell_kept(self, aside: Path, level: int) -> None:
+        try:
+            # A checkpoint that the journal may follow would go with its elders.
+            self._store.move_corrupt(aside)
+        except OSError as error:
+            log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
         if any(aside.iterdir()):
-            log.error("the damaged journal is kept in %s: look into it, then remove it", aside)
+            log.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
         else:
             aside.rmdir()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import LearningRateSet, Pushed
@@ -67,16 +68,16 @@ def recovered(
 
 
 def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
-    """All that the journal says done again; None if that led to values that are not finite."""
+    """All that the journal says done again; None if that led to a state that is not sound."""
     started = time.perf_counter()
     machine = _resumed(checkpoint)
     try:
         clock_seconds = replay(machine, reading, checkpoint.clock_seconds)
     except UnsoundRecord:
         return None
-    taken = snapshot.take(machine)
-    if unsound(taken, checkpoint.manifest):
+    if not is_sound(machine, checkpoint.manifest):
         return None
+    taken = snapshot.take(machine)
     log.info(
         "replayed %d records of the journal since iteration %d in %.2f s%s",
         reading.records,
@@ -95,6 +96,12 @@ def _resumed(checkpoint: Checkpoint) -> StateMachine:
 
 
 # A state that is not finite
+
+
+def is_sound(machine: StateMachine, manifest: Manifest) -> bool:
+    """Whether a state is finite, and stays so whatever is taken from now on."""
+    in_bounds = machine.state.rule.in_bounds(machine.state.params)
+    return in_bounds and not unsound(snapshot.take(machine, copied=False), manifest)
 
 
 def _before_poison(read_again: Callable[[], Checkpoint], journal: Path, first: int) -> Recovered:
@@ -119,7 +126,7 @@ def _first_unsound(checkpoint: Checkpoint, journal: Path, first: int) -> tuple[i
         for record, payload in reading:
             last[:] = [record]
             yield record, payload
-            if unsound(snapshot.take(machine), checkpoint.manifest):
+            if not is_sound(machine, checkpoint.manifest):
                 return
 
     with contextlib.suppress(UnsoundRecord):

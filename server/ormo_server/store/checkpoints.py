@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -59,11 +59,14 @@ class CheckpointStore:
         found = [path for path in self._entries() if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(filter(has_files, found), key=_serial)
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, refuse: Callable[[Checkpoint], object] = lambda _: None) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none at all.
 
         Each newer one that is not whole, or is missing where `latest` names it, is logged as an error, and `newer_lost`
         is set. `drained` is false then, whatever was written: the lost ones may have applied gradients after it.
+
+        Args:
+            refuse: raises a StoreError for one that must not be gone on with; it counts as not whole.
 
         Raises:
             StoreError: there are checkpoints, or were, and none is whole; or the directory can't be read, or one of
@@ -73,6 +76,7 @@ class CheckpointStore:
         for path in reversed(paths):
             try:
                 checkpoint = read_files(path)
+                refuse(checkpoint)
             except StoreError as error:
                 if is_scarcity(error.__cause__):
                     raise  # it may be whole

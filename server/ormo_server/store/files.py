@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,6 +70,24 @@ def make_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for directory in made:
         sync(directory.parent)
+
+
+def copy_of_directory(source: Path, target: Path) -> None:
+    """Make a copy, of links where the file system has them; its files are on the disk when this returns.
+
+    Raises:
+        OSError: there is no room for it, or a file can't be read.
+    """
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+    sync(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(Path(target))
 
 
 def size_bytes(directory: Path) -> int:

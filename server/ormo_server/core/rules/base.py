@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from ormo_server.core.blocks import largest
 from ormo_server.core.keys import SlotKey
 
 # Why no gradient that is taken can make the state infinite, however many come.
@@ -98,6 +99,18 @@ class UpdateRule(ABC):
         either. A rule that adds more to a vector than ηg, or multiplies by w, must say so here.
         """
         return max(1.0, norm) * landing.step_size <= LARGEST_STEP * (1.0 - self.coefficients.momentum)
+
+    def in_bounds(self, params: torch.Tensor) -> bool:
+        """Whether this state is one that `stays_finite` counts on; a server that did not ask it may have left others.
+
+        Any gradient may make them infinite, since what they have of momentum goes on to move w.
+        """
+        bound = self.largest_element()
+        return largest(params) <= LARGEST and all(largest(vector) <= bound for vector in self.vectors.values())
+
+    def largest_element(self) -> float:
+        """What no element of `vectors` exceeds, by the argument of `LARGEST`."""
+        return (1.0 - self.coefficients.momentum) * LARGEST / 2.0**26
 
     @abstractmethod
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from ormo_server.core.blocks import largest, walk
 from ormo_server.core.keys import SlotKey
-from ormo_server.core.rules.base import LARGEST_STEP, Landing, UpdateRule
+from ormo_server.core.rules.base import LARGEST, LARGEST_STEP, Landing, UpdateRule
 
 
 class DelayCompensated(UpdateRule):
@@ -24,6 +24,10 @@ class DelayCompensated(UpdateRule):
         distance = _largest_difference(params, self.vectors[_sent_to(landing.slot)])
         compensation = self.coefficients.delay_compensation * distance * max(1.0, norm) * max(1.0, norm)
         return max(1.0, landing.step_size) * (norm + compensation) <= LARGEST_STEP
+
+    def largest_element(self) -> float:
+        """See `UpdateRule.largest_element`."""
+        return LARGEST  # they are parameters
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""

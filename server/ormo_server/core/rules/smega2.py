@@ -11,6 +11,7 @@ from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRu
 # the argument of `LARGEST` it stays below 2^27 times the largest norm (|G|/s is at most e times that, for any s). With
 # these two, ηβv is below LARGEST/2^26, and what is sent, where v counts ηβK times, is finite up to η = 2^20, K = 2^31.
 _LARGEST_NORM = 2.0**40
+_LARGEST_ELEMENT = 2.0**67
 _LARGEST_STEP_SIZE = 2.0**33
 
 
@@ -40,6 +41,10 @@ class Smega2(UpdateRule):
         """See `UpdateRule.stays_finite`."""
         in_bounds = norm <= _LARGEST_NORM and landing.step_size <= _LARGEST_STEP_SIZE
         return in_bounds and super().stays_finite(params, norm, landing)
+
+    def largest_element(self) -> float:
+        """See `UpdateRule.largest_element`."""
+        return _LARGEST_ELEMENT
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""
