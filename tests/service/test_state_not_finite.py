@@ -1,11 +1,13 @@
 """A state that has become infinite all the same, as an earlier version's could: it is served and kept no further."""
 
+import contextlib
 import math
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -51,15 +53,22 @@ def check_is_refused(server: Server, worker: WireWorker) -> None:
     assert server.host.engine.position()[1] == 1
 
 
-def test_the_next_checkpoint_finds_it_and_nothing_is_taken_any_more(tmp_path: Path) -> None:
-    with served(tmp_path, metrics_listen="127.0.0.1:0") as server, connected(server) as stub:
+@contextlib.contextmanager
+def trained(directory: Path) -> Iterator[tuple[Server, WireWorker]]:
+    """A server that is at iteration 1, and a worker that has its next ticket."""
+    with served(directory, metrics_listen="127.0.0.1:0") as server, connected(server) as stub:
         worker = WireWorker(stub, "a")
         worker.join()
         worker.pull()
         worker.push(payload(SMALL, 1.0))
+        worker.pull()
+        yield server, worker
+
+
+def test_the_next_checkpoint_finds_it_and_nothing_is_taken_any_more(tmp_path: Path) -> None:
+    with trained(tmp_path) as (server, worker):
         before = server.host.last_checkpoint
         assert ready(server) == 200
-        worker.pull()
         poison(server)
         assert not server.host.checkpoint()
         check_is_refused(server, worker)
@@ -68,12 +77,7 @@ def test_the_next_checkpoint_finds_it_and_nothing_is_taken_any_more(tmp_path: Pa
 
 
 def test_the_first_gradient_that_comes_of_it_finds_it(tmp_path: Path) -> None:
-    with served(tmp_path, metrics_listen="127.0.0.1:0") as server, connected(server) as stub:
-        worker = WireWorker(stub, "a")
-        worker.join()
-        worker.pull()
-        worker.push(payload(SMALL, 1.0))
-        worker.pull()
+    with trained(tmp_path) as (server, worker):
         with pytest.raises(Refused, match="NON_FINITE"):
             worker.push(payload(SMALL, math.nan))
         assert not server.host.engine.broken.is_set(), "the model is sound: it is the gradient that is not"
