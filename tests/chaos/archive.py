@@ -56,10 +56,18 @@ class Archive:
             for folder in [self._run / "journal", *_listed(self._run, "checkpoint-*")]:
                 for path in _listed(folder, "*"):
                     kept = life / path.relative_to(self._run)
-                    if not kept.exists():
-                        kept.parent.mkdir(exist_ok=True)
-                        with contextlib.suppress(FileNotFoundError, FileExistsError):
-                            os.link(path, kept)
+                    with contextlib.suppress(FileNotFoundError):
+                        _keep(path, kept)
+
+
+def _keep(path: Path, kept: Path) -> None:
+    # A log that the disk had no room for is removed, and made again under the same name: the second one counts.
+    if kept.exists() and kept.samefile(path):
+        return
+    kept.parent.mkdir(exist_ok=True)
+    linked = kept.with_name("linked")
+    os.link(path, linked)
+    linked.replace(kept)
 
 
 def _listed(folder: Path, names: str) -> list[Path]:

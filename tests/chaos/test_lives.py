@@ -72,6 +72,19 @@ class Run:
         return found + (deviations(self.archive, WORKERS) if self.journal else [])
 
 
+def test_a_file_that_is_made_again_under_its_name_is_kept_as_it_is_now(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "journal" / "inputs-00000001.log"
+    log.parent.mkdir(parents=True)
+    archive = Archive(tmp_path / "run", tmp_path / "archive")
+    life = archive.begin_life()
+    log.touch()
+    archive.look()
+    log.unlink()
+    log.write_bytes(b"a line\n")
+    archive.close()
+    assert (life / "journal" / log.name).read_bytes() == b"a line\n"
+
+
 def whole_logs(archive: Path) -> list[Path]:
     return [path for path in sorted(archive.glob("life-*/journal/inputs-*.log")) if b"pushed" in path.read_bytes()]
 
