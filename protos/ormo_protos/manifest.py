@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,20 +12,38 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 FLOAT32 = pb.DTYPE_FLOAT32
 BFLOAT16 = pb.DTYPE_BFLOAT16
 INT64 = pb.DTYPE_INT64
+FLOAT64 = pb.DTYPE_FLOAT64
 PARAMETER = pb.ROLE_PARAMETER
+FROZEN = pb.ROLE_FROZEN
 BUFFER = pb.ROLE_BUFFER
+UNSPECIFIED = pb.MERGE_UNSPECIFIED
+AVERAGE = pb.MERGE_AVERAGE
+MAXIMUM = pb.MERGE_MAXIMUM
+LAST = pb.MERGE_LAST
 
 MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 512
 MAX_DIMENSIONS = 16
 # 1 PiB of float32: far beyond any machine, and whatever is made of it (bytes, offsets, vectors) stays in an int64.
 MAX_ELEMENTS = 2**48
+# What a tensor adds to its own bytes in a message, at most.
+_BYTES_AROUND = 8
+# Of one message, so that it fits with all that a message may have besides.
+MAX_PART_BYTES = 2 << 20
+_ROLES = {PARAMETER: "parameter", FROZEN: "frozen parameter", BUFFER: "buffer"}
+_DTYPES = {PARAMETER: (FLOAT32, BFLOAT16), FROZEN: (FLOAT32, BFLOAT16), BUFFER: (FLOAT32, BFLOAT16, INT64, FLOAT64)}
+_MERGES = {INT64: (UNSPECIFIED, MAXIMUM, LAST)}
+_MERGES_OF_FLOATS = (UNSPECIFIED, AVERAGE, LAST)
 # A key that safetensors keeps for itself: a file with a tensor of that name is written, and can't be read.
 _NO_TENSOR = "__metadata__"
 
 
 class ManifestError(ValueError):
     """A manifest that contradicts itself or the contract; the sentence says which tensor and what was expected."""
+
+
+# The parts of a model's state; those of a payload. The last but one has numbers of eight bytes, float64 among them.
+SECTIONS = ("parameters", "float_buffers", "int_buffers", "frozen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +56,19 @@ class TensorSpec:
     role: pb.Role.ValueType
     offset: int = 0
     alias_of: str = ""
+    merge: pb.Merge.ValueType = UNSPECIFIED
+
+    def to_message(self) -> pb.TensorSpec:
+        """The tensor as it travels."""
+        return pb.TensorSpec(
+            name=self.name,
+            shape=self.shape,
+            dtype=self.dtype,
+            role=self.role,
+            offset=self.offset,
+            alias_of=self.alias_of,
+            merge=self.merge,
+        )
 
     @property
     def elements(self) -> int:
@@ -46,14 +77,23 @@ class TensorSpec:
 
     @property
     def section(self) -> str:
-        """Which part of the model's state it lies in: `parameters`, `float_buffers` or `int_buffers`."""
+        """Which part of the model's state it lies in: one of `SECTIONS`."""
         if self.role == PARAMETER:
             return "parameters"
-        return "int_buffers" if self.dtype == INT64 else "float_buffers"
+        if self.role == FROZEN:
+            return "frozen"
+        return "int_buffers" if self.dtype in (INT64, FLOAT64) else "float_buffers"
+
+    @property
+    def line(self) -> str:
+        """What stands for the tensor in the text that a digest is taken of."""
+        merge = f"\t{self.merge}" if self.merge else ""
+        shape = ",".join(map(str, self.shape))
+        return f"{self.name}\t{shape}\t{self.dtype}\t{self.role}\t{self.offset}\t{self.alias_of}{merge}\n"
 
     def described(self) -> str:
         """Shape and dtype in words, for error sentences."""
-        kind = "parameter" if self.role == PARAMETER else "buffer"
+        kind = _ROLES[self.role]
         alias = f", another name for {self.alias_of!r}" if self.alias_of else ""
         return f"a {pb.Dtype.Name(self.dtype).removeprefix('DTYPE_').lower()} {kind} of shape {self.shape}{alias}"
 
@@ -73,30 +113,62 @@ class Manifest:
 
     @classmethod
     def laid_out(cls, specs: Iterable[TensorSpec]) -> "Manifest":
-        """The manifest of these tensors, with the offsets filled in: parameters first, each section dense."""
-        ordered = sorted(specs, key=lambda spec: spec.role != PARAMETER)
+        """The manifest of these tensors, with the offsets filled in: by `role`, each section dense."""
+        ordered = sorted(specs, key=_place_of_role)
         return cls(tuple(_with_offsets(ordered)))
 
     @classmethod
     def from_message(cls, message: pb.Manifest) -> "Manifest":
-        """Read a manifest off the wire; the digest must be its own."""
-        manifest = cls(
-            tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.role, t.offset, t.alias_of) for t in message.tensors)
-        )
-        if message.digest != manifest.digest:
+        """Read a manifest that came in one message.
+
+        Raises:
+            ManifestError: as for `from_messages`.
+        """
+        return cls.from_messages([message])
+
+    @classmethod
+    def from_messages(cls, parts: Iterable[pb.Manifest]) -> "Manifest":
+        """Read a manifest off the wire, up to the part with the digest, which must be its own.
+
+        Raises:
+            ManifestError: the tensors contradict the contract or the digest, or the digest did not come.
+        """
+        specs: list[TensorSpec] = []
+        digest = b""
+        for part in parts:
+            if not part.tensors and not part.digest:
+                raise ManifestError("a part of the manifest has neither tensors nor the digest")
+            specs += [
+                TensorSpec(t.name, tuple(t.shape), t.dtype, t.role, t.offset, t.alias_of, t.merge) for t in part.tensors
+            ]
+            _check_number(len(specs))
+            digest = part.digest
+            if digest:
+                break
+        manifest = cls(tuple(specs))
+        if digest != manifest.digest:
             raise ManifestError(
-                f"the manifest's digest is {message.digest[:32].hex() or 'missing'}, but its tensors give "
+                f"the manifest's digest is {digest[:32].hex() or 'missing'}, but its tensors give "
                 f"{manifest.digest.hex()}: compute it as parameter_server.proto says"
             )
         return manifest
 
+    def to_messages(self) -> Iterator[pb.Manifest]:
+        """The manifest as it travels, in parts that fit into messages."""
+        part, size = pb.Manifest(), 0
+        for spec in self.tensors:
+            message = spec.to_message()
+            size += message.ByteSize() + _BYTES_AROUND
+            if size > MAX_PART_BYTES:
+                yield part
+                part, size = pb.Manifest(), message.ByteSize() + _BYTES_AROUND
+            part.tensors.append(message)
+        part.digest = self.digest
+        yield part
+
     def to_message(self) -> pb.Manifest:
-        """The manifest as it travels."""
-        tensors = [
-            pb.TensorSpec(name=t.name, shape=t.shape, dtype=t.dtype, role=t.role, offset=t.offset, alias_of=t.alias_of)
-            for t in self.tensors
-        ]
-        return pb.Manifest(tensors=tensors, digest=self.digest)
+        """The manifest in one message, which may be too large to be sent."""
+        return pb.Manifest(tensors=[spec.to_message() for spec in self.tensors], digest=self.digest)
 
     @classmethod
     def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> "Manifest":
@@ -113,7 +185,10 @@ class Manifest:
     def to_json(self) -> list[dict[str, Any]]:
         """The manifest as plain data, for checkpoints."""
         names = ("name", "shape", "dtype", "role", "offset", "alias_of")
-        return [{name: getattr(t, name) for name in names} for t in self.tensors]
+        # Without what an older server does not know, where there is none of it.
+        return [
+            {name: getattr(t, name) for name in names} | ({"merge": t.merge} if t.merge else {}) for t in self.tensors
+        ]
 
     def check_names(self) -> None:
         """Nothing, if the names are fit for files, logs and terminals, as an offered model's must be.
@@ -138,16 +213,36 @@ class Manifest:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over the tensors, 32 bytes; the proto says over which text."""
-        lines = (
-            f"{t.name}\t{','.join(map(str, t.shape))}\t{t.dtype}\t{t.role}\t{t.offset}\t{t.alias_of}\n"
-            for t in self.tensors
-        )
-        return hashlib.sha256("".join(lines).encode()).digest()
+        return hashlib.sha256("".join(t.line for t in self.tensors).encode()).digest()
+
+    @cached_property
+    def model_digest(self) -> bytes:
+        """As `digest`, but the same for every precision of the model, and however its buffers are merged."""
+        return Manifest(
+            tuple(
+                replace(t, dtype=FLOAT32 if t.dtype == BFLOAT16 else t.dtype, merge=UNSPECIFIED) for t in self.tensors
+            )
+        ).digest
+
+    @cached_property
+    def digests(self) -> frozenset[bytes]:
+        """All that stand for this model: its own, the model's, and the one that an older program computes."""
+        return frozenset({self.digest, self.model_digest, self.without_merges.digest})
+
+    @cached_property
+    def without_merges(self) -> "Manifest":
+        """As older programs describe the model."""
+        return Manifest(tuple(replace(t, merge=UNSPECIFIED) for t in self.tensors))
+
+    @cached_property
+    def newer(self) -> TensorSpec | None:
+        """A tensor of a kind that older programs do not know; None if there is none."""
+        return next((t for t in self.tensors if t.role == FROZEN or t.dtype == FLOAT64), None)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Elements of each section; aliases do not count."""
-        sizes = {"parameters": 0, "float_buffers": 0, "int_buffers": 0}
+        sizes = dict.fromkeys(SECTIONS, 0)
         for spec in self.tensors:
             if not spec.alias_of:
                 sizes[spec.section] += spec.elements
@@ -160,33 +255,43 @@ class Manifest:
         found = [f"{name!r} is missing here" for name in theirs if name not in mine]
         found += [f"{name!r} is missing there" for name in mine if name not in theirs]
         for name in (name for name in mine if name in theirs):
-            if mine[name].described() != theirs[name].described():
-                found.append(f"{name!r} is {mine[name].described()} here and {theirs[name].described()} there")
-        if not found and self.digest != other.digest:
+            here, there = mine[name].described(), theirs[name].described()
+            if here.replace("bfloat16", "float32") != there.replace("bfloat16", "float32"):
+                found.append(f"{name!r} is {here} here and {there} there")
+        if not found and self.model_digest != other.model_digest:
             found.append("the tensors are the same but come in another order")
         return found
 
 
+def _place_of_role(spec: TensorSpec) -> int:
+    return list(_ROLES).index(spec.role) if spec.role in _ROLES else len(_ROLES)
+
+
 def _with_offsets(specs: Iterable[TensorSpec]) -> Iterable[TensorSpec]:
-    free = {"parameters": 0, "float_buffers": 0, "int_buffers": 0}
+    free = dict.fromkeys(SECTIONS, 0)
     offsets: dict[str, int] = {}
     for spec in specs:
         offset = offsets.get(spec.alias_of, 0) if spec.alias_of else free[spec.section]
         if not spec.alias_of:
             free[spec.section] += spec.elements
         offsets[spec.name] = offset
-        yield TensorSpec(spec.name, spec.shape, spec.dtype, spec.role, offset, spec.alias_of)
+        yield replace(spec, offset=offset)
 
 
 def _check(specs: tuple[TensorSpec, ...]) -> None:
-    if not 1 <= len(specs) <= MAX_TENSORS:
-        raise ManifestError(f"a model has 1 to {MAX_TENSORS} tensors, this manifest has {len(specs)}")
-    roles = [spec.role for spec in specs]
-    if BUFFER in roles and PARAMETER in roles[roles.index(BUFFER) :]:
-        raise ManifestError("a parameter comes after a buffer: list all parameters first")
+    if not specs:
+        raise ManifestError(f"a model has 1 to {MAX_TENSORS} tensors, this manifest has 0")
+    _check_number(len(specs))
+    for spec in specs:
+        _check_tensor(spec)
+    places = [_place_of_role(spec) for spec in specs]
+    if places != sorted(places):
+        raise ManifestError(
+            "a parameter comes after a frozen one, or one of them after a buffer: list all parameters first, then "
+            "frozen ones, then buffers"
+        )
     seen: dict[str, TensorSpec] = {}
     for spec, expected in zip(specs, _with_offsets(specs), strict=True):
-        _check_tensor(spec)
         _check_place(spec, expected.offset, seen)
         if spec.offset + spec.elements > MAX_ELEMENTS:
             raise ManifestError(
@@ -196,6 +301,11 @@ def _check(specs: tuple[TensorSpec, ...]) -> None:
         seen[spec.name] = spec
     if not any(spec.role == PARAMETER and not spec.alias_of and spec.elements for spec in specs):
         raise ManifestError("the model has no trainable tensor: there is nothing to train")
+
+
+def _check_number(tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise ManifestError(f"a model has 1 to {MAX_TENSORS} tensors, this manifest has {tensors}")
 
 
 def _check_tensor(spec: TensorSpec) -> None:
@@ -211,11 +321,16 @@ def _check_tensor(spec: TensorSpec) -> None:
     # Sizes of 0 left out: a tensor without elements still has strides, which are the products of the others.
     if math.prod(filter(None, spec.shape)) > MAX_ELEMENTS:
         raise ManifestError(f"tensor {spec.name!r} has shape {spec.shape}: at most {MAX_ELEMENTS:,} elements")
-    allowed = {PARAMETER: (FLOAT32, BFLOAT16), BUFFER: (FLOAT32, BFLOAT16, INT64)}.get(spec.role)
-    if allowed is None or spec.dtype not in allowed:
+    if spec.dtype not in _DTYPES.get(spec.role, ()):
         raise ManifestError(
             f"tensor {spec.name!r} has role {spec.role} and dtype {spec.dtype}: a parameter is float32 or bfloat16, "
-            "a buffer float32, bfloat16 or int64"
+            "a buffer float32, bfloat16, int64 or float64"
+        )
+    merges = _MERGES.get(spec.dtype, _MERGES_OF_FLOATS) if spec.role == BUFFER else (UNSPECIFIED,)
+    if spec.merge not in merges:
+        raise ManifestError(
+            f"tensor {spec.name!r} has role {spec.role}, dtype {spec.dtype} and merge {spec.merge}: expected one of "
+            f"{', '.join(map(str, merges))}"
         )
 
 

@@ -81,12 +81,16 @@ class PayloadLayout:
     parameters: int
     float_buffers: int
     int_buffers: int
+    frozen: int
     float_buffers_offset: int
     int_buffers_offset: int
+    frozen_offset: int
     total_bytes: int
 
     @classmethod
-    def of(cls, manifest: Manifest, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> "PayloadLayout":
+    def of(
+        cls, manifest: Manifest, dtype: pb.Dtype.ValueType, *, with_buffers: bool, with_frozen: bool = False
+    ) -> "PayloadLayout":
         """The layout of this model's payload.
 
         Raises:
@@ -94,14 +98,18 @@ class PayloadLayout:
         """
         sizes = manifest.sizes
         floats, ints = (sizes["float_buffers"], sizes["int_buffers"]) if with_buffers else (0, 0)
-        return _layout(dtype, with_buffers, sizes["parameters"], floats, ints)
+        return _layout(dtype, with_buffers, sizes["parameters"], floats, ints, sizes["frozen"] if with_frozen else 0)
 
 
 @cache
-def _layout(dtype: pb.Dtype.ValueType, with_buffers: bool, params: int, floats: int, ints: int) -> PayloadLayout:
+def _layout(
+    dtype: pb.Dtype.ValueType, with_buffers: bool, params: int, floats: int, ints: int, frozen: int
+) -> PayloadLayout:
     floats_at = _aligned(params * torch_dtype(dtype).itemsize)
     ints_at = floats_at + _aligned(floats * 4)
-    return PayloadLayout(dtype, with_buffers, params, floats, ints, floats_at, ints_at, ints_at + ints * 8)
+    frozen_at = ints_at + ints * 8
+    end = frozen_at + _aligned(frozen * 4)
+    return PayloadLayout(dtype, with_buffers, params, floats, ints, frozen, floats_at, ints_at, frozen_at, end)
 
 
 def _aligned(size: int) -> int:
@@ -120,7 +128,8 @@ class Payload:
         layout: where the sections lie.
         parameters: shape (d,), dtype of the layout.
         float_buffers: shape (f,), float32; empty without buffers.
-        int_buffers: shape (i,), int64; empty without buffers.
+        int_buffers: shape (i,), int64, or the bits of float64; empty without buffers.
+        frozen: shape (z,), float32; empty unless the layout has them.
     """
 
     def __init__(self, layout: PayloadLayout, memory: torch.Tensor | None = None, *, pin_memory: bool = False) -> None:
@@ -133,6 +142,7 @@ class Payload:
         self.parameters = self._view(0, layout.parameters, torch_dtype(layout.dtype))
         self.float_buffers = self._view(layout.float_buffers_offset, layout.float_buffers, torch.float32)
         self.int_buffers = self._view(layout.int_buffers_offset, layout.int_buffers, torch.int64)
+        self.frozen = self._view(layout.frozen_offset, layout.frozen, torch.float32)
         self.zero_padding()
 
     def _view(self, offset: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -144,6 +154,7 @@ class Payload:
         self._bytes[end_of_parameters : self.layout.float_buffers_offset] = 0
         end_of_floats = self.layout.float_buffers_offset + self.layout.float_buffers * 4
         self._bytes[end_of_floats : self.layout.int_buffers_offset] = 0
+        self._bytes[self.layout.frozen_offset + self.layout.frozen * 4 :] = 0
 
     def put(self, offset: int, data: bytes | memoryview) -> None:
         """Copy bytes to their place; unlike slices' assignment NumPy lets other threads run meanwhile."""

@@ -172,6 +172,8 @@ def test_no_bytes_make_a_message_with_more_than_the_limits_allow(
         elif "came more than" in message.why:
             refused += 1
             plain = parser._kind.FromString(encoded) if well_formed(parser._kind, encoded) else None
+            if plain is not None:
+                plain.DiscardUnknownFields()  # such as a list's number with another wire type, which is counted with it
             if plain is not None and isinstance(parser.parse(plain.SerializeToString()), Malformed):
                 assert any(number > 3 for number in largest(plain, {}).values()), encoded
     assert min(refused, taken) > 500

@@ -2,20 +2,28 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 
 import pytest
 
 from ormo_protos.manifest import (
+    AVERAGE,
     BFLOAT16,
     BUFFER,
     FLOAT32,
+    FLOAT64,
+    FROZEN,
     INT64,
+    LAST,
     MAX_DIMENSIONS,
     MAX_ELEMENTS,
     MAX_NAME_BYTES,
+    MAX_PART_BYTES,
     MAX_TENSORS,
+    MAXIMUM,
     PARAMETER,
+    UNSPECIFIED,
     Manifest,
     ManifestError,
     TensorSpec,
@@ -55,7 +63,7 @@ def test_parameters_come_first_and_each_section_is_dense() -> None:
 
 
 def test_aliases_take_no_room() -> None:
-    assert MODEL.sizes == {"parameters": 9, "float_buffers": 3, "int_buffers": 1}
+    assert MODEL.sizes == {"parameters": 9, "float_buffers": 3, "int_buffers": 1, "frozen": 0}
 
 
 def test_floating_buffers_of_either_width_share_a_section_and_integers_have_their_own() -> None:
@@ -81,6 +89,7 @@ def test_the_digest_is_the_one_that_it_has_always_been() -> None:
         {"name": "Weight"},
         {"shape": (3, 2)},
         {"dtype": BFLOAT16},
+        {"role": FROZEN},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -100,6 +109,75 @@ def test_a_manifest_goes_over_the_wire_and_back() -> None:
 
 def test_a_manifest_goes_through_json_and_back() -> None:
     assert Manifest.from_json(json.loads(json.dumps(MODEL.to_json()))) == MODEL
+
+
+def test_how_a_buffer_is_merged_is_in_its_line_of_the_digests_text() -> None:
+    model = Manifest.laid_out(
+        [WEIGHT, dataclasses.replace(MEAN, merge=AVERAGE), dataclasses.replace(COUNT, merge=LAST)]
+    )
+    text = "weight\t2,3\t1\t1\t0\t\nmean\t3\t1\t2\t0\t\t1\ncount\t\t3\t2\t0\t\t3\n"
+    assert model.digest == hashlib.sha256(text.encode()).digest()
+    assert Manifest.from_json(json.loads(json.dumps(model.to_json()))) == model
+    assert Manifest.from_message(model.to_message()) == model
+
+
+def test_where_nothing_says_how_buffers_are_merged_older_programs_can_read_the_json() -> None:
+    assert {key for row in MODEL.to_json() for key in row} == {"name", "shape", "dtype", "role", "offset", "alias_of"}
+
+
+def test_the_models_digest_is_the_same_in_every_precision_and_however_buffers_are_merged() -> None:
+    def made(dtype: pb.Dtype.ValueType, merge: pb.Merge.ValueType) -> Manifest:
+        parameters = (dataclasses.replace(each, dtype=dtype) for each in (WEIGHT, BIAS))
+        return Manifest.laid_out([*parameters, dataclasses.replace(MEAN, dtype=dtype, merge=merge)])
+
+    plain = made(FLOAT32, UNSPECIFIED)
+    for other in (made(BFLOAT16, AVERAGE), made(BFLOAT16, UNSPECIFIED), made(FLOAT32, LAST)):
+        assert other.model_digest == plain.model_digest == plain.digest != other.digest
+        assert other.differences(plain) == []
+        assert {other.digest, plain.digest, other.without_merges.digest} == other.digests
+
+
+def test_frozen_tensors_come_between_parameters_and_buffers_and_have_a_section_of_their_own() -> None:
+    model = Manifest.laid_out([spec(name="base", role=FROZEN, dtype=BFLOAT16), COUNT, WEIGHT])
+    assert [(t.name, t.section, t.offset) for t in model.tensors] == [
+        ("weight", "parameters", 0),
+        ("base", "frozen", 0),
+        ("count", "int_buffers", 0),
+    ]
+    assert model.newer is not None
+    assert model.newer.name == "base"
+    assert model.differences(Manifest.laid_out([spec(name="base"), COUNT, WEIGHT])) == [
+        "'base' is a bfloat16 frozen parameter of shape (2, 3) here and a float32 parameter of shape (2, 3) there"
+    ]
+
+
+def test_float64_buffers_lie_with_the_integers_of_the_same_size() -> None:
+    model = Manifest.laid_out([WEIGHT, COUNT, dataclasses.replace(MEAN, dtype=FLOAT64)])
+    assert [(t.name, t.section, t.offset) for t in model.tensors[1:]] == [
+        ("count", "int_buffers", 0),
+        ("mean", "int_buffers", 1),
+    ]
+
+
+def test_a_manifest_goes_over_the_wire_in_as_many_messages_as_it_needs() -> None:
+    large = Manifest.laid_out(spec(name=f"{'e' * 500}{number}", shape=()) for number in range(10_000))
+    parts = [pb.Manifest.FromString(part.SerializeToString()) for part in large.to_messages()]
+    assert [bool(part.digest) for part in parts] == [False, False, True]
+    assert all(part.ByteSize() <= MAX_PART_BYTES + 64 for part in parts)
+    assert Manifest.from_messages(iter(parts)) == large
+    assert list(MODEL.to_messages()) == [MODEL.to_message()]
+
+
+def test_parts_of_a_manifest_without_an_end_are_refused() -> None:
+    first = next(iter(Manifest.laid_out([WEIGHT]).to_messages()))
+    first.ClearField("digest")
+    with pytest.raises(ManifestError, match="digest is missing"):
+        Manifest.from_messages([first])
+    with pytest.raises(ManifestError, match="neither tensors nor the digest"):
+        Manifest.from_messages([first, pb.Manifest()])
+    many = pb.Manifest(tensors=[WEIGHT.to_message()] * 1000)
+    with pytest.raises(ManifestError, match=f"1 to {MAX_TENSORS} tensors, this manifest has {MAX_TENSORS + 1000}"):
+        Manifest.from_messages(itertools.repeat(many))
 
 
 @pytest.mark.parametrize(("digest", "came"), [(b"", "missing"), (b"\x12" * 32, "12" * 32)])
@@ -137,6 +215,11 @@ REFUSALS = [
     ([WEIGHT, spec(name="x", role=pb.ROLE_UNSPECIFIED)], "has role 0 and dtype 1"),
     ([WEIGHT, WEIGHT], "tensor 'weight' is there twice: names are unique"),
     ([WEIGHT, spec(name="tied", alias_of="nobody")], "tensor 'tied' says that it is 'nobody': that must be an earlier"),
+    ([spec(merge=LAST)], "tensor 'weight' has role 1, dtype 1 and merge 3: expected one of 0"),
+    ([WEIGHT, spec(name="x", role=BUFFER, dtype=INT64, merge=AVERAGE)], "merge 1: expected one of 0, 2, 3"),
+    ([WEIGHT, spec(name="x", role=BUFFER, merge=MAXIMUM)], "merge 2: expected one of 0, 1, 3"),
+    ([WEIGHT, spec(name="x", role=FROZEN, dtype=FLOAT64)], "has role 3 and dtype 4"),
+    ([spec(role=FROZEN)], "there is nothing to train"),
     ([TIED, WEIGHT], "that must be an earlier tensor"),
     ([WEIGHT, spec(name="tied", alias_of="tied")], "that must be an earlier tensor"),
     ([WEIGHT, TIED, spec(name="twice", alias_of="tied")], "not itself an alias"),

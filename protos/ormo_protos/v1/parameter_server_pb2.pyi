@@ -27,11 +27,12 @@ Access. A caller is known by its client certificate, or by the metadata `authori
 readers may, and Control). A worker may only use worker ids that are its own. Without a list anyone may do all, but
 Control is for callers on the server's own machine.
 
-Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to three sections, each padded
+Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to four sections, each padded
 with zero bytes to a multiple of 8 bytes:
   1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype;
-  2. if `with_buffers`: all floating-point buffers in the manifest's order, float32;
-  3. if `with_buffers`: all integer buffers in the manifest's order, int64.
+  2. if `with_buffers`: all buffers of DTYPE_FLOAT32 and DTYPE_BFLOAT16 in the manifest's order, float32;
+  3. if `with_buffers`: all buffers of DTYPE_INT64 and DTYPE_FLOAT64 in the manifest's order, 8 bytes each;
+  4. if `with_frozen`: all frozen tensors in the manifest's order, float32.
 All numbers are little-endian. The payload is cut into TensorChunks which are sent in order without gap or overlap.
 Tensors that the manifest marks as an alias are not sent.
 """
@@ -66,6 +67,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """2 bytes, the upper half of a float32, little-endian."""
     DTYPE_INT64: _Dtype.ValueType  # 3
     """8 bytes, two's complement, little-endian; integer and boolean buffers only."""
+    DTYPE_FLOAT64: _Dtype.ValueType  # 4
+    """8 bytes, IEEE 754 binary64, little-endian; buffers only."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """How numbers are written in a payload, and what a tensor of the manifest holds."""
@@ -78,6 +81,8 @@ DTYPE_BFLOAT16: Dtype.ValueType  # 2
 """2 bytes, the upper half of a float32, little-endian."""
 DTYPE_INT64: Dtype.ValueType  # 3
 """8 bytes, two's complement, little-endian; integer and boolean buffers only."""
+DTYPE_FLOAT64: Dtype.ValueType  # 4
+"""8 bytes, IEEE 754 binary64, little-endian; buffers only."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _Role:
@@ -91,7 +96,11 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_PARAMETER: _Role.ValueType  # 1
     """Gets gradients: float32 or bfloat16 in the model, float32 on the server."""
     ROLE_BUFFER: _Role.ValueType  # 2
-    """State that is not trained, such as batch-norm statistics: float32 or int64 on the server."""
+    """State that is not trained, such as batch-norm statistics: float32, int64 or float64 on the server."""
+    ROLE_FROZEN: _Role.ValueType  # 3
+    """A parameter that gets no gradients in this run: float32 or bfloat16 in the model, float32 on the server. It travels
+    with the offer, and where `with_frozen` asks for it; no gradient has it.
+    """
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """What a tensor is to training."""
@@ -101,8 +110,40 @@ ROLE_UNSPECIFIED: Role.ValueType  # 0
 ROLE_PARAMETER: Role.ValueType  # 1
 """Gets gradients: float32 or bfloat16 in the model, float32 on the server."""
 ROLE_BUFFER: Role.ValueType  # 2
-"""State that is not trained, such as batch-norm statistics: float32 or int64 on the server."""
+"""State that is not trained, such as batch-norm statistics: float32, int64 or float64 on the server."""
+ROLE_FROZEN: Role.ValueType  # 3
+"""A parameter that gets no gradients in this run: float32 or bfloat16 in the model, float32 on the server. It travels
+with the offer, and where `with_frozen` asks for it; no gradient has it.
+"""
 Global___Role: _TypeAlias = Role  # noqa: Y015
+
+class _Merge:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MergeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Merge.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MERGE_UNSPECIFIED: _Merge.ValueType  # 0
+    """As servers do that know nothing else: the average of floating-point buffers, the maximum of integers."""
+    MERGE_AVERAGE: _Merge.ValueType  # 1
+    """b + (sent - b)/K: running statistics. Floating-point buffers only."""
+    MERGE_MAXIMUM: _Merge.ValueType  # 2
+    """The larger one: counters. Integer buffers only."""
+    MERGE_LAST: _Merge.ValueType  # 3
+    """The one that came last, bit for bit: whatever else a module keeps."""
+
+class Merge(_Merge, metaclass=_MergeEnumTypeWrapper):
+    """What becomes of a buffer when a gradient brings a worker's."""
+
+MERGE_UNSPECIFIED: Merge.ValueType  # 0
+"""As servers do that know nothing else: the average of floating-point buffers, the maximum of integers."""
+MERGE_AVERAGE: Merge.ValueType  # 1
+"""b + (sent - b)/K: running statistics. Floating-point buffers only."""
+MERGE_MAXIMUM: Merge.ValueType  # 2
+"""The larger one: counters. Integer buffers only."""
+MERGE_LAST: Merge.ValueType  # 3
+"""The one that came last, bit for bit: whatever else a module keeps."""
+Global___Merge: _TypeAlias = Merge  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
@@ -116,13 +157,16 @@ class TensorSpec(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     ALIAS_OF_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The key in the model's state_dict; 1 to 512 bytes, unique. An offered model's has no characters that can't be shown
     (control characters, invisible ones, ones that change the direction of writing), and is not "__metadata__", which
     safetensors keeps for itself.
     """
     dtype: Global___Dtype.ValueType
-    """The dtype that the model holds; buffers of other integer types say DTYPE_INT64, other floating ones DTYPE_FLOAT32."""
+    """The dtype that the model holds; buffers of other integer types and booleans say DTYPE_INT64, of other floating ones
+    DTYPE_FLOAT32.
+    """
     role: Global___Role.ValueType
     """Trained or not."""
     offset: _builtins.int
@@ -131,6 +175,8 @@ class TensorSpec(_message.Message):
     """
     alias_of: _builtins.str
     """For tied weights: the name of an earlier tensor that is this same tensor. Empty otherwise."""
+    merge: Global___Merge.ValueType
+    """Buffers: what becomes of one that a gradient brings. MERGE_UNSPECIFIED for all else."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sizes of the dimensions, each at least 0; none for a scalar; at most 16."""
@@ -144,10 +190,11 @@ class TensorSpec(_message.Message):
         role: Global___Role.ValueType = ...,
         offset: _builtins.int = ...,
         alias_of: _builtins.str = ...,
+        merge: Global___Merge.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "dtype", b"dtype", "name", b"name", "offset", b"offset", "role", b"role", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "dtype", b"dtype", "merge", b"merge", "name", b"name", "offset", b"offset", "role", b"role", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -155,19 +202,21 @@ Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class Manifest(_message.Message):
-    """The model's tensors, in order. It fixes the payload's layout. 1 to 100,000 tensors."""
+    """The model's tensors, in order. It fixes the payload's layout. 1 to 100,000 tensors, in one message or in several."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TENSORS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
-    """SHA-256 over the other fields, 32 bytes: over the UTF-8 text that has for each tensor, in order, one line
-    "name<TAB>shape joined by ','<TAB>dtype number<TAB>role number<TAB>offset<TAB>alias_of<LF>".
+    """In the last message of a manifest alone: SHA-256 over the other fields of all tensors, 32 bytes: over the UTF-8 text
+    that has for each tensor, in order, one line
+    "name<TAB>shape joined by ','<TAB>dtype number<TAB>role number<TAB>offset<TAB>alias_of<LF>",
+    with "<TAB>merge number" before the <LF> where `merge` is set.
     """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """Parameters first, then buffers, each in the order of the model."""
+        """Parameters first, then frozen ones, then buffers, each in the order of the model."""
 
     def __init__(
         self,
@@ -315,6 +364,7 @@ class JoinRequest(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """1 to 128 of the characters A-Z a-z 0-9 . _ -"""
     incarnation: _builtins.int
@@ -323,6 +373,11 @@ class JoinRequest(_message.Message):
     """This file is version 1."""
     slots: _builtins.int
     """In-flight places wanted: 1 to 16; the synchronous scheduler serves 1."""
+    model_digest: _builtins.bytes
+    """What names this worker's model whatever precision it is in and however buffers are merged: as Manifest.digest, 32
+    bytes, over lines without the merge number and with DTYPE_FLOAT32 for DTYPE_BFLOAT16. It is judged where the server
+    has a model. Not set: the worker judges by Welcome.manifest.
+    """
     def __init__(
         self,
         *,
@@ -330,10 +385,11 @@ class JoinRequest(_message.Message):
         incarnation: _builtins.int = ...,
         protocol_version: _builtins.int = ...,
         slots: _builtins.int = ...,
+        model_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "protocol_version", b"protocol_version", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "model_digest", b"model_digest", "protocol_version", b"protocol_version", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,7 +456,7 @@ class Welcome(_message.Message):
     """Whether the server takes PushPullRequest.data. Not set by servers that do not know it."""
     @_builtins.property
     def manifest(self) -> Global___Manifest:
-        """The model that is trained."""
+        """The model that is trained. Without tensors and digest if JoinRequest.model_digest was set, and so is the model's."""
 
     @_builtins.property
     def settings(self) -> Global___RunSettings:
@@ -436,16 +492,22 @@ class ModelWanted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
+    MANIFEST_VERSION_FIELD_NUMBER: _builtins.int
     lease_seconds: _builtins.float
     """Start OfferModel, and send its bytes, with pauses no longer than this; else another worker is asked. Seconds."""
+    manifest_version: _builtins.int
+    """What the offered manifest may hold. 0, as from servers that do not set it: one message, with neither merges nor
+    DTYPE_FLOAT64 nor ROLE_FROZEN. 1: all of them, in several messages.
+    """
     def __init__(
         self,
         *,
         lease_seconds: _builtins.float = ...,
+        manifest_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds", "manifest_version", b"manifest_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,12 +579,15 @@ Global___RunSettings: _TypeAlias = RunSettings  # noqa: Y015
 
 @_typing.final
 class OfferModelRequest(_message.Message):
-    """Offers the model: first one `offer`, then the chunks of its payload (float32, with buffers)."""
+    """Offers the model: first one `offer`; more of its manifest as long as the digest has not come; then the chunks of its
+    payload (float32, with buffers and frozen tensors).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def offer(self) -> Global___ModelOffer:
         """The first message."""
@@ -531,17 +596,22 @@ class OfferModelRequest(_message.Message):
     def chunk(self) -> Global___TensorChunk:
         """All further messages."""
 
+    @_builtins.property
+    def more(self) -> Global___Manifest:
+        """Further tensors of the manifest."""
+
     def __init__(
         self,
         *,
         offer: Global___ModelOffer | None = ...,
         chunk: Global___TensorChunk | None = ...,
+        more: Global___Manifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "offer", b"offer", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "more", b"more", "offer", b"offer", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "offer", b"offer", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "more", b"more", "offer", b"offer", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["offer", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["offer", "chunk", "more"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -562,7 +632,7 @@ class ModelOffer(_message.Message):
     """As in Join."""
     @_builtins.property
     def manifest(self) -> Global___Manifest:
-        """The model's tensors."""
+        """The model's tensors, or the first of them."""
 
     def __init__(
         self,
@@ -612,26 +682,71 @@ class DeliveryRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     WITH_BUFFERS_FIELD_NUMBER: _builtins.int
     TAKES_DATA_FIELD_NUMBER: _builtins.int
+    WITH_FROZEN_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """DTYPE_FLOAT32 or DTYPE_BFLOAT16, for the payload's first section."""
     with_buffers: _builtins.bool
     """Whether floating and integer buffers follow the parameters."""
     takes_data: _builtins.bool
     """Whether the worker takes PushPullResponse.data and Delivery.result: for small models, messages are what costs."""
+    with_frozen: _builtins.bool
+    """Whether the frozen tensors follow all else: they never change in a run, so once is enough."""
     def __init__(
         self,
         *,
         dtype: Global___Dtype.ValueType = ...,
         with_buffers: _builtins.bool = ...,
         takes_data: _builtins.bool = ...,
+        with_frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "takes_data", b"takes_data", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "takes_data", b"takes_data", "with_buffers", b"with_buffers", "with_frozen", b"with_frozen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeliveryRequest: _TypeAlias = DeliveryRequest  # noqa: Y015
+
+@_typing.final
+class DescribeModelRequest(_message.Message):
+    """Asks for the manifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeModelRequest: _TypeAlias = DescribeModelRequest  # noqa: Y015
+
+@_typing.final
+class DescribeModelResponse(_message.Message):
+    """A part of the manifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def manifest(self) -> Global___Manifest:
+        """Its next tensors; the last part has the digest."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___Manifest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeModelResponse: _TypeAlias = DescribeModelResponse  # noqa: Y015
 
 @_typing.final
 class PullParamsRequest(_message.Message):
@@ -715,6 +830,8 @@ class Delivery(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    WITH_FROZEN_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Dtype of the payload's first section."""
     with_buffers: _builtins.bool
@@ -725,6 +842,12 @@ class Delivery(_message.Message):
     """Samples counted so far in the run."""
     manifest_digest: _builtins.bytes
     """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it."""
+    model_digest: _builtins.bytes
+    """The same model's `model_digest`, as in JoinRequest: one in another precision has the same. Not set by servers that
+    do not know it.
+    """
+    with_frozen: _builtins.bool
+    """Whether the payload has the frozen tensors."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The iteration of the parameters."""
@@ -750,10 +873,12 @@ class Delivery(_message.Message):
         samples: _builtins.int = ...,
         manifest_digest: _builtins.bytes = ...,
         result: Global___PushResult | None = ...,
+        model_digest: _builtins.bytes = ...,
+        with_frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "result", b"result", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "result", b"result", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "model_digest", b"model_digest", "payload_bytes", b"payload_bytes", "result", b"result", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers", "with_frozen", b"with_frozen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -774,7 +899,7 @@ class Gradient(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     manifest_digest: _builtins.bytes
-    """SHA-256 of the manifest that the payload's layout follows, 32 bytes."""
+    """SHA-256 of the manifest that the payload's layout follows, or the `model_digest` of JoinRequest, 32 bytes."""
     dtype: Global___Dtype.ValueType
     """DTYPE_FLOAT32 or DTYPE_BFLOAT16, for the payload's first section: the mean over the worker's mini-batch, with
     weight decay added.
@@ -916,6 +1041,7 @@ class PushResult(_message.Message):
     REPEATED_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     REFUSAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    BUFFERS_KEPT_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """The request that this is the result of."""
     delay: _builtins.int
@@ -934,6 +1060,10 @@ class PushResult(_message.Message):
     """
     refusal_message: _builtins.str
     """Set with `refusal`: one sentence for people."""
+    buffers_kept: _builtins.bool
+    """Buffers that came with the gradient had NaN or infinity where the server's have none: it kept its own, and the
+    worker does well to ask for them with its next parameters. The gradient counts all the same.
+    """
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The iteration after the gradient was counted."""
@@ -950,10 +1080,11 @@ class PushResult(_message.Message):
         repeated: _builtins.bool = ...,
         refusal: _builtins.str = ...,
         refusal_message: _builtins.str = ...,
+        buffers_kept: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "discarded", b"discarded", "iteration", b"iteration", "lag_buckets", b"lag_buckets", "learning_rate", b"learning_rate", "refusal", b"refusal", "refusal_message", b"refusal_message", "repeated", b"repeated", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_kept", b"buffers_kept", "delay", b"delay", "discarded", b"discarded", "iteration", b"iteration", "lag_buckets", b"lag_buckets", "learning_rate", b"learning_rate", "refusal", b"refusal", "refusal_message", b"refusal_message", "repeated", b"repeated", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class ParameterServerStub(object):
                 request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelRequest.SerializeToString,
                 response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelResponse.FromString,
                 _registered_method=True)
+        self.DescribeModel = channel.unary_stream(
+                '/ormo.v1.ParameterServer/DescribeModel',
+                request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelRequest.SerializeToString,
+                response_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelResponse.FromString,
+                _registered_method=True)
         self.PullParams = channel.unary_stream(
                 '/ormo.v1.ParameterServer/PullParams',
                 request_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.PullParamsRequest.SerializeToString,
@@ -94,7 +99,10 @@ class ParameterServerServicer(object):
     def Join(self, request, context):
         """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
         INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
-        FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
+        MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
+        not counted.
+        FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
+        a worker that sends no `model_digest` does not know.
         REPLACED: a newer incarnation of this worker id has joined; give up.
         FINISHED: the run is over.
         UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -113,6 +121,15 @@ class ParameterServerServicer(object):
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
         RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
         TOO_MUCH_IN_FLIGHT: as PushPull.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeModel(self, request, context):
+        """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
+        UNAVAILABLE          NOT_READY: there is no model yet.
+        RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: as PullParams.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,6 +237,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelRequest.FromString,
                     response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelResponse.SerializeToString,
             ),
+            'DescribeModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.DescribeModel,
+                    request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelRequest.FromString,
+                    response_serializer=ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelResponse.SerializeToString,
+            ),
             'PullParams': grpc.unary_stream_rpc_method_handler(
                     servicer.PullParams,
                     request_deserializer=ormo__protos_dot_v1_dot_parameter__server__pb2.PullParamsRequest.FromString,
@@ -316,6 +338,33 @@ class ParameterServer(object):
             '/ormo.v1.ParameterServer/OfferModel',
             ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelRequest.SerializeToString,
             ormo__protos_dot_v1_dot_parameter__server__pb2.OfferModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ormo.v1.ParameterServer/DescribeModel',
+            ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelRequest.SerializeToString,
+            ormo__protos_dot_v1_dot_parameter__server__pb2.DescribeModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

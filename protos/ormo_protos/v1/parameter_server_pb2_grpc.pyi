@@ -27,11 +27,12 @@ Access. A caller is known by its client certificate, or by the metadata `authori
 readers may, and Control). A worker may only use worker ids that are its own. Without a list anyone may do all, but
 Control is for callers on the server's own machine.
 
-Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to three sections, each padded
+Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to four sections, each padded
 with zero bytes to a multiple of 8 bytes:
   1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype;
-  2. if `with_buffers`: all floating-point buffers in the manifest's order, float32;
-  3. if `with_buffers`: all integer buffers in the manifest's order, int64.
+  2. if `with_buffers`: all buffers of DTYPE_FLOAT32 and DTYPE_BFLOAT16 in the manifest's order, float32;
+  3. if `with_buffers`: all buffers of DTYPE_INT64 and DTYPE_FLOAT64 in the manifest's order, 8 bytes each;
+  4. if `with_frozen`: all frozen tensors in the manifest's order, float32.
 All numbers are little-endian. The payload is cut into TensorChunks which are sent in order without gap or overlap.
 Tensors that the manifest marks as an alias are not sent.
 """
@@ -69,7 +70,10 @@ class ParameterServerStub:
     Join: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]
     """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
       INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
-      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
+                           MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
+                           not counted.
+      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
+                           a worker that sends no `model_digest` does not know.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -84,6 +88,11 @@ class ParameterServerStub:
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
                            TOO_MUCH_IN_FLIGHT: as PushPull.
+    """
+    DescribeModel: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.DescribeModelRequest, _parameter_server_pb2.DescribeModelResponse]
+    """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
+      UNAVAILABLE          NOT_READY: there is no model yet.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: as PullParams.
     """
     PullParams: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
@@ -150,7 +159,10 @@ class ParameterServerAsyncStub(ParameterServerStub):
     Join: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]  # type: ignore[assignment]
     """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
       INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
-      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
+                           MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
+                           not counted.
+      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
+                           a worker that sends no `model_digest` does not know.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -165,6 +177,11 @@ class ParameterServerAsyncStub(ParameterServerStub):
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
                            TOO_MUCH_IN_FLIGHT: as PushPull.
+    """
+    DescribeModel: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.DescribeModelRequest, _parameter_server_pb2.DescribeModelResponse]  # type: ignore[assignment]
+    """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
+      UNAVAILABLE          NOT_READY: there is no model yet.
+      RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: as PullParams.
     """
     PullParams: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]  # type: ignore[assignment]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
@@ -234,7 +251,10 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.JoinResponse, _abc.Awaitable[_parameter_server_pb2.JoinResponse]]:
         """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
           INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
-          FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol.
+                               MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
+                               not counted.
+          FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
+                               a worker that sends no `model_digest` does not know.
                                REPLACED: a newer incarnation of this worker id has joined; give up.
                                FINISHED: the run is over.
                                UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -255,6 +275,17 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
           RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
                                TOO_MUCH_IN_FLIGHT: as PushPull.
+        """
+
+    @_abc_1.abstractmethod
+    def DescribeModel(
+        self,
+        request: _parameter_server_pb2.DescribeModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.DescribeModelResponse], _abc.AsyncIterator[_parameter_server_pb2.DescribeModelResponse]]:
+        """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
+          UNAVAILABLE          NOT_READY: there is no model yet.
+          RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: as PullParams.
         """
 
     @_abc_1.abstractmethod

@@ -29,6 +29,7 @@ REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["Serv
 ALLOWED: dict[str, frozenset[Role]] = {
     f"/{SERVICE.full_name}/Join": _WORKERS,
     f"/{SERVICE.full_name}/OfferModel": _WORKERS,
+    f"/{SERVICE.full_name}/DescribeModel": _ALL,
     f"/{SERVICE.full_name}/PullParams": _ALL,
     f"/{SERVICE.full_name}/PushGradient": _WORKERS,
     f"/{SERVICE.full_name}/PushPull": _WORKERS,
