@@ -62,10 +62,10 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
         BadRequest: a number outside its limits, or a length that its dtype and the model do not give.
         PayloadError: a dtype that is not served.
     """
-    if message.manifest_digest != manifest.digest:
+    if message.manifest_digest not in manifest.digests:
         raise ManifestDigest(
             f"the gradient is for the model with digest {message.manifest_digest[:8].hex() or 'none'}…, this server "
-            f"holds {manifest.digest.hex()[:16]}…: join again and use the manifest of the answer"
+            f"holds {manifest.digest.hex()[:16]}…: ask DescribeModel for its manifest"
         )
     layout = PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
     if message.payload_bytes != layout.total_bytes:
@@ -125,8 +125,8 @@ def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
     return pb.PushResult(request=request, refusal=refusal.reason, refusal_message=str(refusal))
 
 
-def write_delivery(message: pb.Delivery, delivery: Delivery, digest: bytes) -> None:
-    """What is said about parameters of the model with this manifest digest before they follow."""
+def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest) -> None:
+    """What is said about parameters of this model before they follow."""
     message.iteration.epoch, message.iteration.number = delivery.epoch, delivery.iteration
     message.samples = delivery.samples
     ticket = delivery.ticket
@@ -137,4 +137,5 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, digest: bytes) -> N
     if delivery.payload is not None:
         layout = delivery.payload.layout
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
-        message.payload_bytes, message.manifest_digest = layout.total_bytes, digest
+        message.payload_bytes = layout.total_bytes
+        message.manifest_digest, message.model_digest = manifest.digest, manifest.model_digest

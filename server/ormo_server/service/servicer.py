@@ -12,10 +12,10 @@ from ormo_protos.framing import NOTHING, Frame, Headed
 from ormo_protos.limits import Malformed
 from ormo_protos.manifest import Manifest
 from ormo_protos.reasons import Reason
-from ormo_protos.tensors import Chunk, PayloadReceiver
+from ormo_protos.tensors import MAX_CHUNK_BYTES, Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, Finished, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
 from ormo_server.security.access import Access
@@ -36,6 +36,9 @@ from ormo_server.service.streams import OpenStream, StreamRegistry
 
 M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
+
+# What a manifest may hold that is offered here; see ModelWanted.
+MANIFEST_VERSION = 1
 
 Chunks = Iterator[Chunk]
 Answers = Iterator[Frame[pb.PushPullResponse]]
@@ -75,11 +78,14 @@ class Servicer:
 
     def _ask_for_model(self, worker: str, incarnation: int) -> pb.JoinResponse:
         if self._host.offers.ask(worker, incarnation, self._host.clock()):
-            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=self._host.offers.lease_seconds))
+            lease_seconds = self._host.offers.lease_seconds
+            wanted = pb.ModelWanted(lease_seconds=lease_seconds, manifest_version=MANIFEST_VERSION)
+            return pb.JoinResponse(model_wanted=wanted)
         return pb.JoinResponse(wait=pb.Wait(retry_seconds=WAIT_SECONDS))
 
     def _welcome(self, worker: str, request: pb.JoinRequest, caller: Caller) -> pb.JoinResponse:
         engine, limit = self._host.engine, self._host.settings.slots_per_worker
+        manifest = self._manifest_for(request.model_digest)  # first: a worker with another model must not count
         if request.slots > limit:
             raise BadRequest(
                 f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask less"
@@ -93,7 +99,7 @@ class Servicer:
             self._streams.end_worker(worker, replaced)
         return pb.JoinResponse(
             welcome=pb.Welcome(
-                manifest=engine.manifest.to_message(),
+                manifest=manifest,
                 settings=run_settings(self._host),
                 iteration=_iteration(engine),
                 lease_seconds=self._host.settings.failure_timeout,
@@ -102,6 +108,30 @@ class Servicer:
                 takes_data=True,
             )
         )
+
+    def _manifest_for(self, model_digest: bytes) -> pb.Manifest | None:
+        """What a worker is told of the model: nothing, if it has said that it has the same.
+
+        Raises:
+            ManifestDigest: it has another one.
+            ProtocolVersion: it is older than what this model has in it.
+        """
+        held = self._host.engine.manifest
+        if model_digest:
+            if model_digest not in held.digests:
+                raise ManifestDigest(
+                    f"this server trains another model, that of the run in {self._host.settings.directory}: start the "
+                    "worker with the server's task, name another server, or begin a run in an empty --directory"
+                )
+            return None
+        manifest = held.without_merges.to_message()
+        if held.newer is not None or manifest.ByteSize() > MAX_CHUNK_BYTES:
+            what = "a manifest larger than a message" if held.newer is None else held.newer.described()
+            raise ProtocolVersion(
+                f"the model has {what}, and this worker is of a version that does not know such a thing: install the "
+                "server's version of this package on it"
+            )
+        return manifest
 
     @answers
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: N802, D102
@@ -149,24 +179,47 @@ class Servicer:
             worker = _own(stream.caller, offer.worker)
             try:
                 with stream.exchange():
-                    return self._accepted(stream, worker, offer, _chunks(request_iterator))
+                    return self._accepted(stream, worker, offer, request_iterator)
             except BaseException:
                 self._host.offers.give_up(worker, offer.incarnation)
                 raise
 
-    def _accepted(self, stream: OpenStream, worker: str, offer: pb.ModelOffer, chunks: Chunks) -> pb.OfferModelResponse:
+    def _accepted(
+        self, stream: OpenStream, worker: str, offer: pb.ModelOffer, frames: Iterator[Frame[pb.OfferModelRequest]]
+    ) -> pb.OfferModelResponse:
         incarnation = offer.incarnation
         self._host.check_wanted(worker, incarnation)  # before a manifest is read, which may take a second
-        manifest = Manifest.from_message(offer.manifest)
+        manifest = Manifest.from_messages(self._manifest_parts(stream, offer, frames))
         manifest.check_names()
         layout = self._host.begin_offer(manifest)
         with self._in_flight.during(stream.caller.name, layout.total_bytes):
             payload = self._host.room_for(layout)
-            for _ in self._received(stream, PayloadReceiver(payload), chunks, "OfferModel"):
+            for _ in self._received(stream, PayloadReceiver(payload), _chunks(frames), "OfferModel"):
                 self._host.offers.renew(worker, incarnation, self._host.clock())
             stream.has_all()
             epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
         return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
+
+    def _manifest_parts(
+        self, stream: OpenStream, offer: pb.ModelOffer, frames: Iterator[Frame[pb.OfferModelRequest]]
+    ) -> Iterator[pb.Manifest]:
+        yield offer.manifest
+        for frame in frames:
+            part = _headed(frame, "more").message.more
+            self._host.offers.renew(offer.worker, offer.incarnation, self._host.clock())
+            stream.moved()
+            yield part
+
+    @streams_answers
+    def DescribeModel(  # noqa: N802, D102
+        self,
+        request: pb.DescribeModelRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.DescribeModelResponse]:
+        with self._streams.open(context, self._access.caller(context), reader=True) as stream, stream.exchange():
+            for part in self._host.engine.manifest.to_messages():
+                yield pb.DescribeModelResponse(manifest=part)
+                stream.moved()
 
     # Exchanges
 
@@ -223,7 +276,7 @@ class Servicer:
             yield _finished(engine)
             return
         head = pb.PushPullResponse()
-        messages.write_delivery(head.delivery, delivery, engine.manifest.digest)
+        messages.write_delivery(head.delivery, delivery, engine.manifest)
         if extras.result is not None:
             head.delivery.result.CopyFrom(extras.result)
         yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=extras.takes_data)
@@ -256,7 +309,7 @@ class Servicer:
             self._pulled(stream, request) as (engine, delivery),
         ):
             head = pb.PullParamsResponse()
-            messages.write_delivery(head.delivery, delivery, engine.manifest.digest)
+            messages.write_delivery(head.delivery, delivery, engine.manifest)
             yield from self._sent(stream, engine, head, delivery, "PullParams")
 
     @contextlib.contextmanager

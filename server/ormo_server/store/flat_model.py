@@ -49,7 +49,8 @@ class FlatModel:
             "float_buffers": self.float_buffers.numel(),
             "int_buffers": self.int_buffers.numel(),
         }
-        assert found == {name: manifest.sizes[name] for name in found}, f"vectors of {found} elements for a model of {manifest.sizes}"
+        sizes = {name: manifest.sizes[name] for name in found}
+        assert found == sizes, f"vectors of {found} elements for a model of {sizes}"
         return {
             spec.name: self.view(spec).to(_TORCH_DTYPES[spec.dtype], copy=bool(spec.alias_of))
             for spec in manifest.tensors
