@@ -68,7 +68,7 @@ def test_payload_of_wrong_length_or_order_is_refused(serving: Serving, sentence:
 
 
 BAD_HEADERS = [
-    ({"manifest_digest": b"x" * 32}, "MANIFEST_DIGEST", "join again"),
+    ({"manifest_digest": b"x" * 32}, "MANIFEST_DIGEST", "ask DescribeModel"),
     ({"manifest_digest": b""}, "MANIFEST_DIGEST", "digest none"),
     ({"dtype": 3}, "BAD_PAYLOAD", "DTYPE_FLOAT32"),
     ({"dtype": 0}, "BAD_PAYLOAD", "dtype 0"),
