@@ -78,7 +78,7 @@ def test_a_worker_with_another_model_is_refused_before_it_counts_and_told_the_fo
     begin(stub, SMALL)
     with server.host.engine.inspect() as machine:
         before = machine.bucket_size, machine.state.joins
-    with pytest.raises(Refused, match=f"another model, that of the run in {tmp_path / 'run'}: ") as refused:
+    with pytest.raises(Refused, match=f"model is not that of the run in {tmp_path / 'run'}: ") as refused:
         WireWorker(stub, "other").ask_to_join(model_digest=digest)
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MANIFEST_DIGEST")
     with server.host.engine.inspect() as machine:

@@ -38,7 +38,7 @@ def test_a_worker_with_another_model_never_counts_and_hears_tensors_and_folder(s
             assert (machine.bucket_size, machine.state.joins) == (1, 1)
     sentence = str(caught.value)
     assert "shape (1, 5) here and a float32 parameter of shape (1, 4) there" in sentence
-    assert f"that of the run in {tmp_path / 'run'}" in sentence
+    assert f"not that of the run in {tmp_path / 'run'}" in sentence
 
 
 class Wide(nn.Module):

@@ -120,7 +120,7 @@ class Servicer:
         if model_digest:
             if model_digest not in held.digests:
                 raise ManifestDigest(
-                    f"this server trains another model, that of the run in {self._host.settings.directory}: start the "
+                    f"the worker's model is not that of the run in {self._host.settings.directory}: start the "
                     "worker with the server's task, name another server, or begin a run in an empty --directory"
                 )
             return None
