@@ -20,10 +20,14 @@ from ormo_server.sim.replay import Replay
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
 from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
-from ormo_server.trace import Segment, read_trace
+from ormo_server.trace import Segment, Start, read_trace
 from ormo_server.training_settings import TrainingSettings
 
 DEFAULT_EPOCHS = 10.0
+_REFUSALS_ARE_MISSING = (
+    "the version that wrote this trace did not record gradients that were refused: if one was, its worker's data go on "
+    "otherwise from there, and so do the parameters"
+)
 # A process that runs many simulations reads their data once.
 _workload = cache(load_workload)
 
@@ -72,7 +76,7 @@ class Plan:
     def warning(self) -> str:
         """What the user should know beforehand, in one sentence; empty for nothing."""
         if self._segment is not None:
-            return ""
+            return "" if self._segment.start.refusals else _REFUSALS_ARE_MISSING
         method = self._run.method
         scheduler = SCHEDULERS[method.scheduler](method.staleness_bound)
         return scheduler.idle_warning(self.settings.workers * self.settings.slots)
@@ -100,8 +104,8 @@ class Plan:
         settings, workload = self.settings, self._workload
         kept = Record(workload.epoch_samples, on_row, on_gradient)
         every = settings.evaluate_every or max(1, workload.epoch_samples // workload.batch_samples)
-        epoch = 0 if self._segment is None else self._segment.start.epoch
-        training = Training(self._run, workload, kept, evaluate_every=every, epoch=epoch)
+        told = {} if self._segment is None else _told_by(self._segment.start)
+        training = Training(self._run, workload, kept, evaluate_every=every, **told)
         self._driver(training).run()
         params = training.machine.state.params
         return Result(kept, record.summary(kept, params, settings.target_accuracy), training)
@@ -167,6 +171,10 @@ def _followed(settings: SimSettings) -> Segment:
             "a run without restarts can be followed; --compute-time trace:FILE replays its compute times"
         )
     return first
+
+
+def _told_by(start: Start) -> dict[str, Any]:
+    return {"epoch": start.epoch, "clipped_at": start.training().clipped_at}
 
 
 def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:
