@@ -12,9 +12,13 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.usage import UsageError
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.inputs import Joined, Left, Pushed, Requested, Requester
 from ormo_server.core.method import PRESETS
+from ormo_server.core.state import PushResult, Ticket
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan, Result
+from ormo_server.trace import Refused, Start
+from ormo_server.trace.rows import line_of
 from service.wire import WireWorker, connected, eventually, served, tensor_chunks
 from sim.by_ticket import SIZE, gradient_of, start
 
@@ -158,3 +162,73 @@ def test_a_trace_that_begins_with_a_restored_server_is_not_followed(trace: Path,
     restored.write_text(trace.read_text().replace('"fresh":true', '"fresh":false'))
     with pytest.raises(UsageError, match=r"starts with a restored server"):
         replay(restored)
+
+
+# Processes that come back
+
+
+A = Requester("a", 1, 0, 1)
+EPOCH = 9
+ASKED = (Joined(1.0, "a", 1, 1), Requested(1.0, A))
+LEFT_AND_BACK = (Left(2.0, "a", 1), Joined(3.0, "a", 1, 1))
+
+
+def refused(request: int, ticket: int = 1) -> Refused:
+    return Refused(4.0, A._replace(request=request), (EPOCH, ticket), "TICKET_UNKNOWN")
+
+
+def pushed(request: int) -> Pushed:
+    ticket, result = Ticket(EPOCH, 1, A.slot_key, 0, 0, 1.0, True), PushResult(request, EPOCH, 1, 0, 0, 0.01)
+    return Pushed(4.0, A._replace(request=request), ticket, 4, result)
+
+
+def follow(path: Path, *entries: Any, refusals: bool = True) -> list[int]:
+    """Returns the tickets whose gradients were computed."""
+    start = Start.model_validate(
+        {"event": "start", "format": 1, "epoch": EPOCH, "iteration": 0, "fresh": True, "settings": {}, "time": 0.0}
+        | {"model": {"parameters": SIZE}, "refusals": refusals}
+    )
+    path.write_bytes(b"".join(map(line_of, (start, *entries))))
+    plan = Plan(SimSettings(trace=path, workload="sim.by_ticket:workload", evaluate_every=1000))
+    made: Any = plan._workload
+    made.tickets.clear()  # plans share it
+    plan.run()
+    return made.tickets
+
+
+def test_a_process_that_joins_again_is_the_same_worker_and_has_computed_what_was_refused(tmp_path: Path) -> None:
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)))
+    assert follow(tmp_path / "t", *entries) == [1]
+
+
+def test_a_retry_of_a_refused_gradient_is_not_computed_again(tmp_path: Path) -> None:
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)), *LEFT_AND_BACK, refused(2))
+    assert follow(tmp_path / "t", *entries) == [1]
+
+
+NOT_TOLD = {
+    "of a ticket that was not the last": ((*ASKED, refused(2, ticket=7)), 3, "for ticket 7 was refused, whose param"),
+    "that is taken at a second try": ((*ASKED, refused(2), pushed(2)), 4, "pushed again what had been refused"),
+    "of a process with other slots": ((*ASKED, Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)), 4, "with 2 slots, not 1"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TOLD)
+def test_where_it_cannot_be_known_what_was_computed_a_sentence_names_the_line(case: str, tmp_path: Path) -> None:
+    entries, number, why = NOT_TOLD[case]
+    with pytest.raises(UsageError, match=rf"^input {number} of the trace, in line {number + 1}, can't be .*{why}"):
+        follow(tmp_path / "t", *entries)
+
+
+def test_a_trace_of_an_earlier_version_in_which_a_process_joins_again_is_not_followed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"in line 5, can't be followed \(the same process of worker a joins again"):
+        follow(tmp_path / "t", *ASKED, *LEFT_AND_BACK, refusals=False)
+
+
+@pytest.mark.parametrize("refusals", [True, False])
+def test_that_a_trace_is_of_a_version_that_did_not_record_refusals_is_warned_of(tmp_path: Path, refusals: bool) -> None:
+    follow(tmp_path / "t", *ASKED, refusals=refusals)
+    warning = Plan(SimSettings(trace=tmp_path / "t", workload="sim.by_ticket:workload")).warning()
+    assert (
+        warning.startswith("the version that wrote this trace did not record gradients that were refused") != refusals
+    )
