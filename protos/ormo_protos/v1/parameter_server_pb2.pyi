@@ -16,7 +16,8 @@ Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc
 refused call leaves the model as it was. Every RPC may also end with
   INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
                      where the request is one message, one of more than 16 KiB.
-  UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
+  UNAVAILABLE        NOT_READY (the server is starting, has no model yet, or can't keep what it is given), DRAINING
+                     (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
   UNAUTHENTICATED    UNAUTHENTICATED: the caller's certificate, or its bearer token, is on no line of it.
@@ -320,9 +321,11 @@ class JoinRequest(_message.Message):
     incarnation: _builtins.int
     """Drawn at random by the worker process at its start."""
     protocol_version: _builtins.int
-    """This file is version 1."""
+    """This file is version 1: send 1."""
     slots: _builtins.int
-    """In-flight places wanted: 1 to 16; the synchronous scheduler serves 1."""
+    """In-flight places wanted: from 1 up to the server's `slots_per_worker`, which is 2 by default and 16 at most; the
+    synchronous scheduler serves 1.
+    """
     def __init__(
         self,
         *,
@@ -716,7 +719,7 @@ class Delivery(_message.Message):
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Dtype of the payload's first section."""
+    """Dtype of the payload's first section; not set if no payload follows."""
     with_buffers: _builtins.bool
     """Whether the payload has the buffers."""
     payload_bytes: _builtins.int
@@ -724,7 +727,9 @@ class Delivery(_message.Message):
     samples: _builtins.int
     """Samples counted so far in the run."""
     manifest_digest: _builtins.bytes
-    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it."""
+    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it.
+    Not set if no payload follows.
+    """
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The iteration of the parameters."""
@@ -919,7 +924,9 @@ class PushResult(_message.Message):
     request: _builtins.int
     """The request that this is the result of."""
     delay: _builtins.int
-    """τ: gradients applied between the ticket's parameters and this gradient; 0 is fresh."""
+    """τ: gradients applied between the ticket's parameters and this gradient; 0 is fresh. In a synchronous round these are
+    the others of the round that came first: there it makes no gradient late, for step scales and discarding take 0.
+    """
     lag_buckets: _builtins.int
     """Buckets between the newest one and this gradient's; 0 means fresh."""
     learning_rate: _builtins.float
@@ -929,8 +936,9 @@ class PushResult(_message.Message):
     repeated: _builtins.bool
     """This is the result of an earlier try of the same request, repeated."""
     refusal: _builtins.str
-    """Set if the gradient was refused: NON_FINITE or NORM_TOO_LARGE (the ticket stays valid), TICKET_UNKNOWN (pull
-    again), FINISHED. The other fields but `request` are not set then.
+    """Set if the gradient was refused: NON_FINITE or NORM_TOO_LARGE (the ticket stays valid, unless the exchange asked for
+    the next one), TICKET_UNKNOWN (pull again), FINISHED. The other fields but `request` and `refusal_message` are not
+    set then.
     """
     refusal_message: _builtins.str
     """Set with `refusal`: one sentence for people."""
@@ -1306,7 +1314,9 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
-    """How things are."""
+    """How things are. Before there is a model, what tells of parameters, gradients and workers is not set or 0: `iteration`,
+    `samples`, `newest_bucket`, `bucket_size`, `learning_rate` (`settings` has it), `model_parameters`, `workers` and so on.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1401,9 +1411,9 @@ class GetStatusResponse(_message.Message):
     newest_bucket: _builtins.int
     """The newest bucket of any applied gradient."""
     bucket_size: _builtins.int
-    """K, the bucket size in force."""
+    """K, the bucket size in force; 0 before there is a model."""
     learning_rate: _builtins.float
-    """Learning rate in force."""
+    """Learning rate in force; 0 before there is a model."""
     method: _builtins.str
     """Preset or rule, as configured."""
     model_parameters: _builtins.int
@@ -1446,7 +1456,7 @@ class GetStatusResponse(_message.Message):
     """Version of the server's package."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
-        """The server's epoch and how far it is."""
+        """The server's epoch and how far it is; not set before there is a model."""
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:

@@ -472,6 +472,10 @@ def _own(caller: Caller, text: str) -> str:
 
 
 def _check_version(version: int) -> None:
+    if not version:
+        raise ProtocolVersion(
+            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, which is this server's"
+        )
     if version != PROTOCOL_VERSION:
         raise ProtocolVersion(
             f"the worker speaks version {version} of the protocol, this server version {PROTOCOL_VERSION}: install the "
