@@ -145,7 +145,38 @@ def test_a_delivery_without_parameters_says_nothing_of_their_layout(tmp_path: Pa
     assert {field.name for field, _ in nothing.ListFields()} == {"iteration"}
 
 
+def test_the_loss_shown_is_that_of_applied_gradients_and_stays_when_the_last_worker_leaves(tmp_path: Path) -> None:
+    with served(tmp_path, max_gradient_norm=1.0, over_norm="refuse") as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        stream = with_ticket(worker)
+        assert not stub.GetStatus(pb.GetStatusRequest()).HasField("loss")
+        stream.begin(payload(SMALL, 0.1), loss=2.0)
+        stream.result()
+        stream.delivery()
+        stream.begin(payload(SMALL, 7.0), loss=9.0, wants=False)
+        assert stream.result().refusal == "NORM_TOO_LARGE"
+        (seen,) = stub.GetStatus(pb.GetStatusRequest()).workers
+        assert seen.last_loss == 2.0
+        stream.finish()
+        stub.Leave(pb.LeaveRequest(worker="a", incarnation=1))
+        left = stub.GetStatus(pb.GetStatusRequest())
+    assert (left.loss, len(left.workers)) == (2.0, 0)
+
+
 # Joining
+
+
+def test_a_member_is_welcomed_again_when_the_run_is_over_and_a_newcomer_is_not(tmp_path: Path) -> None:
+    with served(tmp_path, stop_after_gradients=1) as server, connected(server) as stub:
+        member = WireWorker(stub, "a")
+        first = member.join()
+        member.pull()
+        member.push(payload(SMALL, 1.0))
+        again = member.join()
+        with pytest.raises(Refused) as refused:
+            WireWorker(stub, "b").join()
+    assert (again.rank, again.data_seed) == (first.rank, first.data_seed)
+    assert refused.value.reason == "FINISHED"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 16])
@@ -175,6 +206,32 @@ def test_who_sends_no_version_is_told_the_field_and_what_to_send(tmp_path: Path)
             WireWorker(stub, "a").ask_to_join(version=0)
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION")
         assert refused.value.message == "the request has no protocol_version: set it to 1, which is this server's"
+
+
+# Streams
+
+
+def test_an_exchange_that_gives_and_wants_nothing_is_refused(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        stream = with_ticket(WireWorker(stub, "a"))
+        stream.begin(None, wants=False)
+        with pytest.raises(Refused, match="neither a gradient nor a wish for the next ticket came") as refused:
+            stream.receive()
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST")
+
+
+@pytest.mark.parametrize("method", ["PullParams", "PushGradient"])
+def test_another_call_of_the_slot_ends_its_open_stream(method: str, tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        stream = with_ticket(worker)
+        if method == "PullParams":
+            worker.pull()
+        else:
+            worker.push(payload(SMALL, 1.0))
+        with pytest.raises(Refused) as refused:
+            stream.receive()
+    assert refused.value.code == grpc.StatusCode.CANCELLED
 
 
 # Waiting

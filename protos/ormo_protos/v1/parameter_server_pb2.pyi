@@ -1007,7 +1007,7 @@ Global___PushPullRequest: _TypeAlias = PushPullRequest  # noqa: Y015
 
 @_typing.final
 class Exchange(_message.Message):
-    """What the worker gives and wants."""
+    """What the worker gives and wants: a gradient, the next ticket, or both; neither is refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1431,7 +1431,9 @@ class GetStatusResponse(_message.Message):
     delay_max: _builtins.int
     """Largest delay of the gradients applied since the server started."""
     loss: _builtins.float
-    """Mean of the last losses that the live workers reported; not set if none has."""
+    """Mean of the last losses that the live workers reported with applied gradients, or what it was when the last of these
+    workers left; not set if none has.
+    """
     update_rule: _builtins.str
     """The update rule in force, such as "ormo" or "shifted"."""
     step_scale: _builtins.str
@@ -1679,7 +1681,7 @@ class WorkerStatus(_message.Message):
     max_delay: _builtins.int
     """Largest delay of its gradients since it joined, applied or discarded."""
     last_loss: _builtins.float
-    """Last training loss that it reported; not set if none."""
+    """Last training loss that it reported with an applied gradient; not set if none."""
     silent_seconds: _builtins.float
     """Seconds since anything was heard of it."""
     compute_seconds: _builtins.float

@@ -97,7 +97,7 @@ class ParameterServerServicer(object):
         scheduler can't serve, or other than this member has. Slots are judged once there is a model.
         FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent.
         REPLACED: a newer incarnation of this worker id has joined; give up.
-        FINISHED: the run is over.
+        FINISHED: the run is over; who is a member then is welcomed again all the same.
         UNSOUND_WORKER: too many gradients of this process were refused; give up.
         RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
         """
@@ -122,7 +122,8 @@ class ParameterServerServicer(object):
 
     def PullParams(self, request, context):
         """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
-        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
+        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket. A worker's call
+        ends its slot's open stream, as a new stream does.
         INVALID_ARGUMENT     BAD_REQUEST. BAD_PAYLOAD: a dtype that is not served.
         UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
         FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request number
@@ -137,7 +138,7 @@ class ParameterServerServicer(object):
 
     def PushGradient(self, request_iterator, context):
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
-        Whatever comes after the payload is refused, and the gradient with it.
+        Whatever comes after the payload is refused, and the gradient with it. The call ends its slot's open stream.
         as PushPull; and what is PushResult.refusal there ends this call with the same reason:
         INVALID_ARGUMENT     NON_FINITE, NORM_TOO_LARGE: the ticket stays valid.
         FAILED_PRECONDITION  TICKET_UNKNOWN: pull again. FINISHED.

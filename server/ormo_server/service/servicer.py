@@ -178,8 +178,7 @@ class Servicer:
             for frame in request_iterator:
                 with stream.exchange():
                     message, data = _headed(frame, "exchange")
-                    if data and not message.exchange.HasField("gradient"):
-                        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+                    _check_exchange(message.exchange, data)
                     yield from self._exchange(stream, message.exchange, data, request_iterator)
                 self._streams.refuse_if_draining()
 
@@ -432,6 +431,18 @@ def _headed(frame: Frame[M], wanted: str) -> Headed[M]:
     if isinstance(frame, Chunk) or got != wanted:
         raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
     return frame
+
+
+def _check_exchange(exchange: pb.Exchange, data: memoryview) -> None:
+    if exchange.HasField("gradient"):
+        return
+    if data:
+        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+    if not exchange.HasField("next"):
+        # There would be no answer, and whoever waits for one would wait for ever.
+        raise BadRequest(
+            "an exchange with neither a gradient nor a wish for the next ticket came: expected one or both"
+        )
 
 
 def _first(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
