@@ -1,10 +1,12 @@
 """The rows of a trace: their columns, and the inputs that they stand for."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -96,9 +98,20 @@ class _Row(BaseModel):
 
 
 class TracedModel(_Row):
-    """The model that is trained: elements of all its trainable tensors."""
+    """The model that is trained.
+
+    Attributes:
+        parameters: elements of all its trainable tensors.
+        digest: of a fresh run's parameters at the start, see `digest_of`; empty in traces of earlier versions.
+    """
 
     parameters: Count
+    digest: str = ""
+
+
+def digest_of(params: torch.Tensor) -> str:
+    """SHA-256 of parameters, shape (d,), float32."""
+    return hashlib.sha256(params.numpy().data).hexdigest()
 
 
 class Start(_Row):

@@ -14,7 +14,7 @@ from pathlib import Path
 from ormo_server.config import ServerSettings
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.store import StoreError
-from ormo_server.trace.rows import OPENING, Entry, Start, TracedModel, TracedSettings, line_of
+from ormo_server.trace.rows import OPENING, Entry, Start, TracedModel, TracedSettings, digest_of, line_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class TraceWriter:
             iteration=state.iteration,
             fresh=fresh,
             settings=settings.model_dump(mode="json", include=set(TracedSettings.model_fields)),
-            model=TracedModel(parameters=state.params.numel()),
+            model=TracedModel(parameters=state.params.numel(), digest=digest_of(state.params) if fresh else ""),
             time=time.time(),
             refusals=True,
         )
