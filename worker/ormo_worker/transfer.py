@@ -90,7 +90,7 @@ class Staging:
             number = float(value.detach())
             return lambda: number
         source = torch.empty_like(value.detach()).copy_(value.detach())  # the caller may overwrite its own
-        here = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.pinned)
+        here = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=self.pinned)
         self.streams.keep(source)
         computed = self.streams.mark(self.streams.computing())
         copies = Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)]))
