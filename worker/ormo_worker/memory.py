@@ -38,10 +38,10 @@ class _Span:
         self.tensor = tensor
         self.device = str(tensor.device)
         self.start = tensor.data_ptr()
-        self.end = self.start + _length(tensor)
+        self.end = self.start + length_of(tensor)
 
 
-def _length(tensor: Tensor) -> int:
+def length_of(tensor: Tensor) -> int:
     """Bytes from its first element to the end of its last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
@@ -50,13 +50,13 @@ def _length(tensor: Tensor) -> int:
 def _has_a_byte_twice(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return False
-    return int(_marked(tensor, _length(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
+    return int(_marked(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
     """Whether they share a byte; columns of one matrix, say, do not, though each lies between the other's."""
     apart = second.data_ptr() - first.data_ptr()
-    length = max(_length(first), apart + _length(second))
+    length = max(length_of(first), apart + length_of(second))
     return bool((_marked(first, length, 0) & _marked(second, length, apart)).any())
 
 

@@ -17,7 +17,7 @@ from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT
-from ormo_worker.copy_streams import Copies
+from ormo_worker.copy_streams import Arriving, Copies
 from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, Refused, Replaced, RunFinished
 from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.identity import Identity
@@ -25,6 +25,7 @@ from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneA
 from ormo_worker.metrics import Exporter, WorkerMetrics
 from ormo_worker.retries import Patience
 from ormo_worker.transfer import Staging, Transfer
+from ormo_worker.watch import OnLocalChange, Watch
 from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         in_flight: gradients that may be on their way, 1 to 16, each with a slot of its own; the server must
             allow as many, and its synchronous scheduler allows 1. More than 2 pay only if an exchange takes
             longer than a gradient. Each needs memory for two payloads.
+        on_local_change: what a step does about parameters that the program has changed since the last one, and that it
+            overwrites: "warn" of each once, or raise an "error".
         connect_timeout: seconds to wait for the server at first.
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
@@ -96,6 +99,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         worker_id: str | None = None,
         wire_dtype: torch.dtype = torch.float32,
         in_flight: int = 1,
+        on_local_change: OnLocalChange = "warn",
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
         give_up_after: float | None = None,
@@ -114,6 +118,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
         self._gathered: Copies | None = None
+        self._watch = Watch(self._staging, on_local_change)
         self._in_flight = _checked_in_flight(in_flight)
         dtype = _wire_dtype(wire_dtype)
         with_buffers = self._staging.tensors.has_buffers
@@ -186,6 +191,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Raises:
             RunFinished: the run was over before this step; the step that finds out only sets `finished`.
+            ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
             OrmoError: what waiting and trying again can't mend.
         """
         if self.finished:
@@ -237,6 +243,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self._close()
         self._settle(0.0)
+        self._watch.end()
 
     def __enter__(self) -> Self:
         return self
@@ -260,13 +267,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
     def _gather(self, slot: int, samples: int | None, loss: float | Tensor | None) -> Gathered:
-        outgoing = self._outgoing[slot]
-        before, self._gathered = self._gathered, outgoing.begin_gradients(self._decays())
+        outgoing, decays = self._outgoing[slot], self._decays()
+        self._watch.parameters()
+        self._watch.gradients(decays)
+        before, self._gathered = self._gathered, outgoing.begin_gradients(decays)
+        self._watch.given()
         return Gathered(
             payload=outgoing.payload,
             copies=self._gathered,
             samples=self._batch_size if samples is None else samples,
-            loss=self._staging.fetch(loss) if isinstance(loss, Tensor) else _known(loss),
+            loss=_number(self._staging.fetch(loss)) if isinstance(loss, Tensor) else _known(loss),
             loaded_at=self._loaded_at,
             before=before,
         )
@@ -297,6 +307,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
         incoming.load()
+        self._watch.loaded(incoming)
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 
@@ -345,6 +356,10 @@ def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) ->
         client.close()
         exchanges.stop()
         exporter.close()
+
+
+def _number(arriving: Arriving) -> Callable[[], float]:
+    return lambda: float(arriving.arrived())
 
 
 def _known(loss: float | None) -> Callable[[], float] | None:
