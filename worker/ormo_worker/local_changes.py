@@ -55,7 +55,10 @@ class LocalChanges:
             loaded: the values that they should have, in any floating dtype.
             known: names that need not be found again.
         """
-        self._asked.extend((samples, self._fetch(samples.differing())) for samples in self._samples)
+        for samples in self._samples:
+            differing = samples.differing()
+            if differing is not None:
+                self._asked.append((samples, self._fetch(differing)))
         found = set(self._answers())
         for name, parameter, mark, value in zip(self._names, self._parameters, self._marks, loaded, strict=True):
             if _mark(parameter) != mark and name not in known and name not in found:
@@ -92,9 +95,12 @@ class _Samples:
         """They are now as they are meant to be."""
         torch.cat(self._views, out=self._noted)
 
-    def differing(self) -> Tensor:
-        """Which elements are not as noted; shape (all of them,), bool."""
-        return torch.cat(self._views) != self._noted
+    def differing(self) -> Tensor | None:
+        """Which elements are not as noted; shape (all of them,), bool. None for none, where that is soon known."""
+        now = torch.cat(self._views)
+        if now.device.type == "cpu" and torch.equal(now, self._noted):
+            return None
+        return now != self._noted
 
     def names(self, differing: Tensor) -> Iterator[str]:
         """Of the tensors that have such elements, once for each."""
