@@ -62,6 +62,7 @@ class Membership:
             slots=slots,
         )
         self._is_member = False
+        self._asked = False  # a Join is under way: who is interrupted then may be a member or not
         self._lock = threading.Lock()
         self._heartbeat = Heartbeat(connection, identity, self._on_lost, self._on_finished)
 
@@ -81,7 +82,7 @@ class Membership:
             if not self._is_member:
                 self.welcome = self._connection.retrying(self._join, "joining the run")
                 self.joins += 1
-                self._is_member = True
+                self._is_member, self._asked = True, False
                 if self.joins > 1:
                     self._connection.observer.rejoined()
                 self._heartbeat.start(self.welcome.lease_seconds)
@@ -100,9 +101,9 @@ class Membership:
 
     def leave(self) -> None:
         """Give the lease up, if there is one, as far as the server can be reached."""
-        if not self._is_member or self._connection.closed:
+        if not (self._is_member or self._asked) or self._connection.closed:
             return
-        self._is_member = False
+        self._is_member = self._asked = False
         request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
         try:
             self._connection.unary(self._connection.stub.leave, request, _LEAVE_SECONDS)
@@ -114,7 +115,12 @@ class Membership:
         self._heartbeat.stop()
 
     def _join(self) -> pb.Welcome:
-        answer = self._connection.unary(self._connection.stub.join, self._request)
+        self._asked = True
+        try:
+            answer = self._connection.unary(self._connection.stub.join, self._request)
+        except CallEnded:
+            self._asked = False
+            raise
         match answer.WhichOneof("answer"):
             case "welcome":
                 self._check_model(answer.welcome)

@@ -143,6 +143,13 @@ def _plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain module in a compiled or parallel one."""
+    while (name := _wrapped(model)) is not None:
+        model = model.get_submodule(name)
+    return model
+
+
 def _wrapped(module: nn.Module) -> str | None:
     """The name of the one module that this one only wraps; None if it is more than that."""
     names = [*module._parameters, *module._buffers, *module._modules]  # noqa: SLF001

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.identity import Identity
 from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
+from ormo_worker.module import unwrapped
 from ormo_worker.retries import Patience
 from ormo_worker.transfer import Staging, Transfer
 from ormo_worker.watch import OnLocalChange, Watch
@@ -34,6 +35,8 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
+# By plain model and server, for one that is made again, as by a cell of a notebook.
+_made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -45,7 +48,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Closures, gradient clipping, gradient accumulation, `torch.amp.GradScaler`, frozen parameters, tied
     weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
-    it after the model is on its device. It leaves the run when closed, or at the end of the program.
+    it after the model is on its device. It leaves the run when closed, at the end of the program, or when another is
+    made for the same model at the same server. A fork of the process has no part in the run, and it can't be copied.
 
     With several gradients in flight, `step` hands the gradient to a thread and loads the parameters of another
     slot, so that the next gradient is computed while this one travels. What the server says of a gradient is
@@ -126,7 +130,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._incoming: dict[int | None, Transfer] = {}
         identity = Identity() if worker_id is None else Identity(worker_id)
         metrics = WorkerMetrics(identity.worker, self._staging.tensors.parameters[0].device)
-        exporter = Exporter(metrics_listen, metrics.registry)
         self._client = ParameterClient(
             server,
             self._staging.tensors.manifest,
@@ -141,6 +144,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         )
         slots = self._client.slots
         self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if in_flight == 1 else InFlight(slots, metrics)
+        _close_older(self, unwrapped(model), server)
+        exporter = Exporter(metrics_listen, metrics.registry)
         # Also at the end of the program.
         self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
         try:
@@ -194,6 +199,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
             OrmoError: what waiting and trying again can't mend.
         """
+        if self._client.inherited:
+            self._client.check()  # raises: in a fork there is no thread that would exchange anything
         if self.finished:
             raise RunFinished(
                 f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
@@ -242,8 +249,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Gradients in flight are waited for, some seconds at most.
         """
         self._close()
-        self._settle(0.0)
-        self._watch.end()
+        if not self._client.inherited:
+            self._settle(0.0)
+            self._watch.end()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            OrmoError: always.
+        """
+        raise OrmoError(
+            "a RemoteOptimizer can't be copied or pickled: it is this process's place in the run. Make one where it is "
+            "needed; state_dict() has the groups' options, and the server's checkpoints have all else"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -349,7 +368,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
+def _close_older(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
+    of_model = _made.setdefault(model, {})
+    older = of_model[server]() if server in of_model else None
+    if older is not None:
+        older.close()
+    of_model[server] = weakref.ref(optimizer)
+
+
 def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
+    if client.inherited:  # a fork that ends must not leave in the name of its parent
+        return
     try:
         exchanges.settle(_SETTLE_SECONDS)
     finally:  # an interrupted wait ends the rest all the sooner
