@@ -19,7 +19,7 @@ from service.wire import eventually
 from worker.fake_server import FakeServer, refuse
 from worker.models import line
 
-PATIENT_SECONDS = 60.0
+PATIENT_SECONDS = 240.0  # three seconds of imports, but on a busy machine
 
 # What a child does, between two steps of its parent.
 PROGRAM = """
@@ -152,8 +152,8 @@ def test_who_is_interrupted_while_joining_leaves(server: FakeServer, point: str)
     with pytest.raises(KeyboardInterrupt):
         RemoteOptimizer(line(weight=2.0), server.address, connect_timeout=5.0)
     eventually(lambda: len(server.members) == (keeper is not None), PATIENT_SECONDS)
-    assert server.asked[-1] == "leave"
-    if keeper is not None:
+    if keeper is not None:  # else there was no member yet
+        assert server.asked[-1] == "leave"
         keeper.step()
         keeper.close()
 

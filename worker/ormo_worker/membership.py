@@ -121,6 +121,7 @@ class Membership:
         except CallEnded:
             self._asked = False
             raise
+        self._asked = answer.HasField("welcome")
         match answer.WhichOneof("answer"):
             case "welcome":
                 self._check_model(answer.welcome)
