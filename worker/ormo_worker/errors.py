@@ -15,6 +15,10 @@ class ModelMismatch(OrmoError):
     """The server trains another model than this worker has."""
 
 
+class ParametersChanged(OrmoError):
+    """The program changed parameters between two steps, which the next delivery would overwrite."""
+
+
 class ServerUnreachable(OrmoError, ConnectionError):
     """Nobody answered for as long as the caller was ready to wait."""
 
