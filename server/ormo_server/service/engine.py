@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
@@ -47,6 +49,7 @@ class Engine:
     Args:
         machine: the core, which must not be touched by anyone else from now on.
         manifest: of its model.
+        frozen: the model's tensors that are not trained, shape (z,), float32; they never change.
         clock: the run's.
         metrics: what to count in.
         lease_seconds: how long a worker may be silent.
@@ -61,6 +64,7 @@ class Engine:
         self,
         machine: StateMachine,
         manifest: Manifest,
+        frozen: torch.Tensor,
         clock: Callable[[], float],
         metrics: Metrics,
         *,
@@ -72,6 +76,7 @@ class Engine:
         refuse_if_not_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
+        self.frozen = frozen
         self.observations = Observations()
         self.finished = threading.Event()
         self._machine = machine
