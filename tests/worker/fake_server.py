@@ -80,7 +80,7 @@ class FakeServer(ParameterServerServicer):
     """State is as in the real one, without momentum; `asked` lists the requests as they came."""
 
     manifest: Manifest | None = None
-    model: Payload | None = None  # float32 with buffers
+    model: Payload | None = None  # float32 with buffers and frozen tensors
     weight_decay: float = 0.0
     stop_after: int = 0
     lease_seconds: float = 30.0
@@ -100,6 +100,7 @@ class FakeServer(ParameterServerServicer):
     # Makes each answer's bytes; a test may have it write others.
     written: Callable[[Any], bytes] = lambda answer: answer.SerializeToString()
     with_data: int = 0  # gradients whose first chunk came so
+    with_frozen: int = 0  # deliveries that had the frozen tensors
     # What only the shell around the state needs.
     port: int = 0
     server: Any = None
@@ -153,7 +154,7 @@ class FakeServer(ParameterServerServicer):
         if self.finished:
             refuse("FAILED_PRECONDITION", Reason.FINISHED)(context)
         if self.manifest is None:
-            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10))
+            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10, manifest_version=1))
         self.members[request.worker] = request.incarnation
         settings = pb.RunSettings(method="fake", weight_decay=self.weight_decay, learning_rate=LEARNING_RATE)
         welcome = pb.Welcome(
@@ -172,7 +173,7 @@ class FakeServer(ParameterServerServicer):
         offer = next(requests).offer
         self.at("offer", context)
         manifest = Manifest.from_message(offer.manifest)
-        payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True))
+        payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True))
         receiver = PayloadReceiver(payload)
         for message in requests:
             receiver.accept(message.chunk)
@@ -312,8 +313,13 @@ class FakeServer(ParameterServerServicer):
     def _delivery(self, asked: pb.DeliveryRequest, ticket: int | None) -> tuple[pb.Delivery, Payload]:
         assert self.manifest is not None
         assert self.model is not None
-        layout = PayloadLayout.of(self.manifest, asked.dtype, with_buffers=asked.with_buffers)
+        layout = PayloadLayout.of(
+            self.manifest, asked.dtype, with_buffers=asked.with_buffers, with_frozen=asked.with_frozen
+        )
         payload = Payload(layout)
+        if asked.with_frozen:
+            self.with_frozen += 1
+            payload.frozen.copy_(self.model.frozen)
         payload.parameters.copy_(self.model.parameters)
         if asked.with_buffers:
             payload.float_buffers.copy_(self.model.float_buffers)
@@ -322,6 +328,7 @@ class FakeServer(ParameterServerServicer):
             iteration=self._now(),
             dtype=asked.dtype,
             with_buffers=asked.with_buffers,
+            with_frozen=asked.with_frozen,
             payload_bytes=layout.total_bytes,
             manifest_digest=self.manifest.digest,
             samples=self.samples,

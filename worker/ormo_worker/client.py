@@ -26,7 +26,7 @@ class ParameterClient:
     Args:
         server: HOST:PORT.
         manifest: of the model; checked against the server's at every join.
-        model: makes the payload of the model as it is now, float32 with buffers: asked for if the server
+        model: makes the payload of all of the model as it is now, in float32: asked for if the server
             has no model. None for readers, and for workers that should not offer theirs.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
             process and chance.
@@ -100,7 +100,7 @@ class ParameterClient:
         with_buffers: bool = True,
         within: float | None = None,
     ) -> Delivered | None:
-        """The newest parameters, without a ticket.
+        """The newest parameters, without a ticket; with the frozen tensors, if the last server's have not come yet.
 
         Args:
             newer_than: an iteration that is known already.
@@ -114,10 +114,19 @@ class ParameterClient:
             ServerUnreachable: patience is at its end.
             Refused: the server won't send parameters.
         """
-        request = pb.PullParamsRequest(
-            delivery=self._wire.delivery_request(with_buffers=with_buffers), newer_than=newer_than
-        )
-        return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
+        known = self._membership.frozen_epoch
+
+        def pulled(newer_than: pb.Iteration | None, *, with_frozen: bool) -> Delivered | None:
+            asked = self._wire.delivery_request(with_buffers=with_buffers, with_frozen=with_frozen)
+            request = pb.PullParamsRequest(delivery=asked, newer_than=newer_than)
+            return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
+
+        delivered = pulled(newer_than, with_frozen=known is None)
+        if delivered is not None and self._wire.has_frozen and known not in (None, delivered.iteration.epoch):
+            delivered = pulled(None, with_frozen=True)  # another server's may be others
+        if delivered is not None and delivered.payload.layout.frozen:
+            self._membership.frozen_epoch = delivered.iteration.epoch
+        return delivered
 
     def status(self) -> pb.GetStatusResponse:
         """How the run is.

@@ -37,12 +37,13 @@ class Membership:
         identity: of this worker.
         wire: of its model.
         slots: in-flight places wanted.
-        model: makes the payload of the model as it is now, float32 with buffers, for a server without one.
+        model: makes the payload of all of the model as it is now, in float32, for a server without one.
 
     Attributes:
         welcome: the server's answer to the last join; None before the first.
         joins: how often the worker has joined.
         finished: whether the server has said that the run is over.
+        frozen_epoch: of the server whose frozen tensors the model has; None before they came.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Membership:
         self.welcome: pb.Welcome | None = None
         self.joins = 0
         self.finished = False
+        self.frozen_epoch: int | None = None
         self._connection = connection
         self._identity = identity
         self._wire = wire
@@ -60,6 +62,7 @@ class Membership:
             incarnation=identity.incarnation,
             protocol_version=PROTOCOL_VERSION,
             slots=slots,
+            model_digest=wire.manifest.model_digest,
         )
         self._is_member = False
         self._lock = threading.Lock()
@@ -92,6 +95,11 @@ class Membership:
     def server_takes_data(self) -> bool:
         """Whether a gradient may begin in the message that announces it."""
         return self.welcome is not None and self.welcome.takes_data
+
+    @property
+    def wants_frozen(self) -> bool:
+        """Whether the frozen tensors of the server that was joined did not come yet."""
+        return self.welcome is not None and self.welcome.iteration.epoch != self.frozen_epoch
 
     def lose(self, joins: int) -> None:
         """Note that the membership of that join is void, so that `ensure` joins again."""
@@ -129,8 +137,8 @@ class Membership:
                 raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
 
     def _check_model(self, welcome: pb.Welcome) -> None:
-        if welcome.manifest.digest == self._wire.manifest.digest:
-            return
+        if not welcome.manifest.tensors or welcome.manifest.digest == self._wire.manifest.digest:
+            return  # the server has judged by the digest itself, or it agrees
         try:
             differences = self._wire.manifest.differences(Manifest.from_message(welcome.manifest))
         except ManifestError as error:
