@@ -97,6 +97,7 @@ class FakeServer(ParameterServerServicer):
     answers_to_join: deque[pb.JoinResponse] = field(default_factory=deque)
     # As servers that know of `data`: the first chunk goes with the message that announces it, the result with both.
     takes_data: bool = False
+    manifest_version: int = 1  # 0: as servers that do not know frozen tensors, and judge no digest
     # Makes each answer's bytes; a test may have it write others.
     written: Callable[[Any], bytes] = lambda answer: answer.SerializeToString()
     with_data: int = 0  # gradients whose first chunk came so
@@ -154,11 +155,13 @@ class FakeServer(ParameterServerServicer):
         if self.finished:
             refuse("FAILED_PRECONDITION", Reason.FINISHED)(context)
         if self.manifest is None:
-            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10, manifest_version=1))
+            wanted = pb.ModelWanted(lease_seconds=10, manifest_version=self.manifest_version)
+            return pb.JoinResponse(model_wanted=wanted)
         self.members[request.worker] = request.incarnation
         settings = pb.RunSettings(method="fake", weight_decay=self.weight_decay, learning_rate=LEARNING_RATE)
+        judged = self.manifest_version > 0 and request.model_digest == self.manifest.model_digest
         welcome = pb.Welcome(
-            manifest=self.manifest.to_message(),
+            manifest=None if judged else self.manifest.to_message(),
             settings=settings,
             iteration=self._now(),
             lease_seconds=self.lease_seconds,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.errors import ModelUnusable, OptionRefused, Refused
+from ormo_worker.errors import ModelUnusable, OlderServer, OptionRefused, Refused
 from ormo_worker.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
@@ -197,6 +197,39 @@ def test_a_reader_gets_them_once_from_each_server(server: FakeServer) -> None:
         assert delivered is not None
         assert torch.equal(delivered.payload.frozen, server.model.frozen)
     optimizer.close()
+
+
+# Older servers
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_to_an_older_server_they_are_parameters_as_all_others(
+    server: FakeServer, caplog: pytest.LogCaptureFixture, in_flight: int
+) -> None:
+    server.manifest_version = 0
+    first, second = Adapted(), Adapted()
+    options: dict[str, object] = {"in_flight": in_flight, "metrics_listen": "127.0.0.1:0"}
+    with joined(first, server, **options) as optimizer, joined(second, server, params=second.up.parameters()) as other:
+        step(first, optimizer, 0)
+        step(second, other, 0)
+    assert server.manifest is not None
+    assert server.manifest.newer is None
+    assert equal(second.base, first.base)
+    assert [len(gradient) * 4 for gradient in server.gradients] == [BASE_BYTES + ADAPTER_BYTES] * 2
+    for gradient in server.gradients:
+        assert gradient[: BASE_BYTES // 4].unique().tolist() == [0.0]
+    assert "does not know frozen parameters: until it is updated, they travel too" in caplog.text
+
+
+def test_an_older_server_in_the_place_of_a_newer_one_is_an_error_of_one_sentence(server: FakeServer) -> None:
+    model = Adapted()
+    with joined(model, server) as optimizer:
+        step(model, optimizer, 0)
+        server.manifest_version = 0
+        server.forget_workers()
+        server.manifest = None
+        with pytest.raises(OlderServer, match="does not know frozen parameters, and this model has some: update"):
+            step(model, optimizer, 1)
 
 
 # What changes later

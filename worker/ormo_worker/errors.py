@@ -15,6 +15,10 @@ class ModelMismatch(OrmoError):
     """The server trains another model than this worker has."""
 
 
+class OlderServer(OrmoError):
+    """The server is of a version that does not know what this worker's model has."""
+
+
 class ServerUnreachable(OrmoError, ConnectionError):
     """Nobody answered for as long as the caller was ready to wait."""
 

@@ -14,7 +14,7 @@ from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
-from ormo_worker.errors import ModelMismatch, ModelUnusable, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
@@ -77,6 +77,7 @@ class Membership:
         Raises:
             ModelMismatch: the server trains another model.
             ModelUnusable: the server asks for this model, and it has names that no run may begin with.
+            OlderServer: the server does not know frozen parameters.
             RunFinished: the run is over.
             OrmoError: any other reason why joining can't succeed.
         """
@@ -125,16 +126,27 @@ class Membership:
         answer = self._connection.unary(self._connection.stub.join, self._request)
         match answer.WhichOneof("answer"):
             case "welcome":
+                # Newer ones judge by the digest, and say no more of a model that is the same.
+                self._refuse_older(knows=not answer.welcome.manifest.tensors)
                 self._check_model(answer.welcome)
                 _check_lease(answer.welcome.lease_seconds)
                 return answer.welcome
             case "model_wanted":
+                self._refuse_older(knows=answer.model_wanted.manifest_version >= 1)
                 self._offer()
                 raise Waiting("the server has its model now")
             case "wait":
                 raise Waiting("the server waits for its model from another worker", answer.wait.retry_seconds)
             case _:
                 raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
+
+    def _refuse_older(self, *, knows: bool) -> None:
+        if self._wire.has_frozen and not knows:
+            raise OlderServer(
+                f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
+                "this model has some: update the server, or make this optimizer anew, which then sends them as all "
+                "others"
+            )
 
     def _check_model(self, welcome: pb.Welcome) -> None:
         if not welcome.manifest.tensors or welcome.manifest.digest == self._wire.manifest.digest:

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from ormo_worker.copy_streams import Copies
 from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
+    OlderServer,
     OptionRefused,
     OrmoError,
     Refused,
@@ -44,7 +46,8 @@ _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
 _FIXED = (
     "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
-    "and be in params=, before; or begin a new run from the checkpoint of this one, in another --directory"
+    "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
+    "with it, in another --directory"
 )
 
 
@@ -123,13 +126,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._began = False
         super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
         self._began = True
-        given = {parameter for group in self.param_groups for parameter in group["params"]}
-        self._staging = Staging(model, (self._own - given) | frozen_in(model))
-        self._resting = [
-            (name, parameter, parameter in given)
-            for name, parameter in self._staging.tensors.named_frozen()
-            if not parameter.requires_grad
-        ]
+        self._given = {parameter for group in self.param_groups for parameter in group["params"]}
+        staging = Staging(model, (self._own - self._given) | frozen_in(model))
         self._batch_size = batch_size
         self.last_result: pb.PushResult | None = None
         self.iteration = 0
@@ -140,27 +138,42 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._loaded_at = 0.0
         self._gathered: Copies | None = None
         self._in_flight = _checked_in_flight(in_flight)
-        dtype = _wire_dtype(wire_dtype)
-        with_buffers = self._staging.tensors.has_buffers
-        self._outgoing = tuple(self._transfer(dtype, with_buffers=with_buffers) for _ in range(in_flight))
-        self._incoming: dict[int | None, Transfer] = {}
+        self._dtype = _wire_dtype(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
-        metrics = WorkerMetrics(identity.worker, self._staging.tensors.parameters[0].device)
-        exporter = Exporter(metrics_listen, metrics.registry)
-        self._client = ParameterClient(
+        self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
+        connect = partial(
+            ParameterClient,
             server,
-            self._staging.tensors.manifest,
-            model=self._staging.snapshot,
             worker_id=identity.worker,
             slots=in_flight,
-            wire_dtype=dtype,
-            pin_memory=self._staging.pinned,
+            wire_dtype=self._dtype,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
-            observer=metrics,
+            observer=self._metrics,
             credentials=credentials,
         )
-        slots = self._client.slots
-        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if in_flight == 1 else InFlight(slots, metrics)
+        try:
+            self._join(staging, connect, metrics_listen)
+        except OlderServer:
+            _LOG.warning(
+                "the server at %s does not know frozen parameters: until it is updated, they travel too", server
+            )
+            self._join(Staging(model, frozenset()), connect, metrics_listen)
+
+    def _join(self, staging: Staging, connect: Callable[..., ParameterClient], metrics_listen: str) -> None:
+        """Join the run with this description of the model."""
+        self._staging = staging
+        self._resting = [
+            (name, parameter, parameter in self._given)
+            for name, parameter in staging.tensors.named_frozen()
+            if not parameter.requires_grad
+        ]
+        with_buffers = staging.tensors.has_buffers
+        self._outgoing = tuple(self._transfer(self._dtype, with_buffers=with_buffers) for _ in range(self._in_flight))
+        self._incoming: dict[int | None, Transfer] = {}
+        exporter = Exporter(metrics_listen, self._metrics.registry)
+        self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
+        slots, metrics = self._client.slots, self._metrics
+        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program.
         self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
         try:
