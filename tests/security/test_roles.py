@@ -25,6 +25,7 @@ WORKERS, READERS, ADMINS = {Role.WORKER}, set(Role), {Role.ADMIN}
 MAY = {
     "Join": WORKERS,
     "OfferModel": WORKERS,
+    "DescribeModel": READERS,
     "PullParams": READERS,
     "PushGradient": WORKERS,
     "PushPull": WORKERS,

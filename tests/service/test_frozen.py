@@ -145,7 +145,7 @@ def test_a_worker_that_trains_other_tensors_is_refused_before_it_counts(tmp_path
     with served(tmp_path) as server, connected(server) as stub:
         WireWorker(stub, "a", TUNED).join()
         unfrozen = [TensorSpec("base", (2, 2), FLOAT32, PARAMETER), *TUNED.tensors[:1], *TUNED.tensors[2:]]
-        with pytest.raises(Refused, match="this server trains another model") as refused:
+        with pytest.raises(Refused, match="the worker's model is not that of the run") as refused:
             WireWorker(stub, "b", Manifest.laid_out(unfrozen)).join()
         assert refused.value.reason == "MANIFEST_DIGEST"
         assert [status.worker for status in stub.GetStatus(pb.GetStatusRequest()).workers] == ["a"]

@@ -106,6 +106,7 @@ def one_message(worker: WireWorker, name: str) -> list[Any]:
         "ReportEvaluation": lambda: pb.ReportEvaluationRequest(
             evaluation=pb.Evaluation(iteration=where, loss=0.5, accuracy=0.5)
         ),
+        "DescribeModel": pb.DescribeModelRequest,
         "GetStatus": pb.GetStatusRequest,
         "Control": lambda: pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=0.5)),
     }

@@ -68,12 +68,12 @@ def test_payload_of_wrong_length_or_order_is_refused(serving: Serving, sentence:
 
 
 BAD_HEADERS = [
-    ({"manifest_digest": b"x" * 32}, "MANIFEST_DIGEST", "join again"),
+    ({"manifest_digest": b"x" * 32}, "MANIFEST_DIGEST", "ask DescribeModel"),
     ({"manifest_digest": b""}, "MANIFEST_DIGEST", "digest none"),
     ({"dtype": 3}, "BAD_PAYLOAD", "DTYPE_FLOAT32"),
     ({"dtype": 0}, "BAD_PAYLOAD", "dtype 0"),
-    ({"dtype": BFLOAT16}, "BAD_REQUEST", "makes 24 bytes"),
-    ({"payload_bytes": 41}, "BAD_REQUEST", "41 bytes was announced"),
+    ({"dtype": BFLOAT16}, "BAD_PAYLOAD", "makes 24 bytes"),
+    ({"payload_bytes": 41}, "BAD_PAYLOAD", "41 bytes was announced"),
     ({"samples": -1}, "BAD_REQUEST", "samples -1"),
     ({"compute_seconds": float("nan")}, "BAD_REQUEST", "compute seconds nan"),
 ]

@@ -181,10 +181,14 @@ class WireWorker:
         assert answer.WhichOneof("answer") == "welcome", answer
         return answer.welcome
 
-    def ask_to_join(self, slots: int = 1, version: int = 1) -> pb.JoinResponse:
-        request = pb.JoinRequest(worker=self.name, incarnation=self.incarnation, protocol_version=version, slots=slots)
-        if self.manifest.newer is not None:
-            request.model_digest = self.manifest.model_digest
+    def ask_to_join(self, slots: int = 1, version: int = 1, model_digest: bytes = b"") -> pb.JoinResponse:
+        request = pb.JoinRequest(
+            worker=self.name,
+            incarnation=self.incarnation,
+            protocol_version=version,
+            slots=slots,
+            model_digest=model_digest or (self.manifest.model_digest if self.manifest.newer else b""),
+        )
         with refusals():
             return self.stub.Join(request)
 

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.usage import UsageError
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.inputs import Joined, Left, Pushed, Requested, Requester
 from ormo_server.core.method import PRESETS
+from ormo_server.core.state import PushResult, Ticket
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan, Result
+from ormo_server.sim.workload import Computed, Model
+from ormo_server.trace import Refused, Start, read_trace
+from ormo_server.trace.rows import line_of
 from service.wire import WireWorker, connected, eventually, served, tensor_chunks
-from sim.by_ticket import SIZE, gradient_of, start
+from sim.by_ticket import SIZE, ByTicket, gradient_of, start
 
 LINE = Manifest.laid_out([TensorSpec("line", (SIZE,), FLOAT32, PARAMETER)])
 WORKERS, GRADIENTS = 4, 80
@@ -158,3 +164,131 @@ def test_a_trace_that_begins_with_a_restored_server_is_not_followed(trace: Path,
     restored.write_text(trace.read_text().replace('"fresh":true', '"fresh":false'))
     with pytest.raises(UsageError, match=r"starts with a restored server"):
         replay(restored)
+
+
+# Processes that come back
+
+
+A = Requester("a", 1, 0, 1)
+EPOCH = 9
+ASKED = (Joined(1.0, "a", 1, 1), Requested(1.0, A))
+LEFT_AND_BACK = (Left(2.0, "a", 1), Joined(3.0, "a", 1, 1))
+
+
+def refused(request: int, ticket: int = 1) -> Refused:
+    return Refused(4.0, A._replace(request=request), (EPOCH, ticket), "TICKET_UNKNOWN")
+
+
+def pushed(request: int) -> Pushed:
+    ticket, result = Ticket(EPOCH, 1, A.slot_key, 0, 0, 1.0, True), PushResult(request, EPOCH, 1, 0, 0, 0.01)
+    return Pushed(4.0, A._replace(request=request), ticket, 4, result)
+
+
+class Buffered(ByTicket):
+    """A worker's one buffer counts what it computed; what was done is in `tickets`, with 0 for buffers that came."""
+
+    def initial(self, seed: int) -> Model:
+        return replace(super().initial(seed), float_buffers=torch.zeros(1))
+
+    def gradient(self, ticket: int, params: torch.Tensor, out: torch.Tensor) -> Computed:
+        return replace(super().gradient(ticket, params, out), float_buffers=torch.ones(1))
+
+    def take_buffers(self, model: Model) -> None:
+        self.tickets.append(0)
+
+
+def buffered(**_: object) -> Buffered:
+    """As `--workload sim.test_replay:buffered` makes it."""
+    return Buffered()
+
+
+def follow(path: Path, *entries: Any, refusals: bool = True, workload: str = "sim.by_ticket:workload") -> list[int]:
+    """Returns the tickets whose gradients were computed."""
+    start = Start.model_validate(
+        {"event": "start", "format": 1, "epoch": EPOCH, "iteration": 0, "fresh": True, "settings": {}, "time": 0.0}
+        | {"model": {"parameters": SIZE}, "refusals": refusals}
+    )
+    path.write_bytes(b"".join(map(line_of, (start, *entries))))
+    plan = Plan(SimSettings(trace=path, workload=workload, evaluate_every=1000))
+    made: Any = plan._workload
+    made.tickets.clear()  # plans share it
+    plan.run()
+    return made.tickets
+
+
+def test_a_process_that_joins_again_is_the_same_worker_and_has_computed_what_was_refused(tmp_path: Path) -> None:
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)))
+    assert follow(tmp_path / "t", *entries) == [1]
+
+
+def test_a_retry_of_a_refused_gradient_is_not_computed_again(tmp_path: Path) -> None:
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)), *LEFT_AND_BACK, refused(2))
+    assert follow(tmp_path / "t", *entries) == [1]
+
+
+def test_buffers_come_with_the_first_delivery_to_each_slot_after_a_process_has_joined_or_joined_again(
+    tmp_path: Path,
+) -> None:
+    def asked(slot: int, request: int) -> Requested:
+        return Requested(1.0, A._replace(slot=slot, request=request))
+
+    def pushes(slot: int, request: int, ticket: int) -> Pushed:
+        key = ("a", slot)
+        result = PushResult(request, EPOCH, 1, 0, 0, 0.01)
+        return Pushed(
+            1.0, A._replace(slot=slot, request=request), Ticket(EPOCH, ticket, key, 0, 0, 1.0, True), 4, result
+        )
+
+    def lost(slot: int, request: int, ticket: int) -> Refused:
+        return Refused(1.0, A._replace(slot=slot, request=request), (EPOCH, ticket), "TICKET_UNKNOWN")
+
+    entries = (
+        *(Joined(1.0, "a", 1, 2), asked(0, 1), asked(1, 1)),
+        *(pushes(0, 2, 1), asked(0, 2), pushes(1, 2, 2), pushes(0, 3, 3), asked(0, 3)),
+        *(Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)),
+        *(lost(0, 4, 4), asked(0, 4), pushes(0, 5, 5), asked(0, 5), pushes(0, 6, 6)),
+    )
+    assert follow(tmp_path / "t", *entries, workload="sim.test_replay:buffered") == [0, 1, 0, 2, 3, 4, 0, 5, 6]
+
+
+def test_that_several_slots_may_have_pushed_in_another_order_than_they_computed_in_is_warned_of(tmp_path: Path) -> None:
+    follow(tmp_path / "t", Joined(1.0, "b", 1, 1), Joined(1.0, "a", 1, 2))
+    warning = Plan(SimSettings(trace=tmp_path / "t", workload="sim.by_ticket:workload")).warning()
+    assert "worker a joined with 2 slots in line 3" in warning
+
+
+def test_that_a_run_began_from_another_model_is_warned_of(trace: Path, tmp_path: Path) -> None:
+    assert Plan(SimSettings(trace=trace, workload="sim.by_ticket:workload")).warning() == ""
+    other = tmp_path / "other.jsonl"
+    digest = read_trace(trace)[0].start.model.digest
+    other.write_text(trace.read_text().replace(digest, digest[::-1]))
+    warning = Plan(SimSettings(trace=other, workload="sim.by_ticket:workload")).warning()
+    assert "did not begin from the model that task digits makes with seed 0" in warning
+
+
+NOT_TOLD = {
+    "of a ticket that was not the last": ((*ASKED, refused(2, ticket=7)), 3, "for ticket 7 was refused, whose param"),
+    "that is taken at a second try": ((*ASKED, refused(2), pushed(2)), 4, "pushed again what had been refused"),
+    "of a process with other slots": ((*ASKED, Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)), 4, "with 2 slots, not 1"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TOLD)
+def test_where_it_cannot_be_known_what_was_computed_a_sentence_names_the_line(case: str, tmp_path: Path) -> None:
+    entries, number, why = NOT_TOLD[case]
+    with pytest.raises(UsageError, match=rf"^input {number} of the trace, in line {number + 1}, can't be .*{why}"):
+        follow(tmp_path / "t", *entries)
+
+
+def test_a_trace_of_an_earlier_version_in_which_a_process_joins_again_is_not_followed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"in line 5, can't be followed \(the same process of worker a joins again"):
+        follow(tmp_path / "t", *ASKED, *LEFT_AND_BACK, refusals=False)
+
+
+@pytest.mark.parametrize("refusals", [True, False])
+def test_that_a_trace_is_of_a_version_that_did_not_record_refusals_is_warned_of(tmp_path: Path, refusals: bool) -> None:
+    follow(tmp_path / "t", *ASKED, refusals=refusals)
+    warning = Plan(SimSettings(trace=tmp_path / "t", workload="sim.by_ticket:workload")).warning()
+    assert (
+        warning.startswith("the version that wrote this trace did not record gradients that were refused") != refusals
+    )

@@ -1,6 +1,12 @@
-"""A run of real processes, traced across a crash."""
+"""Runs of real processes, traced across a crash, and while a worker is stopped."""
+
+import os
+import signal
 
 from ormo_server.core.inputs import Joined, Pushed
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.run import Plan
+from ormo_server.store.checkpoint import read_files
 from ormo_server.trace import Segment, read_trace
 from system.programs import Stage
 
@@ -38,3 +44,26 @@ def test_trace_of_a_run_that_was_killed_and_restarted_has_a_segment_for_each_sta
     for segment in (first, second):
         after = [taken.result.iteration for taken in pushes(segment)]
         assert after == [segment.start.iteration + number for number in range(1, len(after) + 1)]
+
+
+def test_run_of_a_worker_that_was_stopped_for_longer_than_its_lease_is_followed_to_the_same_bits(stage: Stage) -> None:
+    lease = {"failure_timeout": 1.5}
+    ends = {"stop_after_gradients": 500, "exit_when_finished": True}
+    server = stage.server(trace="run.jsonl", learning_rate=0.01, min_workers=2, **ends, **lease)
+    stopped, _ = (stage.worker(name, slow_factor=8, **lease) for name in "ab")
+    stage.until(lambda s: s.iteration.number > 20, "both train")
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    try:
+        stage.until(lambda s: [w.worker for w in s.workers] == ["b"], "the lease ends")
+    finally:
+        os.kill(stopped.process.pid, signal.SIGCONT)
+    assert server.wait() == 0
+    (segment,) = read_trace(stage.folder / "run.jsonl")
+    assert [taken.worker for taken in segment.inputs if isinstance(taken, Joined)][2:] == ["a"]
+    kept = read_files(max((stage.folder / "run").glob("checkpoint-*"))).snapshot
+    settings = SimSettings(trace=stage.folder / "run.jsonl", evaluate_every=1000)
+    state = Plan(settings).run().training.machine.state
+    followed = {"params": state.params, "float_buffers": state.float_buffers, "int_buffers": state.int_buffers}
+    assert {name: followed[name].numpy().tobytes() for name in followed} == {
+        name: kept.tensors[name].numpy().tobytes() for name in followed
+    }

@@ -23,7 +23,7 @@ from ormo_server.core.inputs import (
     Withdrawn,
 )
 from ormo_server.core.state import PushResult, Ticket
-from ormo_server.trace import Start, read_trace
+from ormo_server.trace import Refused, Start, read_trace
 from ormo_server.trace.rows import line_of
 
 EPOCH = 2**63 + 5
@@ -35,7 +35,7 @@ def start_of(machine_settings: ServerSettings | None = None, **changes: Any) -> 
     return Start.model_validate({"event": "start", "format": 1, "epoch": EPOCH} | columns | changes)
 
 
-def written(path: Path, *inputs: Input, start: Start | None = None) -> Path:
+def written(path: Path, *inputs: Input | Refused, start: Start | None = None) -> Path:
     path.write_bytes(b"".join(map(line_of, (start or start_of(), *inputs))))
     return path
 
@@ -66,6 +66,7 @@ INPUTS = st.one_of(
     st.builds(Withdrawn, st.tuples(WORKER, SLOT)),
     st.builds(Returned, SECONDS, WORKER, WIDE, st.tuples(WIDE, COUNT)),
     st.builds(LearningRateSet, SECONDS, st.floats(min_value=0, exclude_min=True, allow_infinity=False)),
+    st.builds(Refused, SECONDS, REQUESTER, st.tuples(WIDE, st.integers(-(2**63), 2**63 - 1)), st.text()),
     pushes(),
 )
 
@@ -73,7 +74,7 @@ INPUTS = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(INPUTS, max_size=8))
 def test_what_was_written_is_read_back_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory, inputs: list[Input]
+    tmp_path_factory: pytest.TempPathFactory, inputs: list[Input | Refused]
 ) -> None:
     path = written(tmp_path_factory.getbasetemp() / "trace.jsonl", *inputs)
     (segment,) = read_trace(path)
@@ -92,6 +93,7 @@ def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
         Withdrawn(("a", 0)),
         Returned(2.0, "a", 7, (EPOCH, 4)),
         pushed,
+        Refused(2.75, Requester("a", 7, 0, 4), (EPOCH, 5), "NON_FINITE"),
         LearningRateSet(3.0, 0.5),
     )
     start, *rows = map(json.loads, path.read_text().splitlines())
@@ -125,6 +127,17 @@ def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
             "discarded": False,
             "samples": 32,
             "iteration_after": 13,
+        },
+        {
+            "event": "refused",
+            "seconds": 2.75,
+            "worker": "a",
+            "incarnation": "0x0000000000000007",
+            "slot": 0,
+            "request": 4,
+            "ticket": 5,
+            "ticket_epoch": "0x8000000000000005",
+            "reason": "NON_FINITE",
         },
         {"event": "learning_rate_set", "seconds": 3.0, "learning_rate": 0.5},
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.errors import ModelUnusable, OlderServer, OptionRefused, Refused
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, Refused
 from ormo_worker.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
@@ -118,6 +118,26 @@ def test_a_bfloat16_base_stays_what_it_is(tmp_path: Path) -> None:
     assert torch.equal(model.base.weight, base)
     assert kept is not None
     assert torch.equal(load_file(kept.path / "model.safetensors")["base.weight"], base)
+
+
+def test_a_bfloat16_base_and_one_in_float32_train_together(tmp_path: Path) -> None:
+    half, plain = Adapted(torch.bfloat16), Adapted()
+    with served(tmp_path) as server, joined(half, server) as one, joined(plain, server) as other:
+        step(half, one, 0)
+        step(plain, other, 1)
+        assert (one.counted, other.counted) == (1, 1)
+    assert torch.equal(plain.base.weight, half.base.weight.float())
+
+
+def test_a_worker_that_trains_other_parameters_is_told_which(tmp_path: Path) -> None:
+    model, unfrozen = Adapted(), Adapted()
+    unfrozen.base.weight.requires_grad_(True)
+    with served(tmp_path) as server, joined(model, server):
+        with pytest.raises(ModelMismatch) as caught:
+            joined(unfrozen, server)
+        assert server.host.engine.view().bucket_size == 1
+    here, there = "is a float32 parameter of shape (64, 64) here", "a float32 frozen parameter of shape (64, 64) there"
+    assert f"('base.weight' {here} and {there})" in str(caught.value)
 
 
 def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class ParameterClient:
         model: makes the payload of all of the model as it is now, in float32: asked for if the server
             has no model. None for readers, and for workers that should not offer theirs.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
-            process and chance.
+            process and chance. Or a whole identity, that of a client that is closed.
         slots: in-flight places, 1 to 16.
         wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
         pin_memory: whether payloads are received into page-locked memory.
@@ -48,7 +48,7 @@ class ParameterClient:
         manifest: Manifest,
         *,
         model: Callable[[], Payload] | None = None,
-        worker_id: str | None = None,
+        worker_id: str | Identity | None = None,
         slots: int = 1,
         wire_dtype: pb.Dtype.ValueType = FLOAT32,
         pin_memory: bool = False,
@@ -56,7 +56,8 @@ class ParameterClient:
         observer: Observer | None = None,
         credentials: Credentials | None = None,
     ) -> None:
-        self.identity = Identity() if worker_id is None else Identity(worker_id)
+        named = Identity() if worker_id is None else worker_id
+        self.identity = named if isinstance(named, Identity) else Identity(named)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
         self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)

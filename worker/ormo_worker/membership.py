@@ -9,23 +9,25 @@ import grpc
 
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest, ManifestError
+from ormo_protos.reasons import Reason
 from ormo_protos.settings import LONGEST_SECONDS
-from ormo_protos.tensors import Payload
+from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain, Waiting
 from ormo_worker.session import Step
-from ormo_worker.wire import Wire
+from ormo_worker.wire import Wire, offer, understood
 
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 _SHOWN_DIFFERENCES = 3
+_OTHER_MODEL = "start this worker with the server's task, or name another server"
 _LEAVE_SECONDS = 2.0  # a server that can't be reached finds out by itself
 
 
@@ -102,6 +104,12 @@ class Membership:
         """Whether the frozen tensors of the server that was joined did not come yet."""
         return self.welcome is not None and self.welcome.iteration.epoch != self.frozen_epoch
 
+    @property
+    def digest(self) -> bytes:
+        """What the server knows this model by."""
+        assert self.welcome is not None
+        return self.welcome.manifest.digest or self._wire.manifest.model_digest
+
     def lose(self, joins: int) -> None:
         """Note that the membership of that join is void, so that `ensure` joins again."""
         if joins == self.joins:
@@ -112,6 +120,9 @@ class Membership:
         if not self._is_member or self._connection.closed:
             return
         self._is_member = False
+        self._leave()
+
+    def _leave(self) -> None:
         request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
         try:
             self._connection.unary(self._connection.stub.leave, request, _LEAVE_SECONDS)
@@ -123,57 +134,78 @@ class Membership:
         self._heartbeat.stop()
 
     def _join(self) -> pb.Welcome:
-        answer = self._connection.unary(self._connection.stub.join, self._request)
+        try:
+            answer = self._connection.unary(self._connection.stub.join, self._request)
+        except CallEnded as end:
+            if end.reason != Reason.MANIFEST_DIGEST:
+                raise
+            raise self._mismatch(end.message, self._described()) from None
         match answer.WhichOneof("answer"):
             case "welcome":
-                # Newer ones judge by the digest, and say no more of a model that is the same.
-                self._refuse_older(knows=not answer.welcome.manifest.tensors)
-                self._check_model(answer.welcome)
-                _check_lease(answer.welcome.lease_seconds)
-                return answer.welcome
+                return self._checked(answer.welcome)
             case "model_wanted":
-                self._refuse_older(knows=answer.model_wanted.manifest_version >= 1)
-                self._offer()
+                self._offer(answer.model_wanted)
                 raise Waiting("the server has its model now")
             case "wait":
                 raise Waiting("the server waits for its model from another worker", answer.wait.retry_seconds)
             case _:
                 raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
 
-    def _refuse_older(self, *, knows: bool) -> None:
-        if self._wire.has_frozen and not knows:
+    def _refuse_older(self) -> None:
+        if self._wire.has_frozen:
             raise OlderServer(
                 f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
                 "this model has some: update the server, or make this optimizer anew, which then sends them as all "
                 "others"
             )
 
-    def _check_model(self, welcome: pb.Welcome) -> None:
-        if not welcome.manifest.tensors or welcome.manifest.digest == self._wire.manifest.digest:
-            return  # the server has judged by the digest itself, or it agrees
+    def _checked(self, welcome: pb.Welcome) -> pb.Welcome:
         try:
-            differences = self._wire.manifest.differences(Manifest.from_message(welcome.manifest))
+            _check_lease(welcome.lease_seconds)
+            # Older servers tell it all, and count a worker before it knows what they train.
+            if welcome.manifest.tensors:
+                self._refuse_older()
+                if welcome.manifest.digest not in self._wire.manifest.digests:
+                    raise self._mismatch("", welcome.manifest)
+        except OrmoError:
+            self._leave()
+            raise
+        return welcome
+
+    def _described(self) -> pb.Manifest | None:
+        """The server's manifest; None if it can't be had."""
+        whole = pb.Manifest()
+        try:
+            with self._connection.watched():
+                call = self._connection.tensors.describe_model(pb.DescribeModelRequest())
+                with self._connection.guarded(call):
+                    for answer in call:
+                        whole.MergeFrom(understood(answer).manifest)
+        except (CallEnded, grpc.FutureCancelledError):
+            return None
+        return whole
+
+    def _mismatch(self, message: str, theirs: pb.Manifest | None) -> ModelMismatch:
+        try:
+            differences = [] if theirs is None else self._wire.manifest.differences(Manifest.from_message(theirs))
         except ManifestError as error:
             raise ProtocolBroken(f"the server's model can't be understood: {error}") from None
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES]) or "which it does not describe"
         more = len(differences) - _SHOWN_DIFFERENCES
-        raise ModelMismatch(
+        return ModelMismatch(
             f"the server at {self._connection.server} trains another model than this worker has ({shown}"
-            f"{f'; and {more} more' if more > 0 else ''}): start this worker with the server's task, or name "
-            "another server"
+            f"{f'; and {more} more' if more > 0 else ''}): "
+            f"{message or _OTHER_MODEL}"
         )
 
-    def _offer(self) -> None:
-        try:
-            self._wire.manifest.check_names()
-        except ManifestError as error:
-            raise ModelUnusable(f"the server has no model yet, and would refuse this one: {error}") from None
+    def _offer(self, wanted: pb.ModelWanted) -> None:
+        manifest = self._offered(older=wanted.manifest_version < 1)
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
         try:
             with self._connection.watched():
-                requests = self._moving(self._wire.offer(self._identity, payload))
+                requests = self._moving(offer(self._identity, manifest, payload))
                 call = self._connection.tensors.offer_model.future(requests)
                 with self._connection.guarded(call):
                     call.result()
@@ -184,6 +216,26 @@ class Membership:
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
                 raise TryAgain.after(end, "offering the model: ") from None
             raise end.error("the model that this worker offered") from None
+
+    def _offered(self, *, older: bool) -> Manifest:
+        manifest = self._wire.manifest
+        try:
+            manifest.check_names()
+        except ManifestError as error:
+            raise ModelUnusable(f"the server has no model yet, and would refuse this one: {error}") from None
+        if not older:
+            return manifest
+        self._refuse_older()
+        manifest = manifest.without_merges
+        if manifest.newer is not None or manifest.to_message().ByteSize() > MAX_CHUNK_BYTES:
+            what = "a longer list of tensors than one message holds"
+            if manifest.newer is not None:
+                what = f"{manifest.newer.name!r}, {manifest.newer.described()}"
+            raise ModelUnusable(
+                f"this model has {what}, and the server at {self._connection.server} is of a version that takes no "
+                "such thing: install this program's version of the package there"
+            )
+        return manifest
 
     def _moving(self, requests: Iterable[T]) -> Iterator[T]:
         """The requests; that the network takes one is a sign of life, however long the whole upload takes."""

@@ -144,7 +144,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         connect = partial(
             ParameterClient,
             server,
-            worker_id=identity.worker,
+            worker_id=identity,  # the same for both tries: an older server waits for the model of the one that it asked
             slots=in_flight,
             wire_dtype=self._dtype,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),

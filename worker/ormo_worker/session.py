@@ -76,12 +76,14 @@ AFTER_REASON = {
 # Without a reason the connection, a proxy or gRPC itself ended the call. These would do so every time.
 HOPELESS_CODES = frozenset(
     {
+        "ALREADY_EXISTS",
         "DATA_LOSS",
         "FAILED_PRECONDITION",
         "INVALID_ARGUMENT",
         "NOT_FOUND",
         "OUT_OF_RANGE",
         "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",  # gRPC's own: a message larger than it lets through
         "UNAUTHENTICATED",
         "UNIMPLEMENTED",
     }

@@ -139,8 +139,8 @@ class Slot:
     def _converse(self, gradient: Gradient | None) -> Step:
         stream, ask = self._opened(), self._session.ask
         self._since = time.monotonic()
-        with_data = self._membership.server_takes_data
-        stream.send(self._wire.exchange(self._identity, self.number, ask, gradient, with_data=with_data))
+        digest, with_data = self._membership.digest, self._membership.server_takes_data
+        stream.send(self._wire.exchange(self._identity, self.number, ask, gradient, digest=digest, with_data=with_data))
         step = Step.READ
         while step is Step.READ:
             step = self._take(stream.receive())

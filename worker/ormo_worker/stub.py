@@ -3,6 +3,7 @@
 import grpc
 
 from ormo_protos.framing import Framing
+from ormo_protos.limits import Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
@@ -12,8 +13,8 @@ class TensorStub:
     """Starts calls on a channel.
 
     Attributes:
-        push_pull, pull_params, offer_model: the methods, as `parameter_server.proto` documents them. Messages are
-            `Headed` or `Chunk`; what comes in may be `Malformed`.
+        push_pull, describe_model, pull_params, offer_model: the methods, as `parameter_server.proto` documents them.
+            Messages with tensors are `Headed` or `Chunk`; what comes in may be `Malformed`.
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
@@ -21,6 +22,11 @@ class TensorStub:
             f"/{_SERVICE}/PushPull",
             request_serializer=Framing(pb.PushPullRequest).encode,
             response_deserializer=Framing(pb.PushPullResponse).decode,
+        )
+        self.describe_model = channel.unary_stream(
+            f"/{_SERVICE}/DescribeModel",
+            request_serializer=pb.DescribeModelRequest.SerializeToString,
+            response_deserializer=Parser(pb.DescribeModelResponse).parse,
         )
         self.pull_params = channel.unary_stream(
             f"/{_SERVICE}/PullParams",

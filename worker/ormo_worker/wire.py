@@ -89,7 +89,14 @@ class Wire:
         return self.delivery_request(with_buffers=ask.wants_buffers, with_frozen=ask.wants_frozen)
 
     def exchange(
-        self, identity: Identity, slot: int, ask: Ask, gradient: Gradient | None, *, with_data: bool = False
+        self,
+        identity: Identity,
+        slot: int,
+        ask: Ask,
+        gradient: Gradient | None,
+        *,
+        digest: bytes = b"",
+        with_data: bool = False,
     ) -> Iterator[PushPullFrame]:
         """The messages of an exchange, each made when it is about to be sent.
 
@@ -98,6 +105,7 @@ class Wire:
             slot: its number.
             ask: what to send; the gradient goes along only if it names a ticket.
             gradient: must not change until the exchange is over.
+            digest: what the server knows the model by; by default the model's own.
             with_data: whether its first bytes may go with the first message.
         """
         exchange = pb.Exchange(requester=identity.requester(slot, ask.request))
@@ -107,32 +115,35 @@ class Wire:
         if ask.ticket is None or gradient is None:
             yield Headed(pb.PushPullRequest(exchange=exchange))
             return
-        exchange.gradient.CopyFrom(self._announced(gradient, ask.ticket))
+        exchange.gradient.CopyFrom(_announced(gradient, ask.ticket, digest or self.manifest.model_digest))
         head, chunks = pb.PushPullRequest(exchange=exchange), gradient.payload.chunks()
         first = next(chunks, None) if with_data else None
         yield Headed(head) if first is None else Headed(head, first.data)
         yield from chunks
 
-    def offer(self, identity: Identity, payload: Payload) -> Iterator[OfferFrame]:
-        """The messages that hand the server its model; the payload is float32 with buffers and frozen tensors."""
-        offer = pb.ModelOffer(
-            worker=identity.worker, incarnation=identity.incarnation, manifest=self.manifest.to_message()
-        )
-        yield Headed(pb.OfferModelRequest(offer=offer))
-        yield from payload.chunks()
 
-    def _announced(self, gradient: Gradient, ticket: pb.Ticket) -> pb.Gradient:
-        layout = gradient.payload.layout
-        return pb.Gradient(
-            ticket=ticket,
-            manifest_digest=self.manifest.digest,
-            dtype=layout.dtype,
-            with_buffers=layout.with_buffers,
-            payload_bytes=layout.total_bytes,
-            samples=gradient.samples,
-            loss=gradient.loss,
-            compute_seconds=gradient.compute_seconds,
-        )
+def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
+    """The messages that hand the server a model; the payload is float32 with buffers and frozen tensors."""
+    parts = manifest.to_messages()
+    who = pb.ModelOffer(worker=identity.worker, incarnation=identity.incarnation, manifest=next(parts))
+    yield Headed(pb.OfferModelRequest(offer=who))
+    for part in parts:
+        yield Headed(pb.OfferModelRequest(more=part))
+    yield from payload.chunks()
+
+
+def _announced(gradient: Gradient, ticket: pb.Ticket, digest: bytes) -> pb.Gradient:
+    layout = gradient.payload.layout
+    return pb.Gradient(
+        ticket=ticket,
+        manifest_digest=digest,
+        dtype=layout.dtype,
+        with_buffers=layout.with_buffers,
+        payload_bytes=layout.total_bytes,
+        samples=gradient.samples,
+        loss=gradient.loss,
+        compute_seconds=gradient.compute_seconds,
+    )
 
 
 def understood(answer: A | Malformed) -> A:
@@ -162,11 +173,11 @@ class DeliveryReceiver:
             ModelMismatch: it is of another model.
             ProtocolBroken: it is not what was asked for.
         """
-        if delivery.manifest_digest != self._wire.manifest.digest:
+        digest = delivery.model_digest or delivery.manifest_digest
+        if digest not in self._wire.manifest.digests:
             raise ModelMismatch(
-                f"the server announced parameters of the model with digest {delivery.manifest_digest.hex()[:16]}…, but "
-                f"this model's is {self._wire.manifest.digest.hex()[:16]}…: give the server and this program the same "
-                "model"
+                f"the server announced parameters of the model with digest {digest[:8].hex()}…, but this model's is "
+                f"{self._wire.manifest.model_digest[:8].hex()}…: give the server and this program the same model"
             )
         layout = PayloadLayout.of(
             self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers, with_frozen=asked.with_frozen

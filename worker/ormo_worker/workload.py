@@ -139,6 +139,11 @@ class TaskWorker:
         self._random.save()
         return Computed(self._samples, loss, self._float_buffers, self._int_buffers)
 
+    def take_buffers(self, model: Model) -> None:
+        """Go on with this model's buffers, as a real worker does when it has joined, or joined again."""
+        self._float_buffers.copy_(model.float_buffers)
+        self._int_buffers.copy_(model.int_buffers)
+
 
 class _Bench:
     """The module that all compute with, and the way of their numbers into it and out of it.

@@ -16,7 +16,8 @@ Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc
 refused call leaves the model as it was. Every RPC may also end with
   INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
                      where the request is one message, one of more than 16 KiB.
-  UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
+  UNAVAILABLE        NOT_READY (the server is starting, has no model yet, or can't keep what it is given), DRAINING
+                     (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
   UNAUTHENTICATED    UNAUTHENTICATED: the caller's certificate, or its bearer token, is on no line of it.
@@ -370,9 +371,11 @@ class JoinRequest(_message.Message):
     incarnation: _builtins.int
     """Drawn at random by the worker process at its start."""
     protocol_version: _builtins.int
-    """This file is version 1."""
+    """This file is version 1: send 1."""
     slots: _builtins.int
-    """In-flight places wanted: 1 to 16; the synchronous scheduler serves 1."""
+    """In-flight places wanted: from 1 up to the server's `slots_per_worker`, which is 2 by default and 16 at most; the
+    synchronous scheduler serves 1.
+    """
     model_digest: _builtins.bytes
     """What names this worker's model whatever precision it is in and however buffers are merged: as Manifest.digest, 32
     bytes, over lines without the merge number and with DTYPE_FLOAT32 for DTYPE_BFLOAT16. It is judged where the server
@@ -833,7 +836,7 @@ class Delivery(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     WITH_FROZEN_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Dtype of the payload's first section."""
+    """Dtype of the payload's first section; not set if no payload follows."""
     with_buffers: _builtins.bool
     """Whether the payload has the buffers."""
     payload_bytes: _builtins.int
@@ -841,7 +844,9 @@ class Delivery(_message.Message):
     samples: _builtins.int
     """Samples counted so far in the run."""
     manifest_digest: _builtins.bytes
-    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it."""
+    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it.
+    Not set if no payload follows.
+    """
     model_digest: _builtins.bytes
     """The same model's `model_digest`, as in JoinRequest: one in another precision has the same. Not set by servers that
     do not know it.
@@ -1045,7 +1050,9 @@ class PushResult(_message.Message):
     request: _builtins.int
     """The request that this is the result of."""
     delay: _builtins.int
-    """τ: gradients applied between the ticket's parameters and this gradient; 0 is fresh."""
+    """τ: gradients applied between the ticket's parameters and this gradient; 0 is fresh. In a synchronous round these are
+    the others of the round that came first: there it makes no gradient late, for step scales and discarding take 0.
+    """
     lag_buckets: _builtins.int
     """Buckets between the newest one and this gradient's; 0 means fresh."""
     learning_rate: _builtins.float
@@ -1055,8 +1062,9 @@ class PushResult(_message.Message):
     repeated: _builtins.bool
     """This is the result of an earlier try of the same request, repeated."""
     refusal: _builtins.str
-    """Set if the gradient was refused: NON_FINITE or NORM_TOO_LARGE (the ticket stays valid), TICKET_UNKNOWN (pull
-    again), FINISHED. The other fields but `request` are not set then.
+    """Set if the gradient was refused: NON_FINITE or NORM_TOO_LARGE (the ticket stays valid, unless the exchange asked for
+    the next one), TICKET_UNKNOWN (pull again), FINISHED. The other fields but `request` and `refusal_message` are not
+    set then.
     """
     refusal_message: _builtins.str
     """Set with `refusal`: one sentence for people."""
@@ -1130,7 +1138,7 @@ Global___PushPullRequest: _TypeAlias = PushPullRequest  # noqa: Y015
 
 @_typing.final
 class Exchange(_message.Message):
-    """What the worker gives and wants."""
+    """What the worker gives and wants: a gradient, the next ticket, or both; neither is refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1437,7 +1445,9 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
-    """How things are."""
+    """How things are. Before there is a model, what tells of parameters, gradients and workers is not set or 0: `iteration`,
+    `samples`, `newest_bucket`, `bucket_size`, `learning_rate` (`settings` has it), `model_parameters`, `workers` and so on.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1532,9 +1542,9 @@ class GetStatusResponse(_message.Message):
     newest_bucket: _builtins.int
     """The newest bucket of any applied gradient."""
     bucket_size: _builtins.int
-    """K, the bucket size in force."""
+    """K, the bucket size in force; 0 before there is a model."""
     learning_rate: _builtins.float
-    """Learning rate in force."""
+    """Learning rate in force; 0 before there is a model."""
     method: _builtins.str
     """Preset or rule, as configured."""
     model_parameters: _builtins.int
@@ -1552,7 +1562,9 @@ class GetStatusResponse(_message.Message):
     delay_max: _builtins.int
     """Largest delay of the gradients applied since the server started."""
     loss: _builtins.float
-    """Mean of the last losses that the live workers reported; not set if none has."""
+    """Mean of the last losses that the live workers reported with applied gradients, or what it was when the last of these
+    workers left; not set if none has.
+    """
     update_rule: _builtins.str
     """The update rule in force, such as "ormo" or "shifted"."""
     step_scale: _builtins.str
@@ -1577,7 +1589,7 @@ class GetStatusResponse(_message.Message):
     """Version of the server's package."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
-        """The server's epoch and how far it is."""
+        """The server's epoch and how far it is; not set before there is a model."""
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
@@ -1800,7 +1812,7 @@ class WorkerStatus(_message.Message):
     max_delay: _builtins.int
     """Largest delay of its gradients since it joined, applied or discarded."""
     last_loss: _builtins.float
-    """Last training loss that it reported; not set if none."""
+    """Last training loss that it reported with an applied gradient; not set if none."""
     silent_seconds: _builtins.float
     """Seconds since anything was heard of it."""
     compute_seconds: _builtins.float

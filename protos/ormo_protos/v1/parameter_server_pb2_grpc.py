@@ -98,13 +98,14 @@ class ParameterServerServicer(object):
 
     def Join(self, request, context):
         """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
-        INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
+        INVALID_ARGUMENT     BAD_REQUEST: a malformed id; a number of slots above the server's `slots_per_worker`, that the
+        scheduler can't serve, or other than this member has. Slots are judged once there is a model.
         MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
         not counted.
-        FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
-        a worker that sends no `model_digest` does not know.
+        FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
+        model has what a worker that sends no `model_digest` does not know.
         REPLACED: a newer incarnation of this worker id has joined; give up.
-        FINISHED: the run is over.
+        FINISHED: the run is over; who is a member then is welcomed again all the same.
         UNSOUND_WORKER: too many gradients of this process were refused; give up.
         RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
         """
@@ -120,7 +121,8 @@ class ParameterServerServicer(object):
         FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
         RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
-        TOO_MUCH_IN_FLIGHT: as PushPull.
+        TOO_MUCH_IN_FLIGHT, TOO_MANY_STREAMS: as PushPull.
+        CANCELLED            the server began to drain, or nothing came for as long as a lease lasts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,13 +139,15 @@ class ParameterServerServicer(object):
 
     def PullParams(self, request, context):
         """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
-        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
-        INVALID_ARGUMENT     BAD_REQUEST.
+        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket. A worker's call
+        ends its slot's open stream, as a new stream does.
+        INVALID_ARGUMENT     BAD_REQUEST. BAD_PAYLOAD: a dtype that is not served.
         UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
-        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
-        than one already used. FINISHED: no more tickets.
+        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request number
+        is lower than one already used. FINISHED: no more tickets.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
         TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
+        ABORTED, CANCELLED   as PushPull; and CANCELLED for a reader who stopped reading.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,8 +155,10 @@ class ParameterServerServicer(object):
 
     def PushGradient(self, request_iterator, context):
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
-        Whatever comes after the payload is refused, and the gradient with it.
-        as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
+        Whatever comes after the payload is refused, and the gradient with it. The call ends its slot's open stream.
+        as PushPull; and what is PushResult.refusal there ends this call with the same reason:
+        INVALID_ARGUMENT     NON_FINITE, NORM_TOO_LARGE: the ticket stays valid.
+        FAILED_PRECONDITION  TICKET_UNKNOWN: pull again. FINISHED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,8 +170,12 @@ class ParameterServerServicer(object):
         answer has two independent parts: the push result as soon as the gradient is applied and durable; the next ticket
         with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
-        INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
+        Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
+        runs out ends with NOT_A_MEMBER.
+        INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
+        duplicate or missing chunk).
+        FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
+        number is lower than one already used, or that of another gradient.
         RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
         TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
         the server's machine has no memory left: try again later.
@@ -183,6 +193,7 @@ class ParameterServerServicer(object):
         """Keeps the worker's lease. Safe to retry.
         FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
         up.
+        RESOURCE_EXHAUSTED   DISK_FULL: that tickets were returned can't be kept: try again later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +202,7 @@ class ParameterServerServicer(object):
     def Leave(self, request, context):
         """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
         FAILED_PRECONDITION  REPLACED.
+        RESOURCE_EXHAUSTED   DISK_FULL: it can't be kept: try again later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

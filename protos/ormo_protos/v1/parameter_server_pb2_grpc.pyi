@@ -16,7 +16,8 @@ Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc
 refused call leaves the model as it was. Every RPC may also end with
   INVALID_ARGUMENT   BAD_REQUEST: bytes that are no such message; a list that is longer than is said at its field; or,
                      where the request is one message, one of more than 16 KiB.
-  UNAVAILABLE        NOT_READY (the server is starting), DRAINING (it is about to stop): retry with backoff.
+  UNAVAILABLE        NOT_READY (the server is starting, has no model yet, or can't keep what it is given), DRAINING
+                     (it is about to stop): retry with backoff.
   INTERNAL           INTERNAL: a bug of the server; the sentence is in its log.
 and, where the server has a list of who may do what, with
   UNAUTHENTICATED    UNAUTHENTICATED: the caller's certificate, or its bearer token, is on no line of it.
@@ -69,13 +70,14 @@ class ParameterServerStub:
     def __new__(cls, channel: _aio.Channel) -> ParameterServerAsyncStub: ...
     Join: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]
     """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
-      INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
+      INVALID_ARGUMENT     BAD_REQUEST: a malformed id; a number of slots above the server's `slots_per_worker`, that the
+                           scheduler can't serve, or other than this member has. Slots are judged once there is a model.
                            MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
                            not counted.
-      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
-                           a worker that sends no `model_digest` does not know.
+      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
+                           model has what a worker that sends no `model_digest` does not know.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
-                           FINISHED: the run is over.
+                           FINISHED: the run is over; who is a member then is welcomed again all the same.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
       RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
     """
@@ -87,7 +89,8 @@ class ParameterServerStub:
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
-                           TOO_MUCH_IN_FLIGHT: as PushPull.
+                           TOO_MUCH_IN_FLIGHT, TOO_MANY_STREAMS: as PushPull.
+      CANCELLED            the server began to drain, or nothing came for as long as a lease lasts.
     """
     DescribeModel: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.DescribeModelRequest, _parameter_server_pb2.DescribeModelResponse]
     """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
@@ -96,18 +99,22 @@ class ParameterServerStub:
     """
     PullParams: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
-    evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
-      INVALID_ARGUMENT     BAD_REQUEST.
+    evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket. A worker's call
+    ends its slot's open stream, as a new stream does.
+      INVALID_ARGUMENT     BAD_REQUEST. BAD_PAYLOAD: a dtype that is not served.
       UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
-                           than one already used. FINISHED: no more tickets.
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request number
+                           is lower than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
                            TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
+      ABORTED, CANCELLED   as PushPull; and CANCELLED for a reader who stopped reading.
     """
     PushGradient: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
-    Whatever comes after the payload is refused, and the gradient with it.
-      as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
+    Whatever comes after the payload is refused, and the gradient with it. The call ends its slot's open stream.
+      as PushPull; and what is PushResult.refusal there ends this call with the same reason:
+      INVALID_ARGUMENT     NON_FINITE, NORM_TOO_LARGE: the ticket stays valid.
+      FAILED_PRECONDITION  TICKET_UNKNOWN: pull again. FINISHED.
     """
     PushPull: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]
     """The hot path: one open stream per slot carries many exchanges, one after the other. In an exchange the worker
@@ -115,8 +122,12 @@ class ParameterServerStub:
     answer has two independent parts: the push result as soon as the gradient is applied and durable; the next ticket
     with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
-      INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
+    Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
+    runs out ends with NOT_A_MEMBER.
+      INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
+                           duplicate or missing chunk).
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
+                           number is lower than one already used, or that of another gradient.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
                            TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
                            the server's machine has no memory left: try again later.
@@ -130,10 +141,12 @@ class ParameterServerStub:
     """Keeps the worker's lease. Safe to retry.
       FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
                            up.
+      RESOURCE_EXHAUSTED   DISK_FULL: that tickets were returned can't be kept: try again later.
     """
     Leave: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
       FAILED_PRECONDITION  REPLACED.
+      RESOURCE_EXHAUSTED   DISK_FULL: it can't be kept: try again later.
     """
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]
     """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
@@ -158,13 +171,14 @@ class ParameterServerAsyncStub(ParameterServerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Join: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]  # type: ignore[assignment]
     """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
-      INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
+      INVALID_ARGUMENT     BAD_REQUEST: a malformed id; a number of slots above the server's `slots_per_worker`, that the
+                           scheduler can't serve, or other than this member has. Slots are judged once there is a model.
                            MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
                            not counted.
-      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
-                           a worker that sends no `model_digest` does not know.
+      FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
+                           model has what a worker that sends no `model_digest` does not know.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
-                           FINISHED: the run is over.
+                           FINISHED: the run is over; who is a member then is welcomed again all the same.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
       RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
     """
@@ -176,7 +190,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
       FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
       ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
       RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
-                           TOO_MUCH_IN_FLIGHT: as PushPull.
+                           TOO_MUCH_IN_FLIGHT, TOO_MANY_STREAMS: as PushPull.
+      CANCELLED            the server began to drain, or nothing came for as long as a lease lasts.
     """
     DescribeModel: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.DescribeModelRequest, _parameter_server_pb2.DescribeModelResponse]  # type: ignore[assignment]
     """Sends the manifest of the model, in as many messages as it needs. Safe to retry.
@@ -185,18 +200,22 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """
     PullParams: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullParamsRequest, _parameter_server_pb2.PullParamsResponse]  # type: ignore[assignment]
     """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
-    evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
-      INVALID_ARGUMENT     BAD_REQUEST.
+    evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket. A worker's call
+    ends its slot's open stream, as a new stream does.
+      INVALID_ARGUMENT     BAD_REQUEST. BAD_PAYLOAD: a dtype that is not served.
       UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
-                           than one already used. FINISHED: no more tickets.
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request number
+                           is lower than one already used. FINISHED: no more tickets.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
                            TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
+      ABORTED, CANCELLED   as PushPull; and CANCELLED for a reader who stopped reading.
     """
     PushGradient: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.PushGradientRequest, _parameter_server_pb2.PushGradientResponse]  # type: ignore[assignment]
     """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
-    Whatever comes after the payload is refused, and the gradient with it.
-      as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
+    Whatever comes after the payload is refused, and the gradient with it. The call ends its slot's open stream.
+      as PushPull; and what is PushResult.refusal there ends this call with the same reason:
+      INVALID_ARGUMENT     NON_FINITE, NORM_TOO_LARGE: the ticket stays valid.
+      FAILED_PRECONDITION  TICKET_UNKNOWN: pull again. FINISHED.
     """
     PushPull: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushPullRequest, _parameter_server_pb2.PushPullResponse]  # type: ignore[assignment]
     """The hot path: one open stream per slot carries many exchanges, one after the other. In an exchange the worker
@@ -204,8 +223,12 @@ class ParameterServerAsyncStub(ParameterServerStub):
     answer has two independent parts: the push result as soon as the gradient is applied and durable; the next ticket
     with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
     stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
-      INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
+    Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
+    runs out ends with NOT_A_MEMBER.
+      INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
+                           duplicate or missing chunk).
+      FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
+                           number is lower than one already used, or that of another gradient.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
                            TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
                            the server's machine has no memory left: try again later.
@@ -219,10 +242,12 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """Keeps the worker's lease. Safe to retry.
       FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
                            up.
+      RESOURCE_EXHAUSTED   DISK_FULL: that tickets were returned can't be kept: try again later.
     """
     Leave: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]  # type: ignore[assignment]
     """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
       FAILED_PRECONDITION  REPLACED.
+      RESOURCE_EXHAUSTED   DISK_FULL: it can't be kept: try again later.
     """
     ReportEvaluation: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ReportEvaluationRequest, _parameter_server_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
     """Tells how good the parameters of an iteration are on data that is not trained on: shown by GetStatus and the metrics,
@@ -250,13 +275,14 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.JoinResponse, _abc.Awaitable[_parameter_server_pb2.JoinResponse]]:
         """Introduces a worker. Safe to retry: repeated by the current incarnation it gives the same answer.
-          INVALID_ARGUMENT     BAD_REQUEST: a malformed id, or a number of slots that the scheduler can't serve.
+          INVALID_ARGUMENT     BAD_REQUEST: a malformed id; a number of slots above the server's `slots_per_worker`, that the
+                               scheduler can't serve, or other than this member has. Slots are judged once there is a model.
                                MANIFEST_DIGEST: the server trains another model; DescribeModel tells which. The worker is
                                not counted.
-          FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol; or the model has what
-                               a worker that sends no `model_digest` does not know.
+          FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
+                               model has what a worker that sends no `model_digest` does not know.
                                REPLACED: a newer incarnation of this worker id has joined; give up.
-                               FINISHED: the run is over.
+                               FINISHED: the run is over; who is a member then is welcomed again all the same.
                                UNSOUND_WORKER: too many gradients of this process were refused; give up.
           RESOURCE_EXHAUSTED   TOO_MANY_WORKERS: `max_workers` of the server are here already. DISK_FULL: try again later.
         """
@@ -274,7 +300,8 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
           ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
           RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
-                               TOO_MUCH_IN_FLIGHT: as PushPull.
+                               TOO_MUCH_IN_FLIGHT, TOO_MANY_STREAMS: as PushPull.
+          CANCELLED            the server began to drain, or nothing came for as long as a lease lasts.
         """
 
     @_abc_1.abstractmethod
@@ -295,13 +322,15 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PullParamsResponse], _abc.AsyncIterator[_parameter_server_pb2.PullParamsResponse]]:
         """Sends the newest parameters, with a ticket if a worker asks (as PushPull does), without one for readers such as
-        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket.
-          INVALID_ARGUMENT     BAD_REQUEST.
+        evaluators and exporters. Safe to retry: a ticket request voids only its own slot's earlier ticket. A worker's call
+        ends its slot's open stream, as a new stream does.
+          INVALID_ARGUMENT     BAD_REQUEST. BAD_PAYLOAD: a dtype that is not served.
           UNAVAILABLE          NOT_READY: there is no model yet; RetryInfo says when to come back.
-          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED: give up. STALE_REQUEST: the request number is lower
-                               than one already used. FINISHED: no more tickets.
+          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request number
+                               is lower than one already used. FINISHED: no more tickets.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS: too many readers at once; DISK_FULL: what was asked for can't be kept;
                                TOO_MUCH_IN_FLIGHT: as PushPull; RetryInfo says when to come back.
+          ABORTED, CANCELLED   as PushPull; and CANCELLED for a reader who stopped reading.
         """
 
     @_abc_1.abstractmethod
@@ -311,8 +340,10 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.PushGradientResponse, _abc.Awaitable[_parameter_server_pb2.PushGradientResponse]]:
         """Applies one gradient and uses up its ticket. Safe to retry: the same request number gets its result again.
-        Whatever comes after the payload is refused, and the gradient with it.
-          as PushPull; a refused gradient ends this call with the status that PushResult.refusal names on PushPull.
+        Whatever comes after the payload is refused, and the gradient with it. The call ends its slot's open stream.
+          as PushPull; and what is PushResult.refusal there ends this call with the same reason:
+          INVALID_ARGUMENT     NON_FINITE, NORM_TOO_LARGE: the ticket stays valid.
+          FAILED_PRECONDITION  TICKET_UNKNOWN: pull again. FINISHED.
         """
 
     @_abc_1.abstractmethod
@@ -326,8 +357,12 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         answer has two independent parts: the push result as soon as the gradient is applied and durable; the next ticket
         with its parameters when the scheduler allows. A new stream ends its slot's old one. Safe to retry, on a new
         stream with the same request number: the result is repeated, parameters are the newest with a new ticket.
-          INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (wrong length, order, duplicate or missing chunk).
-          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST.
+        Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
+        runs out ends with NOT_A_MEMBER.
+          INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
+                               duplicate or missing chunk).
+          FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
+                               number is lower than one already used, or that of another gradient.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
                                TOO_MUCH_IN_FLIGHT: this caller's other exchanges have `max_bytes_in_flight` under way, or
                                the server's machine has no memory left: try again later.
@@ -347,6 +382,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         """Keeps the worker's lease. Safe to retry.
           FAILED_PRECONDITION  NOT_A_MEMBER: the lease had run out: join again. REPLACED, UNSOUND_WORKER: give
                                up.
+          RESOURCE_EXHAUSTED   DISK_FULL: that tickets were returned can't be kept: try again later.
         """
 
     @_abc_1.abstractmethod
@@ -357,6 +393,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_parameter_server_pb2.LeaveResponse, _abc.Awaitable[_parameter_server_pb2.LeaveResponse]]:
         """Gives the lease up: the worker's tickets are void and the bucket size follows. Safe to retry.
           FAILED_PRECONDITION  REPLACED.
+          RESOURCE_EXHAUSTED   DISK_FULL: it can't be kept: try again later.
         """
 
     @_abc_1.abstractmethod

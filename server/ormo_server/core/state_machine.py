@@ -295,7 +295,8 @@ class StateMachine:
         return NormTooLarge(
             f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {norm:.4g}: with a "
             f"step size of {landing.step_size:.4g} the parameters might become infinite, so it was not applied; its "
-            "ticket stays valid. Lower the learning rate, or clip or rescale the gradient",
+            "ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or clip or "
+            "rescale the gradient",
             worker=requester.worker,
         )
 

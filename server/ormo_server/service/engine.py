@@ -32,10 +32,11 @@ from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.exchange import Outcome
 from ormo_server.service.gradients import Push, non_finite
 from ormo_server.service.inputs import Inputs
-from ormo_server.service.observations import Evaluation, Observations
+from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
 from ormo_server.service.soundness import Bounds, UnsoundWorkers
 from ormo_server.service.timed_lock import TimedLock
 from ormo_server.service.view import RunView
+from ormo_server.trace import Refused
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Engine:
         copies: what fills large deliveries; it ends with the engine.
         journal: what inputs are recorded in, and waited for before anybody hears of what followed from them.
         refuse_if_not_ours: is asked after that whether the next server will find it; see `RunHost`.
+        on_refused: is told of each gradient that is refused, in order with the machine's inputs.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
         journal: Journal | NoJournal = NoJournal(),  # noqa: B008 - it has no state
         refuse_if_not_ours: Callable[[], None] = lambda: None,
+        on_refused: Callable[[Refused], None] = lambda _: None,
     ) -> None:
         self.manifest = manifest
         self.frozen = frozen
@@ -90,6 +93,7 @@ class Engine:
         self._bounds = bounds
         self._journal = journal
         self._refuse_if_not_ours = refuse_if_not_ours
+        self._on_refused = on_refused
         if isinstance(journal, Journal):
             machine.listener = _both(machine.listener, journal.take)
         self._unsound = UnsoundWorkers()
@@ -316,6 +320,7 @@ class Engine:
             return outcome, self._journal.position
 
     def _push(self, requester: Requester, push: Push) -> tuple[PushResult | None, OrmoError | None]:
+        self._machine.requesting_slot(requester)  # whose gradient is refused has a place and a number to be told by
         try:
             if push.norm is None:
                 self._fail_unless_finite()
@@ -325,8 +330,8 @@ class Engine:
             return self._apply(requester, push, push.norm), None
         except (NonFinite, NormTooLarge, TicketUnknown, Finished) as refusal:
             self._metrics.traffic.push_refused(refusal.reason)
-            if isinstance(refusal, NonFinite | NormTooLarge):
-                self._note_unsound(requester)
+            if not isinstance(refusal, Finished):
+                self._note_refused(requester, push, refusal)
             return None, refusal
 
     def _fail_unless_finite(self) -> None:
@@ -338,12 +343,17 @@ class Engine:
             self.fail("the model has NaN or infinite values")
             raise self._inputs.refusal()
 
-    def _note_unsound(self, requester: Requester) -> None:
-        member = self._machine.state.members.get(requester.worker)
-        if member is None or member.incarnation != requester.incarnation:
-            return
-        seen, limit = self.observations.of(requester.worker), self._bounds.refused_share
-        seen.refuse()
+    def _note_refused(self, requester: Requester, push: Push, refusal: OrmoError) -> None:
+        seen = self.observations.of(requester.worker)
+        # Numbers rise with each gradient, so whoever sends one again and again does not fill the disk.
+        if seen.refuses_anew(requester.slot, requester.request):
+            self._on_refused(Refused(self._clock(), requester, push.ticket, refusal.reason.value))
+        if isinstance(refusal, NonFinite | NormTooLarge):
+            seen.refuse()
+            self._send_away_if_unsound(requester, seen)
+
+    def _send_away_if_unsound(self, requester: Requester, seen: WorkerObservation) -> None:
+        limit = self._bounds.refused_share
         if limit is not None and seen.refused_share > limit:
             # From its next call on: this one has its answer.
             self._unsound.add(requester)

@@ -69,6 +69,7 @@ def non_finite(requester: Requester, push: Push) -> NonFinite:
     where = "gradient" if not all_finite(push.payload.parameters) else "buffers"
     return NonFinite(
         f"the {where} of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
-        "not applied; its ticket stays valid. Lower the learning rate, or clip or rescale the gradient",
+        "not applied; its ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or "
+        "clip or rescale the gradient",
         worker=requester.worker,
     )

@@ -449,6 +449,7 @@ class RunHost:
             journal=self._journal,
             copies=self._copies,
             refuse_if_not_ours=self.refuse_if_not_ours,
+            on_refused=self._trace.take if self._trace is not None else lambda _: None,
         )
 
     @property

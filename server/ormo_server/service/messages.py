@@ -7,7 +7,7 @@ from ormo_protos.manifest import Manifest
 from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, ManifestDigest, OrmoError
+from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult
@@ -59,7 +59,8 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
 
     Raises:
         ManifestDigest: it was made for another model.
-        BadRequest: a number outside its limits, or a length that its dtype and the model do not give.
+        BadPayload: a length that its dtype and the model do not give.
+        BadRequest: a number outside its limits.
         PayloadError: a dtype that is not served.
     """
     if message.manifest_digest not in manifest.digests:
@@ -69,7 +70,7 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
         )
     layout = PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
     if message.payload_bytes != layout.total_bytes:
-        raise BadRequest(
+        raise BadPayload(
             f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
             f"{message.with_buffers} makes {layout.total_bytes} bytes for this model"
         )

@@ -1,6 +1,6 @@
 """What people want to see of a run and training never uses: kept outside the core, lost with the process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ormo_server.service.gradients import Push
 
@@ -25,6 +25,7 @@ class WorkerObservation:
         refused: its gradients that were not finite or too large.
         refused_share: of all its gradients, smoothed exponentially: each new one counts 1/32.
         pushed_at: when its last gradient was counted, by the run's clock.
+        refused_requests: of each slot, the number of its last refused gradient.
     """
 
     applied: int = 0
@@ -40,6 +41,7 @@ class WorkerObservation:
     refused: int = 0
     refused_share: float = 0.0
     pushed_at: float | None = None
+    refused_requests: dict[int, int] = field(default_factory=dict)
 
     def counted(self, push: Push, delay: int, now: float, ticket_seconds: float) -> None:
         """A gradient came and used its ticket up, whether it was applied or came too late."""
@@ -57,6 +59,13 @@ class WorkerObservation:
         """A gradient came that was not finite or too large."""
         self.refused += 1
         self.refused_share += _SHARE_SMOOTHING * (1 - self.refused_share)
+
+    def refuses_anew(self, slot: int, request: int) -> bool:
+        """Whether this refused gradient is no retry of one that was refused before."""
+        anew = request > self.refused_requests.get(slot, 0)
+        if anew:
+            self.refused_requests[slot] = request
+        return anew
 
     def apply(self, push: Push, norm: float) -> None:
         """It was applied."""

@@ -120,7 +120,7 @@ class Servicer:
         if model_digest:
             if model_digest not in held.digests:
                 raise ManifestDigest(
-                    f"this server trains another model, that of the run in {self._host.settings.directory}: start the "
+                    f"the worker's model is not that of the run in {self._host.settings.directory}: start the "
                     "worker with the server's task, name another server, or begin a run in an empty --directory"
                 )
             return None
@@ -231,8 +231,7 @@ class Servicer:
             for frame in request_iterator:
                 with stream.exchange():
                     message, data = _headed(frame, "exchange")
-                    if data and not message.exchange.HasField("gradient"):
-                        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+                    _check_exchange(message.exchange, data)
                     yield from self._exchange(stream, message.exchange, data, request_iterator)
                 self._streams.refuse_if_draining()
 
@@ -486,6 +485,18 @@ def _headed(frame: Frame[M], wanted: str) -> Headed[M]:
     return frame
 
 
+def _check_exchange(exchange: pb.Exchange, data: memoryview) -> None:
+    if exchange.HasField("gradient"):
+        return
+    if data:
+        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+    if not exchange.HasField("next"):
+        # There would be no answer, and whoever waits for one would wait for ever.
+        raise BadRequest(
+            "an exchange with neither a gradient nor a wish for the next ticket came: expected one or both"
+        )
+
+
 def _first(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
     frame = next(frames, None)
     if frame is None:
@@ -524,6 +535,10 @@ def _own(caller: Caller, text: str) -> str:
 
 
 def _check_version(version: int) -> None:
+    if not version:
+        raise ProtocolVersion(
+            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, which is this server's"
+        )
     if version != PROTOCOL_VERSION:
         raise ProtocolVersion(
             f"the worker speaks version {version} of the protocol, this server version {PROTOCOL_VERSION}: install the "

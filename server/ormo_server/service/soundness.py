@@ -37,8 +37,8 @@ class Bounds:
         """The refusal of a longer gradient."""
         return NormTooLarge(
             f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {push.norm:.4g}, and "
-            f"this run takes gradients of a norm up to {self.norm:g}: it was not applied; its ticket stays valid. Clip "
-            "the gradient, or raise --max-gradient-norm of the server",
+            f"this run takes gradients of a norm up to {self.norm:g}: it was not applied; its ticket stays valid, "
+            "unless the exchange asked for the next one. Clip the gradient, or raise --max-gradient-norm of the server",
             worker=requester.worker,
         )
 

@@ -74,7 +74,7 @@ class Record:
         rows: one per evaluation.
         delays: how many gradients were applied with each delay.
         discarded: gradients that were not applied.
-        refusals: gradients that were not finite.
+        refusals: gradients that were not finite, or that were refused in the run that is followed.
         diverged: there were so many that no parameters can give a finite one.
         compute_seconds: of real time that gradients and evaluations took.
     """
@@ -109,7 +109,7 @@ class Record:
         self.on_gradient(result.iteration)
 
     def refused(self, *, diverged: bool) -> None:
-        """A gradient was not finite."""
+        """A gradient was not finite, or nothing became of it in the run that is followed."""
         self.refusals += 1
         self.diverged = self.diverged or diverged
 

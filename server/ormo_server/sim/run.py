@@ -9,6 +9,7 @@ import torch
 
 from ormo_protos.slow_workers import slow_factors
 from ormo_protos.usage import UsageError
+from ormo_server.core.inputs import Joined
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.sim import record
@@ -20,10 +21,23 @@ from ormo_server.sim.replay import Replay
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
 from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
-from ormo_server.trace import Segment, read_trace
+from ormo_server.trace import Segment, Start, read_trace
+from ormo_server.trace.rows import digest_of
 from ormo_server.training_settings import TrainingSettings
 
 DEFAULT_EPOCHS = 10.0
+_REFUSALS_ARE_MISSING = (
+    "the version that wrote this trace did not record gradients that were refused: if one was, its worker's data go on "
+    "otherwise from there, and so do the parameters"
+)
+_ANOTHER_MODEL = (
+    "the run that is followed did not begin from the model that task {} makes with seed {}, but from a file, or with "
+    "another seed or task: it is followed in its order, and not to the same bits"
+)
+_ORDER_IS_NOT_TOLD = (
+    "worker {} joined with {} slots in line {}: where its gradients came in another order than it computed them in, "
+    "which a trace does not tell, the bits are others"
+)
 # A process that runs many simulations reads their data once.
 _workload = cache(load_workload)
 
@@ -70,12 +84,24 @@ class Plan:
         self.gradients = self._count_gradients()
 
     def warning(self) -> str:
-        """What the user should know beforehand, in one sentence; empty for nothing."""
+        """What the user should know beforehand, in a sentence each; empty for nothing."""
         if self._segment is not None:
-            return ""
+            return self._differences(self._segment)
         method = self._run.method
         scheduler = SCHEDULERS[method.scheduler](method.staleness_bound)
         return scheduler.idle_warning(self.settings.workers * self.settings.slots)
+
+    def _differences(self, segment: Segment) -> str:
+        digest, said = segment.start.model.digest, []
+        if digest and digest != digest_of(self._workload.initial(self._run.seed).params):
+            said.append(_ANOTHER_MODEL.format(self.settings.task, self._run.seed))
+        if not segment.start.refusals:
+            said.append(_REFUSALS_ARE_MISSING)
+        for line, taken in enumerate(segment.inputs, start=2):
+            if isinstance(taken, Joined) and taken.slots > 1:
+                said.append(_ORDER_IS_NOT_TOLD.format(taken.worker, taken.slots, line))
+                break
+        return "\n".join(said)
 
     def _count_gradients(self) -> int:
         by_samples = -(-self._run.stop_after_samples // self._workload.batch_samples)
@@ -100,8 +126,8 @@ class Plan:
         settings, workload = self.settings, self._workload
         kept = Record(workload.epoch_samples, on_row, on_gradient)
         every = settings.evaluate_every or max(1, workload.epoch_samples // workload.batch_samples)
-        epoch = 0 if self._segment is None else self._segment.start.epoch
-        training = Training(self._run, workload, kept, evaluate_every=every, epoch=epoch)
+        told = {} if self._segment is None else _told_by(self._segment.start)
+        training = Training(self._run, workload, kept, evaluate_every=every, **told)
         self._driver(training).run()
         params = training.machine.state.params
         return Result(kept, record.summary(kept, params, settings.target_accuracy), training)
@@ -167,6 +193,10 @@ def _followed(settings: SimSettings) -> Segment:
             "a run without restarts can be followed; --compute-time trace:FILE replays its compute times"
         )
     return first
+
+
+def _told_by(start: Start) -> dict[str, Any]:
+    return {"epoch": start.epoch, "clipped_at": start.training().clipped_at}
 
 
 def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:

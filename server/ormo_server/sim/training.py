@@ -26,13 +26,19 @@ class Place:
         key: of the slot.
         params: as delivered with the ticket, shape (d,), float32.
         request: the highest request number that was used.
-        ticket: that it holds; None while it waits.
+        ticket: that came last and whose gradient was not pushed yet; None while it waits.
+        refused: request number of the last gradient that was refused in the run that is followed.
+        wants_buffers: the model's come with the next delivery: until a gradient was computed with them.
+        buffers: that came with the last delivery, if any did.
     """
 
     key: SlotKey
     params: torch.Tensor
     request: int = 0
     ticket: Ticket | None = None
+    refused: int = 0
+    wants_buffers: bool = True
+    buffers: Model | None = None
 
 
 @dataclass(slots=True)
@@ -43,12 +49,14 @@ class Process:
         name: the worker's id.
         incarnation: which process of that id.
         worker: computes its gradients.
+        first_ticket: no ticket with a lower number was handed out since it joined.
         places: one for each slot.
     """
 
     name: str
     incarnation: int
     worker: SimulatedWorker
+    first_ticket: int
     places: list[Place] = field(default_factory=list)
 
 
@@ -61,15 +69,26 @@ class Training:
         record: what is written down.
         evaluate_every: gradients between evaluations.
         epoch: of the server.
+        clipped_at: the norm that longer gradients are scaled down to; None for none.
     """
 
-    def __init__(self, run: Run, workload: Workload, record: Record, *, evaluate_every: int, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        run: Run,
+        workload: Workload,
+        record: Record,
+        *,
+        evaluate_every: int,
+        epoch: int = 0,
+        clipped_at: float | None = None,
+    ) -> None:
         start = workload.initial(run.seed)
         self.machine = StateMachine.fresh(run, start.params, start.float_buffers, start.int_buffers, epoch=epoch)
         self.processes: dict[str, Process] = {}
         self._workload = workload
         self._record = record
         self._evaluate_every = evaluate_every
+        self._clipped_at = clipped_at
         self._gradient = torch.empty_like(start.params)
         self._refused_in_a_row = 0
 
@@ -80,12 +99,21 @@ class Training:
 
     def join(self, now: float, name: str, incarnation: int, slots: int) -> Process:
         """A worker joins; it asks for no ticket yet."""
+        first_ticket = self.machine.state.next_ticket
         member = self.machine.join(now, name, incarnation, slots)
         worker = self._workload.start_worker(member.data_seed, self._model())
         params = self.machine.state.params
         places = [Place((name, number), torch.empty_like(params)) for number in range(slots)]
-        self.processes[name] = Process(name, incarnation, worker, places)
+        self.processes[name] = Process(name, incarnation, worker, first_ticket, places)
         return self.processes[name]
+
+    def join_again(self, now: float, process: Process) -> None:
+        """A process that was taken for dead is there again: it goes on with its data, and gets the model's buffers."""
+        process.first_ticket = self.machine.state.next_ticket
+        self.machine.join(now, process.name, process.incarnation, len(process.places))
+        for place in process.places:
+            place.wants_buffers = True
+        self.processes[process.name] = process
 
     def leave(self, now: float, process: Process) -> None:
         """A worker leaves, or is taken for dead."""
@@ -107,6 +135,8 @@ class Training:
             place = self.processes[name].places[number]
             self.machine.write_delivery(event, place.params)
             place.ticket = event.ticket
+            if place.wants_buffers:
+                place.buffers = self._buffers_sent(place)
             places.append(place)
         return places
 
@@ -119,16 +149,15 @@ class Training:
             samples: that it counts for; None for those of the mini-batch.
         """
         assert place.ticket is not None
-        started = time.perf_counter()
-        computed = process.worker.gradient(place.ticket.number, place.params, self._gradient)
-        self._record.computed(time.perf_counter() - started)
+        computed = self._compute(process, place)
         square = SquaredNorm(self._gradient).total()
         if square is None or not all_finite(computed.float_buffers):
             self._refuse(now, place)
             return
         count = computed.samples if samples is None else samples
-        buffers = _buffers_sent(computed)
-        gradient = Gradient(place.ticket.key, self._gradient, count, *buffers, norm=math.sqrt(square))
+        gradient = Gradient(
+            place.ticket.key, self._gradient, count, *_buffers_pushed(computed), norm=self._clipped(math.sqrt(square))
+        )
         try:
             result = self.machine.push(now, _requester(process, place), gradient)
         except NormTooLarge:
@@ -139,6 +168,31 @@ class Training:
         self._record.pushed(result, computed.loss)
         if not result.discarded and (result.iteration % self._evaluate_every == 0 or self.machine.state.finished):
             self.evaluate(now)
+
+    def lose(self, process: Process, place: Place) -> None:
+        """Compute the gradient for the ticket that came last, of which nothing became in the run that is followed."""
+        self._compute(process, place)
+        self._record.refused(diverged=False)
+
+    def _compute(self, process: Process, place: Place) -> Computed:
+        assert place.ticket is not None
+        if place.buffers is not None:
+            # Not as they come: with several slots, a gradient of another one may be computed before.
+            process.worker.take_buffers(place.buffers)
+            place.buffers = None
+        if place.ticket.number >= process.first_ticket:
+            place.wants_buffers = False
+        started = time.perf_counter()
+        computed = process.worker.gradient(place.ticket.number, place.params, self._gradient)
+        self._record.computed(time.perf_counter() - started)
+        return computed
+
+    def _clipped(self, norm: float) -> float:
+        """The gradient's norm, after it was scaled down if it was above the bound."""
+        if self._clipped_at is None or norm <= self._clipped_at:
+            return norm
+        self._gradient.mul_(self._clipped_at / norm)
+        return self._clipped_at
 
     def _refuse(self, now: float, place: Place) -> None:
         # As a server does. Once every slot has been refused in a row, newer parameters do not help either.
@@ -157,6 +211,12 @@ class Training:
         scores = self._workload.evaluate(self._model())
         self._record.evaluated(now, self.machine, scores, time.perf_counter() - started)
 
+    def _buffers_sent(self, place: Place) -> Model | None:
+        state = self.machine.state
+        if not (state.float_buffers.numel() or state.int_buffers.numel()):
+            return None
+        return Model(place.params, state.float_buffers.clone(), state.int_buffers.clone())
+
     def _model(self) -> Model:
         state = self.machine.state
         return Model(state.params, state.float_buffers, state.int_buffers)
@@ -166,6 +226,6 @@ def _requester(process: Process, place: Place) -> Requester:
     return Requester(process.name, process.incarnation, place.key[1], place.request)
 
 
-def _buffers_sent(computed: Computed) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _buffers_pushed(computed: Computed) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     floats, ints = computed.float_buffers, computed.int_buffers
     return floats if floats.numel() else None, ints if ints.numel() else None

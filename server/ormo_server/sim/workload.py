@@ -42,6 +42,13 @@ class SimulatedWorker(Protocol):
             out: for the gradient, mean over the mini-batch, weight decay added; shape (d,), float32; overwritten.
         """
 
+    def take_buffers(self, model: Model) -> None:
+        """Go on with this model's buffers; asked of workers of models that have some, when they have joined, or again.
+
+        Args:
+            model: as it came with the ticket whose gradient is computed next.
+        """
+
 
 class Workload(Protocol):
     """A model with its data. One object serves many simulations in turn.

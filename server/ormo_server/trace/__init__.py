@@ -1,6 +1,7 @@
 """A run's trace: every input that took effect, in order, as JSON Lines that people and simulations read.
 
-A file has a segment for each start of the server: a `start` row, then a row for each input, all of it but its tensors.
+A file has a segment for each start of the server: a `start` row, then a row for each input, all of it but its tensors,
+and for each gradient that was refused.
 All seconds but `time` are on the run's clock. 64-bit numbers (epochs and incarnations) are hexadecimal text, because
 many readers keep 53 bits of a number. With pandas:
 
@@ -9,6 +10,6 @@ many readers keep 53 bits of a number. With pandas:
 """
 
 from ormo_server.trace.reader import Segment, read_trace
-from ormo_server.trace.rows import Start, TracedSettings
+from ormo_server.trace.rows import Refused, Start, TracedSettings
 
-__all__ = ["Segment", "Start", "TracedSettings", "read_trace"]
+__all__ = ["Refused", "Segment", "Start", "TracedSettings", "read_trace"]

@@ -9,11 +9,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from ormo_protos.usage import UsageError
-from ormo_server.core.inputs import Input
-from ormo_server.trace.rows import FORMAT, AnyRow, Start
+from ormo_server.trace.rows import FORMAT, AnyRow, Entry, Start
 
 _ROWS: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="event")])
-_EVENTS = ("start", "joined", "left", "requested", "withdrawn", "returned", "pushed", "learning_rate_set")
+_EVENTS = ("start", "joined", "left", "requested", "withdrawn", "returned", "refused", "pushed", "learning_rate_set")
 _SHOWN_CHARACTERS = 80
 
 
@@ -22,7 +21,7 @@ class Segment:
     """What happened from one start of the server to the next, or to the end of the record."""
 
     start: Start
-    inputs: list[Input]
+    inputs: list[Entry]
 
 
 def read_trace(path: Path) -> list[Segment]:

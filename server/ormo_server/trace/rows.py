@@ -1,9 +1,12 @@
 """The rows of a trace: their columns, and the inputs that they stand for."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,6 +29,7 @@ from ormo_server.core.inputs import (
     Returned,
     Withdrawn,
 )
+from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
@@ -36,16 +40,43 @@ OPENING = f'{{"event":"start","format":{FORMAT},'.encode()
 _HEXADECIMAL = re.compile(r"0x[0-9a-f]{1,16}")
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A gradient came and was not taken. No input, for it changes nothing; but its worker goes on with its next batch.
+
+    Attributes:
+        now: as of an input.
+        requester: whose it was, with a number above that of the slot's refused gradient before: retries have no row.
+        ticket: that it named.
+        reason: as on the wire.
+    """
+
+    now: float
+    requester: Requester
+    ticket: TicketKey
+    reason: str
+
+
+Entry = Input | Refused
+
+
 class TracedSettings(TrainingSettings):
     """How the run trained: what a `start` row says under `settings`."""
 
     min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before so many had joined")
     max_workers: int = Field(64, ge=1, description="further workers were refused")
+    max_gradient_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of a gradient")
+    over_norm: Literal["clip", "refuse"] = Field("clip", description="what became of longer ones")
 
     @property
     def workers_allowed(self) -> tuple[int, int]:
         """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
+
+    @property
+    def clipped_at(self) -> float | None:
+        """The norm that longer gradients were scaled down to; None if none was."""
+        return self.max_gradient_norm if self.over_norm == "clip" else None
 
 
 def _number(value: object) -> object:
@@ -67,9 +98,20 @@ class _Row(BaseModel):
 
 
 class TracedModel(_Row):
-    """The model that is trained: elements of all its trainable tensors."""
+    """The model that is trained.
+
+    Attributes:
+        parameters: elements of all its trainable tensors.
+        digest: of a fresh run's parameters at the start, see `digest_of`; empty in traces of earlier versions.
+    """
 
     parameters: Count
+    digest: str = ""
+
+
+def digest_of(params: torch.Tensor) -> str:
+    """SHA-256 of parameters, shape (d,), float32."""
+    return hashlib.sha256(params.numpy().data).hexdigest()
 
 
 class Start(_Row):
@@ -84,6 +126,7 @@ class Start(_Row):
         settings: of the training; those of `TracedSettings`.
         model: what is trained.
         time: Unix time, in seconds.
+        refusals: gradients that were refused have rows; those of earlier versions have none.
     """
 
     event: Literal["start"]
@@ -94,6 +137,7 @@ class Start(_Row):
     settings: dict[str, Any]
     model: TracedModel
     time: float
+    refusals: bool = False
 
     @field_validator("settings")
     @classmethod
@@ -220,12 +264,51 @@ InputRow = Annotated[
     _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow | _LearningRateSetRow,
     Field(discriminator="event"),
 ]
-AnyRow = Start | InputRow
 
 
-def line_of(entry: Start | Input) -> bytes:
+class _RefusedRow(_Row):
+    event: Literal["refused"] = "refused"
+    seconds: float
+    worker: str
+    incarnation: Id
+    slot: Count
+    request: Count
+    ticket: int  # as it came, whatever was sent
+    ticket_epoch: Id
+    reason: str
+
+    @classmethod
+    def of(cls, refused: Refused) -> Self:
+        who, (epoch, number) = refused.requester, refused.ticket
+        return cls(
+            seconds=refused.now,
+            worker=who.worker,
+            incarnation=who.incarnation,
+            slot=who.slot,
+            request=who.request,
+            ticket=number,
+            ticket_epoch=epoch,
+            reason=refused.reason,
+        )
+
+    def input(self, epoch: int) -> Refused:  # noqa: ARG002
+        """What the state machine was not given."""
+        who = Requester(self.worker, self.incarnation, self.slot, self.request)
+        return Refused(self.seconds, who, (self.ticket_epoch, self.ticket), self.reason)
+
+
+AnyRow = Start | _RefusedRow | InputRow
+
+
+def line_of(entry: Start | Entry) -> bytes:
     """The line that an entry becomes."""
-    row = entry if isinstance(entry, Start) else row_of(entry)
+    match entry:
+        case Start():
+            row: AnyRow = entry
+        case Refused():
+            row = _RefusedRow.of(entry)
+        case _:
+            row = row_of(entry)
     return row.model_dump_json().encode() + b"\n"
 
 

@@ -12,10 +12,9 @@ from io import FileIO
 from pathlib import Path
 
 from ormo_server.config import ServerSettings
-from ormo_server.core.inputs import Input
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.store import StoreError
-from ormo_server.trace.rows import OPENING, Start, TracedModel, TracedSettings, line_of
+from ormo_server.trace.rows import OPENING, Entry, Start, TracedModel, TracedSettings, digest_of, line_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class TraceWriter:
         self._path = path
         self._on_failure = on_failure
         self._file = _opened(path)
-        self._waiting: deque[Start | Input] = deque()
+        self._waiting: deque[Start | Entry] = deque()
         self._complete = True
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
@@ -70,13 +69,15 @@ class TraceWriter:
             iteration=state.iteration,
             fresh=fresh,
             settings=settings.model_dump(mode="json", include=set(TracedSettings.model_fields)),
-            model=TracedModel(parameters=state.params.numel()),
+            model=TracedModel(parameters=state.params.numel(), digest=digest_of(state.params) if fresh else ""),
             time=time.time(),
+            refusals=True,
         )
         self._waiting.append(start)
-        machine.listener = self._take
+        machine.listener = self.take
 
-    def _take(self, taken: Input) -> None:
+    def take(self, taken: Entry) -> None:
+        """Write what happened; the machine gives its inputs by itself, what it refused is given by who asked it."""
         # Under the engine's lock: all real work is the thread's.
         if self._complete and len(self._waiting) < INPUTS_HELD:
             self._waiting.append(taken)
