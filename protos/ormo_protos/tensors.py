@@ -166,6 +166,21 @@ class Payload:
             yield Chunk(offset, self.memory[offset : offset + CHUNK_BYTES])
 
 
+def frozen_chunks(frozen: torch.Tensor, start: int) -> Iterator[Chunk]:
+    """The section of frozen tensors in pieces, for a payload whose others end at `start`; views of it.
+
+    Args:
+        frozen: shape (z,), float32.
+        start: where the section begins; `PayloadLayout.frozen_offset`.
+    """
+    memory = frozen.view(torch.uint8).numpy().data
+    for at in range(0, len(memory), CHUNK_BYTES):
+        yield Chunk(start + at, memory[at : at + CHUNK_BYTES])
+    padding = _aligned(len(memory)) - len(memory)
+    if padding:
+        yield Chunk(start + len(memory), memoryview(bytes(padding)))
+
+
 class PayloadReceiver:
     """Fills a payload from chunks and refuses what is out of order, missing, doubled or too long.
 

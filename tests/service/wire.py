@@ -66,11 +66,15 @@ def connected(server: Server) -> Iterator[ParameterServerStub]:
         yield ParameterServerStub(channel)
 
 
-def payload(manifest: Manifest, value: float, *, buffers: bool = False, dtype: int = FLOAT32) -> Payload:
-    made = Payload(PayloadLayout.of(manifest, dtype, with_buffers=buffers))  # type: ignore[arg-type]
+def payload(
+    manifest: Manifest, value: float, *, buffers: bool = False, frozen: bool = False, dtype: int = FLOAT32
+) -> Payload:
+    layout = PayloadLayout.of(manifest, dtype, with_buffers=buffers, with_frozen=frozen)  # type: ignore[arg-type]
+    made = Payload(layout)
     made.parameters.fill_(value)
     made.float_buffers.fill_(value)
     made.int_buffers.fill_(int(value) if abs(value) < 2**62 else 0)
+    made.frozen.copy_(torch.arange(made.frozen.numel()))  # whatever the value, so that each element tells its place
     return made
 
 
@@ -166,6 +170,7 @@ class WireWorker:
         self.params = torch.zeros(0)
         self.float_buffers = torch.zeros(0)
         self.int_buffers = torch.zeros(0)
+        self.frozen = torch.zeros(0)  # as they came last
 
     def join(self, slots: int = 1) -> pb.Welcome:
         with refusals():
@@ -182,14 +187,16 @@ class WireWorker:
             incarnation=self.incarnation,
             protocol_version=version,
             slots=slots,
-            model_digest=model_digest,
+            model_digest=model_digest or (self.manifest.model_digest if self.manifest.newer else b""),
         )
         with refusals():
             return self.stub.Join(request)
 
     def offer(self, chunks: Iterator[pb.TensorChunk] | None = None) -> pb.OfferModelResponse:
         offer = pb.ModelOffer(worker=self.name, incarnation=self.incarnation, manifest=self.manifest.to_message())
-        chunks = tensor_chunks(payload(self.manifest, self.start, buffers=True)) if chunks is None else chunks
+        chunks = (
+            tensor_chunks(payload(self.manifest, self.start, buffers=True, frozen=True)) if chunks is None else chunks
+        )
         messages = itertools.chain(
             [pb.OfferModelRequest(offer=offer)], (pb.OfferModelRequest(chunk=chunk) for chunk in chunks)
         )
@@ -216,24 +223,36 @@ class WireWorker:
         )
 
     def exchange(
-        self, gradient: Payload | None, *, wants: bool = True, slot: int = 0, buffers: bool = False, **header: Any
+        self,
+        gradient: Payload | None,
+        *,
+        wants: bool = True,
+        slot: int = 0,
+        buffers: bool = False,
+        frozen: bool = False,
+        **header: Any,
     ) -> pb.PushPullRequest:
         return pb.PushPullRequest(
             exchange=pb.Exchange(
                 requester=self.requester(slot),
                 gradient=None if gradient is None else self.header(gradient, **header),
-                next=pb.DeliveryRequest(dtype=FLOAT32, with_buffers=buffers) if wants else None,
+                next=pb.DeliveryRequest(dtype=FLOAT32, with_buffers=buffers, with_frozen=frozen) if wants else None,
             )
         )
 
     def receive(self, delivery: pb.Delivery, chunks: Iterator[pb.TensorChunk]) -> None:
-        layout = PayloadLayout.of(self.manifest, delivery.dtype, with_buffers=delivery.with_buffers)
+        layout = PayloadLayout.of(
+            self.manifest, delivery.dtype, with_buffers=delivery.with_buffers, with_frozen=delivery.with_frozen
+        )
+        assert delivery.payload_bytes == layout.total_bytes
         receiver = PayloadReceiver(Payload(layout))
         while not receiver.complete:
             receiver.accept(next(chunks))
         self.ticket = delivery.ticket
         self.params, self.float_buffers = receiver.payload.parameters, receiver.payload.float_buffers
         self.int_buffers = receiver.payload.int_buffers
+        if delivery.with_frozen:
+            self.frozen = receiver.payload.frozen
 
     def open(self) -> Exchanges:
         return Exchanges(self)
@@ -250,11 +269,13 @@ class WireWorker:
         with refusals():
             return self.stub.PushGradient(messages).result
 
-    def pull(self, *, ticket: bool = True, buffers: bool = False, dtype: int = FLOAT32, **more: Any) -> pb.Delivery:
+    def pull(
+        self, *, ticket: bool = True, buffers: bool = False, frozen: bool = False, dtype: int = FLOAT32, **more: Any
+    ) -> pb.Delivery:
         """By PullParams."""
         request = pb.PullParamsRequest(
             requester=self.requester() if ticket else None,
-            delivery=pb.DeliveryRequest(dtype=dtype, with_buffers=buffers),  # type: ignore[arg-type]
+            delivery=pb.DeliveryRequest(dtype=dtype, with_buffers=buffers, with_frozen=frozen),  # type: ignore[arg-type]
             **more,
         )
         with refusals():

@@ -54,17 +54,34 @@ def test_commands_in_the_readme_and_the_makefile_are_understood_by_the_programs(
     assert shown == set(SETTINGS)
 
 
-def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:
-    stage.server(stop_after_gradients=200, learning_rate=0.02)
-    code = example("adoption").replace("127.0.0.1:50051", stage.address) + "\nprint(float(loss))\n"
-    assert code.count("# <-") == 5
+def ran(stage: Stage, code: str) -> str:
+    """What a program with this code prints."""
     (stage.folder / "loop.py").write_text(code)
     command = [sys.executable, "loop.py"]
     where = {"cwd": stage.folder, "env": ENVIRONMENT}
     done = subprocess.run(command, **where, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_adoption_example_trains_as_it_stands(stage: Stage) -> None:
+    stage.server(stop_after_gradients=200, learning_rate=0.02)
+    code = example("adoption").replace("127.0.0.1:50051", stage.address) + "\nprint(float(loss))\n"
+    assert code.count("# <-") == 5
+    printed = ran(stage, code)
     assert stage.status().iteration.number == 200
-    assert float(done.stdout) < 0.5  # it begins at about 4, the variance of the targets
+    assert float(printed) < 0.5  # it begins at about 4, the variance of the targets
+
+
+def test_frozen_example_takes_the_models_place_and_trains(stage: Stage) -> None:
+    stage.server(stop_after_gradients=200, learning_rate=0.02)
+    code, count = re.subn(r"^model = .*\n", example("frozen"), example("adoption"), flags=re.MULTILINE)
+    assert count == 1
+    told = "\nprint(float(loss), optimizer._outgoing[0].payload.layout.parameters * 4)\n"
+    loss, moved = ran(stage, code.replace("127.0.0.1:50051", stage.address) + told).split()
+    assert float(loss) < 2.0
+    whole = (4 * 16 + 16 + 16 + 1) * 4
+    assert f"a step moves {moved} bytes each way instead of {whole}:" in README.read_text()
 
 
 def test_task_example_trains_as_it_stands(stage: Stage) -> None:

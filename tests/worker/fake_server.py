@@ -80,7 +80,7 @@ class FakeServer(ParameterServerServicer):
     """State is as in the real one, without momentum; `asked` lists the requests as they came."""
 
     manifest: Manifest | None = None
-    model: Payload | None = None  # float32 with buffers
+    model: Payload | None = None  # float32 with buffers and frozen tensors
     weight_decay: float = 0.0
     stop_after: int = 0
     lease_seconds: float = 30.0
@@ -97,9 +97,11 @@ class FakeServer(ParameterServerServicer):
     answers_to_join: deque[pb.JoinResponse] = field(default_factory=deque)
     # As servers that know of `data`: the first chunk goes with the message that announces it, the result with both.
     takes_data: bool = False
+    manifest_version: int = 1  # 0: as servers that do not know frozen tensors, and judge no digest
     # Makes each answer's bytes; a test may have it write others.
     written: Callable[[Any], bytes] = lambda answer: answer.SerializeToString()
     with_data: int = 0  # gradients whose first chunk came so
+    with_frozen: int = 0  # deliveries that had the frozen tensors
     # What only the shell around the state needs.
     port: int = 0
     server: Any = None
@@ -153,11 +155,13 @@ class FakeServer(ParameterServerServicer):
         if self.finished:
             refuse("FAILED_PRECONDITION", Reason.FINISHED)(context)
         if self.manifest is None:
-            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10))
+            wanted = pb.ModelWanted(lease_seconds=10, manifest_version=self.manifest_version)
+            return pb.JoinResponse(model_wanted=wanted)
         self.members[request.worker] = request.incarnation
         settings = pb.RunSettings(method="fake", weight_decay=self.weight_decay, learning_rate=LEARNING_RATE)
+        judged = self.manifest_version > 0 and request.model_digest == self.manifest.model_digest
         welcome = pb.Welcome(
-            manifest=self.manifest.to_message(),
+            manifest=None if judged else self.manifest.to_message(),
             settings=settings,
             iteration=self._now(),
             lease_seconds=self.lease_seconds,
@@ -172,7 +176,7 @@ class FakeServer(ParameterServerServicer):
         offer = next(requests).offer
         self.at("offer", context)
         manifest = Manifest.from_message(offer.manifest)
-        payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True))
+        payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True))
         receiver = PayloadReceiver(payload)
         for message in requests:
             receiver.accept(message.chunk)
@@ -312,8 +316,13 @@ class FakeServer(ParameterServerServicer):
     def _delivery(self, asked: pb.DeliveryRequest, ticket: int | None) -> tuple[pb.Delivery, Payload]:
         assert self.manifest is not None
         assert self.model is not None
-        layout = PayloadLayout.of(self.manifest, asked.dtype, with_buffers=asked.with_buffers)
+        layout = PayloadLayout.of(
+            self.manifest, asked.dtype, with_buffers=asked.with_buffers, with_frozen=asked.with_frozen
+        )
         payload = Payload(layout)
+        if asked.with_frozen:
+            self.with_frozen += 1
+            payload.frozen.copy_(self.model.frozen)
         payload.parameters.copy_(self.model.parameters)
         if asked.with_buffers:
             payload.float_buffers.copy_(self.model.float_buffers)
@@ -322,6 +331,7 @@ class FakeServer(ParameterServerServicer):
             iteration=self._now(),
             dtype=asked.dtype,
             with_buffers=asked.with_buffers,
+            with_frozen=asked.with_frozen,
             payload_bytes=layout.total_bytes,
             manifest_digest=self.manifest.digest,
             samples=self.samples,

@@ -139,7 +139,7 @@ def test_result_is_that_of_the_last_gradient_whose_outcome_is_known(server: Fake
 
 def test_parameters_that_a_slot_begins_with_take_no_result_back(server: FakeServer) -> None:
     late = threading.Event()
-    server.told(("exchange", held(late)))
+    server.told(("exchange", lambda _: None), ("exchange", held(late)))
     loop = Loop(server.address)
     loop.step()
     known = loop.optimizer.last_result
@@ -472,8 +472,8 @@ def test_slots_thread_waits_for_the_copy_from_the_device_and_the_training_thread
     streams = LateStreams(ahead="compute")
 
     class OnDevice(Staging):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__(model)
+        def __init__(self, *options: Any) -> None:
+            super().__init__(*options)
             self.device, self.streams = torch.device("cpu"), streams
 
     monkeypatch.setattr(optimizer_module, "Staging", OnDevice)

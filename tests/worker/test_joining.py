@@ -68,7 +68,7 @@ def test_an_older_server_that_takes_one_message_is_named_as_the_reason(fake: Fak
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
     """As older servers are, which know nothing of a model's digest."""
-    made = FakeServer().start()
+    made = FakeServer(manifest_version=0).start()
     yield made
     made.stop()
 

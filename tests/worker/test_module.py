@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.two_tensor import TwoTensor
 
-from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER
+from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FROZEN, INT64, PARAMETER
 from ormo_worker.errors import ModelUnusable
 from ormo_worker.module import ModelTensors, manifest_of
 from worker.models import Tied
@@ -20,9 +20,9 @@ TENSORS = """
     embedding.weight          parameter float32  4,3
     norm.weight               parameter float32  4
     norm.bias                 parameter float32  4
-    frozen.weight             parameter float32  4,4
-    frozen.bias               parameter float32  4
     head.weight               parameter float32  4,3  = embedding.weight
+    frozen.weight             frozen    float32  4,4
+    frozen.bias               frozen    float32  4
     mask                      buffer    int64    2
     f16                       buffer    float32  1
     f64                       buffer    float32  1
@@ -33,9 +33,9 @@ TENSORS = """
 """
 
 
-def test_the_manifest_lists_the_state_dict_parameters_first() -> None:
+def test_the_manifest_lists_the_state_dict_parameters_first_and_frozen_ones_next() -> None:
     rows = [line.split() for line in TENSORS.strip().splitlines()]
-    roles = {PARAMETER: "parameter", BUFFER: "buffer"}
+    roles = {PARAMETER: "parameter", FROZEN: "frozen", BUFFER: "buffer"}
     dtypes = {FLOAT32: "float32", INT64: "int64", BFLOAT16: "bfloat16"}
     manifest = manifest_of(Tied())
     for row, spec in zip(rows, manifest.tensors, strict=True):
@@ -47,8 +47,21 @@ def test_the_manifest_lists_the_state_dict_parameters_first() -> None:
 
 def test_a_tied_weight_is_counted_once() -> None:
     tensors = ModelTensors(Tied())
-    assert tensors.manifest.sizes == {"parameters": 12 + 4 + 4 + 16 + 4, "float_buffers": 10, "int_buffers": 4}
-    assert len(tensors.parameters) == 5
+    assert tensors.manifest.sizes == {"parameters": 12 + 4 + 4, "frozen": 16 + 4, "float_buffers": 10, "int_buffers": 4}
+    assert (len(tensors.parameters), len(tensors.frozen)) == (3, 2)
+
+
+def test_a_tied_weight_is_frozen_under_all_its_names() -> None:
+    model = Tied()
+    model.embedding.weight.requires_grad_(False)
+    manifest = manifest_of(model)
+    assert {spec.name for spec in manifest.tensors if spec.role == FROZEN} == {
+        "embedding.weight",
+        "head.weight",
+        "frozen.weight",
+        "frozen.bias",
+    }
+    assert manifest.sizes["frozen"] == 12 + 16 + 4
 
 
 def test_a_module_that_is_used_twice_is_an_alias() -> None:
@@ -215,6 +228,7 @@ UNUSABLE = [
     (lambda: nn.Linear(1, 1, device="meta"), "the tensor 'weight' is on the meta device"),
     (nn.Flatten, "a model has 1 to"),
     (lambda: nn.BatchNorm1d(3, affine=False), "no trainable tensor"),
+    (lambda: nn.Linear(1, 1).requires_grad_(False), "all parameters of the model are frozen (requires_grad=False, or"),
 ]
 
 

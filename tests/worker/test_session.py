@@ -191,6 +191,22 @@ def test_buffers_are_asked_for_once_after_each_join() -> None:
     assert not session.begin(with_gradient=True, wants_next=True).wants_buffers
 
 
+def test_frozen_tensors_are_asked_for_once_after_each_join_unless_another_slot_has_them() -> None:
+    session = SlotSession()
+    session.begin(with_gradient=False, wants_next=True)
+    session.on_joined(wants_frozen=False)
+    assert (session.ask.wants_buffers, session.ask.wants_frozen) == (True, False)
+    session.on_delivery(TICKET)
+    session.begin(with_gradient=True, wants_next=True)
+    session.on_joined(wants_frozen=True)
+    assert session.ask.wants_frozen
+    session.on_end("UNAVAILABLE", "")
+    assert session.ask.wants_frozen, "they have not come yet"
+    session.on_result(result(2))
+    session.on_delivery(NEXT)
+    assert not session.begin(with_gradient=True, wants_next=True).wants_frozen
+
+
 def test_a_gradient_needs_a_ticket_and_an_exchange_needs_a_purpose() -> None:
     session = SlotSession()
     with pytest.raises(ValueError, match="holds no ticket"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_worker.transfer import Staging
 from worker.models import Tied, line
 from worker.streams import LateStreams
@@ -41,13 +42,11 @@ def test_gradients_come_in_the_order_of_the_manifest_with_decay(way: str) -> Non
     model.norm.bias.grad = None
     transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=False))
     transfer.payload.parameters.fill_(7.0)  # what an earlier gradient left
-    transfer.gather_gradients([0.5, 0.0, 0.5, 0.5, None])
+    transfer.gather_gradients([0.5, 0.0, 0.5])
     expected = [
         model.embedding.weight.grad + 0.5 * model.embedding.weight,
         model.norm.weight.grad,
         torch.zeros(4),  # without a gradient: zero, without decay
-        torch.zeros(16),  # frozen
-        torch.zeros(4),  # frozen, and left out
     ]
     assert torch.equal(transfer.payload.parameters, flat(expected))
 
@@ -101,9 +100,9 @@ def test_a_model_survives_the_way_to_a_payload_and_into_another_model(way: str) 
     source.mask.logical_not_()
     source.small.fill_(5)
     there, here = staging_of(source, way), staging_of(target, way)
-    payload = there.payload(FLOAT32, with_buffers=True)
+    payload = Payload(PayloadLayout.of(there.tensors.manifest, FLOAT32, with_buffers=True, with_frozen=True))
     there.transfer(payload).gather_parameters()
-    assert torch.equal(there.snapshot().parameters, payload.parameters)
+    assert bytes(there.snapshot().memory) == bytes(payload.memory)
     before = dict(target.named_parameters())
     here.transfer(payload).load()
     assert all(before[name] is parameter for name, parameter in target.named_parameters())
@@ -111,6 +110,29 @@ def test_a_model_survives_the_way_to_a_payload_and_into_another_model(way: str) 
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
         assert tensor.dtype == target.state_dict()[name].dtype
+
+
+def test_without_frozen_tensors_in_the_payload_the_models_own_stay(way: str) -> None:
+    model = Tied()
+    staging = staging_of(model, way)
+    payload = staging.payload(FLOAT32, with_buffers=True)
+    payload.parameters.zero_()
+    before = model.frozen.weight.clone()
+    staging.transfer(payload).load()
+    assert model.norm.weight.tolist() == [0.0] * 4
+    assert torch.equal(model.frozen.weight, before)
+
+
+def test_frozen_tensors_of_a_bfloat16_base_come_and_go_in_float32_to_the_bit(way: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).to(torch.bfloat16).requires_grad_(False), nn.Linear(5, 1))
+    staging = staging_of(model, way)
+    before = model[0].weight.clone()
+    payload = staging.snapshot()
+    assert torch.equal(payload.frozen, flat([model[0].weight, model[0].bias]))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    staging.transfer(payload).load()
+    assert torch.equal(model[0].weight, before)
 
 
 def test_without_buffers_in_the_payload_the_models_own_stay(way: str) -> None:

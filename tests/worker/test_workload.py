@@ -70,11 +70,12 @@ class ByHand:
         self.stream = batches(task.train_set(), BATCH, data_seed)
 
     def gradient(self, params: Tensor, weight_decay: float) -> tuple[Tensor, float]:
-        nn.utils.vector_to_parameters(params, self.module.parameters())
+        nn.utils.vector_to_parameters(params, [p for p in self.module.parameters() if p.requires_grad])
         self.module.zero_grad()
         loss = self.task.loss(self.module, next(self.stream))
         loss.backward()
-        parts = [self._decayed(*named, weight_decay) for named in self.module.named_parameters()]
+        trained = [named for named in self.module.named_parameters() if named[1].requires_grad]
+        parts = [self._decayed(*named, weight_decay) for named in trained]
         return torch.cat([part.flatten() for part in parts]), loss.item()
 
     def _decayed(self, name: str, parameter: nn.Parameter, weight_decay: float) -> Tensor:
@@ -247,6 +248,7 @@ def test_scores_are_those_of_the_evaluator(task: str) -> None:
 
 
 def delivered(task: Task, model: Model) -> Delivered:
+    torch.manual_seed(2)  # its frozen tensors come, too
     payload = Staging(task.build_model()).snapshot()
     for there, here in zip(flat(payload), (model.params, model.float_buffers, model.int_buffers), strict=True):
         there.copy_(here)

@@ -26,10 +26,10 @@ class ParameterClient:
     Args:
         server: HOST:PORT.
         manifest: of the model; checked against the server's at every join.
-        model: makes the payload of the model as it is now, float32 with buffers: asked for if the server
+        model: makes the payload of all of the model as it is now, in float32: asked for if the server
             has no model. None for readers, and for workers that should not offer theirs.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
-            process and chance.
+            process and chance. Or a whole identity, that of a client that is closed.
         slots: in-flight places, 1 to 16.
         wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
         pin_memory: whether payloads are received into page-locked memory.
@@ -48,7 +48,7 @@ class ParameterClient:
         manifest: Manifest,
         *,
         model: Callable[[], Payload] | None = None,
-        worker_id: str | None = None,
+        worker_id: str | Identity | None = None,
         slots: int = 1,
         wire_dtype: pb.Dtype.ValueType = FLOAT32,
         pin_memory: bool = False,
@@ -56,7 +56,8 @@ class ParameterClient:
         observer: Observer | None = None,
         credentials: Credentials | None = None,
     ) -> None:
-        self.identity = Identity() if worker_id is None else Identity(worker_id)
+        named = Identity() if worker_id is None else worker_id
+        self.identity = named if isinstance(named, Identity) else Identity(named)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
         self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
@@ -113,7 +114,7 @@ class ParameterClient:
         with_buffers: bool = True,
         within: float | None = None,
     ) -> Delivered | None:
-        """The newest parameters, without a ticket.
+        """The newest parameters, without a ticket; with the frozen tensors, if the last server's have not come yet.
 
         Args:
             newer_than: an iteration that is known already.
@@ -127,10 +128,19 @@ class ParameterClient:
             ServerUnreachable: patience is at its end.
             Refused: the server won't send parameters.
         """
-        request = pb.PullParamsRequest(
-            delivery=self._wire.delivery_request(with_buffers=with_buffers), newer_than=newer_than
-        )
-        return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
+        known = self._membership.frozen_epoch
+
+        def pulled(newer_than: pb.Iteration | None, *, with_frozen: bool) -> Delivered | None:
+            asked = self._wire.delivery_request(with_buffers=with_buffers, with_frozen=with_frozen)
+            request = pb.PullParamsRequest(delivery=asked, newer_than=newer_than)
+            return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
+
+        delivered = pulled(newer_than, with_frozen=known is None)
+        if delivered is not None and self._wire.has_frozen and known not in (None, delivered.iteration.epoch):
+            delivered = pulled(None, with_frozen=True)  # another server's may be others
+        if delivered is not None and delivered.payload.layout.frozen:
+            self._membership.frozen_epoch = delivered.iteration.epoch
+        return delivered
 
     def status(self) -> pb.GetStatusResponse:
         """How the run is.

@@ -19,6 +19,10 @@ class ParametersChanged(OrmoError):
     """The program changed parameters between two steps, which the next delivery would overwrite."""
 
 
+class OlderServer(OrmoError):
+    """The server is of a version that does not know what this worker's model has."""
+
+
 class ServerUnreachable(OrmoError, ConnectionError):
     """Nobody answered for as long as the caller was ready to wait."""
 

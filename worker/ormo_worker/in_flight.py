@@ -75,7 +75,7 @@ class Exchanges(Protocol):
         """Gradients whose outcome was not taken yet."""
 
     def start(self) -> Exchanged:
-        """Have all slots ask for parameters, and wait for the first.
+        """Wait for one slot's parameters, and have all others ask for theirs.
 
         Raises:
             OrmoError: as `Slot.exchange`.
@@ -117,19 +117,19 @@ class OneAtATime:
 
     def start(self) -> Exchanged:
         """See `Exchanges`, as for all of these."""
-        return _exchange(self._slot, None, self._observer)
+        return self.next()
 
     def swap(self, gathered: Gathered) -> Exchanged:
         """See `Exchanges`."""
         gathered.copies.wait()
         began = time.monotonic()
-        exchanged = _exchange(self._slot, gathered, self._observer)
+        exchanged = self._exchanged(gathered)
         self._observer.blocked(time.monotonic() - began)
         return exchanged
 
     def next(self) -> Exchanged:
         """See `Exchanges`."""
-        return _exchange(self._slot, None, self._observer)
+        return self._exchanged(None)
 
     def settle(self, seconds: float) -> None:
         """Nothing is ever under way between two calls."""
@@ -140,6 +140,11 @@ class OneAtATime:
 
     def stop(self) -> None:
         """There is no thread."""
+
+    def _exchanged(self, gathered: Gathered | None) -> Exchanged:
+        exchanged = _exchange(self._slot, gathered, self._observer)
+        self._slot.taken(exchanged.outcome)
+        return exchanged
 
 
 class InFlight:
@@ -155,6 +160,7 @@ class InFlight:
     def __init__(self, slots: tuple[Slot, ...], observer: Observer) -> None:
         self.current: int | None = None
         self.under_way = 0
+        self._slots = slots
         self._observer = observer
         self._done: queue.SimpleQueue[Exchanged | _Failed] = queue.SimpleQueue()
         self._threads = tuple(_SlotThread(slot, observer, self._done) for slot in slots)
@@ -164,8 +170,12 @@ class InFlight:
         """See `Exchanges`, as for all of these."""
         for thread in self._threads:
             thread.start()
+        first, *others = self._threads
+        first.give(None)
+        exchanged = self.next()
+        for thread in others:  # not before: what comes first has what need not come again, such as frozen tensors
             thread.give(None)
-        return self.next()
+        return exchanged
 
     def swap(self, gathered: Gathered) -> Exchanged:
         """See `Exchanges`."""
@@ -217,6 +227,7 @@ class InFlight:
             self.under_way -= 1
         if done.outcome.delivered is not None:
             self.current = done.slot
+        self._slots[done.slot].taken(done.outcome)
         return done
 
 

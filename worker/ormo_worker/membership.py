@@ -15,7 +15,7 @@ from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.connection import Connection
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OrmoError, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat
 from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
@@ -39,12 +39,13 @@ class Membership:
         identity: of this worker.
         wire: of its model.
         slots: in-flight places wanted.
-        model: makes the payload of the model as it is now, float32 with buffers, for a server without one.
+        model: makes the payload of all of the model as it is now, in float32, for a server without one.
 
     Attributes:
         welcome: the server's answer to the last join; None before the first.
         joins: how often the worker has joined.
         finished: whether the server has said that the run is over.
+        frozen_epoch: of the server whose frozen tensors the model has; None before they came.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Membership:
         self.welcome: pb.Welcome | None = None
         self.joins = 0
         self.finished = False
+        self.frozen_epoch: int | None = None
         self._connection = connection
         self._identity = identity
         self._wire = wire
@@ -78,6 +80,7 @@ class Membership:
         Raises:
             ModelMismatch: the server trains another model.
             ModelUnusable: the server asks for this model, and it has names that no run may begin with.
+            OlderServer: the server does not know frozen parameters.
             RunFinished: the run is over.
             OrmoError: any other reason why joining can't succeed.
         """
@@ -96,6 +99,11 @@ class Membership:
     def server_takes_data(self) -> bool:
         """Whether a gradient may begin in the message that announces it."""
         return self.welcome is not None and self.welcome.takes_data
+
+    @property
+    def wants_frozen(self) -> bool:
+        """Whether the frozen tensors of the server that was joined did not come yet."""
+        return self.welcome is not None and self.welcome.iteration.epoch != self.frozen_epoch
 
     @property
     def digest(self) -> bytes:
@@ -144,12 +152,22 @@ class Membership:
             case _:
                 raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
 
+    def _refuse_older(self) -> None:
+        if self._wire.has_frozen:
+            raise OlderServer(
+                f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
+                "this model has some: update the server, or make this optimizer anew, which then sends them as all "
+                "others"
+            )
+
     def _checked(self, welcome: pb.Welcome) -> pb.Welcome:
         try:
             _check_lease(welcome.lease_seconds)
-            # Older servers count a worker before it knows what they train.
-            if welcome.manifest.tensors and welcome.manifest.digest not in self._wire.manifest.digests:
-                raise self._mismatch("", welcome.manifest)
+            # Older servers tell it all, and count a worker before it knows what they train.
+            if welcome.manifest.tensors:
+                self._refuse_older()
+                if welcome.manifest.digest not in self._wire.manifest.digests:
+                    raise self._mismatch("", welcome.manifest)
         except OrmoError:
             self.leave()
             raise
@@ -208,6 +226,7 @@ class Membership:
             raise ModelUnusable(f"the server has no model yet, and would refuse this one: {error}") from None
         if not older:
             return manifest
+        self._refuse_older()
         manifest = manifest.without_merges
         if manifest.newer is not None or manifest.to_message().ByteSize() > MAX_CHUNK_BYTES:
             what = "a longer list of tensors than one message holds"

@@ -1,5 +1,6 @@
 """A PyTorch module as the server sees it: its manifest and its distinct tensors."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from ormo_protos.manifest import (
     BFLOAT16,
     BUFFER,
     FLOAT32,
+    FROZEN,
     INT64,
     PARAMETER,
     Manifest,
@@ -29,9 +31,10 @@ _WHOLE = (
 
 
 def manifest_of(model: nn.Module) -> Manifest:
-    """The model's manifest: the entries of its `state_dict`, in order, parameters before buffers.
+    """The model's manifest: the entries of its `state_dict`, in order, parameters before frozen ones before buffers.
 
-    Frozen parameters count as parameters. A tensor that has several names is an alias in all but the first.
+    Frozen are the parameters that require no gradient now: a run in which `params=` left some out has those frozen,
+    too. A tensor that has several names is an alias in all but the first.
 
     Raises:
         ModelUnusable: a parameter is neither float32 nor bfloat16, or an entry is no tensor that can be
@@ -43,27 +46,40 @@ def manifest_of(model: nn.Module) -> Manifest:
 class ModelTensors:
     """The model's distinct tensors, without aliases, in the order of the payload's sections.
 
+    Args:
+        model: that has them.
+        frozen: parameters that this run does not train; by default those that require no gradient.
+
     Attributes:
         manifest: what the server must agree to.
-        parameters: the module's own parameter objects; they stay the same ones throughout.
+        parameters: the module's own parameter objects, of those that are trained; they stay the same ones throughout.
+        frozen: as `parameters`, of the others.
 
     Raises:
         ModelUnusable: as for `manifest_of`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
         _check_whole(model)
         entries = _entries(model)
         _check_usable(entries)
+        resting = frozen_in(model) if frozen is None else frozen
+        _check_trained(entries, resting)
         try:
-            self.manifest = Manifest.laid_out(_spec(name, entry) for name, entry in entries.items())
+            self.manifest = Manifest.laid_out(_spec(name, entry, resting) for name, entry in entries.items())
         except ManifestError as error:
             raise ModelUnusable(str(error)) from None
         own = [(spec.section, entries[spec.name]) for spec in self.manifest.tensors if not spec.alias_of]
         self.parameters = [entry.tensor for section, entry in own if section == "parameters"]
+        self.frozen = [entry.tensor for section, entry in own if section == "frozen"]
         # Looked up each time: a module may put a new tensor in the place of a buffer.
         self._float_buffers = [entry for section, entry in own if section == "float_buffers"]
         self._int_buffers = [entry for section, entry in own if section == "int_buffers"]
+
+    def named_frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """The frozen parameters with their first names."""
+        names = (spec.name for spec in self.manifest.tensors if spec.role == FROZEN and not spec.alias_of)
+        return zip(names, self.frozen, strict=True)
 
     @property
     def has_buffers(self) -> bool:
@@ -79,6 +95,11 @@ class ModelTensors:
     def int_buffers(self) -> list[Tensor]:
         """The integer and boolean buffers as they are now."""
         return [entry.current() for entry in self._int_buffers]
+
+
+def frozen_in(model: nn.Module) -> set[Tensor]:
+    """The model's parameters that require no gradient."""
+    return {parameter for parameter in model.parameters() if not parameter.requires_grad}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +211,23 @@ def _check_usable(entries: dict[str, _Entry]) -> None:
         )
 
 
-def _spec(name: str, entry: _Entry) -> TensorSpec:
+def _check_trained(entries: dict[str, _Entry], frozen: Collection[Tensor]) -> None:
+    if frozen and not any(_is_parameter(entry) and entry.tensor not in frozen for entry in entries.values()):
+        raise ModelUnusable(
+            "all parameters of the model are frozen (requires_grad=False, or left out of params=): there is nothing to "
+            "train"
+        )
+
+
+def _is_parameter(entry: _Entry) -> bool:
+    return isinstance(entry.tensor, nn.Parameter)
+
+
+def _spec(name: str, entry: _Entry, frozen: Collection[Tensor]) -> TensorSpec:
     shape = tuple(entry.tensor.shape)
-    if isinstance(entry.tensor, nn.Parameter):
-        dtype = _parameter_dtype(name, entry.tensor)
-        return TensorSpec(name, shape, dtype, PARAMETER, alias_of=entry.alias_of)
+    if _is_parameter(entry):
+        role = FROZEN if entry.tensor in frozen else PARAMETER
+        return TensorSpec(name, shape, _parameter_dtype(name, entry.tensor), role, alias_of=entry.alias_of)
     return TensorSpec(name, shape, _buffer_dtype(name, entry.tensor), BUFFER, alias_of=entry.alias_of)
 
 

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Self, SupportsIndex
 
 import torch
@@ -18,12 +19,21 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.copy_streams import Arriving, Copies
-from ormo_worker.errors import ModelMismatch, OptionRefused, OrmoError, Refused, Replaced, RunFinished
+from ormo_worker.errors import (
+    ModelMismatch,
+    ModelUnusable,
+    OlderServer,
+    OptionRefused,
+    OrmoError,
+    Refused,
+    Replaced,
+    RunFinished,
+)
 from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.identity import Identity
 from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.module import unwrapped
+from ormo_worker.module import frozen_in, unwrapped
 from ormo_worker.retries import Patience
 from ormo_worker.transfer import Staging, Transfer
 from ormo_worker.watch import OnLocalChange, Watch
@@ -35,6 +45,11 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
+_FIXED = (
+    "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
+    "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
+    "with it, in another --directory"
+)
 # By plain model and server, for one that is made again, as by a cell of a notebook.
 _made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
@@ -43,8 +58,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
 
     It takes the place of the optimizer in a training loop. Making it joins the run and loads the server's
-    parameters and buffers into the model (or hands the server this model, if it has none); `step` pushes the
-    gradients and loads newer parameters. Learning rate, momentum and weight decay are the server's.
+    parameters, frozen ones too, and buffers into the model (or hands the server this model, if it has none);
+    `step` pushes the gradients and loads newer parameters. Learning rate, momentum and weight decay are the
+    server's.
 
     Closures, gradient clipping, gradient accumulation, `torch.amp.GradScaler`, frozen parameters, tied
     weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
@@ -59,7 +75,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         model: parameters float32 or bfloat16; updated in place.
         server: HOST:PORT.
         params: parameters, named parameters or groups, as for any optimizer; all of the model's by default.
-            Those left out are not trained by this worker. A group may set `weight_decay_scale`.
+            Those left out are frozen, as those are that require no gradient when this is made: they travel once
+            in each join, and are the same on all workers. A group may set `weight_decay_scale`.
         batch_size: samples that a step counts if it is not told; 1 by default.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
         wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way.
@@ -110,9 +127,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         metrics_listen: str = "",
         credentials: Credentials | None = None,
     ) -> None:
-        self._staging = Staging(model)
-        self._own = set(self._staging.tensors.parameters)
+        self._own = set(model.parameters())
+        if not self._own:
+            raise ModelUnusable("the model has no parameters: there is nothing to train")
+        self._began = False
         super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
+        self._began = True
+        self._given = {parameter for group in self.param_groups for parameter in group["params"]}
+        staging = Staging(model, (self._own - self._given) | frozen_in(model))
         self._batch_size = batch_size
         self.last_result: pb.PushResult | None = None
         self.iteration = 0
@@ -122,30 +144,49 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
         self._gathered: Copies | None = None
-        self._watch = Watch(self._staging, on_local_change)
         self._in_flight = _checked_in_flight(in_flight)
-        dtype = _wire_dtype(wire_dtype)
-        with_buffers = self._staging.tensors.has_buffers
-        self._outgoing = tuple(self._transfer(dtype, with_buffers=with_buffers) for _ in range(in_flight))
-        self._incoming: dict[int | None, Transfer] = {}
+        self._dtype = _wire_dtype(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
-        metrics = WorkerMetrics(identity.worker, self._staging.tensors.parameters[0].device)
-        self._client = ParameterClient(
+        self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
+        connect = partial(
+            ParameterClient,
             server,
-            self._staging.tensors.manifest,
-            model=self._staging.snapshot,
-            worker_id=identity.worker,
+            worker_id=identity,  # the same for both tries: an older server waits for the model of the one that it asked
             slots=in_flight,
-            wire_dtype=dtype,
-            pin_memory=self._staging.pinned,
+            wire_dtype=self._dtype,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
-            observer=metrics,
+            observer=self._metrics,
             credentials=credentials,
         )
-        slots = self._client.slots
-        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if in_flight == 1 else InFlight(slots, metrics)
+        watch = Watch(staging, on_local_change)
         _close_older(self, unwrapped(model), server)
-        exporter = Exporter(metrics_listen, metrics.registry)
+        try:
+            self._join(staging, watch, connect, metrics_listen)
+        except OlderServer:
+            _LOG.warning(
+                "the server at %s does not know frozen parameters: until it is updated, they travel too", server
+            )
+            whole = Staging(model, frozenset())
+            self._join(whole, Watch(whole, on_local_change), connect, metrics_listen)
+
+    def _join(
+        self, staging: Staging, watch: Watch, connect: Callable[..., ParameterClient], metrics_listen: str
+    ) -> None:
+        """Join the run with this description of the model."""
+        self._staging = staging
+        self._watch = watch
+        self._resting = [
+            (name, parameter, parameter in self._given)
+            for name, parameter in staging.tensors.named_frozen()
+            if not parameter.requires_grad
+        ]
+        with_buffers = staging.tensors.has_buffers
+        self._outgoing = tuple(self._transfer(self._dtype, with_buffers=with_buffers) for _ in range(self._in_flight))
+        self._incoming: dict[int | None, Transfer] = {}
+        exporter = Exporter(metrics_listen, self._metrics.registry)
+        self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
+        slots, metrics = self._client.slots, self._metrics
+        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program.
         self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
         try:
@@ -209,6 +250,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
+        self._refuse_unfrozen()
         slot = self._exchanges.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
             self._take(self._exchanges.next())
@@ -217,11 +259,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more of the model's parameters.
+        """For the groups that it is made with; later there is none to add, for the others are frozen.
 
         Raises:
             OptionRefused: the group has an option that the server decides, or a parameter that is not the
-                model's.
+                model's, or the run has begun.
         """
         super().add_param_group(ParameterGroup(param_group))
         strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
@@ -231,6 +273,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
                 "the model that it belongs to"
             )
+        if self._began:
+            self.param_groups.pop()
+            raise OptionRefused(f"a group of parameters came after the optimizer was made: {_FIXED}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the groups' options; there is no other state, for momentum and iterations are the server's.
@@ -299,6 +344,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
             loaded_at=self._loaded_at,
             before=before,
         )
+
+    def _refuse_unfrozen(self) -> None:
+        """Parameters that no gradient goes out of must not look as if they were trained.
+
+        Raises:
+            ModelUnusable: one of them is not frozen any more.
+        """
+        for name, parameter, given in self._resting:
+            # The gradient of one that is in no group is nobody's, and may have been there before.
+            if parameter.requires_grad or (given and parameter.grad is not None):
+                what = "requires a gradient" if parameter.requires_grad else "has a gradient"
+                raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {_FIXED}")
 
     def _decays(self) -> list[float | None]:
         return decays(self.param_groups, self._staging.tensors.parameters, self.settings.weight_decay)

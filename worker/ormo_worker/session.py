@@ -33,12 +33,14 @@ class Ask:
         ticket: of the gradient that goes with it; None for no gradient.
         wants_next: whether it asks for the next ticket and its parameters.
         wants_buffers: whether these come with the model's buffers.
+        wants_frozen: whether they come with its frozen tensors.
     """
 
     request: int
     ticket: pb.Ticket | None
     wants_next: bool
     wants_buffers: bool
+    wants_frozen: bool
 
 
 # By reason, for calls that the server ended; its words are exact, so they go before the status code.
@@ -108,8 +110,8 @@ class SlotSession:
         self.ticket: pb.Ticket | None = None
         self.result: pb.PushResult | None = None
         self.refusal: pb.PushResult | None = None
-        self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False)
-        self._wants_buffers = True
+        self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False, wants_frozen=False)
+        self._wants_buffers = self._wants_frozen = True
 
     @property
     def ask(self) -> Ask:
@@ -150,7 +152,7 @@ class SlotSession:
         if ticket is None or not self._ask.wants_next or not self._settled:
             return Step.FAIL
         self.ticket = ticket
-        self._wants_buffers = False  # from now on the worker keeps its own
+        self._wants_buffers = self._wants_frozen = False  # from now on the worker keeps its own
         return Step.DONE
 
     def on_finished(self) -> Step:
@@ -174,10 +176,14 @@ class SlotSession:
             return Step.JOIN if step is Step.JOIN else Step.PULL
         return step
 
-    def on_joined(self) -> None:
-        """The worker has joined, or joined again; the exchange in hand stays as it is."""
-        self._wants_buffers = True
-        self._ask = Ask(self._ask.request, self._ask.ticket, self._ask.wants_next, self._ask.wants_next)
+    def on_joined(self, *, wants_frozen: bool = True) -> None:
+        """The worker has joined, or joined again; the exchange in hand stays as it is.
+
+        Args:
+            wants_frozen: no other slot has got the frozen tensors of this server.
+        """
+        self._wants_buffers, self._wants_frozen = True, wants_frozen
+        self._ask = self._asking(self._ask.request, self._ask.ticket, wants_next=self._ask.wants_next)
 
     @property
     def _settled(self) -> bool:
@@ -185,4 +191,7 @@ class SlotSession:
         return self._ask.ticket is None or self.result is not None or self.refusal is not None
 
     def _next_request(self, ticket: pb.Ticket | None, *, wants_next: bool) -> None:
-        self._ask = Ask(self._ask.request + 1, ticket, wants_next, wants_next and self._wants_buffers)
+        self._ask = self._asking(self._ask.request + 1, ticket, wants_next=wants_next)
+
+    def _asking(self, request: int, ticket: pb.Ticket | None, *, wants_next: bool) -> Ask:
+        return Ask(request, ticket, wants_next, wants_next and self._wants_buffers, wants_next and self._wants_frozen)

@@ -95,6 +95,11 @@ class Slot:
             self._drop_stream()  # answers that are still to come belong to an exchange that nobody waits for
             raise
 
+    def taken(self, outcome: ExchangeOutcome) -> None:
+        """The caller has what came: if the frozen tensors did, what any slot asks for from now on needs none."""
+        if outcome.delivered is not None and outcome.delivered.payload.layout.frozen:
+            self._membership.frozen_epoch = outcome.delivered.iteration.epoch
+
     def close(self) -> None:
         """Let the stream end; an exchange that is under way ends with the connection."""
         stream, self._stream = self._stream, None
@@ -128,7 +133,7 @@ class Slot:
         joins = self._membership.ensure()
         if joins != self._joins:
             self._joins = joins
-            self._session.on_joined()
+            self._session.on_joined(wants_frozen=self._membership.wants_frozen)
             self._drop_stream()  # a server that did not know the worker does not know its stream
 
     def _converse(self, gradient: Gradient | None) -> Step:
@@ -172,8 +177,7 @@ class Slot:
             if step is not Step.READ:
                 return step
         self._over("wait")
-        asked = self._wire.delivery_request(with_buffers=self._session.ask.wants_buffers)
-        self._receiver.begin(delivery, asked)
+        self._receiver.begin(delivery, self._wire.wanted(self._session.ask))
         return self._take_chunk(Chunk(0, data)) if data else Step.READ
 
     def _take_chunk(self, chunk: Chunk) -> Step:

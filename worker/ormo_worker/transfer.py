@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,11 @@ class Staging:
 
     Where all parameters are on one CUDA device, tensors are packed and unpacked there and cross to
     page-locked host memory in one piece, on streams of their own beside what the device computes.
-    Otherwise they are copied straight to and from their places.
+    Otherwise they are copied straight to and from their places, as frozen ones always are: those come once.
+
+    Args:
+        model: whose tensors they are.
+        frozen: parameters that this run does not train; by default those that require no gradient.
 
     Attributes:
         tensors: the model's.
@@ -31,8 +35,8 @@ class Staging:
         streams: its streams, made when first needed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = ModelTensors(model)
+    def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
+        self.tensors = ModelTensors(model, frozen)
         devices = {parameter.device for parameter in self.tensors.parameters}
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
         self.streams: Streams | None = None
@@ -45,7 +49,7 @@ class Staging:
         return self.device is not None and self.device.type == "cuda"
 
     def payload(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Payload:
-        """Memory for one payload of this model."""
+        """Memory for one payload of this model, without its frozen tensors."""
         layout = PayloadLayout.of(self.tensors.manifest, dtype, with_buffers=with_buffers)
         return Payload(layout, pin_memory=self.pinned)
 
@@ -68,11 +72,11 @@ class Staging:
         return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self._loading)
 
     def snapshot(self) -> Payload:
-        """The model as it is now, float32 with buffers: what a server without a model is offered.
+        """All of the model as it is now, in float32: what a server without a model is offered.
 
         From any thread: parameters that are being loaded are waited for.
         """
-        layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True)
+        layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True, with_frozen=True)
         payload = Payload(layout)  # wanted once or twice in a run: not worth page-locked memory, nor a mirror
         with self._loading:
             if self.device is not None and self.pinned:
@@ -123,6 +127,7 @@ class Transfer:
         if payload.layout.with_buffers:
             self._float_buffers = _cut(way.flat.float_buffers, tensors.float_buffers)
             self._int_buffers = _cut(way.flat.int_buffers, tensors.int_buffers)
+        self._frozen = _cut(payload.frozen, tensors.frozen) if payload.layout.frozen else []
 
     @property
     def values(self) -> Tensors:
@@ -159,15 +164,17 @@ class Transfer:
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """Write the parameters, and the buffers if the payload has them."""
+        """Write the parameters, and the buffers and frozen tensors if the payload has them."""
         self._way.claim()
         torch._foreach_copy_(self._parameters, self._tensors.parameters)
         self._gather_buffers()
+        if self._frozen:
+            torch._foreach_copy_(self._frozen, self._tensors.frozen)
         self._way.to_payload().wait()
 
     @torch.no_grad()
     def load(self) -> None:
-        """Copy the payload into the model in place: parameters, and buffers if the payload has them."""
+        """Copy the payload into the model in place: parameters, and buffers and frozen tensors if it has them."""
         with self._loading:
             copies = self._way.from_payload()
             torch._foreach_copy_(self._tensors.parameters, self._parameters)
@@ -175,6 +182,8 @@ class Transfer:
                 torch._foreach_copy_(self._tensors.float_buffers, self._float_buffers)
             if self._int_buffers:
                 torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
+            if self._frozen:
+                torch._foreach_copy_(self._tensors.frozen, self._frozen)
             self._way.release()
         copies.wait()
 

@@ -71,9 +71,22 @@ class Wire:
         """Whether the model has buffers that travel."""
         return self.manifest.sizes["float_buffers"] + self.manifest.sizes["int_buffers"] > 0
 
-    def delivery_request(self, *, with_buffers: bool) -> pb.DeliveryRequest:
-        """How parameters are wanted; buffers only if the model has any."""
-        return pb.DeliveryRequest(dtype=self.dtype, with_buffers=with_buffers and self.has_buffers)
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the model has frozen tensors."""
+        return self.manifest.sizes["frozen"] > 0
+
+    def delivery_request(self, *, with_buffers: bool, with_frozen: bool) -> pb.DeliveryRequest:
+        """How parameters are wanted; buffers and frozen tensors only if the model has any."""
+        return pb.DeliveryRequest(
+            dtype=self.dtype,
+            with_buffers=with_buffers and self.has_buffers,
+            with_frozen=with_frozen and self.has_frozen,
+        )
+
+    def wanted(self, ask: Ask) -> pb.DeliveryRequest:
+        """How the next parameters of a slot are wanted."""
+        return self.delivery_request(with_buffers=ask.wants_buffers, with_frozen=ask.wants_frozen)
 
     def exchange(
         self,
@@ -97,7 +110,7 @@ class Wire:
         """
         exchange = pb.Exchange(requester=identity.requester(slot, ask.request))
         if ask.wants_next:
-            exchange.next.CopyFrom(self.delivery_request(with_buffers=ask.wants_buffers))
+            exchange.next.CopyFrom(self.wanted(ask))
             exchange.next.takes_data = True
         if ask.ticket is None or gradient is None:
             yield Headed(pb.PushPullRequest(exchange=exchange))
@@ -110,7 +123,7 @@ class Wire:
 
 
 def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
-    """The messages that hand the server a model; the payload is float32 with buffers."""
+    """The messages that hand the server a model; the payload is float32 with buffers and frozen tensors."""
     parts = manifest.to_messages()
     who = pb.ModelOffer(worker=identity.worker, incarnation=identity.incarnation, manifest=next(parts))
     yield Headed(pb.OfferModelRequest(offer=who))
@@ -166,13 +179,15 @@ class DeliveryReceiver:
                 f"the server announced parameters of the model with digest {digest[:8].hex()}…, but this model's is "
                 f"{self._wire.manifest.model_digest[:8].hex()}…: give the server and this program the same model"
             )
-        layout = PayloadLayout.of(self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers)
-        came = (delivery.dtype, delivery.with_buffers, delivery.payload_bytes)
-        wanted = (asked.dtype, asked.with_buffers, layout.total_bytes)
+        layout = PayloadLayout.of(
+            self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers, with_frozen=asked.with_frozen
+        )
+        came = (delivery.dtype, delivery.with_buffers, delivery.with_frozen, delivery.payload_bytes)
+        wanted = (asked.dtype, asked.with_buffers, asked.with_frozen, layout.total_bytes)
         if came != wanted:
             raise ProtocolBroken(
-                f"the server announced parameters as (dtype, with buffers, bytes) = {came}, but this model's are "
-                f"{wanted}: give the server and this program the same model"
+                f"the server announced parameters as (dtype, with buffers, with frozen ones, bytes) = {came}, but this "
+                f"model's are {wanted}: give the server and this program the same model"
             )
         self._delivery = delivery
         self._receiver = PayloadReceiver(self._reused(layout))
@@ -206,5 +221,6 @@ class DeliveryReceiver:
         # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.
         if self._payload is None or self._payload.layout != layout:
             self._payload = None
-            self._payload = Payload(layout, pin_memory=self._wire.pin_memory)
+            # Page-locked memory is kept by PyTorch once it is free: what comes once must not stay for ever.
+            self._payload = Payload(layout, pin_memory=self._wire.pin_memory and not layout.frozen)
         return self._payload

@@ -4,7 +4,9 @@ import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ormo_protos.tensors import Chunk, Payload
+import torch
+
+from ormo_protos.tensors import Chunk, Payload, frozen_chunks
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.state import Ticket
@@ -22,6 +24,8 @@ class Delivery:
         payload: None if nothing is newer than what the reader has.
         copy: that fills the payload; None if it is full.
         position: in the journal, of what it follows from.
+        frozen: the model's frozen tensors, which go after the payload as they are, without a copy; None if they were
+            not asked for.
     """
 
     epoch: int
@@ -31,13 +35,18 @@ class Delivery:
     payload: Payload | None
     copy: Copy | None = None
     position: int = 0
+    frozen: torch.Tensor | None = None
 
     def chunks(self) -> Iterator[Chunk]:
         """The payload in pieces, each as soon as it is there."""
-        for chunk in self.payload.chunks() if self.payload is not None else ():
+        if self.payload is None:
+            return
+        for chunk in self.payload.chunks():
             if self.copy is not None:
                 self.copy.wait_for(chunk.offset + len(chunk.data))
             yield chunk
+        if self.frozen is not None:
+            yield from frozen_chunks(self.frozen, self.payload.layout.frozen_offset)
 
 
 class PeerGone(Exception):

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_server.core import membership
@@ -48,6 +50,7 @@ class Engine:
     Args:
         machine: the core, which must not be touched by anyone else from now on.
         manifest: of its model.
+        frozen: the model's tensors that are not trained, shape (z,), float32; they never change.
         clock: the run's.
         metrics: what to count in.
         lease_seconds: how long a worker may be silent.
@@ -63,6 +66,7 @@ class Engine:
         self,
         machine: StateMachine,
         manifest: Manifest,
+        frozen: torch.Tensor,
         clock: Callable[[], float],
         metrics: Metrics,
         *,
@@ -75,6 +79,7 @@ class Engine:
         on_refused: Callable[[Refused], None] = lambda _: None,
     ) -> None:
         self.manifest = manifest
+        self.frozen = frozen
         self.observations = Observations()
         self.finished = threading.Event()
         self._machine = machine

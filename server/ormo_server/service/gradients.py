@@ -34,7 +34,7 @@ class Push:
 
 def is_finite(payload: Payload) -> bool:
     """Whether the tensors are free of NaN and infinity. Integers always are."""
-    return all_finite(payload.parameters) and all_finite(payload.float_buffers)
+    return all(map(all_finite, (payload.parameters, payload.float_buffers, payload.frozen)))
 
 
 class FiniteNorm:

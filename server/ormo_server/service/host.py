@@ -5,7 +5,7 @@ import secrets
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,8 @@ from ormo_server.store import (
     StoreError,
     size_bytes,
 )
-from ormo_server.store.files import copy_of_directory, sync
+from ormo_server.store.errors import listed
+from ormo_server.store.files import copy_of_directory, non_finite, sync
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 _HARMLESS = "the next checkpoint tries again"
 # For the one that is under way, on a disk that may be slow or hang.
 _CLOSE_SECONDS = 30.0
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,7 @@ class RunHost:
         # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
         kept = self._kept_aside() if found.damage or found.doubled else None
         try:
-            self._write_first(machine, checkpoint.manifest)
+            self._write_first(machine, checkpoint.manifest, checkpoint.frozen)
         except StoreError as error:
             if kept is not None:
                 shutil.rmtree(kept, ignore_errors=True)
@@ -218,7 +220,7 @@ class RunHost:
             self._forget_older_journal()
             if kept is not None:
                 self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
-        self._serve(machine, checkpoint.manifest, fresh=False)
+        self._serve(machine, checkpoint.manifest, checkpoint.frozen, fresh=False)
 
     def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
         machine = snapshot.restore(self._run, found.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
@@ -351,7 +353,7 @@ class RunHost:
             MemoryLimit: the model is too large.
         """
         self._check_memory(manifest)
-        return PayloadLayout.of(manifest, FLOAT32, with_buffers=True)
+        return PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True)
 
     @staticmethod
     def room_for(layout: PayloadLayout) -> Payload:
@@ -380,14 +382,15 @@ class RunHost:
             BadManifest: the server starts from a file, and it is another model's.
             NotReady: the checkpoint could not be written, or nobody would find it.
         """
+        model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers, payload.frozen)
         if not is_finite(payload):
+            bad = listed(non_finite(model.state_dict(manifest)))
             raise NonFinite(
-                f"the model that worker {worker!r} offers has NaN or infinite values: start from a sound one"
+                f"the model that worker {worker!r} offers has NaN or infinite values in {bad}: start from a sound one"
             )
         with self._building:
             self.check_wanted(worker, incarnation)
             self.refuse_if_not_ours()
-            model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers)
             if self._weights is not None:
                 model = self._arranged(self._weights, manifest)
             self._start(manifest, model)
@@ -406,12 +409,12 @@ class RunHost:
             )
         machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
         try:
-            self._write_first(machine, manifest)
+            self._write_first(machine, manifest, model.frozen)
         except StoreError as error:
             raise NotReady(f"the model could not be stored: {error}", retry_seconds=5.0) from error
-        self._serve(machine, manifest, fresh=True)
+        self._serve(machine, manifest, model.frozen, fresh=True)
 
-    def _write_first(self, machine: StateMachine, manifest: Manifest) -> None:
+    def _write_first(self, machine: StateMachine, manifest: Manifest, frozen: torch.Tensor) -> None:
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
         # not be good a second time.
         started = time.perf_counter()
@@ -423,15 +426,17 @@ class RunHost:
             clock_seconds=self.clock(),
             settings=self._settings_as_json(),
             journal_log=self._journal.log,
+            frozen=frozen,
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
 
-    def _serve(self, machine: StateMachine, manifest: Manifest, *, fresh: bool) -> None:
+    def _serve(self, machine: StateMachine, manifest: Manifest, frozen: torch.Tensor, *, fresh: bool) -> None:
         if self._trace is not None:
             self._trace.follow(machine, self.settings, fresh=fresh)
         self._engine = Engine(
             machine,
             manifest,
+            frozen,
             self.clock,
             self.metrics,
             lease_seconds=FailureDetection(self.settings.failure_timeout).lease_seconds,
@@ -454,16 +459,19 @@ class RunHost:
 
     def _check_memory(self, manifest: Manifest) -> None:
         self._check_in_flight(manifest)
-        elements = manifest.sizes["parameters"]
+        elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
         need = memory.need(self._run, elements, slots)
+        # Once: they are sent, and written to the disk, from where they are.
+        need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
         self.metrics.process.needs(need)
-        self.checkpoint_bytes = need.checkpoint_bytes
+        self.checkpoint_bytes = need.checkpoint_bytes + 2 * frozen * _FLOAT_BYTES  # it has two files with them
         rule = self._run.method.rule
+        numbers = f"{elements:,} parameters" + (f" and {frozen:,} that are frozen" if frozen else "")
         log.info(
-            "a model of %s parameters: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "
+            "a model of %s: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "
             "for a checkpoint",
-            f"{elements:,}",
+            numbers,
             need.state_bytes / 1e6,
             f" ({rule} keeps a vector for each of up to {slots} slots)" if UPDATE_RULES[rule].vectors_per_slot else "",
             need.exchange_bytes / 1e6,
@@ -472,7 +480,7 @@ class RunHost:
         limit = self.settings.memory_limit
         if limit is not None and need.total_bytes > limit:
             raise MemoryLimit(
-                f"a model of {elements:,} parameters needs up to {need.total_bytes:,} bytes with "
+                f"a model of {numbers} needs up to {need.total_bytes:,} bytes with "
                 f"{self.settings.max_workers} workers of {self.settings.slots_per_worker} slots, and memory_limit is "
                 f"{int(limit):,}: raise it, or lower max_workers or slots_per_worker"
             )
@@ -480,9 +488,11 @@ class RunHost:
     def _check_in_flight(self, manifest: Manifest) -> None:
         limit = self.settings.max_bytes_in_flight
         exchange = 2 * PayloadLayout.of(manifest, FLOAT32, with_buffers=True).total_bytes
-        if limit is not None and exchange > limit:
+        offer = PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True).total_bytes
+        if limit is not None and max(exchange, offer) > limit:
+            what, size = ("one exchange", exchange) if exchange >= offer else ("an offer", offer)
             raise MemoryLimit(
-                f"one exchange of this model may have {exchange:,} bytes under way, and max_bytes_in_flight is "
+                f"{what} of this model may have {size:,} bytes under way, and max_bytes_in_flight is "
                 f"{int(limit):,}: raise it"
             )
 
@@ -516,8 +526,9 @@ class RunHost:
         try:
             state, clock_seconds, journal_log = engine.snapshot()
             engine.settle_all()  # the log that it names must be there, and the directory ours
+            settings = self._settings_as_json()
             checkpoint = Checkpoint(
-                state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
+                state, engine.manifest, drained, clock_seconds, settings, journal_log, frozen=engine.frozen
             )
             path = self._store.write(checkpoint)
         except (StoreError, NotReady, DiskFull, MemoryError) as error:

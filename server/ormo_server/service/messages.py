@@ -46,7 +46,7 @@ def ticket_key(message: pb.Ticket) -> TicketKey:
 
 
 def delivery_layout(manifest: Manifest, message: pb.DeliveryRequest) -> PayloadLayout:
-    """The layout in which parameters are wanted.
+    """The layout in which parameters are wanted, but for frozen tensors, which are sent from where they are.
 
     Raises:
         PayloadError: a dtype that is not served.
@@ -138,5 +138,7 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
     if delivery.payload is not None:
         layout = delivery.payload.layout
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
-        message.payload_bytes = layout.total_bytes
+        message.with_frozen = with_frozen = delivery.frozen is not None
+        whole = PayloadLayout.of(manifest, layout.dtype, with_buffers=layout.with_buffers, with_frozen=with_frozen)
+        message.payload_bytes = whole.total_bytes
         message.manifest_digest, message.model_digest = manifest.digest, manifest.model_digest

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -255,8 +255,7 @@ class Servicer:
                 if result is not None and not together:
                     yield Headed(pb.PushPullResponse(result=result))
                 if waiter is not None:
-                    extras = Extras(takes_data=exchange.next.takes_data, result=result if together else None)
-                    yield from self._next_ticket(stream, engine, waiter, extras)
+                    yield from self._next_ticket(stream, engine, waiter, exchange.next, result if together else None)
                 elif outcome.finished:
                     yield _finished(engine)
 
@@ -267,18 +266,26 @@ class Servicer:
             return messages.refused_result(requester.request, outcome.refusal)
         return None if outcome.result is None else messages.push_result(outcome.result)
 
-    def _next_ticket(self, stream: OpenStream, engine: Engine, waiter: Waiter, extras: "Extras") -> Answers:
+    def _next_ticket(
+        self,
+        stream: OpenStream,
+        engine: Engine,
+        waiter: Waiter,
+        asked: pb.DeliveryRequest,
+        result: pb.PushResult | None,
+    ) -> Answers:
+        """The delivery, with the exchange's result if that was not sent before."""
         try:
-            delivery = self._waited(stream, engine, waiter)
+            delivery = _whole(self._waited(stream, engine, waiter), engine, asked)
         except Finished:
             engine.settle_all()
             yield _finished(engine)
             return
         head = pb.PushPullResponse()
         messages.write_delivery(head.delivery, delivery, engine.manifest)
-        if extras.result is not None:
-            head.delivery.result.CopyFrom(extras.result)
-        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=extras.takes_data)
+        if result is not None:
+            head.delivery.result.CopyFrom(result)
+        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=asked.takes_data)
 
     @answers
     def PushGradient(  # noqa: N802, D102
@@ -305,9 +312,9 @@ class Servicer:
         with (
             self._streams.open(context, self._access.caller(context), reader=reader) as stream,
             stream.exchange(),
-            self._pulled(stream, request) as (engine, delivery),
+            self._pulled(stream, request) as (engine, pulled),
         ):
-            head = pb.PullParamsResponse()
+            head, delivery = pb.PullParamsResponse(), _whole(pulled, engine, request.delivery)
             messages.write_delivery(head.delivery, delivery, engine.manifest)
             yield from self._sent(stream, engine, head, delivery, "PullParams")
 
@@ -423,19 +430,6 @@ class Servicer:
             self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What a delivery's first message may have besides.
-
-    Attributes:
-        takes_data: the worker takes the payload's first bytes there.
-        result: of the exchange's gradient, if it was not sent before.
-    """
-
-    takes_data: bool
-    result: pb.PushResult | None
-
-
 class _RefusalsCounted:
     __slots__ = ("_pull", "_push", "_traffic")
 
@@ -468,6 +462,11 @@ class _WithdrawnAtEnd:
     def __exit__(self, *_: object) -> None:
         if self._waiter is not None:
             self._engine.withdraw(self._waiter)
+
+
+def _whole(delivery: Delivery, engine: Engine, asked: pb.DeliveryRequest) -> Delivery:
+    """With the frozen tensors, if they were asked for: they never change, so nothing is to be copied under the lock."""
+    return replace(delivery, frozen=engine.frozen) if asked.with_frozen else delivery
 
 
 def _frames(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:

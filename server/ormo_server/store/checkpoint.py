@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ormo_protos.manifest import Manifest
+from ormo_protos.manifest import FROZEN, Manifest
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.store.errors import NotFinite, StoreError, listed
 from ormo_server.store.files import (
@@ -22,7 +22,7 @@ from ormo_server.store.files import (
     sync,
     write_sums,
 )
-from ormo_server.store.flat_model import FlatModel
+from ormo_server.store.flat_model import FlatModel, no_frozen
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -33,6 +33,8 @@ MANIFEST_KEY = "ormo_manifest"
 
 _FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
 _MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
+# In the state's file beside what the core has. Without such tensors it is as servers write it that do not know them.
+_FROZEN = "frozen"
 
 
 def _torch_version() -> str:
@@ -41,7 +43,7 @@ def _torch_version() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A run at one moment. The last three say what wrote it, and need not be given.
+    """A run at one moment. Three fields say what wrote it, and need not be given.
 
     Attributes:
         snapshot: the core's state.
@@ -53,6 +55,7 @@ class Checkpoint:
         format_version: of the files.
         torch_version: a replay gives the same bits on the same build only.
         cpu_capability: which vector instructions torch used, for the same reason.
+        frozen: the model's tensors that are not trained, shape (z,), float32.
     """
 
     snapshot: Snapshot
@@ -64,6 +67,7 @@ class Checkpoint:
     format_version: int = FORMAT_VERSION
     torch_version: str = field(default_factory=_torch_version)
     cpu_capability: str = field(default_factory=torch.backends.cpu.get_cpu_capability)
+    frozen: torch.Tensor = field(default_factory=no_frozen)
 
 
 def write_files(directory: Path, checkpoint: Checkpoint) -> None:
@@ -79,12 +83,14 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
             f"{bad} would be written with NaN or infinite values: restart from an earlier checkpoint, with a lower "
             "learning rate"
         )
-    tensors = checkpoint.snapshot.tensors
-    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(checkpoint.manifest)
+    tensors, frozen = checkpoint.snapshot.tensors, checkpoint.frozen
+    params, float_buffers, int_buffers = (tensors[name] for name in _MODEL_VECTORS)
+    model = FlatModel(params, float_buffers, int_buffers, frozen).state_dict(checkpoint.manifest)
     document = _document_text(checkpoint)
     rows = json.dumps(checkpoint.manifest.to_json(), separators=(",", ":"))
     save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
-    save_tensors(directory / STATE_FILE, tensors, {"format": "pt"})
+    state = tensors | ({_FROZEN: frozen} if frozen.numel() else {})
+    save_tensors(directory / STATE_FILE, state, {"format": "pt"})
     (directory / DOCUMENT_FILE).write_text(document)
     write_sums(directory, _FILES)
     for name in (*_FILES, SUMS_FILE):
@@ -107,7 +113,8 @@ def read_files(directory: Path) -> Checkpoint:
     bad = non_finite(tensors)
     if bad:
         raise StoreError(f"{directory / STATE_FILE} has NaN or infinite values in {listed(bad)}")
-    return Checkpoint(Snapshot(tensors, fields), manifest, **rest)
+    frozen = tensors.pop(_FROZEN, no_frozen())
+    return Checkpoint(Snapshot(tensors, fields), manifest, frozen=frozen, **rest)
 
 
 def damage_of_model(directory: Path) -> str:
@@ -128,7 +135,9 @@ def has_files(directory: Path) -> bool:
 def unsound(taken: Snapshot, manifest: Manifest) -> str:
     """Names of the tensors of a state that can't be kept, for NaN or infinity in them; empty if all can be."""
     tensors = taken.tensors
-    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(manifest)
+    # What is frozen was looked at when it came.
+    trained = (spec for spec in manifest.tensors if spec.role != FROZEN)
+    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained)
     bad = non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
     return listed(bad)
 

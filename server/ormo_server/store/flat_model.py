@@ -1,12 +1,18 @@
-"""A model as three vectors, and its tensors by name."""
+"""A model as four vectors, and its tensors by name."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32, INT64, Manifest, TensorSpec
 
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT64: torch.int64}
+
+
+def no_frozen() -> torch.Tensor:
+    """For a model in which everything is trained."""
+    return torch.zeros(0, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +23,13 @@ class FlatModel:
         params: shape (d,), float32.
         float_buffers: shape (f,), float32.
         int_buffers: shape (i,), int64.
+        frozen: shape (z,), float32.
     """
 
     params: torch.Tensor
     float_buffers: torch.Tensor
     int_buffers: torch.Tensor
+    frozen: torch.Tensor = field(default_factory=no_frozen)
 
     @classmethod
     def empty(cls, manifest: Manifest) -> "FlatModel":
@@ -31,12 +39,21 @@ class FlatModel:
             torch.empty(sizes["parameters"], dtype=torch.float32, device="cpu"),
             torch.empty(sizes["float_buffers"], dtype=torch.float32, device="cpu"),
             torch.empty(sizes["int_buffers"], dtype=torch.int64, device="cpu"),
+            torch.empty(sizes["frozen"], dtype=torch.float32, device="cpu"),
         )
+
+    @property
+    def _sections(self) -> dict[str, torch.Tensor]:
+        return {
+            "parameters": self.params,
+            "float_buffers": self.float_buffers,
+            "int_buffers": self.int_buffers,
+            "frozen": self.frozen,
+        }
 
     def view(self, spec: TensorSpec) -> torch.Tensor:
         """The place of one tensor, in its shape; float32 or int64, whatever dtype the model has it in."""
-        section = {"parameters": self.params, "float_buffers": self.float_buffers, "int_buffers": self.int_buffers}
-        return section[spec.section][spec.offset : spec.offset + spec.elements].view(spec.shape)
+        return self._sections[spec.section][spec.offset : spec.offset + spec.elements].view(spec.shape)
 
     def state_dict(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """All tensors of the model under all their names, in the model's shapes and dtypes.
@@ -44,14 +61,10 @@ class FlatModel:
         Where the dtype is the vector's they are views of it. Another name for a tensor gets a copy of its own:
         safetensors takes no memory twice, and a strict `load_state_dict` wants every name.
         """
-        found = {
-            "parameters": self.params.numel(),
-            "float_buffers": self.float_buffers.numel(),
-            "int_buffers": self.int_buffers.numel(),
-        }
-        sizes = {name: manifest.sizes[name] for name in found}
-        assert found == sizes, f"vectors of {found} elements for a model of {sizes}"
-        return {
-            spec.name: self.view(spec).to(_TORCH_DTYPES[spec.dtype], copy=bool(spec.alias_of))
-            for spec in manifest.tensors
-        }
+        found = {name: vector.numel() for name, vector in self._sections.items()}
+        assert found == manifest.sizes, f"vectors of {found} elements for a model of {manifest.sizes}"
+        return self.named(manifest.tensors)
+
+    def named(self, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
+        """As `state_dict`, some of its tensors."""
+        return {spec.name: self.view(spec).to(_TORCH_DTYPES[spec.dtype], copy=bool(spec.alias_of)) for spec in specs}
