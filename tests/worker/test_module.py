@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER
+from ormo_protos.manifest import (
+    AVERAGE,
+    BFLOAT16,
+    BUFFER,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    LAST,
+    MAXIMUM,
+    PARAMETER,
+    UNSPECIFIED,
+)
 from ormo_worker.errors import ModelUnusable
 from ormo_worker.module import ModelTensors, manifest_of
 from worker.models import Tied
@@ -16,31 +27,33 @@ TENSORS = """
     frozen.weight             parameter float32  4,4
     frozen.bias               parameter float32  4
     head.weight               parameter float32  4,3  = embedding.weight
-    mask                      buffer    int64    2
-    f16                       buffer    float32  1
-    f64                       buffer    float32  1
-    small                     buffer    int64    1
-    norm.running_mean         buffer    float32  4
-    norm.running_var          buffer    float32  4
-    norm.num_batches_tracked  buffer    int64    -
+    mask                      buffer    int64    2    last
+    f16                       buffer    float32  1    last
+    f64                       buffer    float64  1    last
+    small                     buffer    int64    1    last
+    norm.running_mean         buffer    float32  4    average
+    norm.running_var          buffer    float32  4    average
+    norm.num_batches_tracked  buffer    int64    -    maximum
 """
 
 
 def test_the_manifest_lists_the_state_dict_parameters_first() -> None:
     rows = [line.split() for line in TENSORS.strip().splitlines()]
     roles = {PARAMETER: "parameter", BUFFER: "buffer"}
-    dtypes = {FLOAT32: "float32", INT64: "int64", BFLOAT16: "bfloat16"}
+    dtypes = {FLOAT32: "float32", INT64: "int64", BFLOAT16: "bfloat16", FLOAT64: "float64"}
+    merges = {UNSPECIFIED: [], AVERAGE: ["average"], MAXIMUM: ["maximum"], LAST: ["last"]}
     manifest = manifest_of(Tied())
     for row, spec in zip(rows, manifest.tensors, strict=True):
         shape = ",".join(map(str, spec.shape)) or "-"
         alias = ["=", spec.alias_of] if spec.alias_of else []
-        assert row == [spec.name, roles[spec.role], dtypes[spec.dtype], shape, *alias]
+        assert row == [spec.name, roles[spec.role], dtypes[spec.dtype], shape, *merges[spec.merge], *alias]
     assert {spec.name for spec in manifest.tensors} == set(Tied().state_dict())
 
 
 def test_a_tied_weight_is_counted_once() -> None:
     tensors = ModelTensors(Tied())
-    assert tensors.manifest.sizes == {"parameters": 12 + 4 + 4 + 16 + 4, "float_buffers": 10, "int_buffers": 4}
+    sizes = {"parameters": 12 + 4 + 4 + 16 + 4, "float_buffers": 9, "int_buffers": 5}
+    assert {name: tensors.manifest.sizes[name] for name in sizes} == sizes
     assert len(tensors.parameters) == 5
 
 

@@ -84,8 +84,14 @@ class ByHand:
         return parameter.grad.add(parameter.detach(), alpha=decay)
 
     def buffers(self, *, floating: bool) -> Tensor:
-        found = [b.flatten() for b in state_of(self.module).values() if b.is_floating_point() == floating]
-        return torch.cat([b.to(torch.float32 if floating else torch.int64) for b in found] or [torch.empty(0)])
+        """Those that travel as float32, or as eight bytes."""
+        found = [b.flatten() for b in state_of(self.module).values() if _is_short(b) == floating]
+        parts = [b.view(torch.int64) if b.dtype == torch.float64 else b for b in found]
+        return torch.cat([b.to(torch.float32 if floating else torch.int64) for b in parts] or [torch.empty(0)])
+
+
+def _is_short(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.dtype != torch.float64
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
+_SHOWN_BUFFERS = 3
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -296,7 +297,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # With one slot nothing comes in before the gradient has left: one mirror serves both.
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
-        incoming.load()
+        self._note_mended(incoming.load(mends=delivered.mends))
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 
@@ -327,12 +328,24 @@ class RemoteOptimizer(torch.optim.Optimizer):
             said = "a gradient was lost, training goes on: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return
-        now = time.monotonic()
-        if now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:  # a loop that has diverged refuses every gradient
-            self._warned_at = now
+        if self._may_warn():  # a loop that has diverged refuses every gradient
             count = self.refusals[refusal.refusal]
             said = "the server refused a gradient, %d so far: %s"
             _LOG.warning(said, count, refusal.refusal_message, extra=about)
+
+    def _note_mended(self, buffers: list[str]) -> None:
+        if buffers and self._may_warn():
+            more = f" and {len(buffers) - _SHOWN_BUFFERS} more" if len(buffers) > _SHOWN_BUFFERS else ""
+            shown = ", ".join(map(repr, buffers[:_SHOWN_BUFFERS])) + more
+            said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
+            _LOG.warning(said, shown, extra=Fields(worker=self._client.identity.worker, iteration=self.iteration))
+
+    def _may_warn(self) -> bool:
+        now = time.monotonic()
+        if now - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
+            return False
+        self._warned_at = now
+        return True
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))

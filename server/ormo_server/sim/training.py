@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.blocks import SquaredNorm, all_finite
+from ormo_server.core.blocks import SquaredNorm
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import Gradient, Requester
@@ -16,6 +16,7 @@ from ormo_server.core.state import Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.sim.record import Record
 from ormo_server.sim.workload import Computed, Model, SimulatedWorker, Workload
+from ormo_server.store import buffers_of
 
 
 @dataclass(slots=True)
@@ -27,12 +28,17 @@ class Place:
         params: as delivered with the ticket, shape (d,), float32.
         request: the highest request number that was used.
         ticket: that it holds; None while it waits.
+        buffers_kept: the server kept some of its buffers at the last push.
+        wants_buffers: so that its next request asks for them, as a real worker's does: when it hears of it, the one
+            that goes with the push has left.
     """
 
     key: SlotKey
     params: torch.Tensor
     request: int = 0
     ticket: Ticket | None = None
+    buffers_kept: bool = False
+    wants_buffers: bool = False
 
 
 @dataclass(slots=True)
@@ -65,7 +71,9 @@ class Training:
 
     def __init__(self, run: Run, workload: Workload, record: Record, *, evaluate_every: int, epoch: int = 0) -> None:
         start = workload.initial(run.seed)
-        self.machine = StateMachine.fresh(run, start.params, start.float_buffers, start.int_buffers, epoch=epoch)
+        vectors = start.params, start.float_buffers, start.int_buffers
+        buffers = None if start.manifest is None else buffers_of(start.manifest)
+        self.machine = StateMachine.fresh(run, *vectors, epoch=epoch, buffers=buffers)
         self.processes: dict[str, Process] = {}
         self._workload = workload
         self._record = record
@@ -107,6 +115,9 @@ class Training:
             place = self.processes[name].places[number]
             self.machine.write_delivery(event, place.params)
             place.ticket = event.ticket
+            if place.wants_buffers:
+                self.processes[name].worker.mend(self._model())
+            place.buffers_kept, place.wants_buffers = False, place.buffers_kept and not place.wants_buffers
             places.append(place)
         return places
 
@@ -123,7 +134,7 @@ class Training:
         computed = process.worker.gradient(place.ticket.number, place.params, self._gradient)
         self._record.computed(time.perf_counter() - started)
         square = SquaredNorm(self._gradient).total()
-        if square is None or not all_finite(computed.float_buffers):
+        if square is None:
             self._refuse(now, place)
             return
         count = computed.samples if samples is None else samples
@@ -135,7 +146,7 @@ class Training:
             self._refuse(now, place)
             return
         self._refused_in_a_row = 0
-        place.ticket = None
+        place.ticket, place.buffers_kept = None, result.buffers_kept
         self._record.pushed(result, computed.loss)
         if not result.discarded and (result.iteration % self._evaluate_every == 0 or self.machine.state.finished):
             self.evaluate(now)

@@ -42,6 +42,9 @@ class SimulatedWorker(Protocol):
             out: for the gradient, mean over the mini-batch, weight decay added; shape (d,), float32; overwritten.
         """
 
+    def mend(self, model: Model) -> None:
+        """Take from this model the buffers that the server did not take from the worker, for their NaN or infinity."""
+
 
 class Workload(Protocol):
     """A model with its data. One object serves many simulations in turn.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ormo_protos.manifest import Manifest
+from ormo_protos.manifest import BUFFER, Manifest
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.store.errors import NotFinite, StoreError, listed
 from ormo_server.store.files import (
@@ -104,7 +104,7 @@ def read_files(directory: Path) -> Checkpoint:
         fields, rows, rest = document.fields, document.manifest, document.model_dump(exclude={"fields", "manifest"})
         manifest = Manifest.from_json(rows)
     tensors, _ = load_tensors(directory / STATE_FILE)
-    bad = non_finite(tensors)
+    bad = non_finite(tensors, buffers=("float_buffers",))
     if bad:
         raise StoreError(f"{directory / STATE_FILE} has NaN or infinite values in {listed(bad)}")
     return Checkpoint(Snapshot(tensors, fields), manifest, **rest)
@@ -126,11 +126,15 @@ def has_files(directory: Path) -> bool:
 
 
 def unsound(taken: Snapshot, manifest: Manifest) -> str:
-    """Names of the tensors of a state that can't be kept, for NaN or infinity in them; empty if all can be."""
+    """Names of the tensors of a state that can't be kept, for what `non_finite` says; empty if all can be."""
     tensors = taken.tensors
-    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).state_dict(manifest)
-    bad = non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
-    return listed(bad)
+    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)), manifest)
+    return listed(bad + non_finite({name: tensors[name] for name in tensors if name not in _MODEL_VECTORS}))
+
+
+def unsound_tensors(model: FlatModel, manifest: Manifest) -> list[str]:
+    """Names of the tensors of a model that have NaN, or are parameters and have infinity."""
+    return non_finite(model.state_dict(manifest), {spec.name for spec in manifest.tensors if spec.role == BUFFER})
 
 
 def model_of(directory: Path) -> Path:

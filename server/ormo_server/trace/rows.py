@@ -185,7 +185,8 @@ class _LearningRateSetRow(_InputRow):
 
 
 class _PushedRow(_InputRow):
-    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted.
+    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted. `buffers_kept` is
+    # written only where it is true: without it older programs read the row, too.
     event: Literal["pushed"] = "pushed"
     seconds: float
     worker: str
@@ -203,16 +204,26 @@ class _PushedRow(_InputRow):
     discarded: bool
     samples: Count
     iteration_after: Count
+    buffers_kept: Literal[True] | None = None
 
     def input(self, epoch: int) -> Pushed:
-        slot = (self.worker, self.slot)
+        slot, kept = (self.worker, self.slot), self.buffers_kept is not None
         return Pushed(
             self.seconds,
             Requester(self.worker, self.incarnation, self.slot, self.request),
             # Nobody can push for a ticket that was not delivered, and retries of a push are no inputs.
             Ticket(self.ticket_epoch, self.ticket, slot, self.iteration, self.bucket, self.handed_out_seconds, True),
             self.samples,
-            PushResult(self.request, epoch, self.iteration_after, self.delay, self.lag, self.step_size, self.discarded),
+            PushResult(
+                self.request,
+                epoch,
+                self.iteration_after,
+                self.delay,
+                self.lag,
+                self.step_size,
+                self.discarded,
+                buffers_kept=kept,
+            ),
         )
 
 
@@ -225,8 +236,8 @@ AnyRow = Start | InputRow
 
 def line_of(entry: Start | Input) -> bytes:
     """The line that an entry becomes."""
-    row = entry if isinstance(entry, Start) else row_of(entry)
-    return row.model_dump_json().encode() + b"\n"
+    text = entry.model_dump_json() if isinstance(entry, Start) else row_of(entry).model_dump_json(exclude_none=True)
+    return text.encode() + b"\n"
 
 
 def row_of(taken: Input) -> InputRow:
@@ -269,4 +280,5 @@ def _pushed(taken: Pushed) -> _PushedRow:
         discarded=result.discarded,
         samples=taken.samples,
         iteration_after=result.iteration,
+        buffers_kept=True if result.buffers_kept else None,
     )
