@@ -141,7 +141,8 @@ def _averaged_with_care(held: torch.Tensor, sent: torch.Tensor, weight: float) -
     if held.dtype == torch.float32:
         merged = torch.lerp(held.double(), sent.double(), weight).float()
     else:
-        merged = held * (1 - weight) + sent * weight
+        merged = torch.lerp(held, sent, weight)
+        merged = torch.where(merged.isfinite(), merged, held * (1 - weight) + sent * weight)
     # An infinity that the model began with has no mean with anything: it stays, or gives way to a number.
     return torch.where(held.isfinite(), merged, sent)
 

@@ -463,7 +463,8 @@ class RunHost:
         self._check_in_flight(manifest)
         elements = manifest.sizes["parameters"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
-        need = memory.need(self._run, elements, slots)
+        buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
+        need = memory.need(self._run, elements, slots, buffer_bytes)
         self.metrics.process.needs(need)
         self.checkpoint_bytes = need.checkpoint_bytes
         rule = self._run.method.rule
