@@ -1,5 +1,8 @@
 """A module's manifest: which tensors the server keeps, under which names."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from ormo_protos.manifest import (
     UNSPECIFIED,
 )
 from ormo_worker.errors import ModelUnusable
-from ormo_worker.module import ModelTensors, manifest_of
+from ormo_worker.module import ModelTensors, manifest_of, refuse_by_older_server
 from worker.models import Tied
 
 TENSORS = """
@@ -82,6 +85,76 @@ def test_buffers_are_found_again_after_the_module_has_replaced_them() -> None:
     assert tensors.float_buffers[0] is model.f16
 
 
+MERGES = [
+    ("running_mean", torch.zeros(1), AVERAGE),
+    ("inner.running_var", torch.zeros(1, dtype=torch.float64), AVERAGE),
+    ("running_mean", torch.zeros(1, dtype=torch.int64), LAST),  # no statistic
+    ("num_batches_tracked", torch.zeros((), dtype=torch.int32), MAXIMUM),
+    ("num_batches_tracked", torch.zeros(()), LAST),  # no counter
+    ("my_running_mean", torch.zeros(1), LAST),
+    ("running_mean.pointer", torch.zeros(1, dtype=torch.int64), LAST),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "merge"), MERGES)
+def test_the_last_part_of_a_buffers_name_says_how_it_is_merged(name: str, tensor: torch.Tensor, merge: int) -> None:
+    model = nn.Linear(1, 1)
+    *path, last = name.split(".")
+    owner: nn.Module = model
+    for part in path:
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.register_buffer(last, tensor)
+    assert manifest_of(model).tensors[-1].merge == merge
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Linear(1, 1)
+    model.register_buffer("held", tensor)
+    return model
+
+
+BECOMES = [
+    (lambda model: setattr(model, "held", torch.zeros(3)), "has become torch.float32 of shape (3,)"),
+    (lambda model: setattr(model, "held", torch.zeros(())), "has become torch.float32 of shape ()"),
+    (lambda model: model.held.resize_(5), "has become torch.float32 of shape (5,)"),
+    (lambda model: setattr(model, "held", torch.zeros(2).double()), "has become torch.float64 of shape (2,)"),
+    (lambda model: model.to(torch.bfloat16), "has become torch.bfloat16 of shape (2,)"),
+    (lambda model: setattr(model, "held", torch.zeros(2).to_sparse()), "has become torch.sparse_coo"),
+    (lambda model: setattr(model, "held", torch.zeros(1).expand(2)), "is a view with several elements"),
+    (lambda model: setattr(model, "held", None), "is no tensor any more"),
+    (lambda model: delattr(model, "held"), "is no tensor any more"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BECOMES)
+def test_a_buffer_that_is_not_what_it_was_gets_a_sentence_with_its_name(
+    change: Callable[[nn.Module], object], sentence: str
+) -> None:
+    model = with_buffer(torch.zeros(2))
+    tensors = ModelTensors(model)
+    change(model)
+    with pytest.raises(ModelUnusable) as caught:
+        _ = tensors.float_buffers
+    assert f"the buffer 'held' {sentence}" in str(caught.value)
+
+
+def test_the_bits_of_float64_are_read_and_written_in_its_place_also_where_it_is_a_column() -> None:
+    model = with_buffer(torch.arange(6, dtype=torch.float64).view(3, 2)[:, 1])
+    (seen,) = ModelTensors(model).int_buffers
+    assert seen.view(torch.float64).tolist() == [1.0, 3.0, 5.0]
+    seen.copy_(torch.tensor([1 + 1e-12, -math.inf, -0.0], dtype=torch.float64).view(torch.int64))
+    assert model.held.tolist() == [1 + 1e-12, -math.inf, -0.0]
+
+
+def test_an_older_server_is_told_from_a_newer_one_by_the_tensor_that_it_does_not_take() -> None:
+    refuse_by_older_server(manifest_of(with_buffer(torch.zeros(2))), "host:1")
+    with pytest.raises(ModelUnusable) as caught:
+        refuse_by_older_server(manifest_of(with_buffer(torch.zeros(2).double())), "host:1")
+    assert "the server at host:1 is older" in str(caught.value)
+    assert "torch.float64, as 'held' is: update the server" in str(caught.value)
+
+
 class WithExtraState(nn.Linear):
     def get_extra_state(self) -> dict[str, int]:
         return {"version": 1}
@@ -112,6 +185,7 @@ UNUSABLE = [
     (with_hidden_parameter, "the parameter 'bias' is not in the model's state_dict"),
     (with_shared_memory, "'1.weight' and '0.weight' are two tensors in the same memory"),
     (with_complex_buffer, "the buffer 'phase' is torch.complex64"),
+    (lambda: with_buffer(torch.zeros(2, 2).to_sparse()), "the tensor 'held' is torch.sparse_coo"),
     (lambda: nn.LazyLinear(1), "the tensor 'weight' has no shape yet: run one batch"),
     (lambda: nn.Linear(1, 1, device="meta"), "the tensor 'weight' is on the meta device"),
     (nn.Flatten, "a model has 1 to"),

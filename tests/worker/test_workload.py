@@ -126,6 +126,23 @@ def test_gradients_are_those_of_plain_autograd_and_buffers_the_workers_own(task:
         params = params - 0.1 * gradient
 
 
+def test_a_worker_takes_over_the_statistics_that_the_server_did_not_take_and_goes_on_with_its_own_others() -> None:
+    simulated = workload()
+    start = simulated.initial(3)
+    worker = simulated.start_worker(11, start)
+    _, pushed = computed(worker, start.params)
+    own = pushed.float_buffers.clone(), pushed.int_buffers.clone()
+    assert start.manifest is not None
+    mean = next(spec for spec in start.manifest.tensors if spec.name == "norm.running_mean")
+    place = slice(mean.offset, mean.offset + mean.elements)
+    pushed.float_buffers[mean.offset] = torch.nan
+    worker.mend(replace(start, float_buffers=start.float_buffers + 7))
+    expected = own[0].clone()
+    expected[place] = start.float_buffers[place] + 7
+    assert torch.equal(pushed.float_buffers, expected)
+    assert torch.equal(pushed.int_buffers, own[1])
+
+
 @pytest.mark.parametrize("task", ["digits", PECULIAR, "worker.peculiar:Random", "worker.peculiar:BFloat16"])
 def test_a_real_worker_pushes_the_same_bits(server: FakeServer, task: str) -> None:
     server.weight_decay = 0.01

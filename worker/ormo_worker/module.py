@@ -215,11 +215,10 @@ def _check_usable(entries: dict[str, _Entry]) -> None:
         tensor = entry.tensor
         if nn.parameter.is_lazy(tensor):
             raise ModelUnusable(f"the tensor {name!r} has no shape yet: run one batch through the model first")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else tensor.layout
+        if tensor.layout != torch.strided:
             raise ModelUnusable(
-                f"the tensor {name!r} is {kind}, and only dense ones can be kept on the server: convert it with "
-                ".to_dense(), or register it with persistent=False if it is a buffer that need not be kept"
+                f"the tensor {name!r} is {tensor.layout}, and only dense ones can be kept on the server: convert it "
+                "with .to_dense(), or register it with persistent=False if it is a buffer that need not be kept"
             )
         if tensor.is_meta:
             raise ModelUnusable(f"the tensor {name!r} is on the meta device and has no values: load them first")

@@ -114,6 +114,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.refusals: Counter[str] = Counter()
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
+        self._joins = 0  # of which the model has the server's buffers
         self._gathered: Copies | None = None
         self._in_flight = _checked_in_flight(in_flight)
         dtype = _wire_dtype(wire_dtype)
@@ -297,7 +298,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # With one slot nothing comes in before the gradient has left: one mirror serves both.
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
-        self._note_mended(incoming.load(mends=delivered.mends))
+        # Once a join: other slots bring the buffers, too, when the program has gone on with its own, and so does a
+        # slot some of whose own the server did not take.
+        mends = delivered.joins is not None and delivered.joins <= self._joins
+        self._note_mended(incoming.load(mends=mends))
+        self._joins = self._joins if delivered.joins is None else delivered.joins
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 

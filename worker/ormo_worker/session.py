@@ -33,14 +33,12 @@ class Ask:
         ticket: of the gradient that goes with it; None for no gradient.
         wants_next: whether it asks for the next ticket and its parameters.
         wants_buffers: whether these come with the model's buffers.
-        mends: whether these are only for what the server did not take of the worker's own.
     """
 
     request: int
     ticket: pb.Ticket | None
     wants_next: bool
     wants_buffers: bool
-    mends: bool = False
 
 
 # By reason, for calls that the server ended; its words are exact, so they go before the status code.
@@ -110,7 +108,6 @@ class SlotSession:
         self.refusal: pb.PushResult | None = None
         self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False)
         self._wants_buffers = True
-        self._has_buffers = False
 
     @property
     def ask(self) -> Ask:
@@ -154,7 +151,7 @@ class SlotSession:
         self.ticket = ticket
         # From now on the worker keeps its own, but for those that the server did not take. It may have said so after
         # it was asked for these parameters, which then came without.
-        self._has_buffers, self._wants_buffers = True, self._wants_buffers and not self._ask.wants_buffers
+        self._wants_buffers = self._wants_buffers and not self._ask.wants_buffers
         return Step.DONE
 
     def on_finished(self) -> Step:
@@ -180,7 +177,7 @@ class SlotSession:
 
     def on_joined(self) -> None:
         """The worker has joined, or joined again; the exchange in hand stays as it is."""
-        self._wants_buffers, self._has_buffers = True, False
+        self._wants_buffers = True
         self._ask = Ask(self._ask.request, self._ask.ticket, self._ask.wants_next, self._ask.wants_next)
 
     @property
@@ -189,5 +186,4 @@ class SlotSession:
         return self._ask.ticket is None or self.result is not None or self.refusal is not None
 
     def _next_request(self, ticket: pb.Ticket | None, *, wants_next: bool) -> None:
-        buffers = wants_next and self._wants_buffers
-        self._ask = Ask(self._ask.request + 1, ticket, wants_next, buffers, buffers and self._has_buffers)
+        self._ask = Ask(self._ask.request + 1, ticket, wants_next, wants_next and self._wants_buffers)

@@ -186,7 +186,7 @@ class Transfer:
         with self._loading:
             copies = self._way.from_payload()
             torch._foreach_copy_(self._tensors.parameters, self._parameters)
-            if mends:
+            if mends and self.payload.layout.with_buffers:
                 mended = self._tensors.mend(self._float_buffers, self._int_buffers)
             else:
                 self._load_buffers()
