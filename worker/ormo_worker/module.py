@@ -76,7 +76,7 @@ class ModelTensors:
         own = [(spec, entries[spec.name]) for spec in self.manifest.tensors if not spec.alias_of]
         self.parameters = [entry.tensor for spec, entry in own if spec.section == "parameters"]
         # Looked up each time: a module may put a new tensor in the place of a buffer.
-        buffers = [_Buffer(spec, entry, entry.tensor.dtype) for spec, entry in own if spec.role == BUFFER]
+        buffers = [_Buffer.of(spec, entry) for spec, entry in own if spec.role == BUFFER]
         self._float_buffers = [buffer for buffer in buffers if buffer.spec.section == "float_buffers"]
         self._int_buffers = [buffer for buffer in buffers if buffer.spec.section == "int_buffers"]
 
@@ -141,16 +141,33 @@ class _Buffer:
     spec: TensorSpec
     entry: _Entry
     dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, spec: TensorSpec, entry: _Entry) -> "_Buffer":
+        buffer = cls(spec, entry, entry.tensor.dtype, entry.tensor.shape)
+        buffer._checked(entry.tensor)
+        return buffer
 
     def current(self) -> Tensor:
-        tensor = self.entry.current()
+        tensor, joined = self.entry.current(), self.entry.tensor
+        if tensor is joined and joined.shape == self.shape and joined.dtype == self.dtype:
+            return joined  # most are, and all else that is asked of a tensor takes longer
+        return self._checked(tensor)
+
+    def _checked(self, tensor: object) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise ModelUnusable(f"the buffer {self.spec.name!r} is no tensor any more: {self._wanted()}")
-        if tensor.shape != self.spec.shape or tensor.dtype != self.dtype:
+        if tensor.shape != self.shape or tensor.dtype != self.dtype:
             became = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ModelUnusable(f"the buffer {self.spec.name!r} has become {became}: {self._wanted()}")
-        if tensor.layout != torch.strided or 0 in tensor.stride():
-            self._refuse_layout(tensor)
+        if tensor.layout != torch.strided:
+            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {tensor.layout}: {self._wanted()}")
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ModelUnusable(
+                f"the buffer {self.spec.name!r} is a view with several elements in one place in memory, as `expand` "
+                "makes them: give it memory of its own with .clone()"
+            )
         return tensor
 
     def bits(self) -> Tensor:
@@ -167,15 +184,6 @@ class _Buffer:
             own.copy_(server)
             return True
         return False
-
-    def _refuse_layout(self, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided:
-            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {tensor.layout}: {self._wanted()}")
-        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ModelUnusable(
-                f"the buffer {self.spec.name!r} is a view with several elements in one place in memory, as `expand` "
-                "makes them: give it memory of its own with .clone()"
-            )
 
     def _wanted(self) -> str:
         return (

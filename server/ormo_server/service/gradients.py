@@ -40,14 +40,14 @@ class FiniteNorm:
     """
 
     def __init__(self, payload: Payload) -> None:
+        self._payload = payload
         self._square = SquaredNorm(payload.parameters)
-        self._element_bytes = payload.parameters.element_size()
         self.seconds = 0.0
 
     def arrived(self, size: int) -> None:
         """The payload's first so many bytes are there."""
         started = time.perf_counter()
-        self._square.count(size // self._element_bytes)
+        self._square.count(size // self._payload.parameters.element_size())
         self.seconds += time.perf_counter() - started
 
     def norm(self) -> float | None:
