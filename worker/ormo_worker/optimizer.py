@@ -45,6 +45,7 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
+_SHOWN_BUFFERS = 3
 _FIXED = (
     "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
     "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
@@ -143,6 +144,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.refusals: Counter[str] = Counter()
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
+        self._joins = 0  # of which the model has the server's buffers
         self._gathered: Copies | None = None
         self._in_flight = _checked_in_flight(in_flight)
         self._dtype = _wire_dtype(wire_dtype)
@@ -382,7 +384,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # With one slot nothing comes in before the gradient has left: one mirror serves both.
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
-        incoming.load()
+        # Once a join: other slots bring the buffers, too, when the program has gone on with its own, and so does a
+        # slot some of whose own the server did not take.
+        mends = delivered.joins is not None and delivered.joins <= self._joins
+        self._note_mended(incoming.load(mends=mends))
+        self._joins = self._joins if delivered.joins is None else delivered.joins
         self._watch.loaded(incoming)
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
@@ -414,12 +420,24 @@ class RemoteOptimizer(torch.optim.Optimizer):
             said = "a gradient was lost, training goes on: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return
-        now = time.monotonic()
-        if now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:  # a loop that has diverged refuses every gradient
-            self._warned_at = now
+        if self._may_warn():  # a loop that has diverged refuses every gradient
             count = self.refusals[refusal.refusal]
             said = "the server refused a gradient, %d so far: %s"
             _LOG.warning(said, count, refusal.refusal_message, extra=about)
+
+    def _note_mended(self, buffers: list[str]) -> None:
+        if buffers and self._may_warn():
+            more = f" and {len(buffers) - _SHOWN_BUFFERS} more" if len(buffers) > _SHOWN_BUFFERS else ""
+            shown = ", ".join(map(repr, buffers[:_SHOWN_BUFFERS])) + more
+            said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
+            _LOG.warning(said, shown, extra=Fields(worker=self._client.identity.worker, iteration=self.iteration))
+
+    def _may_warn(self) -> bool:
+        now = time.monotonic()
+        if now - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
+            return False
+        self._warned_at = now
+        return True
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))

@@ -126,7 +126,7 @@ class Slot:
         if step is Step.FINISHED:
             self.close()
             return self._outcome(None, finished=True)
-        delivered = self._receiver.delivered() if self._session.ask.wants_next else None
+        delivered = self._receiver.delivered(self._joins) if self._session.ask.wants_next else None
         return self._outcome(delivered, finished=False)
 
     def _rejoin(self) -> None:

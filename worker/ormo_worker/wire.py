@@ -44,12 +44,14 @@ class Delivered:
         iteration: of the parameters.
         ticket: the right to push one gradient computed at them; None for readers.
         samples: that the run has counted so far.
+        joins: how often the worker had joined; None for readers.
     """
 
     payload: Payload
     iteration: pb.Iteration
     ticket: pb.Ticket | None
     samples: int
+    joins: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +212,12 @@ class DeliveryReceiver:
         """Of the delivery that has begun; None for one without."""
         return self._delivery.ticket if self._delivery.HasField("ticket") else None
 
-    def delivered(self) -> Delivered:
-        """What has arrived, once `accept` has said that it is complete."""
+    def delivered(self, joins: int | None = None) -> Delivered:
+        """What has arrived, once `accept` has said that it is complete; `joins` is passed on."""
         receiver, self._receiver = self._receiver, None
         assert receiver is not None
         assert receiver.complete
-        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples)
+        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples, joins)
 
     def _reused(self, layout: PayloadLayout) -> Payload:
         # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.

@@ -50,6 +50,7 @@ class PushResult:
         step_size: η times the step scale used; 0 if discarded.
         discarded: counted, not applied.
         repeated: an earlier result, given again to a retry.
+        buffers_kept: a buffer that came with it had NaN or infinity, and the server's stayed as it was.
     """
 
     request: int
@@ -60,6 +61,7 @@ class PushResult:
     step_size: float
     discarded: bool = False
     repeated: bool = False
+    buffers_kept: bool = False
 
 
 @dataclass(slots=True)
@@ -120,7 +122,7 @@ class State:
     Attributes:
         params: w, shape (d,), float32.
         float_buffers: shape (f,), float32, such as running means.
-        int_buffers: shape (i,), int64, such as counters.
+        int_buffers: shape (i,), int64, such as counters, or the bits of float64.
         rule: the update rule with its vectors.
         epoch: of the server, for new tickets.
         learning_rate: η in force, set when the newest bucket opened.

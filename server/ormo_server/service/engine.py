@@ -324,7 +324,7 @@ class Engine:
         try:
             if push.norm is None:
                 self._fail_unless_finite()
-                raise non_finite(requester, push)
+                raise non_finite(requester)
             if self._bounds.exceeded_by(push):
                 raise self._bounds.too_large(requester, push)
             return self._apply(requester, push, push.norm), None
@@ -395,7 +395,7 @@ class Engine:
             self.observations.discarded += 1
             return
         self._metrics.traffic.applied.inc()
-        self._metrics.gradients.applied(push.samples, norm)
+        self._metrics.gradients.applied(push.samples, norm, buffers_kept=result.buffers_kept)
         mine.apply(push, norm)
         self.observations.applied_with(result.delay)
         rate = self._machine.state.learning_rate

@@ -118,6 +118,7 @@ def push_result(result: PushResult) -> pb.PushResult:
         learning_rate=result.step_size,
         discarded=result.discarded,
         repeated=result.repeated,
+        buffers_kept=result.buffers_kept,
     )
 
 

@@ -229,7 +229,8 @@ class _LearningRateSetRow(_InputRow):
 
 
 class _PushedRow(_InputRow):
-    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted.
+    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted. `buffers_kept` is
+    # written only where it is true: without it older programs read the row, too.
     event: Literal["pushed"] = "pushed"
     seconds: float
     worker: str
@@ -247,16 +248,26 @@ class _PushedRow(_InputRow):
     discarded: bool
     samples: Count
     iteration_after: Count
+    buffers_kept: Literal[True] | None = None
 
     def input(self, epoch: int) -> Pushed:
-        slot = (self.worker, self.slot)
+        slot, kept = (self.worker, self.slot), self.buffers_kept is not None
         return Pushed(
             self.seconds,
             Requester(self.worker, self.incarnation, self.slot, self.request),
             # Nobody can push for a ticket that was not delivered, and retries of a push are no inputs.
             Ticket(self.ticket_epoch, self.ticket, slot, self.iteration, self.bucket, self.handed_out_seconds, True),
             self.samples,
-            PushResult(self.request, epoch, self.iteration_after, self.delay, self.lag, self.step_size, self.discarded),
+            PushResult(
+                self.request,
+                epoch,
+                self.iteration_after,
+                self.delay,
+                self.lag,
+                self.step_size,
+                self.discarded,
+                buffers_kept=kept,
+            ),
         )
 
 
@@ -304,12 +315,12 @@ def line_of(entry: Start | Entry) -> bytes:
     """The line that an entry becomes."""
     match entry:
         case Start():
-            row: AnyRow = entry
+            text = entry.model_dump_json()
         case Refused():
-            row = _RefusedRow.of(entry)
+            text = _RefusedRow.of(entry).model_dump_json()
         case _:
-            row = row_of(entry)
-    return row.model_dump_json().encode() + b"\n"
+            text = row_of(entry).model_dump_json(exclude_none=True)
+    return text.encode() + b"\n"
 
 
 def row_of(taken: Input) -> InputRow:
@@ -352,4 +363,5 @@ def _pushed(taken: Pushed) -> _PushedRow:
         discarded=result.discarded,
         samples=taken.samples,
         iteration_after=result.iteration,
+        buffers_kept=True if result.buffers_kept else None,
     )
