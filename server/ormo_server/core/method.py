@@ -124,6 +124,8 @@ class Run:
         stop_after_samples: the run ends when so many samples are counted; 0 for never.
         seed: where the workers' data seeds come from.
         delay_compensation: λ of the update rule `dc`, at least 0.
+        waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
+            waits for the next round. No run begins like this any more; files of earlier versions do.
 
     Raises:
         SettingsError: a value outside its limits, or values that contradict each other.
@@ -139,6 +141,7 @@ class Run:
     stop_after_samples: int = 0
     seed: int = 0
     delay_compensation: float = 0.04
+    waits_for_idle: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:

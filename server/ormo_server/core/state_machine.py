@@ -62,7 +62,7 @@ class StateMachine:
     def __init__(self, run: Run, state: State) -> None:
         self.run = run
         self.state = state
-        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound)
+        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound, waits_for_idle=run.waits_for_idle)
         self._scale = STEP_SCALES[run.method.scale]
         self._events: list[Event] = []
         self.listener: Callable[[Input], None] | None = None
@@ -169,6 +169,7 @@ class StateMachine:
         self._refuse_finished()
         if requester.request > slot.request:
             slot.request, slot.result = requester.request, None
+        slot.idle = False
         ticket = tickets.held(self.state, requester.slot_key)
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
@@ -195,6 +196,7 @@ class StateMachine:
         if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
             return False
         tickets.close(self.state, ticket)
+        self.state.slot(ticket.slot).idle = True
         if self.listener is not None:
             self.listener(Returned(now, worker, incarnation, key))
         self._hand_out(now)

@@ -5,10 +5,13 @@ from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.state import State, Ticket
 
 
-def hand_out(state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool) -> Ticket:
-    """Give a slot that has none a ticket at the current iteration."""
+def hand_out(
+    state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool, iteration: int | None = None
+) -> Ticket:
+    """Give a slot that has none a ticket at this iteration; None for the current one."""
     assert state.slot(slot).ticket is None, "a slot holds at most one ticket"
-    ticket = Ticket(state.epoch, state.next_ticket, slot, state.iteration, bucket, now, delivered)
+    ite = state.iteration if iteration is None else iteration
+    ticket = Ticket(state.epoch, state.next_ticket, slot, ite, bucket, now, delivered)
     state.next_ticket += 1
     state.tickets[ticket.key] = ticket
     state.slot(slot).ticket = ticket.key
@@ -44,7 +47,15 @@ def close(state: State, ticket: Ticket) -> None:
     drop_delivered_round(state)
 
 
+def of_opening(state: State) -> Ticket | None:
+    """The oldest ticket in flight if the open round began with it: others may come into the round; None if not."""
+    oldest = next(iter(state.tickets.values()), None)
+    return oldest if oldest is not None and oldest.number < state.round_tickets[1] else None
+
+
 def drop_delivered_round(state: State) -> None:
-    """Forget the parameters of the round's opening once all of its tickets in flight have been delivered."""
-    if state.round_params is not None and all(ticket.delivered for ticket in state.tickets.values()):
+    """Forget the parameters of the round's opening once nobody can get them any more."""
+    if state.round_params is None or of_opening(state) is not None:
+        return
+    if all(ticket.delivered for ticket in state.tickets.values()):
         state.round_params = None

@@ -421,7 +421,7 @@ class RunHost:
             manifest,
             drained=False,
             clock_seconds=self.clock(),
-            settings=self._settings_as_json(),
+            settings=self.settings.recorded(),
             journal_log=self._journal.log,
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
@@ -516,7 +516,7 @@ class RunHost:
             state, clock_seconds, journal_log = engine.snapshot()
             engine.settle_all()  # the log that it names must be there, and the directory ours
             checkpoint = Checkpoint(
-                state, engine.manifest, drained, clock_seconds, self._settings_as_json(), journal_log
+                state, engine.manifest, drained, clock_seconds, self.settings.recorded(), journal_log
             )
             path = self._store.write(checkpoint)
         except (StoreError, NotReady, DiskFull, MemoryError) as error:
@@ -542,9 +542,6 @@ class RunHost:
         self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
         self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
         return seconds
-
-    def _settings_as_json(self) -> dict[str, object]:
-        return self.settings.model_dump(mode="json")
 
 
 def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:

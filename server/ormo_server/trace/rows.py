@@ -2,6 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,6 +27,7 @@ from ormo_server.core.inputs import (
     Returned,
     Withdrawn,
 )
+from ormo_server.core.method import Run
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
@@ -41,11 +43,16 @@ class TracedSettings(TrainingSettings):
 
     min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before so many had joined")
     max_workers: int = Field(64, ge=1, description="further workers were refused")
+    waits_for_idle: bool = Field(True, description="rounds waited for idle workers: they did before files said so")
 
     @property
     def workers_allowed(self) -> tuple[int, int]:
         """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
+
+    def run(self) -> Run:
+        """See `TrainingSettings.run`."""
+        return replace(super().run(), waits_for_idle=self.waits_for_idle)
 
 
 def _number(value: object) -> object:
