@@ -137,6 +137,14 @@ def test_settings_of_the_start_row_make_the_run_that_was_served(tmp_path: Path) 
     assert segment.start.training().run() == served.run()
 
 
+def test_a_start_row_without_the_rules_in_force_is_of_the_time_before_they_were_written() -> None:
+    told = ServerSettings(method="asgd-da").recorded()
+    now = {name: value for name, value in told.items() if name in TracedSettings.model_fields}
+    before = {name: value for name, value in now.items() if name not in ("delay_threshold", "waits_for_idle")}
+    runs = [start_of(settings=settings).training().run() for settings in (now, before)]
+    assert [(run.method.delay_threshold, run.waits_for_idle) for run in runs] == [(1.0, False), (2.0, True)]
+
+
 # What is no trace
 
 

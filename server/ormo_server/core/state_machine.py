@@ -289,7 +289,9 @@ class StateMachine:
         lag = max(0, state.newest_bucket - ticket.bucket)
         learning_rate = self.learning_rate.at(state.iteration) if opened else state.learning_rate
         of_slots = partial(state.seconds_of_slots, state.slot(ticket.slot), seconds)
-        step_size = learning_rate * self._scale(Timing(counted_delay, size, seconds, of_slots))
+        step_size = learning_rate * self._scale(
+            Timing(counted_delay, size, self.run.method.delay_threshold, seconds, of_slots)
+        )
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
     @staticmethod

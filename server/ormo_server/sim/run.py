@@ -176,5 +176,5 @@ def _followed(settings: SimSettings) -> Segment:
 
 def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:
     told = {name: getattr(settings, name) for name in settings.model_fields_set}
-    recorded = {name: value for name, value in segment.start.settings.items() if name in TrainingSettings.model_fields}
+    recorded = segment.start.training().model_dump(include=set(TrainingSettings.model_fields))
     return SimSettings(**(recorded | told))

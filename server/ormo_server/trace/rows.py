@@ -43,6 +43,7 @@ class TracedSettings(TrainingSettings):
 
     min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before so many had joined")
     max_workers: int = Field(64, ge=1, description="further workers were refused")
+    delay_threshold: float | None = Field(2.0, description="as `TrainingSettings`; 2 before files said so")
     waits_for_idle: bool = Field(True, description="rounds waited for idle workers: they did before files said so")
 
     @property
