@@ -64,7 +64,7 @@ class ServerSettings(TrainingSettings):
         gt=0,
         le=LONGEST_SECONDS,
         description="seconds that a live worker may keep a ticket; none: without limit where nobody waits, else "
-        "20 times the median, at least 60",
+        "20 times the median, at least 60, and 600 before the first push",
     )
 
     # What gradients are taken

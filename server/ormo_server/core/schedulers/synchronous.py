@@ -19,7 +19,7 @@ class Synchronous(Scheduler):
     Nobody can tell a worker that is idle from one that computes for long, but by the time limit of tickets: it ends one
     round for the idle one, and the rounds after that do without it until it asks. So that whoever joins waits for
     nobody, it comes into the open round, and so does whoever asks anew for a ticket that was lost. That makes the round
-    longer, so it ends with the last of the tickets that the round began with: else processes that come and go, or many
+    longer, so it takes in nobody once all tickets are gone that it began with: else processes that come and go, or many
     that come one after the other, would keep it open for ever.
 
     Every ticket in flight belongs to the open round, so the set needs no record of its own.
