@@ -253,11 +253,14 @@ class Workers(RuleBasedStateMachine):
 
     @invariant()
     def an_undelivered_ticket_has_its_parameters(self) -> None:
-        in_flight = self.state.tickets.values()
-        first, end = self.state.round_tickets
-        may_come_in = any(first <= ticket.number < end for ticket in in_flight)
-        undelivered = any(not ticket.delivered for ticket in in_flight)
-        assert (undelivered or may_come_in) == (self.state.round_params is not None)
+        undelivered = any(not ticket.delivered for ticket in self.state.tickets.values())
+        needed = undelivered or self.may_come_in()
+        assert needed == (self.state.round_params is not None)
+
+    def may_come_in(self) -> bool:
+        end = self.state.round_tickets[1]
+        of_opening = any(ticket.number < end for ticket in self.state.tickets.values())
+        return of_opening or (bool(self.state.tickets) and end > 0 and self.state.next_ticket < end + 4)
 
     @invariant()
     def somebody_can_go_on(self) -> None:
@@ -311,10 +314,9 @@ class SynchronousWorkers(Workers):
 
     @invariant()
     def nobody_is_kept_out_of_a_round_that_may_be_come_into_but_who_has_pushed_in_it(self) -> None:
-        first, end = self.state.round_tickets
-        if any(ticket.number < end for ticket in self.state.tickets.values()):
+        if self.may_come_in():
             redeemed = [self.state.slot(key).redeemed for key in self.state.waiting]
-            assert all(key is not None and key[1] >= first for key in redeemed)
+            assert all(key is not None and key[1] >= self.state.round_tickets[0] for key in redeemed)
 
     @invariant()
     def all_of_a_round_have_its_bucket_and_the_iteration_of_its_opening(self) -> None:

@@ -141,30 +141,31 @@ def test_who_has_pushed_in_a_round_waits_for_the_next() -> None:
     assert driver.request("a") is None
 
 
-def test_a_round_takes_nobody_in_once_only_those_are_left_who_came_after_its_opening() -> None:
-    driver = rounds_of("a", "b")
-    driver.push("a", 1.0)
+def test_a_round_takes_in_four_at_most_once_only_those_are_left_who_came_after_its_opening() -> None:
+    driver = rounds_of("a")
     driver.join("late")
     driver.request("late")
-    driver.push("b", 1.0)
-    driver.join("later")
-    assert driver.request("later") is None
+    driver.push("a", 1.0)
+    for worker in ("l2", "l3", "l4"):
+        driver.join(worker)
+        assert driver.request(worker) is not None
+    driver.join("l5")
+    assert driver.request("l5") is None
     assert driver.machine.state.round_params is None
-    driver.push("late", 1.0)
-    granted = driver.places["later", 0].granted
+    for worker in ("late", "l2", "l3", "l4"):
+        driver.push(worker, 1.0)
+    granted = driver.places["l5", 0].granted
     assert granted is not None
     assert granted.ticket.bucket == 1
 
 
-def test_processes_that_crash_again_and_again_keep_no_round_open() -> None:
+def test_a_joiner_does_not_wait_for_an_idle_one_that_came_into_the_same_round() -> None:
     driver = rounds_of("a")
-    driver.join("crashing")
-    for incarnation in range(2, 10):
-        driver.request("crashing")
-        driver.join("crashing", incarnation=incarnation)
-        if incarnation == 5:
-            driver.push("a", 1.0)
-            assert driver.request("a") is not None
+    driver.join("idle")
+    driver.request("idle")
+    driver.push("a", 1.0)
+    driver.join("b")
+    assert driver.request("b") is not None
 
 
 def test_a_worker_that_asks_again_and_again_keeps_no_round_open() -> None:
@@ -176,7 +177,7 @@ def test_a_worker_that_asks_again_and_again_keeps_no_round_open() -> None:
     driver.push("a", 1.0)
     driver.request("a")
     assert driver.places["a", 0].granted is None
-    driver.request("again")
+    driver.request("again")  # it held the last ticket of the round
     assert driver.places["a", 0].granted is not None
 
 
@@ -301,8 +302,9 @@ def test_the_openings_parameters_are_kept_as_long_as_somebody_may_come_into_the_
     driver.push("a", 1.0)
     assert driver.machine.state.round_params is not None
     driver.push("b", 1.0)
-    assert driver.machine.state.round_params is None
-    assert driver.machine.state.tickets
+    assert driver.machine.state.round_params is not None  # it may take in three more
+    driver.push("late", 1.0)
+    assert driver.machine.state.round_tickets == (4, 7)  # the next round
 
 
 @pytest.mark.parametrize("last", ["request", "leave"])

@@ -4,6 +4,10 @@ from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.state import State, Ticket
 
+# So many may be idle, one after the other, and the next who joins waits for none of them still. More would let those
+# who have pushed in a round wait for longer while many workers start.
+MOST_LATE = 4
+
 
 def hand_out(
     state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool, iteration: int | None = None
@@ -47,15 +51,20 @@ def close(state: State, ticket: Ticket) -> None:
     drop_delivered_round(state)
 
 
-def of_opening(state: State) -> Ticket | None:
-    """The oldest ticket in flight if the open round began with it: others may come into the round; None if not."""
-    oldest = next(iter(state.tickets.values()), None)
-    return oldest if oldest is not None and oldest.number < state.round_tickets[1] else None
+def to_come_in(state: State) -> Ticket | None:
+    """A ticket of the open round, if others may come into it; None if not.
+
+    They may as long as tickets are in flight that the round began with, and then until it has `MOST_LATE` others.
+    """
+    oldest, (_, end) = next(iter(state.tickets.values()), None), state.round_tickets
+    if oldest is None or not end:
+        return None
+    return oldest if oldest.number < end or state.next_ticket - end < MOST_LATE else None
 
 
 def drop_delivered_round(state: State) -> None:
     """Forget the parameters of the round's opening once nobody can get them any more."""
-    if state.round_params is None or of_opening(state) is not None:
+    if state.round_params is None or to_come_in(state) is not None:
         return
     if all(ticket.delivered for ticket in state.tickets.values()):
         state.round_params = None

@@ -19,8 +19,8 @@ class Synchronous(Scheduler):
     Nobody can tell a worker that is idle from one that computes for long, but by the time limit of tickets: it ends one
     round for the idle one, and the rounds after that do without it until it asks. So that whoever joins waits for
     nobody, it comes into the open round, and so does whoever asks anew for a ticket that was lost. That makes the round
-    longer, so it takes in nobody once all tickets are gone that it began with: else processes that come and go, or many
-    that come one after the other, would keep it open for ever.
+    longer, so it takes in only some once all tickets are gone that it began with: else processes that come and go, or
+    many that come one after the other, would keep it open for ever.
 
     Every ticket in flight belongs to the open round, so the set needs no record of its own.
     """
@@ -60,10 +60,10 @@ class Synchronous(Scheduler):
 
     def _late_ticket(self, state: State, slot: SlotKey, now: float) -> Ticket | None:
         """One of the open round, for a slot that has not pushed in it; None if the round takes nobody in any more."""
-        opening, redeemed = tickets.of_opening(state), state.slot(slot).redeemed
-        if opening is None or (redeemed is not None and redeemed[1] >= state.round_tickets[0]):
+        of_round, redeemed = tickets.to_come_in(state), state.slot(slot).redeemed
+        if of_round is None or (redeemed is not None and redeemed[1] >= state.round_tickets[0]):
             return None
-        return tickets.hand_out(state, slot, opening.bucket, now, delivered=False, iteration=opening.iteration)
+        return tickets.hand_out(state, slot, of_round.bucket, now, delivered=False, iteration=of_round.iteration)
 
     def count_applied(self, state: State, bucket_size: int) -> None:  # noqa: ARG002
         """See `Scheduler.count_applied`. The bucket is the number of the round."""
