@@ -72,6 +72,7 @@ def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
     fields["replaced"] = [list(key) for key in state.replaced]
     fields["departed"] = {worker: _row(process) for worker, process in state.departed.items()}
     fields["waiting"] = [list(key) for key in state.waiting]
+    fields["round_tickets"] = list(state.round_tickets)
     return Snapshot(_copies(views) if copied else views, fields)
 
 
@@ -167,6 +168,9 @@ def _state(run: Run, snapshot: Snapshot) -> State:
     state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
     state.departed = {worker: _departed(row) for worker, row in fields["departed"].items()}
     state.round_params = tensors.get("round_params")
+    # Earlier versions let nobody into a round that was open.
+    first, end = fields.get("round_tickets", (0, 0))
+    state.round_tickets = (first, end)
     return state
 
 
@@ -187,6 +191,7 @@ def _slot(row: Mapping[str, Any]) -> Slot:
         None if result is None else PushResult(**result),
         _ticket_key(row.get("redeemed")),
         row.get("ticket_seconds"),
+        row.get("idle", False),
     )
 
 

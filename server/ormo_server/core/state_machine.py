@@ -67,7 +67,7 @@ class StateMachine:
     def __init__(self, run: Run, state: State, buffers: Buffers | None = None) -> None:
         self.run = run
         self.state = state
-        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound)
+        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound, waits_for_idle=run.waits_for_idle)
         self._scale = STEP_SCALES[run.method.scale]
         sizes = state.float_buffers.numel(), state.int_buffers.numel()
         self._merging = Merging(Buffers.unnamed(*sizes) if buffers is None else buffers)
@@ -178,6 +178,7 @@ class StateMachine:
         self._refuse_finished()
         if requester.request > slot.request:
             slot.request, slot.result = requester.request, None
+        slot.idle = False
         ticket = tickets.held(self.state, requester.slot_key)
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
@@ -204,6 +205,7 @@ class StateMachine:
         if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
             return False
         tickets.close(self.state, ticket)
+        self.state.slot(ticket.slot).idle = True
         if self.listener is not None:
             self.listener(Returned(now, worker, incarnation, key))
         self._hand_out(now)
@@ -302,7 +304,9 @@ class StateMachine:
         lag = max(0, state.newest_bucket - ticket.bucket)
         learning_rate = self.learning_rate.at(state.iteration) if opened else state.learning_rate
         of_slots = partial(state.seconds_of_slots, state.slot(ticket.slot), seconds)
-        step_size = learning_rate * self._scale(Timing(counted_delay, size, seconds, of_slots))
+        step_size = learning_rate * self._scale(
+            Timing(counted_delay, size, self.run.method.delay_threshold, seconds, of_slots)
+        )
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
     @staticmethod

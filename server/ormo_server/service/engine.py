@@ -200,6 +200,8 @@ class Engine:
                 holder = members[ticket.slot[0]]
                 machine.return_ticket(now, holder.worker, holder.incarnation, ticket.key)
                 self._pass_on()
+            if overdue:
+                self._ticket_timeout.lapsed()
         self._report_expired([member.worker for member in lapsed], overdue)
         return [(member.worker, member.incarnation) for member in lapsed]
 

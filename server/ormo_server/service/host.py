@@ -430,7 +430,7 @@ class RunHost:
             manifest,
             drained=False,
             clock_seconds=self.clock(),
-            settings=self._settings_as_json(),
+            settings=self.settings.recorded(),
             journal_log=self._journal.log,
             frozen=frozen,
         )
@@ -533,7 +533,7 @@ class RunHost:
         try:
             state, clock_seconds, journal_log = engine.snapshot()
             engine.settle_all()  # the log that it names must be there, and the directory ours
-            settings = self._settings_as_json()
+            settings = self.settings.recorded()
             checkpoint = Checkpoint(
                 state, engine.manifest, drained, clock_seconds, settings, journal_log, frozen=engine.frozen
             )
@@ -561,9 +561,6 @@ class RunHost:
         self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
         self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
         return seconds
-
-    def _settings_as_json(self) -> dict[str, object]:
-        return self.settings.model_dump(mode="json")
 
 
 def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:

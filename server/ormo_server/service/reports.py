@@ -37,7 +37,10 @@ def overdue(ticket: Ticket, iteration: int) -> None:
     worker, slot = ticket.slot
     about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=iteration)
     log.warning(
-        "a ticket of worker %s was out for too long and is void; the worker stays a member", worker, extra=about
+        "a ticket of worker %s was out for too long and is void; the worker stays a member, and nobody waits for it "
+        "until it asks for another",
+        worker,
+        extra=about,
     )
 
 

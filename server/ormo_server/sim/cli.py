@@ -50,7 +50,7 @@ def simulate(argv: Sequence[str]) -> int:
     finally:
         directory.close()
     wall_seconds = time.perf_counter() - started
-    described = {"settings": plan.settings.model_dump(mode="json", exclude={"directory"}), **result.summary}
+    described = {"settings": plan.settings.recorded(), **result.summary}
     directory.complete(result.record, described | _cost(result, wall_seconds))
     if settings.plots:
         draw([directory.path], directory.path)

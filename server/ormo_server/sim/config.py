@@ -1,7 +1,7 @@
 """The settings of `ormo-sim`."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -100,6 +100,12 @@ class SimSettings(TrainingSettings):
                 "that out, or use --compute-time trace:FILE"
             )
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON holds them, for summaries: with the delay threshold in force."""
+        return self.model_dump(mode="json", exclude={"directory"}) | {
+            "delay_threshold": self.run().method.delay_threshold
+        }
 
     def changes(self) -> list[Change]:
         """Who joins, leaves and crashes when."""

@@ -35,8 +35,8 @@ _LEGEND_CHARACTERS = 120
 _LARGEST_LINEAR_RATIO = 4.0
 # A palette makes the files three times smaller, and fewer colours would show in the bands.
 _COLORS = 192
-_IN_METHOD_NAME = ("method", "update_rule", "step_scale", "scheduler", "staleness_bound", "discard_delay")
-_IGNORED_DIFFERENCES = frozenset((*_IN_METHOD_NAME, "seed", "directory", "plots", "target_accuracy"))
+_OF_METHOD = ("method", "update_rule", "step_scale", "delay_threshold", "scheduler", "staleness_bound", "discard_delay")
+_IGNORED_DIFFERENCES = frozenset((*_OF_METHOD, "seed", "directory", "plots", "target_accuracy"))
 
 
 class Style(NamedTuple):

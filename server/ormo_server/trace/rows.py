@@ -3,7 +3,7 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -30,6 +30,7 @@ from ormo_server.core.inputs import (
     Withdrawn,
 )
 from ormo_server.core.keys import TicketKey
+from ormo_server.core.method import Run
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
@@ -67,6 +68,8 @@ class TracedSettings(TrainingSettings):
     max_workers: int = Field(64, ge=1, description="further workers were refused")
     max_gradient_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of a gradient")
     over_norm: Literal["clip", "refuse"] = Field("clip", description="what became of longer ones")
+    delay_threshold: float | None = Field(2.0, description="as `TrainingSettings`; 2 before files said so")
+    waits_for_idle: bool = Field(True, description="rounds waited for idle workers: they did before files said so")
 
     @property
     def workers_allowed(self) -> tuple[int, int]:
@@ -77,6 +80,10 @@ class TracedSettings(TrainingSettings):
     def clipped_at(self) -> float | None:
         """The norm that longer gradients were scaled down to; None if none was."""
         return self.max_gradient_norm if self.over_norm == "clip" else None
+
+    def run(self) -> Run:
+        """See `TrainingSettings.run`."""
+        return replace(super().run(), waits_for_idle=self.waits_for_idle)
 
 
 def _number(value: object) -> object:
