@@ -35,7 +35,7 @@ BAD_SETTINGS_EXIT_CODE = 2
 LONGEST_SECONDS = 1e9
 # What an int64 of the contract holds.
 MOST = 2**63 - 1
-_HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
+_HOST_AND_PORT = re.compile(r"(?:[^:/@\s]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
 
 
 class Settings(BaseSettings):
@@ -193,7 +193,9 @@ def checked_address(value: str, *, lowest_port: int) -> str:
     """
     match = _HOST_AND_PORT.fullmatch(value)
     if match is None or not lowest_port <= int(match.group(1)) <= 65535:
-        raise ValueError(f"expected HOST:PORT with a port from {lowest_port} to 65535, as in 127.0.0.1:50051")
+        raise ValueError(
+            f"expected HOST:PORT with a port from {lowest_port} to 65535 and no scheme, as in 127.0.0.1:50051"
+        )
     return value
 
 

@@ -18,6 +18,7 @@ from prometheus_client import (
 )
 
 from ormo_protos.http_port import HttpPort
+from ormo_worker.arguments import address
 from ormo_worker.errors import OptionRefused
 from ormo_worker.observer import Observer, Outcome, Stage
 
@@ -146,14 +147,14 @@ class Exporter:
         registry: what is scraped.
 
     Raises:
-        OptionRefused: that address can't be had.
+        OptionRefused: it is no address, or can't be had.
     """
 
     def __init__(self, listen: str, registry: CollectorRegistry) -> None:
         self._port: HttpPort | None = None
         if not listen:
             return
-        host, _, port = listen.rpartition(":")
+        host, _, port = address("metrics_listen", listen, lowest_port=0).rpartition(":")
         try:
             self._port = HttpPort(host, int(port), make_wsgi_app(registry))
         except OSError as error:
