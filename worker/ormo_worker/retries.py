@@ -101,7 +101,7 @@ class RetryLoop:
     """Makes attempts until one succeeds.
 
     Args:
-        server: its address, for logs and errors.
+        server: where it is, for logs and errors.
         patience: how long to go on.
         signs: of the server's life.
         closed: ends all pauses.

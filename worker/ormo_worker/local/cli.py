@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ormo_protos.dialling import UnaryStub
+from ormo_protos.dialling import Dialer, UnaryStub
 from ormo_protos.interruption import leave_if_asked, leave_on_signals
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -102,7 +102,7 @@ def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
 
 
 def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
-    with grpc.insecure_channel(cluster.address) as channel, Live(console=console, refresh_per_second=4) as live:
+    with Dialer(cluster.address, None).dial() as channel, Live(console=console, refresh_per_second=4) as live:
         stub = UnaryStub(channel)
         reported: set[str] = set()
         while True:
