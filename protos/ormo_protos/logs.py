@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
 
-from ormo_protos.patient_stream import open_standard_streams, patient
+from ormo_protos.patient_stream import patient
 
 LogFormat = Literal["text", "json"]
 
@@ -96,7 +96,6 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
         form: how lines look.
         about: fields of every record, such as the worker that the process is.
     """
-    open_standard_streams()
     lines = formatter(form, about)
     handler = logging.StreamHandler(patient(sys.stderr, functools.partial(_apology, lines)))
     handler.setFormatter(lines)

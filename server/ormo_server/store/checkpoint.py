@@ -85,7 +85,7 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     rows = json.dumps(checkpoint.manifest.to_json(), separators=(",", ":"))
     save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
     save_tensors(directory / STATE_FILE, tensors, {"format": "pt"})
-    (directory / DOCUMENT_FILE).write_text(document)
+    (directory / DOCUMENT_FILE).write_text(document, encoding="utf-8")
     write_sums(directory, _FILES)
     for name in (*_FILES, SUMS_FILE):
         sync(directory / name)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ormo_protos.dialling import Dialer, UnaryStub
 from ormo_protos.interruption import leave_if_asked, leave_on_signals
+from ormo_protos.process import prepare_process
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.local.cluster import Cluster, ClusterError
@@ -61,6 +62,7 @@ class Progress:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a local training; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
+    prepare_process()
     settings = load_settings(LocalSettings, sys.argv[1:] if argv is None else argv, program="ormo-local")
     console = Console()
     cluster, progress = Cluster(settings), Progress()

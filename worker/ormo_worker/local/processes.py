@@ -44,7 +44,8 @@ class Child:
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # a task may print anything, and who does not read it to its end stops it
             )
 
     @property
