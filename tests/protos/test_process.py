@@ -30,7 +30,7 @@ HELPS: list[tuple[Main, list[str]]] = [
 ]
 
 
-ENCODINGS = ["ascii", "latin-1", "koi8-r"]
+ENCODINGS = ["ascii", "latin-1"]
 
 
 def printed(encoding: str, program: Callable[[], object]) -> str:
