@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +110,8 @@ class Curve:
 
 class PlotSettings(Settings):
     """Draw finished simulations: runs that differ in nothing but their seed become one line with a band."""
+
+    flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "into"})
 
     runs: tuple[Path, ...] = Field(description="directories of finished simulations")
     into: Path = Field(description="directory for the pictures")

@@ -91,7 +91,7 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
     state = tensors | ({_FROZEN: frozen} if frozen.numel() else {})
     save_tensors(directory / STATE_FILE, state, {"format": "pt"})
-    (directory / DOCUMENT_FILE).write_text(document)
+    (directory / DOCUMENT_FILE).write_text(document, encoding="utf-8")
     write_sums(directory, _FILES)
     for name in (*_FILES, SUMS_FILE):
         sync(directory / name)
