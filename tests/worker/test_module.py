@@ -20,7 +20,7 @@ from ormo_protos.manifest import (
     UNSPECIFIED,
 )
 from ormo_worker.errors import ModelUnusable
-from ormo_worker.module import ModelTensors, manifest_of, refuse_by_older_server
+from ormo_worker.module import ModelTensors, manifest_of
 from worker.models import Tied
 
 TENSORS = """
@@ -145,14 +145,6 @@ def test_the_bits_of_float64_are_read_and_written_in_its_place_also_where_it_is_
     assert seen.view(torch.float64).tolist() == [1.0, 3.0, 5.0]
     seen.copy_(torch.tensor([1 + 1e-12, -math.inf, -0.0], dtype=torch.float64).view(torch.int64))
     assert model.held.tolist() == [1 + 1e-12, -math.inf, -0.0]
-
-
-def test_an_older_server_is_told_from_a_newer_one_by_the_tensor_that_it_does_not_take() -> None:
-    refuse_by_older_server(manifest_of(with_buffer(torch.zeros(2))), "host:1")
-    with pytest.raises(ModelUnusable) as caught:
-        refuse_by_older_server(manifest_of(with_buffer(torch.zeros(2).double())), "host:1")
-    assert "the server at host:1 is older" in str(caught.value)
-    assert "torch.float64, as 'held' is: update the server" in str(caught.value)
 
 
 class WithExtraState(nn.Linear):

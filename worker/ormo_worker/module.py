@@ -40,21 +40,6 @@ def manifest_of(model: nn.Module) -> Manifest:
     return ModelTensors(model).manifest
 
 
-def refuse_by_older_server(manifest: Manifest, server: str) -> None:
-    """Nothing, if a server that knows no tensors but those of float32, bfloat16 and int64 can take this model.
-
-    Raises:
-        ModelUnusable: it has a buffer in float64; the sentence names it.
-    """
-    double = next((spec.name for spec in manifest.tensors if spec.dtype == FLOAT64), None)
-    if double is not None:
-        raise ModelUnusable(
-            f"the server at {server} is older than this worker and takes no buffers in torch.float64, as {double!r} "
-            "is: update the server, convert the buffer to torch.float32, or register it with persistent=False if it "
-            "need not be kept"
-        )
-
-
 class ModelTensors:
     """The model's distinct tensors, without aliases, in the order of the payload's sections.
 
