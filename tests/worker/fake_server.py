@@ -153,7 +153,7 @@ class FakeServer(ParameterServerServicer):
         if self.finished:
             refuse("FAILED_PRECONDITION", Reason.FINISHED)(context)
         if self.manifest is None:
-            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10, manifest_version=1))
+            return pb.JoinResponse(model_wanted=pb.ModelWanted(lease_seconds=10))
         self.members[request.worker] = request.incarnation
         settings = pb.RunSettings(method="fake", weight_decay=self.weight_decay, learning_rate=LEARNING_RATE)
         welcome = pb.Welcome(
