@@ -11,9 +11,11 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
 from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, Refused
+from ormo_worker.evaluation import Evaluator, evaluations
 from ormo_worker.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
+from worker.lines import Lines
 
 RATE, MOMENTUM = 0.125, 0.5
 
@@ -250,6 +252,51 @@ def test_an_older_server_in_the_place_of_a_newer_one_is_an_error_of_one_sentence
         server.manifest = None
         with pytest.raises(OlderServer, match="does not know frozen parameters, and this model has some: update"):
             step(model, optimizer, 1)
+
+
+# Readers
+
+
+class Adapting(Lines):
+    """A task whose model has a base, or none that is frozen."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 1).requires_grad_(not self.frozen), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("trains_all", "reads_all"), [(False, False), (False, True), (True, False)])
+def test_an_evaluator_reads_whatever_the_run_trains(tmp_path: Path, trains_all: bool, reads_all: bool) -> None:
+    model = Adapting(frozen=not trains_all).build_model()
+    evaluator = Evaluator(Adapting(frozen=not reads_all), torch.device("cpu"), 2)
+    with (
+        served(tmp_path) as server,
+        joined(model, server) as optimizer,
+        evaluator.client(server.address, Patience(10.0)) as client,
+    ):
+        for _ in range(2):
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+            (found,) = evaluations(evaluator, client, 1.0, once=True)
+            score = Adapting(frozen=True).score(model, (torch.tensor([[1.0], [2.0], [3.0]]), TARGETS))
+            assert found.score.mean_loss == pytest.approx(score.mean_loss)
+
+
+TARGETS = torch.tensor([[3.0], [6.0], [9.0]])
+
+
+def test_an_evaluator_of_another_model_is_told_so(tmp_path: Path) -> None:
+    evaluator = Evaluator(Adapting(frozen=True), torch.device("cpu"), 2)
+    with (
+        served(tmp_path) as server,
+        joined(Adapted(), server),
+        evaluator.client(server.address, Patience(10.0)) as client,
+        pytest.raises(ModelMismatch, match="give the server and this program the same model"),
+    ):
+        evaluator.pull(client, None)
 
 
 # What changes later
