@@ -135,7 +135,7 @@ class Payload:
     def __init__(self, layout: PayloadLayout, memory: torch.Tensor | None = None, *, pin_memory: bool = False) -> None:
         self.layout = layout
         if memory is None:
-            memory = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+            memory = torch.empty(layout.total_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
         self._bytes = memory[: layout.total_bytes]
         self._array = self._bytes.numpy()
         self.memory: memoryview = self._array.data

@@ -57,6 +57,9 @@ class LateEvent:
         self.waited_for_in.append(threading.current_thread().name)
         self.come()
 
+    def query(self) -> bool:
+        return self.stream.done >= self.position
+
     def come(self) -> None:
         self.stream.come_to(self.position)
 

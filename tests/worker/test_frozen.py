@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, Refused
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, ParametersChanged, Refused
 from ormo_worker.evaluation import Evaluator, evaluations
 from ormo_worker.transfer import Staging
 from service.wire import received_bytes, served
@@ -324,6 +324,34 @@ def test_an_old_gradient_of_a_parameter_that_nobody_wants_trained_is_no_error(se
     with joined(model, server, params=model[1].parameters()) as optimizer:
         optimizer.step()
     assert [len(gradient) for gradient in server.gradients] == [3]
+
+
+@pytest.mark.parametrize("spelling", ["load_state_dict", "data"])
+def test_a_base_that_the_program_changes_is_named_once(
+    server: FakeServer, caplog: pytest.LogCaptureFixture, spelling: str
+) -> None:
+    model = Adapted()
+    with joined(model, server) as optimizer:
+        model.load_state_dict(model.state_dict())  # the same values: nothing to tell
+        step(model, optimizer, 0)
+        assert caplog.text == ""
+        if spelling == "data":
+            model.base.bias.data.add_(1.0)
+        else:
+            model.base.load_state_dict({"weight": model.base.weight, "bias": model.base.bias + 1.0})
+        for seed in range(2):
+            step(model, optimizer, seed)
+    (record,) = caplog.records
+    assert "the program changed 'base.bias', frozen in this run, since the server's values came" in record.message
+
+
+def test_a_base_that_the_program_changes_can_be_an_error(server: FakeServer) -> None:
+    model = Adapted()
+    with joined(model, server, on_local_change="error") as optimizer:
+        model.base.bias.data.add_(1.0)
+        with pytest.raises(ParametersChanged, match=r"'base\.bias', frozen in this run"):
+            step(model, optimizer, 0)
+    assert server.gradients == []
 
 
 def test_a_group_that_comes_later_is_an_error(server: FakeServer) -> None:

@@ -1,13 +1,20 @@
 """A module's manifest: which tensors the server keeps, under which names."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FROZEN, INT64, PARAMETER
 from ormo_worker.errors import ModelUnusable
 from ormo_worker.module import ModelTensors, manifest_of
 from worker.models import Tied
+
+Wrap = Callable[[nn.Module], nn.Module]
 
 TENSORS = """
     embedding.weight          parameter float32  4,3
@@ -70,9 +77,90 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
     assert weight.dtype == BFLOAT16
 
 
-def test_a_compiled_module_has_the_names_of_the_plain_one() -> None:
-    model = nn.Linear(2, 2)
-    assert manifest_of(torch.compile(model, backend="eager")).digest == manifest_of(model).digest
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """As DistributedDataParallel, which can't be made without a process group."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    return wrapper
+
+
+WRAPPED = [
+    compiled,
+    nn.DataParallel,
+    distributed,
+    lambda model: compiled(distributed(model)),
+    lambda model: distributed(compiled(model)),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_model_or_a_part_of_it_that_is_wrapped_has_the_names_of_the_plain_one(wrap: Wrap) -> None:
+    plain = nn.BatchNorm1d(2)
+    assert manifest_of(wrap(plain)).digest == manifest_of(plain).digest
+    assert manifest_of(nn.Sequential(wrap(plain), plain)).digest == manifest_of(nn.Sequential(plain, plain)).digest
+
+
+def test_a_wrappers_name_is_kept_where_it_is_a_modules_own() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.other = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    class Averaged(nn.DataParallel):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(1, 1))
+            self.register_buffer("bias", torch.zeros(1))
+
+    assert manifest_of(Named()).tensors[0].name == "module.weight"
+    assert {spec.name for spec in manifest_of(Averaged()).tensors} == {"module.weight", "module.bias", "bias"}
+
+
+def test_names_are_those_that_the_models_state_dict_hooks_give() -> None:
+    def renamed(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, local: Any) -> None:
+        state["net.running_mean"] = state.pop("running_mean")
+        state["weight.of.it"] = state.pop("weight")
+
+    model = nn.BatchNorm1d(2)
+    model.register_state_dict_post_hook(renamed)
+    tensors = ModelTensors(model)
+    assert {"net.running_mean", "weight.of.it"} < {spec.name for spec in tensors.manifest.tensors}
+    model.running_mean = torch.ones(2)
+    assert any(buffer is model.running_mean for buffer in tensors.float_buffers)
+    assert any(parameter is model.weight for parameter in tensors.parameters)
+
+
+MEMORY = torch.zeros(6, 4)
+IN_ONE_MEMORY = [
+    (MEMORY[:4], MEMORY[3:], True),
+    (MEMORY[:, :3], MEMORY[:, 2:], True),
+    (MEMORY, MEMORY[2, 1:3], True),
+    (MEMORY[1], MEMORY.t(), True),
+    (MEMORY.view(torch.bfloat16)[0, :3], MEMORY[0, 1:], True),
+    (MEMORY[:3], MEMORY[3:], False),
+    (MEMORY[:, :2], MEMORY[:, 2:], False),
+    (MEMORY[::2], MEMORY[1::2], False),
+    (MEMORY.view(torch.bfloat16)[0, :2], MEMORY[0, 1:], False),
+    (MEMORY[2:2], MEMORY, False),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "shared"), IN_ONE_MEMORY)
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_tensors_that_share_a_byte_are_refused_and_no_others(
+    first: torch.Tensor, second: torch.Tensor, shared: bool, turned: bool
+) -> None:
+    model = nn.Linear(1, 1)
+    model.weight, model.bias = (nn.Parameter(each) for each in ((second, first) if turned else (first, second)))
+    if not shared:
+        manifest_of(model)
+        return
+    with pytest.raises(ModelUnusable, match="'bias' and 'weight' are two tensors in the same memory, at least in part"):
+        manifest_of(model)
 
 
 def test_buffers_are_found_again_after_the_module_has_replaced_them() -> None:
@@ -99,6 +187,26 @@ def with_shared_memory() -> nn.Module:
     return model
 
 
+def with_expanded(name: str) -> nn.Module:
+    model = nn.BatchNorm1d(3)
+    expanded = torch.zeros(1).expand(3)
+    setattr(model, name, nn.Parameter(expanded) if name == "weight" else expanded)
+    return model
+
+
+def sharded() -> nn.Module:
+    """As `fully_shard` does, which can't be called without a process group: by a class of the module's own."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    model[0].__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    return model
+
+
+def with_tensor_of_tensors() -> nn.Module:
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(1, 1), torch.zeros(1, 1)))
+    return model
+
+
 def with_complex_buffer() -> nn.Module:
     model = nn.Linear(1, 1)
     model.register_buffer("phase", torch.zeros(1, dtype=torch.complex64))
@@ -111,6 +219,10 @@ UNUSABLE = [
     (lambda: WithExtraState(1, 1), "has '_extra_state', which is neither a parameter nor a buffer"),
     (with_hidden_parameter, "the parameter 'bias' is not in the model's state_dict"),
     (with_shared_memory, "'1.weight' and '0.weight' are two tensors in the same memory"),
+    (lambda: with_expanded("weight"), "the tensor 'weight' has several elements in the same place"),
+    (lambda: with_expanded("running_mean"), "the tensor 'running_mean' has several elements in the same place"),
+    (sharded, "the module '0' is sharded by FSDP"),
+    (with_tensor_of_tensors, "the tensor 'weight' is a TwoTensor, which only stands for its values"),
     (with_complex_buffer, "the buffer 'phase' is torch.complex64"),
     (lambda: nn.LazyLinear(1), "the tensor 'weight' has no shape yet: run one batch"),
     (lambda: nn.Linear(1, 1, device="meta"), "the tensor 'weight' is on the meta device"),

@@ -237,9 +237,10 @@ def test_a_loss_arrives_as_it_was_when_it_was_asked_for(device: Device) -> None:
     loss = torch.tensor(0.0)
     with torch.no_grad():
         loss.fill_(2.5)
-        arrived = device.staging.fetch(loss)
+        arriving = device.staging.fetch(loss)
         loss.fill_(7.5)
-    assert arrived() == 2.5
+    assert arriving.arrived() == 2.5
+    assert arriving.here()
     assert len(device.streams.kept) == 1
 
 

@@ -83,6 +83,19 @@ class ParameterClient:
         """Whether a heartbeat's answer said that the run is over."""
         return self._membership.finished
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the one that made the client, and so has no part in the run."""
+        return self._connection.inherited
+
+    def check(self) -> None:
+        """Raise what stands against any further call.
+
+        Raises:
+            OrmoError: this client was closed or replaced, or this process is a fork.
+        """
+        self._connection.check()
+
     def join(self) -> pb.Welcome:
         """Join the run, and offer the model if the server asks for it; later joins happen by themselves.
 
@@ -170,7 +183,12 @@ class ParameterClient:
         )
 
     def close(self) -> None:
-        """Leave the run, and end all calls and threads; may be called again, and from another thread."""
+        """Leave the run, and end all calls and threads; may be called again, and from another thread.
+
+        In a fork of the process that made it nothing happens: that one is still there.
+        """
+        if self.inherited:
+            return
         for slot in self.slots:
             slot.close()
         self._membership.leave()

@@ -1,5 +1,6 @@
 """The channel to the server, and the calls that are under way on it."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ class Connection:
         self, server: str, patience: Patience, observer: Observer, credentials: Credentials | None = None
     ) -> None:
         self.server = server
+        self._process = os.getpid()
         self.patience = patience
         self.observer = observer
         self._dialer = Dialer(server, credentials, _channel_options(patience))
@@ -64,6 +66,11 @@ class Connection:
         self._signs = SignsOfLife()
         end_on_signals(self)
         self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check, observer)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the one whose connection it is."""
+        return os.getpid() != self._process
 
     @property
     def closed(self) -> bool:
@@ -84,10 +91,15 @@ class Connection:
 
         Raises:
             ClientClosed: `close` was called.
-            OrmoError: what `stop_with` was given.
+            OrmoError: what `stop_with` was given, or this process is a fork.
             KeyboardInterrupt: a signal has come, and could not be raised where it came.
         """
         leave_if_asked()
+        if self.inherited:
+            raise OrmoError(
+                f"process {os.getpid()} is a fork of the worker's process {self._process}, which alone is in the run: "
+                "make a RemoteOptimizer or client in the process that uses it"
+            )
         if self._fatal is not None:
             raise self._fatal
         if self.closed:
@@ -163,12 +175,13 @@ class Connection:
 
         self.add(call)
         watcher = threading.Thread(target=watch, name="ormo-silence", daemon=True)
-        watcher.start()
         try:
+            watcher.start()  # where an interrupt may well come
             yield
         finally:
             done.set()
-            watcher.join()
+            if watcher.is_alive():
+                watcher.join()
             self.remove(call)
             call.cancel()  # in case that it was left before its end
 

@@ -15,6 +15,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait, in the calling thread, until the device has come there."""
 
+    def query(self) -> bool:
+        """Whether it has."""
+
 
 class Stream(Protocol):
     """Work for a device, done in the order in which it was queued."""
@@ -69,12 +72,40 @@ class Copies:
         self._event = event
         self._done_at = time.monotonic()
 
+    def done(self) -> bool:
+        """Whether they are done, without waiting; for the thread that would wait for them."""
+        if self._event is not None and self._event.query():
+            self._event, self._done_at = None, time.monotonic()
+        return self._event is None
+
     def wait(self) -> float:
         """Wait until they are done, in any thread; returns when the first to wait saw that, by `time.monotonic`."""
         if self._event is not None:
             self._event.synchronize()
             self._event, self._done_at = None, time.monotonic()
         return self._done_at
+
+
+class Arriving:
+    """A tensor that may still be on its way from the device.
+
+    Args:
+        tensor: on the CPU, complete once the copies are done.
+        copies: of it.
+    """
+
+    def __init__(self, tensor: Tensor, copies: Copies) -> None:
+        self._tensor = tensor
+        self._copies = copies
+
+    def here(self) -> bool:
+        """Whether it is there, so that nobody has to wait; for the thread that would."""
+        return self._copies.done()
+
+    def arrived(self) -> Tensor:
+        """The tensor, once it is there; in any thread."""
+        self._copies.wait()
+        return self._tensor
 
 
 def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable[tuple[Tensor, Tensor]]) -> Event:

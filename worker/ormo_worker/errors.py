@@ -15,6 +15,10 @@ class ModelMismatch(OrmoError):
     """The server trains another model than this worker has."""
 
 
+class ParametersChanged(OrmoError):
+    """The program changed parameters between two steps, which the next delivery would overwrite."""
+
+
 class OlderServer(OrmoError):
     """The server is of a version that does not know what this worker's model has."""
 

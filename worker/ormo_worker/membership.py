@@ -67,6 +67,7 @@ class Membership:
             model_digest=wire.manifest.model_digest,
         )
         self._is_member = False
+        self._asked = False  # a Join is under way: who is interrupted then may be a member or not
         self._lock = threading.Lock()
         self._heartbeat = Heartbeat(connection, identity, self._on_lost, self._on_finished)
 
@@ -87,7 +88,7 @@ class Membership:
             if not self._is_member:
                 self.welcome = self._connection.retrying(self._join, "joining the run")
                 self.joins += 1
-                self._is_member = True
+                self._is_member, self._asked = True, False
                 if self.joins > 1:
                     self._connection.observer.rejoined()
                 self._heartbeat.start(self.welcome.lease_seconds)
@@ -117,12 +118,9 @@ class Membership:
 
     def leave(self) -> None:
         """Give the lease up, if there is one, as far as the server can be reached."""
-        if not self._is_member or self._connection.closed:
+        if not (self._is_member or self._asked) or self._connection.closed:
             return
-        self._is_member = False
-        self._leave()
-
-    def _leave(self) -> None:
+        self._is_member = self._asked = False
         request = pb.LeaveRequest(worker=self._identity.worker, incarnation=self._identity.incarnation)
         try:
             self._connection.unary(self._connection.stub.leave, request, _LEAVE_SECONDS)
@@ -134,12 +132,15 @@ class Membership:
         self._heartbeat.stop()
 
     def _join(self) -> pb.Welcome:
+        self._asked = True
         try:
             answer = self._connection.unary(self._connection.stub.join, self._request)
         except CallEnded as end:
+            self._asked = False
             if end.reason != Reason.MANIFEST_DIGEST:
                 raise
             raise self._mismatch(end.message, described(self._connection)) from None
+        self._asked = answer.HasField("welcome")
         match answer.WhichOneof("answer"):
             case "welcome":
                 return self._checked(answer.welcome)
@@ -168,7 +169,7 @@ class Membership:
                 if welcome.manifest.digest not in self._wire.manifest.digests:
                     raise self._mismatch("", welcome.manifest)
         except OrmoError:
-            self._leave()
+            self.leave()
             raise
         return welcome
 

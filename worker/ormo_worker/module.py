@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ormo_protos.manifest import (
     BFLOAT16,
@@ -19,8 +21,13 @@ from ormo_protos.manifest import (
 )
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ModelUnusable
+from ormo_worker.memory import shared
 
 _PARAMETER_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes longer than all else here
+_WHOLE = (
+    "a worker needs the whole model, of plain tensors; if it is too large for one device, put its layers on several"
+)
 
 
 def manifest_of(model: nn.Module) -> Manifest:
@@ -53,6 +60,7 @@ class ModelTensors:
     """
 
     def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
+        _check_whole(model)
         entries = _entries(model)
         _check_usable(entries)
         resting = frozen_in(model) if frozen is None else frozen
@@ -113,22 +121,19 @@ class _Entry:
 
 
 def _entries(model: nn.Module) -> dict[str, _Entry]:
-    # A compiled module names its tensors after the plain one, which other workers may well have.
-    plain: nn.Module = getattr(model, "_orig_mod", model)
+    homes = _homes(model)
     entries: dict[str, _Entry] = {}
     first_names: dict[int, str] = {}
-    for name, tensor in plain.state_dict(keep_vars=True).items():
-        owner_name, _, attribute = name.rpartition(".")
-        owner = plain.get_submodule(owner_name)
-        held = getattr(owner, attribute, None)
-        if not isinstance(held, Tensor) or held is not tensor:
+    for full_name, tensor in model.state_dict(keep_vars=True).items():
+        name = _plain_name(model, full_name)
+        if id(tensor) not in homes:
             raise ModelUnusable(
                 f"the model's state_dict has {name!r}, which is neither a parameter nor a buffer: only those "
                 "can be kept on the server"
             )
-        first = first_names.setdefault(id(held), name)
-        entries[name] = _Entry(owner, attribute, held, alias_of="" if first == name else first)
-    for name, parameter in plain.named_parameters():
+        first = first_names.setdefault(id(tensor), name)
+        entries[name] = _Entry(*homes[id(tensor)], tensor, alias_of="" if first == name else first)
+    for name, parameter in model.named_parameters():
         if id(parameter) not in first_names:
             raise ModelUnusable(
                 f"the parameter {name!r} is not in the model's state_dict, and so would not be in the server's "
@@ -137,22 +142,73 @@ def _entries(model: nn.Module) -> dict[str, _Entry]:
     return entries
 
 
+def _homes(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """The module and attribute where each tensor lives, by its id: names need not say, for hooks may change them."""
+    homes: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):  # noqa: SLF001
+            for attribute, value in held.items():
+                if isinstance(value, Tensor):
+                    homes.setdefault(id(value), (module, attribute))
+    return homes
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """The name without what wrappers put into it, so that a plain, a compiled and a parallel model are the same."""
+    parts: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if module is None or part != _wrapped(module):
+            parts.append(part)
+        module = None if module is None else module._modules.get(part)  # noqa: SLF001
+    return ".".join(parts)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain module in a compiled or parallel one."""
+    while (name := _wrapped(model)) is not None:
+        model = model.get_submodule(name)
+    return model
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name of the one module that this one only wraps; None if it is more than that."""
+    names = [*module._parameters, *module._buffers, *module._modules]  # noqa: SLF001
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) and names == ["module"]:
+        return "module"
+    return "_orig_mod" if names == ["_orig_mod"] else None  # of torch.compile
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(base.__name__ in _SHARDED for base in type(module).__mro__):
+            what = f"the module {name!r}" if name else "the model"
+            raise ModelUnusable(f"{what} is sharded by FSDP, so each process has a part of it: {_WHOLE}")
+
+
 def _check_usable(entries: dict[str, _Entry]) -> None:
-    places: dict[tuple[torch.device, int], str] = {}
     for name, entry in entries.items():
-        tensor = entry.tensor
+        tensor: Any = entry.tensor  # to mypy no tensor can be put together from others
         if nn.parameter.is_lazy(tensor):
             raise ModelUnusable(f"the tensor {name!r} has no shape yet: run one batch through the model first")
         if tensor.is_meta:
             raise ModelUnusable(f"the tensor {name!r} is on the meta device and has no values: load them first")
-        if entry.alias_of or not tensor.numel():
-            continue
-        other = places.setdefault((tensor.device, tensor.data_ptr()), name)
-        if other != name:  # each delivery would write the one memory twice, with different values
+        if is_traceable_wrapper_subclass(tensor):
             raise ModelUnusable(
-                f"{name!r} and {other!r} are two tensors in the same memory: to tie weights, assign the one "
-                "parameter object to both places"
+                f"the tensor {name!r} is a {type(tensor).__name__}, which only stands for its values, as tensor "
+                f"parallelism and quantisation make them: {_WHOLE}"
             )
+    own = ((name, entry.tensor) for name, entry in entries.items() if not entry.alias_of)
+    for name, other in shared(own):  # each delivery would write the one memory twice, with different values
+        if name == other:
+            raise ModelUnusable(
+                f"the tensor {name!r} has several elements in the same place in memory, as `expand` makes them: give "
+                "it memory of its own with .clone()"
+            )
+        raise ModelUnusable(
+            f"{name!r} and {other!r} are two tensors in the same memory, at least in part: to tie weights, assign the "
+            "one parameter object to both places; give all else memory of its own with .clone()"
+        )
 
 
 def _check_trained(entries: dict[str, _Entry], frozen: Collection[Tensor]) -> None:

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT
-from ormo_worker.copy_streams import Copies
+from ormo_worker.copy_streams import Arriving, Copies
 from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
@@ -33,9 +33,10 @@ from ormo_worker.groups import SCALE, ParameterGroup, decays
 from ormo_worker.identity import Identity
 from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.module import frozen_in
+from ormo_worker.module import frozen_in, unwrapped
 from ormo_worker.retries import Patience
 from ormo_worker.transfer import Staging, Transfer
+from ormo_worker.watch import OnLocalChange, Watch
 from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ _FIXED = (
     "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
     "with it, in another --directory"
 )
+# By plain model and server, for one that is made again, as by a cell of a notebook.
+_made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -61,7 +64,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Closures, gradient clipping, gradient accumulation, `torch.amp.GradScaler`, frozen parameters, tied
     weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
-    it after the model is on its device. It leaves the run when closed, or at the end of the program.
+    it after the model is on its device. It leaves the run when closed, at the end of the program, or when another is
+    made for the same model at the same server. A fork of the process has no part in the run, and it can't be copied.
 
     With several gradients in flight, `step` hands the gradient to a thread and loads the parameters of another
     slot, so that the next gradient is computed while this one travels. What the server says of a gradient is
@@ -79,6 +83,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         in_flight: gradients that may be on their way, 1 to 16, each with a slot of its own; the server must
             allow as many, and its synchronous scheduler allows 1. More than 2 pay only if an exchange takes
             longer than a gradient. Each needs memory for two payloads.
+        on_local_change: what a step does about parameters that the program has changed since the last one, and that it
+            overwrites: "warn" of each once, or raise an "error".
         connect_timeout: seconds to wait for the server at first.
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
@@ -114,6 +120,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         worker_id: str | None = None,
         wire_dtype: torch.dtype = torch.float32,
         in_flight: int = 1,
+        on_local_change: OnLocalChange = "warn",
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
         give_up_after: float | None = None,
@@ -151,17 +158,23 @@ class RemoteOptimizer(torch.optim.Optimizer):
             observer=self._metrics,
             credentials=credentials,
         )
+        watch = Watch(staging, on_local_change)
+        _close_older(self, unwrapped(model), server)
         try:
-            self._join(staging, connect, metrics_listen)
+            self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
             _LOG.warning(
                 "the server at %s does not know frozen parameters: until it is updated, they travel too", server
             )
-            self._join(Staging(model, frozenset()), connect, metrics_listen)
+            whole = Staging(model, frozenset())
+            self._join(whole, Watch(whole, on_local_change), connect, metrics_listen)
 
-    def _join(self, staging: Staging, connect: Callable[..., ParameterClient], metrics_listen: str) -> None:
+    def _join(
+        self, staging: Staging, watch: Watch, connect: Callable[..., ParameterClient], metrics_listen: str
+    ) -> None:
         """Join the run with this description of the model."""
         self._staging = staging
+        self._watch = watch
         self._resting = [
             (name, parameter, parameter in self._given)
             for name, parameter in staging.tensors.named_frozen()
@@ -224,8 +237,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Raises:
             RunFinished: the run was over before this step; the step that finds out only sets `finished`.
+            ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
             OrmoError: what waiting and trying again can't mend.
         """
+        if self._client.inherited:
+            self._client.check()  # raises: in a fork there is no thread that would exchange anything
         if self.finished:
             raise RunFinished(
                 f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
@@ -278,7 +294,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Gradients in flight are waited for, some seconds at most.
         """
         self._close()
-        self._settle(0.0)
+        if not self._client.inherited:
+            self._settle(0.0)
+            self._watch.end()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            OrmoError: always.
+        """
+        raise OrmoError(
+            "a RemoteOptimizer can't be copied or pickled: it is this process's place in the run. Make one where it is "
+            "needed; state_dict() has the groups' options, and the server's checkpoints have all else"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -302,13 +331,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
     def _gather(self, slot: int, samples: int | None, loss: float | Tensor | None) -> Gathered:
-        outgoing = self._outgoing[slot]
-        before, self._gathered = self._gathered, outgoing.begin_gradients(self._decays())
+        outgoing, decays = self._outgoing[slot], self._decays()
+        self._watch.parameters()
+        self._watch.gradients(decays)
+        before, self._gathered = self._gathered, outgoing.begin_gradients(decays)
+        self._watch.given()
         return Gathered(
             payload=outgoing.payload,
             copies=self._gathered,
             samples=self._batch_size if samples is None else samples,
-            loss=self._staging.fetch(loss) if isinstance(loss, Tensor) else _known(loss),
+            loss=_number(self._staging.fetch(loss)) if isinstance(loss, Tensor) else _known(loss),
             loaded_at=self._loaded_at,
             before=before,
         )
@@ -351,6 +383,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
         incoming.load()
+        self._watch.loaded(incoming)
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 
@@ -392,13 +425,27 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
+def _close_older(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
+    of_model = _made.setdefault(model, {})
+    older = of_model[server]() if server in of_model else None
+    if older is not None:
+        older.close()
+    of_model[server] = weakref.ref(optimizer)
+
+
 def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
+    if client.inherited:  # a fork that ends must not leave in the name of its parent
+        return
     try:
         exchanges.settle(_SETTLE_SECONDS)
     finally:  # an interrupted wait ends the rest all the sooner
         client.close()
         exchanges.stop()
         exporter.close()
+
+
+def _number(arriving: Arriving) -> Callable[[], float]:
+    return lambda: float(arriving.arrived())
 
 
 def _known(loss: float | None) -> Callable[[], float] | None:

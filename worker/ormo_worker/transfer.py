@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.copy_streams import Copies, Event, Streams, queue_copies
+from ormo_worker.copy_streams import Arriving, Copies, Event, Streams, queue_copies
 from ormo_worker.module import ModelTensors
 
 Tensors = list[Tensor]
@@ -84,26 +84,15 @@ class Staging:
             Transfer(self.tensors, payload, _Direct(payload), self._loading).gather_parameters()
         return payload
 
-    def fetch(self, value: Tensor) -> Callable[[], float]:
-        """Get a number from the device without waiting for what is queued after it.
-
-        Returns:
-            The number, once it has arrived; from any thread.
-        """
+    def fetch(self, value: Tensor) -> Arriving:
+        """Get a tensor from the device without waiting for what is queued after it."""
         if self.streams is None or value.device != self.device:
-            number = float(value.detach())
-            return lambda: number
+            return Arriving(value.detach().to("cpu", copy=True), Copies())
         source = torch.empty_like(value.detach()).copy_(value.detach())  # the caller may overwrite its own
-        here = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.pinned)
+        here = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=self.pinned)
         self.streams.keep(source)
         computed = self.streams.mark(self.streams.computing())
-        copies = Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)]))
-
-        def arrived() -> float:
-            copies.wait()
-            return float(here)
-
-        return arrived
+        return Arriving(here, Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)])))
 
     def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
@@ -139,6 +128,11 @@ class Transfer:
             self._float_buffers = _cut(way.flat.float_buffers, tensors.float_buffers)
             self._int_buffers = _cut(way.flat.int_buffers, tensors.int_buffers)
         self._frozen = _cut(payload.frozen, tensors.frozen) if payload.layout.frozen else []
+
+    @property
+    def values(self) -> Tensors:
+        """One for each of the model's distinct parameters: what `load` gave them, until the payload has new bytes."""
+        return self._parameters
 
     def gather_gradients(self, decays: Sequence[float | None]) -> None:
         """Write `g + decay * w` for each parameter, and the buffers if the payload has them.

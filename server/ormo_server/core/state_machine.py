@@ -87,8 +87,8 @@ class StateMachine:
             epoch: of the server.
         """
         rule = UPDATE_RULES[run.method.rule](params.numel(), run.coefficients)
-        floats = torch.zeros(0) if float_buffers is None else float_buffers
-        ints = torch.zeros(0, dtype=torch.int64) if int_buffers is None else int_buffers
+        floats = torch.zeros(0, dtype=torch.float32, device="cpu") if float_buffers is None else float_buffers
+        ints = torch.zeros(0, dtype=torch.int64, device="cpu") if int_buffers is None else int_buffers
         return cls(run, State(params, floats, ints, rule, epoch, run.learning_rate.at(0)))
 
     @property

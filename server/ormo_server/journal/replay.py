@@ -93,7 +93,7 @@ def _feed(machine: StateMachine, taken: Input, payload: Payload | None) -> bool:
 def _deliver(machine: StateMachine, granted: dict[SlotKey, Granted], delivered: Delivered | None) -> bool:
     if delivered is None:
         return False
-    out = torch.empty(machine.state.params.shape, dtype=torch_dtype(delivered.dtype))
+    out = torch.empty(machine.state.params.shape, dtype=torch_dtype(delivered.dtype), device="cpu")
     machine.write_delivery(granted.pop((delivered.worker, delivered.slot)), out)
     return True
 

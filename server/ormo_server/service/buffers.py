@@ -13,7 +13,7 @@ from ormo_server.service.in_flight import RETRY_SECONDS, BytesInFlight
 
 def _page_aligned(size: int) -> torch.Tensor:
     """Memory that begins with a page, so that the journal can write it past the page cache."""
-    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % mmap.PAGESIZE
     return memory[start : start + size]
 

@@ -113,7 +113,7 @@ def pool_of_threads(settings: ServerSettings) -> StartedPool:
 
 def _pytorch_threads(count: int) -> Callable[[], object]:
     """What has PyTorch start those of the thread that calls it. It ends the process when it can't: better now."""
-    return torch.zeros(count * _ELEMENTS_PER_THREAD).neg_
+    return torch.zeros(count * _ELEMENTS_PER_THREAD, dtype=torch.float32, device="cpu").neg_
 
 
 def _limits_of_threads() -> str:

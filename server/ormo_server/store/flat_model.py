@@ -36,10 +36,10 @@ class FlatModel:
         """Room for this model; the values are whatever the memory holds."""
         sizes = manifest.sizes
         return cls(
-            torch.empty(sizes["parameters"]),
-            torch.empty(sizes["float_buffers"]),
-            torch.empty(sizes["int_buffers"], dtype=torch.int64),
-            torch.empty(sizes["frozen"], dtype=torch.float32),
+            torch.empty(sizes["parameters"], dtype=torch.float32, device="cpu"),
+            torch.empty(sizes["float_buffers"], dtype=torch.float32, device="cpu"),
+            torch.empty(sizes["int_buffers"], dtype=torch.int64, device="cpu"),
+            torch.empty(sizes["frozen"], dtype=torch.float32, device="cpu"),
         )
 
     @property

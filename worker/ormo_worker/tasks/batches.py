@@ -49,9 +49,9 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
         TaskError: the data set is empty or has no length.
     """
     size = _size(dataset)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     # Augmentation draws from a generator of its own: how far a loader reads ahead must not matter.
-    augmenting = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    augmenting = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
     stream = _read(dataset, _endless_indices(size, min(batch_size, size), generator), seed, loader_processes)
     if isinstance(dataset, Augmented):
         augment = dataset.augment
@@ -73,7 +73,7 @@ def evaluation_batches(dataset: Dataset[Any], batch_size: int, samples: int = 0)
     """
     size = _size(dataset)
     wanted = min(samples, size) if samples else size
-    order = torch.split(torch.arange(wanted) * size // wanted, batch_size)
+    order = torch.split(torch.arange(wanted, device="cpu") * size // wanted, batch_size)
     return map(_pinned, _read(dataset, order, seed=0, loader_processes=0))
 
 
@@ -110,7 +110,7 @@ def _size(dataset: Dataset[Any]) -> int:
 
 def _endless_indices(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     while True:
-        order = torch.randperm(size, generator=generator)
+        order = torch.randperm(size, generator=generator, device="cpu")
         # Cut as they are wanted: all slices of a pass, as tensors, take more memory than its order, and a simulation
         # holds a thousand such streams.
         for start in range(0, size - size % batch_size, batch_size):
@@ -127,10 +127,12 @@ def _read(dataset: Dataset[Any], order: Iterable[Tensor], seed: int, loader_proc
         batch_sampler=(indices.tolist() for indices in order),
         num_workers=loader_processes,
         multiprocessing_context="spawn" if loader_processes else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
+        pin_memory=loader_processes > 0 and torch.cuda.is_available(),  # else it is done by `batches`
+        generator=torch.Generator("cpu").manual_seed(seed),  # or it would draw from the global one
     )
-    return _until_closed(iter(loader))
+    with torch.device("cpu"):  # it draws its processes' seed from that generator, on the program's default device
+        reading = iter(loader)
+    return _until_closed(reading)
 
 
 def _until_closed(reading: Iterator[Batch]) -> Iterator[Batch]:

@@ -61,7 +61,7 @@ class Cifar10(ClassificationTask):
                 "and start again to download it."
             ) from error
         images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
-        return ImageTensors(images, torch.tensor(files.targets), COLOURS)
+        return ImageTensors(images, torch.tensor(files.targets, device="cpu"), COLOURS)
 
     def _download(self) -> None:
         try:

@@ -48,11 +48,11 @@ def _split() -> tuple[Tensor, Tensor]:
     labels = load_digits().target
     # A fixed seed: every worker and evaluator, on any host, must hold back the same images.
     train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    return torch.tensor(train), torch.tensor(test)
+    return torch.tensor(train, device="cpu"), torch.tensor(test, device="cpu")
 
 
 def _samples(indices: Tensor) -> Dataset[Any]:
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # brightness is 0 to 16
-    labels = torch.tensor(digits.target, dtype=torch.int64)
+    images = torch.tensor(digits.images, dtype=torch.float32, device="cpu").unsqueeze(1) / 16  # brightness is 0 to 16
+    labels = torch.tensor(digits.target, dtype=torch.int64, device="cpu")
     return TensorDataset(images[indices], labels[indices])

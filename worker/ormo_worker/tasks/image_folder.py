@@ -146,7 +146,7 @@ def _part(data_dir: Path, *names: str) -> Path:
 def _images(samples: Sequence[Sample], image_size: int) -> Images:
     if len(samples) * 3 * image_size**2 > IN_MEMORY_BYTES:
         return ImageFiles(samples, image_size, COLOURS)
-    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
+    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8, device="cpu")
     for index, (path, _) in enumerate(samples):
         images[index] = decode(path, image_size)
-    return ImageTensors(images, torch.tensor([label for _, label in samples]), COLOURS)
+    return ImageTensors(images, torch.tensor([label for _, label in samples], device="cpu"), COLOURS)

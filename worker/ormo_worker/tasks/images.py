@@ -26,7 +26,7 @@ class Colours:
 @cache  # to make two such tensors takes a third as long as to normalise 32 images of 32 x 32 pixels with them
 def _of_bytes(channels: tuple[float, float, float]) -> Tensor:
     """Numbers for each channel where 1 is full brightness, as float32 of shape (3, 1, 1) where 255 is."""
-    return torch.tensor(channels, dtype=torch.float32).mul_(255).view(3, 1, 1)
+    return torch.tensor(channels, dtype=torch.float32, device="cpu").mul_(255).view(3, 1, 1)
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -84,14 +84,14 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     count, channels, height, width = images.shape
     pad = CROP_PADDING_PIXELS
-    top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)
-    columns = left + torch.arange(width)
+    top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=generator, device="cpu")
+    mirrored = torch.rand(count, 1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+    rows = top + torch.arange(height, device="cpu")
+    columns = left + torch.arange(width, device="cpu")
     columns = torch.where(mirrored, columns.flip(1), columns)
     return F.pad(images, (pad, pad, pad, pad))[
-        torch.arange(count).view(-1, 1, 1, 1),
-        torch.arange(channels).view(1, -1, 1, 1),
+        torch.arange(count, device="cpu").view(-1, 1, 1, 1),
+        torch.arange(channels, device="cpu").view(1, -1, 1, 1),
         rows.view(count, 1, height, 1),
         columns.view(count, 1, 1, width),
     ]

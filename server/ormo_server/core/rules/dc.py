@@ -43,7 +43,7 @@ class DelayCompensated(UpdateRule):
         # The vector stays when the ticket is closed: the slot's next one needs it again.
         name = _sent_to(slot)
         if name not in self.vectors:
-            self.vectors[name] = torch.empty(sent.shape, dtype=torch.float32)
+            self.vectors[name] = torch.empty(sent.shape, dtype=torch.float32, device="cpu")
         self.vectors[name].copy_(sent)
 
     def slot_closed(self, slot: SlotKey) -> None:

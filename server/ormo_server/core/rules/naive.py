@@ -18,7 +18,7 @@ class Naive(UpdateRule):
 
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
         """See `UpdateRule.fresh_vectors`."""
-        return {"momentum": torch.zeros(elements)}
+        return {"momentum": torch.zeros(elements, dtype=torch.float32, device="cpu")}
 
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         """See `UpdateRule.apply`."""

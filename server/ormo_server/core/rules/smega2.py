@@ -35,7 +35,7 @@ class Smega2(UpdateRule):
 
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
         """See `UpdateRule.fresh_vectors`."""
-        return {"momentum": torch.zeros(elements), "gathered": torch.zeros(elements)}
+        return {name: torch.zeros(elements, dtype=torch.float32, device="cpu") for name in ("momentum", "gathered")}
 
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
         """See `UpdateRule.stays_finite`."""
