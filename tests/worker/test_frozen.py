@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, Refused
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, ParametersChanged, Refused
+from ormo_worker.evaluation import Evaluator, evaluations
 from ormo_worker.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
+from worker.lines import Lines
 
 RATE, MOMENTUM = 0.125, 0.5
 
@@ -252,6 +254,51 @@ def test_an_older_server_in_the_place_of_a_newer_one_is_an_error_of_one_sentence
             step(model, optimizer, 1)
 
 
+# Readers
+
+
+class Adapting(Lines):
+    """A task whose model has a base, or none that is frozen."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 1).requires_grad_(not self.frozen), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("trains_all", "reads_all"), [(False, False), (False, True), (True, False)])
+def test_an_evaluator_reads_whatever_the_run_trains(tmp_path: Path, trains_all: bool, reads_all: bool) -> None:
+    model = Adapting(frozen=not trains_all).build_model()
+    evaluator = Evaluator(Adapting(frozen=not reads_all), torch.device("cpu"), 2)
+    with (
+        served(tmp_path) as server,
+        joined(model, server) as optimizer,
+        evaluator.client(server.address, Patience(10.0)) as client,
+    ):
+        for _ in range(2):
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+            (found,) = evaluations(evaluator, client, 1.0, once=True)
+            score = Adapting(frozen=True).score(model, (torch.tensor([[1.0], [2.0], [3.0]]), TARGETS))
+            assert found.score.mean_loss == pytest.approx(score.mean_loss)
+
+
+TARGETS = torch.tensor([[3.0], [6.0], [9.0]])
+
+
+def test_an_evaluator_of_another_model_is_told_so(tmp_path: Path) -> None:
+    evaluator = Evaluator(Adapting(frozen=True), torch.device("cpu"), 2)
+    with (
+        served(tmp_path) as server,
+        joined(Adapted(), server),
+        evaluator.client(server.address, Patience(10.0)) as client,
+        pytest.raises(ModelMismatch, match="give the server and this program the same model"),
+    ):
+        evaluator.pull(client, None)
+
+
 # What changes later
 
 
@@ -277,6 +324,34 @@ def test_an_old_gradient_of_a_parameter_that_nobody_wants_trained_is_no_error(se
     with joined(model, server, params=model[1].parameters()) as optimizer:
         optimizer.step()
     assert [len(gradient) for gradient in server.gradients] == [3]
+
+
+@pytest.mark.parametrize("spelling", ["load_state_dict", "data"])
+def test_a_base_that_the_program_changes_is_named_once(
+    server: FakeServer, caplog: pytest.LogCaptureFixture, spelling: str
+) -> None:
+    model = Adapted()
+    with joined(model, server) as optimizer:
+        model.load_state_dict(model.state_dict())  # the same values: nothing to tell
+        step(model, optimizer, 0)
+        assert caplog.text == ""
+        if spelling == "data":
+            model.base.bias.data.add_(1.0)
+        else:
+            model.base.load_state_dict({"weight": model.base.weight, "bias": model.base.bias + 1.0})
+        for seed in range(2):
+            step(model, optimizer, seed)
+    (record,) = caplog.records
+    assert "the program changed 'base.bias', frozen in this run, since the server's values came" in record.message
+
+
+def test_a_base_that_the_program_changes_can_be_an_error(server: FakeServer) -> None:
+    model = Adapted()
+    with joined(model, server, on_local_change="error") as optimizer:
+        model.base.bias.data.add_(1.0)
+        with pytest.raises(ParametersChanged, match=r"'base\.bias', frozen in this run"):
+            step(model, optimizer, 0)
+    assert server.gradients == []
 
 
 def test_a_group_that_comes_later_is_an_error(server: FakeServer) -> None:

@@ -1,10 +1,11 @@
 """The worker's, or a reader's, side of `ormo.v1.ParameterServer`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from ormo_protos.credentials import Credentials
-from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.manifest import FLOAT32, FROZEN, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.arguments import address, whole_number
@@ -12,7 +13,7 @@ from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
 from ormo_worker.identity import Identity
-from ormo_worker.membership import Membership
+from ormo_worker.membership import Membership, described
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience, TryAgain
 from ormo_worker.slot import Slot
@@ -145,6 +146,16 @@ class ParameterClient:
         if delivered is not None and delivered.payload.layout.frozen:
             self._membership.frozen_epoch = delivered.iteration.epoch
         return delivered
+
+    def frozen_names(self) -> set[str]:
+        """Names of what the run has frozen; none if the server does not tell."""
+        theirs = described(self._connection)
+        return set() if theirs is None else {spec.name for spec in theirs.tensors if spec.role == FROZEN}
+
+    def read_as(self, manifest: Manifest) -> None:
+        """Take the model for described so from now on; for readers."""
+        self._wire = replace(self._wire, manifest=manifest)
+        self._receiver = DeliveryReceiver(self._wire)
 
     def status(self) -> pb.GetStatusResponse:
         """How the run is.

@@ -17,7 +17,7 @@ from ormo_worker.arguments import real_number
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.devices import resolve_device
-from ormo_worker.errors import OrmoError
+from ormo_worker.errors import ModelMismatch, OrmoError
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience
@@ -116,7 +116,7 @@ def evaluations(
         over = status.phase == pb.GetStatusResponse.PHASE_FINISHED
         if (over or time.monotonic() >= due_at) and status.phase != pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL:
             due_at = time.monotonic() + every_seconds
-            delivered = client.pull(newer_than=known)
+            delivered = evaluator.pull(client, known)
             if delivered is not None:
                 known = delivered.iteration
                 yield evaluator.evaluate(delivered)
@@ -152,6 +152,21 @@ class Evaluator:
         return ParameterClient(
             server, manifest, pin_memory=pin_memory, patience=patience, observer=observer, credentials=credentials
         )
+
+    def pull(self, client: ParameterClient, newer_than: pb.Iteration | None) -> Delivered | None:
+        """See `ParameterClient.pull`. To a reader it is all the same which of the parameters the run trains.
+
+        Raises:
+            OrmoError: as that.
+        """
+        try:
+            return client.pull(newer_than=newer_than)
+        except ModelMismatch:
+            frozen = client.frozen_names()
+            named = self._model.named_parameters(remove_duplicate=False)
+            self._staging = Staging(self._model, {parameter for name, parameter in named if name in frozen})
+            client.read_as(self._staging.tensors.manifest)
+            return client.pull(newer_than=newer_than)
 
     @torch.no_grad()
     def evaluate(self, delivered: Delivered) -> Evaluation:

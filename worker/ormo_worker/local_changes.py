@@ -48,11 +48,12 @@ class LocalChanges:
             samples.note()
 
     @torch.no_grad()
-    def found(self, loaded: Sequence[Tensor], known: Collection[str]) -> list[str]:
+    def found(self, loaded: Sequence[Tensor] | None, known: Collection[str]) -> list[str]:
         """The names of those that have changed since.
 
         Args:
-            loaded: the values that they should have, in any floating dtype.
+            loaded: the values that they should have, in any floating dtype; None where these are not kept: then some
+                elements must do, and the address.
             known: names that need not be found again.
         """
         for samples in self._samples:
@@ -60,7 +61,10 @@ class LocalChanges:
             if differing is not None:
                 self._asked.append((samples, self._fetch(differing)))
         found = set(self._answers())
-        for name, parameter, mark, value in zip(self._names, self._parameters, self._marks, loaded, strict=True):
+        rows = list(zip(self._names, self._parameters, self._marks, strict=False))  # no marks before the first loading
+        if loaded is None:
+            found |= {name for name, parameter, (_, address) in rows if parameter.data_ptr() != address}
+        for (name, parameter, mark), value in zip(rows, loaded or (), strict=False):
             if _mark(parameter) != mark and name not in known and name not in found:
                 found |= set() if torch.equal(parameter, value.to(parameter)) else {name}
         return [name for name in self._names if name in found and name not in known]

@@ -139,7 +139,7 @@ class Membership:
             self._asked = False
             if end.reason != Reason.MANIFEST_DIGEST:
                 raise
-            raise self._mismatch(end.message, self._described()) from None
+            raise self._mismatch(end.message, described(self._connection)) from None
         self._asked = answer.HasField("welcome")
         match answer.WhichOneof("answer"):
             case "welcome":
@@ -172,19 +172,6 @@ class Membership:
             self.leave()
             raise
         return welcome
-
-    def _described(self) -> pb.Manifest | None:
-        """The server's manifest; None if it can't be had."""
-        whole = pb.Manifest()
-        try:
-            with self._connection.watched():
-                call = self._connection.tensors.describe_model(pb.DescribeModelRequest())
-                with self._connection.guarded(call):
-                    for answer in call:
-                        whole.MergeFrom(understood(answer).manifest)
-        except (CallEnded, grpc.FutureCancelledError):
-            return None
-        return whole
 
     def _mismatch(self, message: str, theirs: pb.Manifest | None) -> ModelMismatch:
         try:
@@ -272,6 +259,20 @@ class Membership:
         if not self.finished:
             _LOG.info("the run is over at iteration %d", iteration.number)
         self.finished = True
+
+
+def described(connection: Connection) -> pb.Manifest | None:
+    """The server's manifest; None if it can't be had."""
+    whole = pb.Manifest()
+    try:
+        with connection.watched():
+            call = connection.tensors.describe_model(pb.DescribeModelRequest())
+            with connection.guarded(call):
+                for answer in call:
+                    whole.MergeFrom(understood(answer).manifest)
+    except (CallEnded, grpc.FutureCancelledError):
+        return None
+    return whole
 
 
 def _check_lease(seconds: float) -> None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from torch import Tensor
+
 from ormo_worker.errors import OptionRefused, ParametersChanged
 from ormo_worker.local_changes import LocalChanges
 from ormo_worker.transfer import Staging, Transfer
@@ -23,6 +25,13 @@ _CHANGED = (
     "the program changed %s since the last step, and each step loads the server's parameters over that. Put a "
     "constraint into the forward pass (torch.nn.utils.parametrize); for a run that begins with other weights load them "
     "before RemoteOptimizer is made, or start ormo-server with --model"
+)
+
+
+_FROZEN_CHANGED = (
+    "the program changed %s, frozen in this run, since the server's values came: the other workers and the checkpoints "
+    "have those. Load what is frozen before RemoteOptimizer is made, and into the model of the "
+    "worker that begins the run"
 )
 
 
@@ -47,12 +56,16 @@ class Watch:
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
         self._loaded: Transfer | None = None
+        self._frozen_changes = LocalChanges(*_columns(staging.tensors.named_frozen()), staging.fetch)
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
+        self._frozen_changed = Notice(_FROZEN_CHANGED)
 
     def loaded(self, transfer: Transfer) -> None:
         """These parameters were loaded."""
         self._loaded = transfer
         self._changes.loaded()
+        if transfer.payload.layout.frozen:
+            self._frozen_changes.loaded()
 
     def gradients(self, decays: Sequence[float | None]) -> None:
         """Look for those that are missing.
@@ -76,10 +89,13 @@ class Watch:
         """
         if self._loaded is None:
             return
-        changed = self._changes.found(self._loaded.values, self._changed.named)
+        self._say(self._changed, self._changes.found(self._loaded.values, self._changed.named))
+        self._say(self._frozen_changed, self._frozen_changes.found(None, self._frozen_changed.named))
+
+    def _say(self, notice: "Notice", changed: list[str]) -> None:
         if changed and self._raises:
-            raise ParametersChanged(_CHANGED % _listed(changed))
-        self._changed.of(changed)
+            raise ParametersChanged(notice.sentence % _listed(changed))
+        notice.of(changed)
 
     def given(self) -> None:
         """A gradient is on its way: what comes next may take the place of the values that were loaded."""
@@ -89,6 +105,7 @@ class Watch:
         """Say what was put off."""
         self._missing.end()
         self._changed.end()
+        self._frozen_changed.end()
 
 
 class Notice:
@@ -98,12 +115,13 @@ class Notice:
         sentence: with one %s, for the names.
 
     Attributes:
+        sentence: as given.
         named: the tensors of which it was, or is about to be, said.
     """
 
     def __init__(self, sentence: str) -> None:
         self.named: set[str] = set()
-        self._sentence = sentence
+        self.sentence = sentence
         self._unsaid: list[str] = []
         self._said_at = float("-inf")
 
@@ -118,9 +136,14 @@ class Notice:
     def end(self) -> None:
         """Say what was put off."""
         if self._unsaid:
-            _LOG.warning(self._sentence, _listed(self._unsaid))
+            _LOG.warning(self.sentence, _listed(self._unsaid))
             self._unsaid.clear()
             self._said_at = time.monotonic()
+
+
+def _columns(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
+    rows = list(named)
+    return [name for name, _ in rows], [tensor for _, tensor in rows]
 
 
 def _listed(names: Sequence[str]) -> str:
