@@ -6,7 +6,7 @@ import difflib
 ALL_SETTINGS = frozenset(
     """
     access amp bandwidth batch_size bucket_size checkpoint_seconds checkpoints_kept commit compute_time
-    connect_timeout cosine_gradients crash data_dir delay_compensation device directory discard_delay
+    connect_timeout cosine_gradients crash data_dir delay_compensation delay_threshold device directory discard_delay
     drain_seconds epochs evaluate_every every_seconds exit_when_finished failure_timeout final_learning_rate
     give_up_after gradients in_flight insecure join journal journal_fsync journal_max_bytes json keep_freed_memory
     latency learning_rate learning_rates leave listen loader_processes log_format log_level max_bytes_in_flight

@@ -185,7 +185,10 @@ def pushed(request: int) -> Pushed:
 
 
 class Buffered(ByTicket):
-    """A worker's one buffer counts what it computed; what was done is in `tickets`, with 0 for buffers that came."""
+    """A worker's one buffer counts what it computed.
+
+    What was done is in `tickets`, with 0 for buffers that were taken and -1 for those of which some may be.
+    """
 
     def initial(self, seed: int) -> Model:
         return replace(super().initial(seed), float_buffers=torch.zeros(1))
@@ -195,6 +198,9 @@ class Buffered(ByTicket):
 
     def take_buffers(self, model: Model) -> None:
         self.tickets.append(0)
+
+    def mend(self, model: Model) -> None:
+        self.tickets.append(-1)
 
 
 def buffered(**_: object) -> Buffered:
@@ -226,7 +232,7 @@ def test_a_retry_of_a_refused_gradient_is_not_computed_again(tmp_path: Path) -> 
     assert follow(tmp_path / "t", *entries) == [1]
 
 
-def test_buffers_come_with_the_first_delivery_to_each_slot_after_a_process_has_joined_or_joined_again(
+def test_buffers_are_taken_with_the_first_delivery_after_each_join_and_looked_at_with_that_of_each_other_slot(
     tmp_path: Path,
 ) -> None:
     def asked(slot: int, request: int) -> Requested:
@@ -248,7 +254,7 @@ def test_buffers_come_with_the_first_delivery_to_each_slot_after_a_process_has_j
         *(Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)),
         *(lost(0, 4, 4), asked(0, 4), pushes(0, 5, 5), asked(0, 5), pushes(0, 6, 6)),
     )
-    assert follow(tmp_path / "t", *entries, workload="sim.test_replay:buffered") == [0, 1, 0, 2, 3, 4, 0, 5, 6]
+    assert follow(tmp_path / "t", *entries, workload="sim.test_replay:buffered") == [0, 1, -1, 2, 3, 4, 0, 5, 6]
 
 
 def test_that_several_slots_may_have_pushed_in_another_order_than_they_computed_in_is_warned_of(tmp_path: Path) -> None:

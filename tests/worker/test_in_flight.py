@@ -141,6 +141,7 @@ def test_parameters_that_a_slot_begins_with_take_no_result_back(server: FakeServ
     late = threading.Event()
     server.told(("exchange", lambda _: None), ("exchange", held(late)))
     loop = Loop(server.address)
+    eventually(lambda: not server.faults)  # the other slot asks when the first has its parameters
     loop.step()
     known = loop.optimizer.last_result
     assert known is not None  # of the one slot that works

@@ -31,6 +31,7 @@ class Place:
         refused: request number of the last gradient that was refused in the run that is followed.
         wants_buffers: the model's come with the next delivery: until a gradient was computed with them.
         buffers: that came with the last delivery, if any did.
+        joins: how often the worker had joined when they came.
         buffers_kept: the server kept some of its own at the last push.
         wants_mended: so that its next request asks for them, as a real worker's does: when it hears of it, the one
             that goes with the push has left.
@@ -43,6 +44,7 @@ class Place:
     refused: int = 0
     wants_buffers: bool = True
     buffers: Model | None = None
+    joins: int = 0
     buffers_kept: bool = False
     wants_mended: bool = False
 
@@ -56,7 +58,8 @@ class Process:
         incarnation: which process of that id.
         worker: computes its gradients.
         first_ticket: no ticket with a lower number was handed out since it joined.
-        has_buffers: it has taken the model's since it joined last.
+        joins: how often it has joined.
+        loaded_joins: when it last took all of the model's buffers.
         places: one for each slot.
     """
 
@@ -64,7 +67,8 @@ class Process:
     incarnation: int
     worker: SimulatedWorker
     first_ticket: int
-    has_buffers: bool = False
+    joins: int = 1
+    loaded_joins: int = 0
     places: list[Place] = field(default_factory=list)
 
 
@@ -119,7 +123,8 @@ class Training:
 
     def join_again(self, now: float, process: Process) -> None:
         """A process that was taken for dead is there again: it goes on with its data, and gets the model's buffers."""
-        process.first_ticket, process.has_buffers = self.machine.state.next_ticket, False
+        process.first_ticket = self.machine.state.next_ticket
+        process.joins += 1
         self.machine.join(now, process.name, process.incarnation, len(process.places))
         for place in process.places:
             place.wants_buffers = True
@@ -147,7 +152,7 @@ class Training:
             place.ticket = event.ticket
             asked = place.wants_buffers or place.wants_mended
             if asked:
-                place.buffers = self._buffers_sent(place)
+                place.buffers, place.joins = self._buffers_sent(place), self.processes[name].joins
             place.buffers_kept, place.wants_mended = False, place.buffers_kept and not asked
             places.append(place)
         return places
@@ -190,11 +195,11 @@ class Training:
         assert place.ticket is not None
         if place.buffers is not None:
             # Not as they come: with several slots, a gradient of another one may be computed before.
-            if process.has_buffers:  # and has gone on with its own
+            if place.joins <= process.loaded_joins:  # it has gone on with its own
                 process.worker.mend(place.buffers)
             else:
                 process.worker.take_buffers(place.buffers)
-            process.has_buffers, place.buffers = True, None
+            process.loaded_joins, place.buffers = place.joins, None
         if place.ticket.number >= process.first_ticket:
             place.wants_buffers = False
         started = time.perf_counter()
