@@ -67,7 +67,10 @@ def methods_table() -> str:
         rule = UPDATE_RULES[method.rule]
         kept = f"{rule.vectors_per_slot} per slot" if rule.vectors_per_slot else f"{rule.vectors_per_run}"
         discards = f", discards from {method.discard_buckets}K on" if method.discard_buckets else ""
-        rows.append(f"| `{method.name}` | {method.rule}{discards} | {method.scale} | {method.scheduler} | {kept} |")
+        scale = (
+            f"{method.scale}, from {method.delay_threshold:g}K on" if method.scale == "delay-adaptive" else method.scale
+        )
+        rows.append(f"| `{method.name}` | {method.rule}{discards} | {scale} | {method.scheduler} | {kept} |")
     return "\n".join(rows) + "\n"
 
 

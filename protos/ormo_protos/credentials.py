@@ -35,6 +35,11 @@ class Credentials:
     token_file: Path | None = None
     server_name: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("ca", "certificate", "key", "token_file"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))  # in Python many write a str
+
 
 class ClientSettings(Settings):
     """How to reach a server that does not serve just anybody."""

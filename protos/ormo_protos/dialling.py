@@ -1,5 +1,6 @@
 """Channels to a server, with or without TLS, and the calls with one answer."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from ormo_protos.credentials import (
     read_token,
 )
 from ormo_protos.limits import Malformed, Parser
+from ormo_protos.proxies import is_local, through_proxy
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.watched_files import WatchedFiles
 
@@ -33,6 +35,9 @@ class Dialer:
         credentials: None for a connection in the clear.
         options: of gRPC.
 
+    Attributes:
+        place: the address as a sentence on a connection has it, with the proxy that leads there, if there is one.
+
     Raises:
         CredentialsError: a file can't be used.
     """
@@ -40,6 +45,9 @@ class Dialer:
     def __init__(self, server: str, credentials: Credentials | None, options: ChannelOptions = ()) -> None:
         self._server = server
         self._options = list(options)
+        self.place = server + through_proxy(server, os.environ)
+        if is_local(server):
+            self._options.append(("grpc.enable_http_proxy", 0))
         self._tls: WatchedFiles[grpc.ChannelCredentials] | None = None
         self._dialled = 0
         if credentials is not None:

@@ -14,6 +14,9 @@ from ormo_protos.reasons import Reason
 
 M = TypeVar("M", bound=Message)
 
+# Of one gradient, so that the run's count of them stays far below what an int64 holds.
+MAX_SAMPLES = 2**31 - 1
+
 # Every repeated field and every map of the contract is here, or the programs don't start.
 LONGEST_LISTS = {
     "ormo.v1.Manifest.tensors": MAX_TENSORS,

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
 
-from ormo_protos.patient_stream import open_standard_streams, patient
+from ormo_protos.patient_stream import patient
 
 LogFormat = Literal["text", "json"]
 
@@ -96,7 +96,6 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
         form: how lines look.
         about: fields of every record, such as the worker that the process is.
     """
-    open_standard_streams()
     lines = formatter(form, about)
     handler = logging.StreamHandler(patient(sys.stderr, functools.partial(_apology, lines)))
     handler.setFormatter(lines)
@@ -167,9 +166,18 @@ def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter
 
 
 def _apology(lines: logging.Formatter, left_out: int) -> str:
-    said = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
-    record = logging.makeLogRecord(said | {"msg": "stderr took no more: %d lines were left out", "args": (left_out,)})
-    return f"{lines.format(record)}\n"
+    return _warning(lines, __name__, f"stderr took no more: {left_out} lines were left out")
+
+
+def _warning(lines: logging.Formatter, name: str, sentence: str) -> str:
+    said = {"name": name, "levelno": logging.WARNING, "levelname": "WARNING", "msg": sentence}
+    return f"{lines.format(logging.makeLogRecord(said))}\n"
+
+
+def first_words(program: str, sentence: str, form: LogFormat) -> None:
+    """Warn before the log is set up, in its form: a plain sentence, or in JSON a record like any other."""
+    plain = f"{program}: {printable(sentence)}\n"
+    patient(sys.stderr).write(_warning(formatter(form), program, sentence) if form == "json" else plain)
 
 
 def last_words(program: str, error: object, form: LogFormat) -> None:

@@ -22,10 +22,12 @@ class PatientStream:
     Args:
         descriptor: to write to.
         apology: makes a line, to go before the first one after a gap, of how many were left out.
+        encoding: of lines; what it lacks is written as escapes.
     """
 
-    def __init__(self, descriptor: int, apology: Callable[[int], str] = _APOLOGY) -> None:
+    def __init__(self, descriptor: int, apology: Callable[[int], str] = _APOLOGY, encoding: str = "utf-8") -> None:
         self._descriptor = descriptor
+        self._encoding = encoding
         self._apology = apology
         self._left_out = 0
         self._poll = select.poll()
@@ -36,7 +38,7 @@ class PatientStream:
         if self._left_out:
             line = f"\n{self._apology(self._left_out)}{line}"  # what came before may have been cut
         try:
-            taken = self._taken(line.encode(errors="backslashreplace"))
+            taken = self._taken(line.encode(self._encoding, errors="backslashreplace"))
         except OSError:  # no room, no reader, or closed
             taken = False
         self._left_out = 0 if taken else self._left_out + 1
@@ -59,7 +61,7 @@ def patient(stream: TextIO, apology: Callable[[int], str] = _APOLOGY) -> Patient
         descriptor = stream.fileno()
     except io.UnsupportedOperation:
         return stream
-    return PatientStream(descriptor, apology)
+    return PatientStream(descriptor, apology, stream.encoding)
 
 
 def open_standard_streams() -> None:
@@ -70,5 +72,5 @@ def open_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - until the program ends
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115 - until the program ends
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115

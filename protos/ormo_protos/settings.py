@@ -11,11 +11,11 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -27,18 +27,26 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from ormo_protos.logs import printable
+from ormo_protos.all_settings import ALL_SETTINGS, nearest_variable
+from ormo_protos.logs import first_words, printable
 
 BAD_SETTINGS_EXIT_CODE = 2
 # Some thirty years: Python can wait for no more than about ten times as long, and fails if it is told to.
 LONGEST_SECONDS = 1e9
 # What an int64 of the contract holds.
 MOST = 2**63 - 1
-_HOST_AND_PORT = re.compile(r"(?:[^:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
+_HOST_AND_PORT = re.compile(r"(?:[^:/@\s]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
 
 
 class Settings(BaseSettings):
-    """What a program was told, one field each; `tuple` and `list` fields read `a,b,c`."""
+    """What a program was told, one field each; `tuple` and `list` fields read `a,b,c`.
+
+    Attributes:
+        flags_only: fields that neither the environment nor a file sets: what is done once, and only when it is typed,
+            and where the variable of that name is meant for another of our programs.
+    """
+
+    flags_only: ClassVar[frozenset[str]] = frozenset()
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -100,12 +108,16 @@ def load_settings(cls: type[S], argv: Sequence[str], *, program: str) -> S:
     Raises:
         SystemExit: code 2 after one sentence per problem on stderr; code 0 after `--help`.
     """
+    misspelt = misspelt_variables(cls, os.environ)
     try:
-        return read_settings(cls, argv, os.environ, program=program)
+        settings = read_settings(cls, argv, os.environ, program=program)
     except SettingsProblemsError as error:
-        for problem in error.problems:
+        for problem in (*misspelt, *error.problems):
             sys.stderr.write(f"{program}: {printable(problem)}\n")
         sys.exit(BAD_SETTINGS_EXIT_CODE)
+    for sentence in misspelt:
+        first_words(program, sentence, getattr(settings, "log_format", "text"))
+    return settings
 
 
 def read_settings(cls: type[S], argv: Sequence[str], environment: Mapping[str, str], *, program: str) -> S:
@@ -125,6 +137,25 @@ def read_settings(cls: type[S], argv: Sequence[str], environment: Mapping[str, s
         return cls(**given.values())
     except ValidationError as error:
         raise SettingsProblemsError([given.problem(details) for details in error.errors()]) from None
+
+
+def variables_of(cls: type[Settings]) -> set[str]:
+    """The environment variables that these settings are read from, in upper case."""
+    return {_variable(cls, name) for name in cls.model_fields.keys() - cls.flags_only | {"config"}}
+
+
+def misspelt_variables(cls: type[Settings], environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that no program of ours reads and whose name is nearest to one of these settings'.
+
+    One that is nearer to another program's setting is that program's to tell.
+    """
+    known = variables_of(cls)
+    guesses = {name: nearest_variable(name) for name, value in environment.items() if value}
+    return [
+        f"the environment has {name}, which no program reads: did you mean {guess}?"
+        for name, guess in guesses.items()
+        if guess in known
+    ]
 
 
 def dispatch(
@@ -162,7 +193,9 @@ def checked_address(value: str, *, lowest_port: int) -> str:
     """
     match = _HOST_AND_PORT.fullmatch(value)
     if match is None or not lowest_port <= int(match.group(1)) <= 65535:
-        raise ValueError(f"expected HOST:PORT with a port from {lowest_port} to 65535, as in 127.0.0.1:50051")
+        raise ValueError(
+            f"expected HOST:PORT with a port from {lowest_port} to 65535 and no scheme, as in 127.0.0.1:50051"
+        )
     return value
 
 
@@ -178,7 +211,8 @@ def settings_table(cls: type[Settings], *, own: bool = False) -> str:
         if own and name not in cls.__annotations__:
             continue
         meaning = (info.description or "").replace("|", "\\|")
-        rows.append(f"| `{_flag(name)}` | `{_variable(cls, name)}` | {_default(info)} | {meaning} |")
+        variable = "flag only" if name in cls.flags_only else f"`{_variable(cls, name)}`"
+        rows.append(f"| `{_flag(name)}` | {variable} | {_default(info)} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -191,6 +225,7 @@ class _Given:
     environment: dict[str, Any] = field(default_factory=dict)
     file: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
+    config_is_shared: bool = False
     problems: list[str] = field(default_factory=list)
 
     def read_flags(self, argv: Sequence[str], program: str) -> None:
@@ -206,9 +241,10 @@ class _Given:
     def read_environment(self, environment: Mapping[str, str]) -> None:
         source = EnvSettingsSource(self.cls)
         source.env_vars = {name.lower(): value for name, value in environment.items() if value}
-        self.environment = source()
+        self.environment = {name: value for name, value in source().items() if name not in self.cls.flags_only}
         if self.config is None:
             self.config = environment.get(_variable(self.cls, "config")) or None
+            self.config_is_shared = True
 
     def read_file(self) -> None:
         if self.config is None:
@@ -221,13 +257,20 @@ class _Given:
         except ValueError as error:  # TOML's and UTF-8's
             self.problems.append(f"the settings file {self.config} is no valid TOML: {error}")
         else:
-            self.file = {key.replace("-", "_"): value for key, value in table.items()}
-            self.problems += self._unknown_keys(table)
+            given = {key.replace("-", "_"): value for key, value in table.items()}
+            taken = self.cls.model_fields.keys() - self.cls.flags_only
+            self.file = {name: value for name, value in given.items() if name in taken}
+            self.problems += [self._not_taken(name) for name in given if name not in taken | self._of_others()]
 
-    def _unknown_keys(self, keys: Iterable[str]) -> list[str]:
-        known = [name.replace("_", "-") for name in self.cls.model_fields]
-        unknown = [key.replace("_", "-") for key in keys if key.replace("-", "_") not in self.cls.model_fields]
-        return [f"the settings file {self.config} has an unknown key {k!r}{_guess(k, known)}" for k in unknown]
+    def _of_others(self) -> frozenset[str]:
+        """Keys that a file may have for other programs: the environment names one file for all of them."""
+        return ALL_SETTINGS if self.config_is_shared else frozenset()
+
+    def _not_taken(self, name: str) -> str:
+        key, known = name.replace("_", "-"), [name.replace("_", "-") for name in self.cls.model_fields]
+        if name in self.cls.flags_only:
+            return f"the settings file {self.config} has the key {key!r}, which is a flag only: type {_flag(name)}"
+        return f"the settings file {self.config} has an unknown key {key!r}{_guess(key, known)}"
 
     def values(self) -> dict[str, Any]:
         return self.file | self.environment | self.flags
@@ -236,8 +279,10 @@ class _Given:
         """One sentence for what pydantic found."""
         message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if not details["loc"]:
-            return message
+            return f"{message}{self._from_environment(message)}"
         name = str(details["loc"][0])
+        if details["type"] == "missing" and name in self.cls.flags_only:
+            return f"{_flag(name)} is missing"
         if details["type"] == "missing":
             return (
                 f"{_flag(name)} is missing: give it as a flag, in the environment as "
@@ -249,6 +294,12 @@ class _Given:
         if SecretStr in _members(self.cls.model_fields[name].annotation):
             return "not usable (its value is not shown)"
         return repr(self.values().get(name, details["input"]))
+
+    def _from_environment(self, message: str) -> str:
+        """Which of the flags that a sentence names nobody typed."""
+        named = re.findall(r"--[\w-]+", message)
+        untyped = [name for name in self.environment if name not in self.flags and _flag(name) in named]
+        return "".join(f" ({_flag(name)} is from the environment, {_variable(self.cls, name)})" for name in untyped)
 
     def _place(self, name: str) -> str:
         if name in self.flags:
@@ -275,7 +326,8 @@ def _parser(cls: type[Settings], program: str) -> argparse.ArgumentParser:
     variable = _variable(cls, "config")
     parser.add_argument("--config", metavar="FILE", help=f"a TOML file with these settings [{variable}]")
     for name, info in cls.model_fields.items():
-        text = f"{info.description or ''} [{_variable(cls, name)}; default: {_default(info).strip('`')}]"
+        variable = "" if name in cls.flags_only else f"{_variable(cls, name)}; "
+        text = f"{info.description or ''} [{variable}default: {_default(info).strip('`')}]"
         text = text.replace("%", "%%")
         if bool in _members(info.annotation):
             parser.add_argument(_flag(name), dest=name, help=text, action=argparse.BooleanOptionalAction)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ormo_protos.manifest import Manifest
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -12,12 +14,15 @@ class Model:
     Attributes:
         params: w, shape (d,), float32.
         float_buffers: shape (f,), float32.
-        int_buffers: shape (i,), int64.
+        int_buffers: shape (i,), int64, or the bits of float64.
+        manifest: which tensors they are, so that buffers are merged as the worker's; None: floats are averaged, and
+            integers grow.
     """
 
     params: torch.Tensor
     float_buffers: torch.Tensor
     int_buffers: torch.Tensor
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)

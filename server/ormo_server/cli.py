@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.patient_stream import patient
+from ormo_protos.process import prepare_process
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    prepare_process()
     commands = {"serve": _serve, "status": _status, "top": _top, "control": _control}
     return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-server", usage=USAGE)
 

@@ -1,12 +1,12 @@
 """The server's settings: one frozen class."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
+from ormo_protos.loopback import is_loopback
 from ormo_protos.settings import LONGEST_SECONDS, checked_address
-from ormo_server.security.loopback import is_loopback
 from ormo_server.training_settings import TrainingSettings
 
 
@@ -64,7 +64,7 @@ class ServerSettings(TrainingSettings):
         gt=0,
         le=LONGEST_SECONDS,
         description="seconds that a live worker may keep a ticket; none: without limit where nobody waits, else "
-        "20 times the median, at least 60",
+        "20 times the median, at least 60, and 600 before the first push",
     )
 
     # What gradients are taken
@@ -151,6 +151,10 @@ class ServerSettings(TrainingSettings):
     def workers_allowed(self) -> tuple[int, int]:
         """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON holds them, with the rules in force, for files that are read later: see `TracedSettings`."""
+        return self.model_dump(mode="json") | {"waits_for_idle": self.run().waits_for_idle}
 
     @model_validator(mode="after")
     def _nobody_else_gets_in(self) -> Self:

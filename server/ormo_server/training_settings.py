@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ormo_protos.settings import MOST, Settings
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.method import PRESETS, Method, Run
+from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import KINDS, LearningRate
@@ -34,6 +34,13 @@ class TrainingSettings(Settings):
     scheduler: str | None = Field(None, description=f"instead of the preset's: {_choices(SCHEDULERS)}")
     staleness_bound: int | None = Field(
         None, ge=0, le=MOST, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
+    )
+    delay_threshold: float | None = Field(
+        None,
+        ge=LEAST_DELAY_THRESHOLD,
+        le=MOST_DELAY_THRESHOLD,
+        description="for the step scale `delay-adaptive`: the delay above which steps get smaller, in K; none: 1 for "
+        "`asgd-da`, else 2",
     )
     discard_delay: int | None = Field(
         None,
@@ -114,6 +121,7 @@ class TrainingSettings(Settings):
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         method = self._method()
         choices = {"method": method.name, "update_rule": method.rule, "step_scale": method.scale}
+        choices["delay_threshold"] = f"{method.delay_threshold:g}"
         return {name: _text(value) for name, value in (given | choices | {"scheduler": method.scheduler}).items()}
 
     def _method(self) -> Method:
@@ -123,6 +131,7 @@ class TrainingSettings(Settings):
         chosen: dict[str, Any] = {
             "rule": self.update_rule,
             "scale": self.step_scale,
+            "delay_threshold": self.delay_threshold,
             "scheduler": self.scheduler,
             "discard_delay": self.discard_delay,
             "staleness_bound": self.staleness_bound,

@@ -30,12 +30,13 @@ from prometheus_client import Counter
 from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.blocks import all_finite
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, gradients, servicer, timed_lock
 from ormo_server.service.controls import Controls
 from ormo_server.service.engine import Engine
-from ormo_server.service.gradients import FiniteNorm, is_finite
+from ormo_server.service.gradients import FiniteNorm
 from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
@@ -73,7 +74,7 @@ def without_metrics() -> Iterator[None]:
             (Distribution, "observe", nothing),
             (Engine, "_observe", nothing),
             (FiniteNorm, "arrived", nothing),
-            (FiniteNorm, "norm", lambda gradient: 1.0 if is_finite(gradient._payload) else None),
+            (FiniteNorm, "norm", lambda gradient: 1.0 if all_finite(gradient._payload.parameters) else None),
             (gradients, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),

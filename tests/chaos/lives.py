@@ -16,7 +16,7 @@ from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
-from ormo_server.store import StoreError
+from ormo_server.store import StoreError, buffers_of
 from ormo_server.store.checkpoint import DOCUMENT_FILE, MODEL_FILE, STATE_FILE, Checkpoint, read_files
 from ormo_server.store.files import SUMS_FILE
 from ormo_server.trace.rows import TracedSettings
@@ -55,7 +55,8 @@ def _compare_start(evidence: Evidence, life: Path, before: Snapshot, first: Chec
     if begun != ended:
         evidence.differences.append(f"{life.name} began at iteration {begun}, and {ended} was on the disk")
     epoch = first.snapshot.fields["epoch"]
-    machine = snapshot.restore(_run(first), _copied(before), epoch=epoch, keep_tickets=keep_tickets)
+    buffers = buffers_of(first.manifest)
+    machine = snapshot.restore(_run(first), _copied(before), epoch=epoch, keep_tickets=keep_tickets, buffers=buffers)
     _compare(evidence, f"the start of {life.name}", snapshot.take(machine), first.snapshot)
 
 
@@ -63,7 +64,7 @@ def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], appli
     """Do again what came after each checkpoint, up to the next; returns the state at the end of this life."""
     for at, checkpoint in enumerate(checkpoints):
         following = checkpoints[at + 1] if at + 1 < len(checkpoints) else None
-        machine = snapshot.resume(_run(checkpoint), _copied(checkpoint.snapshot))
+        machine = snapshot.resume(_run(checkpoint), _copied(checkpoint.snapshot), buffers_of(checkpoint.manifest))
         where = f"{life.name}, after iteration {checkpoint.snapshot.fields['iteration']}"
         if following is not None and following.journal_log == checkpoint.journal_log:
             continue

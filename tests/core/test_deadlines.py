@@ -55,7 +55,7 @@ def test_silence_is_measured_from_the_last_word_and_unknown_workers_are_not_sile
         (None, False, [1.0], None),
         (30.0, False, [], 30.0),
         (30.0, True, [100.0], 30.0),  # a number that was set wins
-        (None, True, [], None),  # nothing to go by yet
+        (None, True, [], 600.0),  # nothing to go by yet
         (None, True, [1.0], 60.0),  # 20 times 1 s is less than a minute
         (None, True, [3.0], 60.0),
         (None, True, [5.0], 100.0),
@@ -87,5 +87,21 @@ def test_tickets_out_for_longer_than_the_limit_are_overdue_and_stay_in_flight() 
 def test_without_a_limit_nothing_is_overdue() -> None:
     driver = driver_of(run_of(), "a")
     driver.request("a")
-    for timeout in (TicketTimeout(None, automatic=False), TicketTimeout(None, automatic=True)):
-        assert timeout.overdue(driver.machine.state, 1e9) == []
+    assert TicketTimeout(None, automatic=False).overdue(driver.machine.state, 1e9) == []
+
+
+def test_before_the_first_push_every_lapse_doubles_the_automatic_limit_and_none_after_it() -> None:
+    timeout = TicketTimeout(None, automatic=True)
+    timeout.lapsed()
+    assert timeout.limit_seconds() == 1200.0
+    timeout.lapsed()
+    assert timeout.limit_seconds() == 2400.0
+    timeout.redeemed(1000.0)
+    timeout.lapsed()
+    assert timeout.limit_seconds() == 20_000.0
+
+
+def test_a_lapse_leaves_a_limit_that_was_set_as_it_is() -> None:
+    timeout = TicketTimeout(5.0, automatic=True)
+    timeout.lapsed()
+    assert timeout.limit_seconds() == 5.0

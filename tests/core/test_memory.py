@@ -36,6 +36,13 @@ def test_need_is_the_state_one_buffer_for_each_slot_and_the_copy_for_the_checkpo
     assert got.total_bytes == 4000 * (2 * vectors + slots)
 
 
+def test_buffers_are_held_once_sent_with_each_slots_gradient_and_copied_for_the_checkpoint() -> None:
+    got, without = (need(run_of(), elements=1000, slots=8, buffer_bytes=extra) for extra in (24, 0))
+    assert got.state_bytes == without.state_bytes + 24
+    assert got.exchange_bytes == without.exchange_bytes + 8 * 24
+    assert got.checkpoint_bytes == without.checkpoint_bytes + 24
+
+
 def _run(rule: str, scheduler: str) -> Run:
     bound = 3 if scheduler == "bounded-staleness" else None
     return run_of(rule, scheduler, staleness_bound=bound)

@@ -38,8 +38,9 @@ class Workers(RuleBasedStateMachine):
         discard=st.sampled_from([None, 2]),
         stop=st.sampled_from([0, 0, 12]),
         bound=st.sampled_from([0, 1, 2, 4]),
+        waits_for_idle=st.booleans(),
     )
-    def start(self, min_workers: int, discard: int | None, stop: int, bound: int) -> None:
+    def start(self, min_workers: int, discard: int | None, stop: int, bound: int, waits_for_idle: bool) -> None:
         self.driver: Driver = driver_of(
             run_of(
                 scheduler=self.scheduler,
@@ -48,6 +49,7 @@ class Workers(RuleBasedStateMachine):
                 discard_delay=discard,
                 stop_after_gradients=stop,
                 staleness_bound=bound if self.scheduler == "bounded-staleness" else None,
+                waits_for_idle=waits_for_idle and self.scheduler == "synchronous",
             )
         )
         self.machine, self.state = self.driver.machine, self.driver.machine.state
@@ -252,7 +254,13 @@ class Workers(RuleBasedStateMachine):
     @invariant()
     def an_undelivered_ticket_has_its_parameters(self) -> None:
         undelivered = any(not ticket.delivered for ticket in self.state.tickets.values())
-        assert undelivered == (self.state.round_params is not None)
+        needed = undelivered or self.may_come_in()
+        assert needed == (self.state.round_params is not None)
+
+    def may_come_in(self) -> bool:
+        end = self.state.round_tickets[1]
+        of_opening = any(ticket.number < end for ticket in self.state.tickets.values())
+        return of_opening or (bool(self.state.tickets) and end > 0 and self.state.next_ticket < end + 4)
 
     @invariant()
     def somebody_can_go_on(self) -> None:
@@ -265,8 +273,10 @@ class Workers(RuleBasedStateMachine):
             assert self.state.tickets or not self.state.waiting
         else:
             # A round is open, and the holder of each of its tickets can push (delivered) or ask (not delivered): it
-            # does not wait itself, which `slots_and_tickets_in_flight_agree` sees to.
-            assert self.state.tickets
+            # does not wait itself, which `slots_and_tickets_in_flight_agree` sees to. Or all who live are idle: whoever
+            # asks is not.
+            idle = all(self.state.slot(key).idle for key in self.driver.places)
+            assert self.state.tickets or (idle and not self.machine.run.waits_for_idle)
 
     def teardown(self) -> None:
         if hasattr(self, "driver"):
@@ -302,6 +312,16 @@ class AsynchronousWorkers(Workers):
 class SynchronousWorkers(Workers):
     scheduler = "synchronous"
 
+    @invariant()
+    def nobody_is_kept_out_of_a_round_that_may_be_come_into_but_who_has_pushed_in_it(self) -> None:
+        if self.may_come_in():
+            redeemed = [self.state.slot(key).redeemed for key in self.state.waiting]
+            assert all(key is not None and key[1] >= self.state.round_tickets[0] for key in redeemed)
+
+    @invariant()
+    def all_of_a_round_have_its_bucket_and_the_iteration_of_its_opening(self) -> None:
+        assert len({(ticket.bucket, ticket.iteration) for ticket in self.state.tickets.values()}) <= 1
+
 
 class BoundedWorkers(Workers):
     scheduler = "bounded-staleness"
@@ -322,7 +342,7 @@ TestNobodyIsStuckUnderABound = BoundedWorkers.TestCase
 
 
 def test_waiting_ones_hear_why_they_wait_no_longer() -> None:
-    driver = driver_of(run_of(scheduler="synchronous"), "a")
+    driver = driver_of(run_of(scheduler="bounded-staleness", staleness_bound=0), "a")
     driver.request("a")
     for worker in ("leaver", "twin"):
         driver.join(worker)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from core.driving import Driver, driver_of, rows, run_of
 from core.scripts import START, Command, carry_out, stories
+from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.scales import STEP_SCALES, Timing, rescaled
+from ormo_server.core.schedule import LearningRate
 from ormo_server.core.state_machine import StateMachine
 
 # By the delay
@@ -32,6 +34,33 @@ def test_a_step_scale_is_what_the_table_says() -> None:
         assert {"rescaled", *row} == set(STEP_SCALES)
         for name, expected in row.items():
             assert STEP_SCALES[name](timing) == expected, (name, timing)
+
+
+THRESHOLDS = """
+    delay  K  threshold  delay-adaptive
+        4  4          1            1.0
+        5  4          1            0.8
+        8  4          1            0.5
+        8  4          2            1.0
+        8  4        0.5            0.25
+       16  4          3            0.75
+"""
+
+
+def test_the_delay_adaptive_scale_is_1_up_to_so_many_k_and_then_goes_down_with_the_delay() -> None:
+    for row in rows(THRESHOLDS):
+        timing = Timing(int(row["delay"]), int(row["K"]), row["threshold"])
+        assert STEP_SCALES["delay-adaptive"](timing) == row["delay-adaptive"], row
+
+
+@pytest.mark.parametrize(("preset", "late_step"), [("asgd-da", 2 / 8), ("ormo-da", 4 / 8)])
+def test_a_gradient_of_delay_8_with_k_2_gets_the_step_of_its_presets_source(preset: str, late_step: float) -> None:
+    driver = driver_of(Run(LearningRate(1.0), PRESETS[preset]), "a", "b")
+    driver.request("b")
+    driver.request("a")
+    for _ in range(8):
+        driver.exchange("a", 0.0)
+    assert driver.push("b", 1.0).step_size == late_step
 
 
 def test_the_step_scale_multiplies_the_learning_rate_and_is_reported() -> None:
@@ -87,7 +116,7 @@ RESCALED = """
 
 def test_rescaled_is_the_time_from_ticket_to_push_times_the_mean_rate_of_the_slots() -> None:
     for row in rows(RESCALED):
-        timing = Timing(99, 7, row["T"], lambda row=row: [row["T"], row["others"]])
+        timing = Timing(99, 7, 2.0, row["T"], lambda row=row: [row["T"], row["others"]])
         assert rescaled(timing) == row["scale"]
 
 
@@ -95,7 +124,7 @@ def test_rescaled_is_the_time_from_ticket_to_push_times_the_mean_rate_of_the_slo
     ("seconds", "of_slots"), [(0.0, [0.0]), (0.0, [0.0, 3.0]), (3.0, [3.0, 0.0]), (1.0, []), (-1.0, [-1.0])]
 )
 def test_rescaled_divides_by_no_zero_time(seconds: float, of_slots: list[float]) -> None:
-    assert 0 < rescaled(Timing(0, 1, seconds, lambda: of_slots)) < float("inf")
+    assert 0 < rescaled(Timing(0, 1, 2.0, seconds, lambda: of_slots)) < float("inf")
 
 
 # Three places got their tickets at 0. The worker exchanges when the clock is at `now`: T counts from there or from its

@@ -41,7 +41,8 @@ def test_the_presets_are_the_rows_of_the_designs_table() -> None:
     rows = [line.split() for line in DESIGN.strip().splitlines()]
     assert sorted(row[0] for row in rows) == sorted(PRESETS)
     for name, rule, scale, scheduler in rows:
-        expected = Method(rule, scale, scheduler, discard_buckets=2 if name == "ringmaster" else None, name=name)
+        discard, threshold = 2 if name == "ringmaster" else None, 1.0 if name == "asgd-da" else 2.0
+        expected = Method(rule, scale, scheduler, discard_buckets=discard, delay_threshold=threshold, name=name)
         assert PRESETS[name] == expected
 
 
@@ -64,6 +65,7 @@ def test_the_discard_delay_is_the_one_set_or_so_many_buckets_of_5(method: Method
     [
         (Method(), "ormo × constant × asynchronous"),
         (Method("dc", "inverse", "bounded-staleness", staleness_bound=7), "dc × inverse × bounded-staleness 7"),
+        (Method("sgd", "delay-adaptive", delay_threshold=1.5), "sgd × delay-adaptive from 1.5K × asynchronous"),
         (Method("sgd", discard_buckets=2), "sgd × constant × asynchronous × discard from 2K"),
         (Method("sgd", discard_buckets=2, discard_delay=9), "sgd × constant × asynchronous × discard from 9"),
     ],
@@ -99,6 +101,8 @@ def test_any_product_of_the_four_choices_trains(rule: str, scale: str, scheduler
             "scheduler 'lazy' is not known: choose one of asynchronous, synchronous, bounded-staleness",
         ),
         ({"discard_delay": 0}, "discard delay 0: expected at least 1"),
+        ({"delay_threshold": 0.0}, "delay threshold 0.0: expected 0.01 to 1e\\+06, in multiples of K"),
+        ({"delay_threshold": float("nan")}, "delay threshold nan: expected"),
         ({"discard_buckets": 0}, "discard delay of 0 buckets: expected at least 1"),
         ({"scheduler": "bounded-staleness"}, "the bounded-staleness scheduler needs a staleness bound"),
         ({"scheduler": "bounded-staleness", "staleness_bound": -1}, "staleness bound -1: expected at least 0"),
@@ -159,6 +163,8 @@ def test_a_preset_is_chosen_by_its_name(name: str) -> None:
         ({"delay_compensation": -1.0}, "greater than or equal to 0"),
         ({"delay_compensation": float("nan")}, "should be a finite number"),
         ({"discard_delay": 0}, "greater than or equal to 1"),
+        ({"delay_threshold": 0.0}, "greater than or equal to 0.01"),
+        ({"delay_threshold": 2e6}, "less than or equal to 1000000"),
     ],
 )
 def test_settings_that_make_no_method_are_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
@@ -170,4 +176,6 @@ def test_a_choice_replaces_the_presets_and_the_method_is_then_called_by_its_choi
     method = TrainingSettings(method="ringmaster", update_rule="ormo", discard_delay=4).run().method
     assert (method.rule, method.discard_limit(1)) == ("ormo", 4)
     assert method.name == "ormo × constant × asynchronous × discard from 4"
+    method = TrainingSettings(method="asgd-da", delay_threshold=2.0).run().method
+    assert (method.delay_threshold, method.name) == (2.0, "sgd × delay-adaptive from 2K × asynchronous")
     assert TrainingSettings(delay_compensation=0.5).run().coefficients == Coefficients(0.9, 0.5)

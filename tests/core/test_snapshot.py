@@ -120,6 +120,16 @@ def test_with_tickets_kept_a_ticket_of_the_old_epoch_is_redeemed_and_new_ones_ar
     assert other.ticket("b")[0] == 7
 
 
+def test_a_result_says_that_buffers_were_kept_only_where_they_were_which_older_servers_do_not_know() -> None:
+    driver = busy_run()
+    driver.push("b", 1.0, float_buffers=torch.tensor([torch.nan]), int_buffers=torch.tensor([4]))
+    taken = through_json(snapshot.take(driver.machine))
+    of_a, of_b = (member["slots"][0]["result"] for member in taken.fields["members"][:2])
+    assert ("buffers_kept" in of_a, of_b["buffers_kept"]) == (False, True)
+    back = snapshot.restore(driver.machine.run, taken, epoch=2**64 - 1, keep_tickets=True)
+    assert back.state.members == driver.machine.state.members
+
+
 def test_with_tickets_kept_a_result_is_still_repeated() -> None:
     driver = busy_run()
     other = restarted(driver, keep_tickets=True, epoch=7)

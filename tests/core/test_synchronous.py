@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from core.driving import Driver, driver_of, fingerprint, run_of
 from core.reference import closed_form, round_sums, rounding, torch_sgd
 from core.scripts import BETAS, START, Command, carry_out, learning_rates, stories
+from ormo_server.core import snapshot
 from ormo_server.core.errors import BadRequest, SettingsError, TicketUnknown
 from ormo_server.core.method import Method, Run
 from ormo_server.core.schedule import LearningRate
@@ -59,41 +60,44 @@ def test_with_a_schedule_a_round_is_one_step_of_momentum_at_the_rate_of_its_open
     assert bool(((driver.machine.state.rule.vectors["momentum"].double() - momentum).abs() <= allowed).all())
 
 
-def test_three_rounds_by_hand_with_a_death_and_a_joiner() -> None:
-    driver = rounds_of("a", "b", "c")
+@pytest.mark.parametrize("waits_for_idle", [False, True])
+def test_three_rounds_by_hand_with_a_death_and_a_joiner(waits_for_idle: bool) -> None:
+    driver = rounds_of("a", "b", "c", waits_for_idle=waits_for_idle)
     for worker in "abc":
         driver.push(worker, 1.0)
     assert driver.machine.state.params == -3  # u = 3
-    driver.join("d")
+    driver.join("d")  # after the opening
     for worker in "abc":
         driver.request(worker)
     driver.push("a", 1.0)
     driver.leave("b")
-    driver.request("d")
+    late = driver.request("d")
     driver.push("c", 1.0)
-    assert driver.machine.state.params == -3 - (1.5 + 2)  # u = 3.5; d did not belong to this round
+    if late is not None:
+        assert driver.places["d", 0].params == -3
+        driver.push("d", 1.0)
+        driver.request("d")
+    total = 2 if waits_for_idle else 3
+    assert driver.machine.state.params == -3 - (1.5 + total)  # u = 1.5 + total
     for worker in "ac":
         driver.request(worker)
     for worker in "acd":
         driver.push(worker, 2.0)
-    assert driver.machine.state.params == -6.5 - (1.75 + 6)
+    assert driver.machine.state.params == -4.5 - total - (0.75 + 0.5 * total + 6)
 
 
 def test_a_round_in_which_nothing_was_applied_is_no_bucket() -> None:
     driver = rounds_of("a", "b")
-    for worker in "ab":
-        driver.hand_back(worker)
-        driver.request(worker)
-    assert [granted.ticket.bucket for granted in driver.granted] == [0, 0, 0, 0]
-    for worker in "ab":
-        driver.push(worker, 1.0)
-    for worker in "ab":
-        driver.request(worker)
-    for worker in "ab":
-        driver.hand_back(worker)
-    for worker in "ab":
-        driver.request(worker)
-    assert [granted.ticket.bucket for granted in driver.granted[4:]] == [1, 1, 1, 1]
+    for bucket in (0, 1):
+        for worker in "ab":
+            driver.hand_back(worker)
+        for worker in "ab":
+            driver.request(worker)
+        assert [ticket.bucket for ticket in driver.machine.state.tickets.values()] == [bucket, bucket]
+        for worker in "ab":
+            driver.push(worker, 1.0)
+        for worker in "ab":
+            driver.request(worker)
 
 
 def test_a_round_closes_only_when_each_of_its_tickets_is_applied_returned_or_void() -> None:
@@ -101,22 +105,160 @@ def test_a_round_closes_only_when_each_of_its_tickets_is_applied_returned_or_voi
     driver.push("a", 1.0)
     assert driver.request("a") is None
     driver.hand_back("b")
-    assert driver.request("b") is None
+    assert driver.places["a", 0].granted is None
     driver.leave("c")
     assert driver.places["a", 0].granted is None
     driver.push("d", 1.0)
-    assert {worker for (worker, _), place in driver.places.items() if place.granted} == {"a", "b"}
-    assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["a", "b", "d"]
+    assert driver.places["a", 0].granted is not None
+    assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["a", "d"]
 
 
-def test_a_joiner_waits_for_the_next_opening() -> None:
+# Who comes after a round's opening
+
+
+def test_a_joiner_comes_into_the_open_round_with_the_parameters_of_its_opening() -> None:
+    driver = rounds_of("a", "b")
+    driver.push("a", 1.0)
+    driver.join("c")
+    granted = driver.request("c")
+    assert granted is not None
+    assert (granted.ticket.bucket, granted.ticket.iteration) == (0, 0)
+    assert driver.places["c", 0].params == 0.0
+    driver.push("b", 1.0)
+    assert driver.request("a") is None  # this round is the joiner's, too
+    driver.push("c", 1.0)
+    assert [(each.bucket, each.step_size) for each in driver.applied] == [(0, 1.0)] * 3
+    assert driver.places["a", 0].params == -3.0
+
+
+def test_who_has_pushed_in_a_round_waits_for_the_next() -> None:
+    driver = rounds_of("a", "b")
+    driver.push("a", 1.0)
+    assert driver.request("a") is None
+    assert driver.request("a") is None
+    driver.leave("a")
+    driver.join("a")  # the same process
+    assert driver.request("a") is None
+
+
+def test_a_round_takes_in_four_at_most_once_only_those_are_left_who_came_after_its_opening() -> None:
     driver = rounds_of("a")
+    driver.join("late")
+    driver.request("late")
+    driver.push("a", 1.0)
+    for worker in ("l2", "l3", "l4"):
+        driver.join(worker)
+        assert driver.request(worker) is not None
+    driver.join("l5")
+    assert driver.request("l5") is None
+    assert driver.machine.state.round_params is None
+    for worker in ("late", "l2", "l3", "l4"):
+        driver.push(worker, 1.0)
+    granted = driver.places["l5", 0].granted
+    assert granted is not None
+    assert granted.ticket.bucket == 1
+
+
+def test_a_joiner_does_not_wait_for_an_idle_one_that_came_into_the_same_round() -> None:
+    driver = rounds_of("a")
+    driver.join("idle")
+    driver.request("idle")
+    driver.push("a", 1.0)
+    driver.join("b")
+    assert driver.request("b") is not None
+
+
+def test_a_worker_that_asks_again_and_again_keeps_no_round_open() -> None:
+    driver = rounds_of("a", "again")
+    before = driver.ticket("again")
+    granted = driver.request("again")
+    assert granted is not None
+    assert granted.ticket.key != before
+    driver.push("a", 1.0)
+    driver.request("a")
+    assert driver.places["a", 0].granted is None
+    driver.request("again")  # it held the last ticket of the round
+    assert driver.places["a", 0].granted is not None
+
+
+def test_for_files_of_earlier_versions_a_joiner_waits_for_the_next_opening() -> None:
+    driver = rounds_of("a", waits_for_idle=True)
     driver.join("b")
     assert driver.request("b") is None
     driver.push("a", 1.0)
     granted = driver.places["b", 0].granted
     assert granted is not None
     assert (granted.ticket.bucket, granted.ticket.iteration) == (1, 1)
+
+
+# Who is idle
+
+
+def train(driver: Driver, *workers: str) -> int:
+    """Each pushes and asks for the next ticket; says how many got it."""
+    for worker in workers:
+        driver.exchange(worker, 1.0)
+    return sum(driver.places[worker, 0].granted is not None for worker in workers)
+
+
+def test_a_worker_that_let_its_ticket_lapse_costs_one_round_and_none_until_it_asks() -> None:
+    driver = rounds_of("a", "idle", "b")
+    assert train(driver, "a", "b") == 0  # they wait for the idle one
+    assert driver.hand_back("idle")
+    for number in range(1, 5):
+        assert driver.machine.state.iteration == 2 * number
+        assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["a", "b"]
+        assert train(driver, "a", "b") == 2
+    assert driver.request("idle") is not None  # in the round that is open
+    assert train(driver, "a", "b") == 0
+    assert train(driver, "idle") == 1
+    assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["a", "idle", "b"]
+
+
+def test_a_member_that_never_asked_costs_one_round_too() -> None:
+    driver = driver_of(run_of(scheduler="synchronous", min_workers=2), "a", "idle")
+    driver.request("a")
+    assert train(driver, "a") == 0
+    (ticket,) = driver.machine.state.tickets.values()
+    assert driver.machine.return_ticket(9.0, "idle", 1, ticket.key)
+    driver.collect()
+    assert [train(driver, "a") for _ in range(3)] == [1, 1, 1]
+    assert "idle" in driver.machine.state.members
+
+
+def test_with_nobody_but_idle_workers_no_round_opens_until_one_asks() -> None:
+    driver = rounds_of("a", "b")
+    for worker in "ab":
+        driver.hand_back(worker)
+    driver.join("c")
+    driver.leave("c")
+    assert not driver.machine.state.tickets
+    granted = driver.request("b")
+    assert granted is not None
+    assert [ticket.slot[0] for ticket in driver.machine.state.tickets.values()] == ["b"]
+
+
+def test_who_is_idle_is_so_after_a_restart_and_after_joining_again() -> None:
+    driver = rounds_of("a", "idle")
+    driver.hand_back("idle")
+    driver.leave("idle")
+    driver.join("idle")
+    run, taken = driver.machine.run, snapshot.take(driver.machine)
+    driver.machine = snapshot.restore(run, taken, epoch=1, keep_tickets=True)
+    assert [train(driver, "a") for _ in range(2)] == [1, 1]
+
+
+def test_for_files_of_earlier_versions_every_round_waits_for_every_worker() -> None:
+    driver = rounds_of("a", "idle", waits_for_idle=True)
+    for _ in range(3):
+        assert train(driver, "a") == 0
+        (ticket,) = driver.machine.state.tickets.values()
+        assert driver.machine.return_ticket(driver.now, "idle", 1, ticket.key)
+        driver.collect()
+        assert driver.places["a", 0].granted is not None
+
+
+# Where rounds begin and what they keep
 
 
 def test_a_joiner_opens_a_round_at_once_when_none_is_open() -> None:
@@ -127,12 +269,15 @@ def test_a_joiner_opens_a_round_at_once_when_none_is_open() -> None:
     assert driver.request("b") is not None
 
 
-def test_a_new_process_takes_its_predecessors_place_in_the_next_round_not_in_this() -> None:
+def test_a_new_process_takes_its_predecessors_place_in_the_open_round() -> None:
     driver = rounds_of("a", "b")
+    driver.push("a", 1.0)
     driver.join("a", incarnation=2)
-    assert driver.request("a") is None
+    assert driver.request("a") is not None
     driver.push("b", 1.0)
-    assert driver.places["a", 0].granted is not None
+    assert driver.request("b") is None
+    driver.push("a", 1.0)
+    assert driver.places["b", 0].granted is not None
 
 
 def test_all_of_a_round_get_the_parameters_of_its_opening_however_late_they_ask() -> None:
@@ -150,23 +295,28 @@ def test_all_of_a_round_get_the_parameters_of_its_opening_however_late_they_ask(
     assert driver.machine.state.params != -3.0
 
 
-def test_the_openings_parameters_are_kept_only_until_all_are_delivered() -> None:
+def test_the_openings_parameters_are_kept_as_long_as_somebody_may_come_into_the_round() -> None:
     driver = rounds_of("a", "b")
+    driver.join("late")
+    driver.request("late")
+    driver.push("a", 1.0)
+    assert driver.machine.state.round_params is not None
+    driver.push("b", 1.0)
+    assert driver.machine.state.round_params is not None  # it may take in three more
+    driver.push("late", 1.0)
+    assert driver.machine.state.round_tickets == (4, 7)  # the next round
+
+
+@pytest.mark.parametrize("last", ["request", "leave"])
+def test_for_files_of_earlier_versions_they_are_kept_until_the_last_ticket_is_delivered_or_void(last: str) -> None:
+    driver = rounds_of("a", "b", waits_for_idle=True)
     for worker in "ab":
         driver.push(worker, 1.0)
     driver.request("a")
     assert driver.machine.state.round_params is not None
-    driver.request("b")
+    getattr(driver, last)("b")
     assert driver.machine.state.round_params is None
-
-
-def test_the_openings_parameters_are_dropped_with_the_last_undelivered_ticket() -> None:
-    driver = rounds_of("a", "b")
-    for worker in "ab":
-        driver.push(worker, 1.0)
-    driver.request("a")
-    driver.leave("b")
-    assert driver.machine.state.round_params is None
+    assert driver.machine.state.tickets
 
 
 def test_an_undelivered_ticket_answers_the_next_request_and_is_not_voided_by_it() -> None:
@@ -178,26 +328,23 @@ def test_an_undelivered_ticket_answers_the_next_request_and_is_not_voided_by_it(
     assert granted.ticket.key == waiting.key
 
 
-def test_a_delivered_ticket_is_voided_by_a_retry_which_waits_for_the_next_round() -> None:
+def test_a_delivered_ticket_is_voided_by_a_retry_which_gets_another_of_the_round() -> None:
     driver = rounds_of("a", "b")
     voided = driver.ticket("a")
-    assert driver.request("a", number=driver.places["a", 0].request) is None
+    assert driver.request("a", number=driver.places["a", 0].request) is not None
     with pytest.raises(TicketUnknown):
         driver.push("a", 1.0, ticket=voided)
     driver.push("b", 1.0)
-    assert driver.ticket("a") != voided
-
-
-def test_a_member_that_never_asks_holds_a_ticket_of_the_round_that_can_time_out() -> None:
-    driver = driver_of(run_of(scheduler="synchronous", min_workers=2), "a", "silent")
-    driver.request("a")
     driver.push("a", 1.0)
-    assert driver.request("a") is None
-    (ticket,) = driver.machine.state.tickets.values()
-    assert driver.machine.return_ticket(9.0, "silent", 1, ticket.key)
-    driver.collect()
-    assert driver.places["a", 0].granted is not None
-    assert "silent" in driver.machine.state.members
+    assert [each.bucket for each in driver.applied] == [0, 0]
+
+
+def test_for_files_of_earlier_versions_a_retry_waits_for_the_next_round() -> None:
+    driver = rounds_of("a", "b", waits_for_idle=True)
+    voided = driver.ticket("a")
+    assert driver.request("a", number=driver.places["a", 0].request) is None
+    driver.push("b", 1.0)
+    assert driver.ticket("a") != voided
 
 
 def test_step_scale_and_discard_see_no_delay_in_a_round() -> None:

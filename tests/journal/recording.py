@@ -18,6 +18,7 @@ from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state import PushResult
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Fsync, Journal, Reading, replay
+from ormo_server.store import buffers_of
 
 MANIFEST = Manifest.laid_out(
     [
@@ -33,9 +34,9 @@ def journal_in(directory: Path, fsync: Fsync = "off", max_bytes: int = MUCH, **c
     return Journal(directory, fsync, max_bytes, calls.get("on_failure", int), calls.get("on_commit", float))
 
 
-def payload_of(gradient: Gradient) -> Payload:
+def payload_of(gradient: Gradient, manifest: Manifest = MANIFEST) -> Payload:
     dtype = BFLOAT16 if gradient.values.dtype == torch.bfloat16 else FLOAT32
-    payload = Payload(PayloadLayout.of(MANIFEST, dtype, with_buffers=gradient.float_buffers is not None))
+    payload = Payload(PayloadLayout.of(manifest, dtype, with_buffers=gradient.float_buffers is not None))
     payload.parameters.copy_(gradient.values)
     if gradient.float_buffers is not None and gradient.int_buffers is not None:
         payload.float_buffers.copy_(gradient.float_buffers)
@@ -47,9 +48,10 @@ class RecordedMachine(StateMachine):
     """As the engine drives it: bytes first, then the input, then its line."""
 
     journal: Journal
+    manifest = MANIFEST
 
     def push(self, now: float, requester: Requester, gradient: Gradient) -> PushResult:
-        stored = self.journal.store(payload_of(gradient))
+        stored = self.journal.store(payload_of(gradient, self.manifest))
         self.journal.announce(stored)
         try:
             return super().push(now, requester, gradient)
@@ -62,11 +64,12 @@ class RecordedMachine(StateMachine):
             self.journal.delivered(granted.slot, BFLOAT16 if out.dtype == torch.bfloat16 else FLOAT32)
 
 
-def recorded(run: Run, journal: Journal) -> Driver:
+def recorded(run: Run, journal: Journal, manifest: Manifest = MANIFEST) -> Driver:
     """The driver of a fresh machine that is recorded from its first input on."""
-    machine = RecordedMachine.fresh(run, START.clone(), torch.zeros(2), torch.zeros(1, dtype=torch.int64), epoch=7)
+    floats, ints = torch.zeros(manifest.sizes["float_buffers"]), torch.zeros(manifest.sizes["int_buffers"]).long()
+    machine = RecordedMachine.fresh(run, START.clone(), floats, ints, epoch=7, buffers=buffers_of(manifest))
     assert isinstance(machine, RecordedMachine)
-    machine.journal, machine.listener = journal, journal.take
+    machine.journal, machine.manifest, machine.listener = journal, manifest, journal.take
     return Driver(machine)
 
 
@@ -81,9 +84,11 @@ def fresh_copy(taken: Snapshot) -> Snapshot:
     return Snapshot({name: tensor.clone() for name, tensor in taken.tensors.items()}, taken.fields)
 
 
-def replayed(run: Run, taken: Snapshot, directory: Path, log: int) -> tuple[StateMachine, Reading]:
+def replayed(
+    run: Run, taken: Snapshot, directory: Path, log: int, manifest: Manifest = MANIFEST
+) -> tuple[StateMachine, Reading]:
     """The machine that comes back, and how the journal was read."""
-    machine = snapshot.resume(run, fresh_copy(taken))
-    reading = Reading(directory, log, MANIFEST)
+    machine = snapshot.resume(run, fresh_copy(taken), buffers_of(manifest))
+    reading = Reading(directory, log, manifest)
     replay(machine, reading, 0.0)
     return machine, reading

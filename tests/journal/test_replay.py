@@ -1,8 +1,11 @@
 """A checkpoint and what the journal says came after it give the very same bits, wherever the journal ends."""
 
+import math
 import tempfile
 from itertools import islice
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +13,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.driving import Driver, fingerprint, run_of
-from core.scripts import START, Command, carry_out, runs, stories
+from core.scripts import SIZE, START, Command, carry_out, runs, stories
 from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, recorded, replayed
+from ormo_protos.manifest import (
+    AVERAGE,
+    BUFFER,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    LAST,
+    MAXIMUM,
+    PARAMETER,
+    UNSPECIFIED,
+    Manifest,
+    TensorSpec,
+)
 from ormo_server.core import snapshot
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.core.state import PushResult
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.chain import Place
 from ormo_server.journal.mark import Mark
 from ormo_server.journal.records import gradients_path, log_path
-from ormo_server.store import StoreError
+from ormo_server.store import StoreError, unsound
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,6 +65,79 @@ def test_any_story_since_any_checkpoint_comes_back_bit_for_bit(
         assert fingerprint(again) == fingerprint(driver.machine)
         assert (reading.torn, reading.lost) == (False, "")
         assert again.state.epoch == 7
+
+
+# Of each kind, so that their order and their neighbours vary.
+KINDS = [(FLOAT32, UNSPECIFIED), (FLOAT32, AVERAGE), (FLOAT32, LAST), (FLOAT64, AVERAGE), (FLOAT64, LAST),
+         (INT64, UNSPECIFIED), (INT64, MAXIMUM), (INT64, LAST)]  # fmt: skip
+NUMBERS = [0.0, -0.0, 1.5, -1e30, 3e38, -3e38, math.inf, -math.inf, math.nan]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Manifest:
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
+    buffers = [
+        TensorSpec(f"b{number}", (draw(st.integers(0, 3)),), dtype, BUFFER, merge=merge)
+        for number, (dtype, merge) in enumerate(kinds)
+    ]
+    return Manifest.laid_out([TensorSpec("weight", (SIZE,), FLOAT32, PARAMETER), *buffers])
+
+
+class WithBuffers(Driver):
+    """Whose workers push buffers, sound and not."""
+
+    numbers: Random
+    kept = 0
+
+    def push(self, worker: str, value: float | torch.Tensor, slot: int = 0, **details: Any) -> PushResult:
+        state = self.machine.state
+        floats = torch.tensor(self.numbers.choices(NUMBERS, k=state.float_buffers.numel()), dtype=torch.float32)
+        ints = torch.tensor(self.numbers.choices(NUMBERS, k=state.int_buffers.numel()), dtype=torch.float64)
+        buffers = {"float_buffers": floats, "int_buffers": ints.view(torch.int64)}
+        result = super().push(worker, value, slot, **buffers, **details)
+        self.kept += result.buffers_kept
+        return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(manifest=models(), run=runs(), story=stories(), seed=st.integers(0, 99))
+def test_buffers_of_every_policy_come_back_bit_for_bit_also_those_that_were_kept(
+    manifest: Manifest, run: Run, story: list[Command], seed: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = journal_in(Path(folder))
+        driver = WithBuffers(recorded(run, journal, manifest).machine)
+        driver.numbers = Random(seed)
+        taken, log = checkpoint(driver)
+        for command in story:
+            carry_out(driver, command)
+        journal.settle(journal.position)
+        journal.close()
+        again, reading = replayed(run, taken, Path(folder), log, manifest)
+        assert (reading.torn, reading.lost) == (False, "")
+        one, other = (snapshot.take(machine) for machine in (again, driver.machine))
+        assert one.fields == other.fields
+        assert {name: tensor.numpy().tobytes() for name, tensor in one.tensors.items()} == {
+            name: tensor.numpy().tobytes() for name, tensor in other.tensors.items()
+        }
+        assert not unsound(other, manifest)
+
+
+def test_a_push_whose_buffers_were_kept_says_so_in_the_journal_and_others_do_not(tmp_path: Path) -> None:
+    manifest = Manifest.laid_out(
+        [TensorSpec("weight", (SIZE,), FLOAT32, PARAMETER), TensorSpec("mean", (1,), FLOAT32, BUFFER, merge=AVERAGE)]
+    )
+    journal = journal_in(tmp_path)
+    driver = recorded(run_of(), journal, manifest)
+    _, log = checkpoint(driver)
+    driver.join("a")
+    for mean in (1.0, math.nan):
+        driver.request("a")
+        driver.push("a", 1.0, float_buffers=torch.tensor([mean]), int_buffers=torch.zeros(0, dtype=torch.int64))
+    journal.settle(journal.position)
+    journal.close()
+    pushes = [line for line in log_path(tmp_path, log).read_bytes().splitlines() if b'"pushed"' in line]
+    assert [b"buffers_kept" in line for line in pushes] == [False, True]  # so that older servers read the first
 
 
 def a_story(driver: Driver) -> None:

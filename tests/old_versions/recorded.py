@@ -8,7 +8,7 @@ written/VERSION/NAME/
 
 All numbers are such that no product rounds, so the bits are the same whatever the processor's vector instructions.
 
-`python -m old_versions.recorded VERSION` in `tests`, with the version to keep installed, writes a new folder.
+`python -m old_versions.recorded VERSION [NAME ...]` in `tests`, with the version to keep installed, writes new folders.
 """
 
 import contextlib
@@ -106,6 +106,11 @@ class Team:
             self.push(name)
             self.pull(name)
 
+    def give_back(self, name: str) -> None:
+        worker = self.workers[name]
+        beat = pb.HeartbeatRequest(worker=name, incarnation=worker.incarnation, returned=[worker.ticket])
+        self.stub.Heartbeat(beat)
+
     def control(self, **what: Any) -> None:
         self.stub.Control(pb.ControlRequest(**what))
 
@@ -120,9 +125,7 @@ def _asynchronous(team: Team) -> None:
     team.checkpoint()
     team.train("abaaacb")
     team.control(set_learning_rate=pb.SetLearningRate(learning_rate=0.25))
-    returned = team.workers["b"]
-    beat = pb.HeartbeatRequest(worker="b", incarnation=returned.incarnation, returned=[returned.ticket])
-    team.stub.Heartbeat(beat)
+    team.give_back("b")
     team.stub.Leave(pb.LeaveRequest(worker="c", incarnation=1))
     team.join("c", incarnation=2)  # its bucket is another one now
     team.pull("bc")
@@ -139,6 +142,27 @@ def _synchronous(team: Team) -> None:
         team.push("cab")
     team.pull("ab")
     team.push("b")  # the round is open, and c's ticket of it is not delivered
+
+
+def _idle(team: Team) -> None:
+    # Once rounds waited for b until it asked again, and had no place for c before the next.
+    team.join("a", "b")
+    team.pull("ab")
+    team.push("ab")
+    team.checkpoint()
+    team.pull("ab")
+    team.give_back("b")
+    team.push("a")
+    team.pull("a")
+    team.push("a")
+    team.join("c")
+    team.pull("b")
+    team.push("b")
+    team.pull("ac")
+    team.push("ca")
+    team.pull("b")
+    team.push("b")
+    team.pull("a")
 
 
 def _delayed(team: Team) -> None:
@@ -171,6 +195,7 @@ class Recording:
 RECORDINGS = {
     "ormo": Recording({"method": "ormo"}, _asynchronous),
     "ssgdm": Recording({"method": "ssgdm", "min_workers": 3}, _synchronous),
+    "idle": Recording({"method": "ssgdm", "min_workers": 2}, _idle),
     "asgd-da": Recording({"method": "asgd-da", "bucket_size": 1}, _delayed),
     "integer-buffers": Recording({"method": "ormo", "bucket_size": 2}, _asynchronous, WITH_BUFFERS, BFLOAT16),
 }
@@ -198,9 +223,10 @@ def _killed_at_the_end(folder: Path, flags: dict[str, Any]) -> Iterator[Paramete
         server.wait()
 
 
-def write(version: str) -> None:
-    """Keep what the installed version writes."""
-    for name, recording in RECORDINGS.items():
+def write(version: str, *names: str) -> None:
+    """Keep what the installed version writes; without names, of all recordings."""
+    for name in names or RECORDINGS:
+        recording = RECORDINGS[name]
         folder = WRITTEN / version / name
         common = {"learning_rate": 0.5, "momentum": 0.5, "checkpoint_seconds": 3600.0, "failure_timeout": 3600.0}
         flags = common | recording.flags | {"checkpoints_kept": 1}
@@ -218,4 +244,4 @@ def write(version: str) -> None:
 
 
 if __name__ == "__main__":
-    write(sys.argv[1])
+    write(*sys.argv[1:])

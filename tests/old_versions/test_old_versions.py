@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from old_versions.recorded import WRITTEN
+from ormo_protos.usage import UsageError
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.service.server import Server
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan
+from ormo_server.store import StoreError
 from ormo_server.store.checkpoint import Checkpoint, read_files
 from ormo_server.training_settings import TrainingSettings
 from service.wire import served
+from store.building import reseal
 
 RUNS = [pytest.param(run, id=f"{run.name} of {run.parent.name}") for run in sorted(WRITTEN.glob("*/*"))]
 assert RUNS
@@ -66,6 +69,12 @@ def assert_same(machine: StateMachine, checkpoint: Checkpoint) -> None:
     assert told_by(kept, json.loads(json.dumps(fields(taken.fields)))) == kept
 
 
+def follow(run: Path) -> StateMachine:
+    """A simulation that goes by the run's trace, at its end."""
+    plan = Plan(SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every=1000))
+    return plan.run().training.machine
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_checkpoint_and_its_journal_restore_to_the_same_bits(run: Path, tmp_path: Path) -> None:
     checkpoint = expected(run)
@@ -86,11 +95,39 @@ def test_a_checkpoint_comes_back_as_it_was_read(run: Path) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_a_trace_is_followed_to_the_same_bits(run: Path) -> None:
     checkpoint = expected(run)
-    plan = Plan(SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every=1000))
-    state = plan.run().training.machine.state
+    state = follow(run).state
     vectors = {"params": state.params} | {f"rule.{name}": vector for name, vector in state.rule.vectors.items()}
     followed = {name: vector.numpy().tobytes() for name, vector in vectors.items()}
     assert followed == {name: found for name, found in bits(checkpoint.snapshot).items() if name in followed}
     assert (state.iteration, state.newest_bucket, state.next_ticket) == tuple(
         checkpoint.snapshot.fields[name] for name in ("iteration", "newest_bucket", "next_ticket")
     )
+
+
+def copied(run: Path, place: Path, **rules: bool) -> Path:
+    """The run's folder and trace, with another rule written where they say which is in force, or none."""
+    shutil.copytree(run, place)
+    (checkpoint,) = (place / "run").glob("checkpoint-*")
+    document = checkpoint / "checkpoint.json"
+    kept = json.loads(document.read_text())
+    first, *inputs = (place / "trace.jsonl").read_text().splitlines()
+    start = json.loads(first)
+    for settings in (kept["settings"], start["settings"]):
+        settings.pop("waits_for_idle", None)
+        settings.update(rules)
+    document.write_text(json.dumps(kept))
+    reseal(checkpoint)
+    lines = [json.dumps(start, separators=(",", ":")), *inputs]
+    (place / "trace.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return place
+
+
+@pytest.mark.parametrize(("version", "other"), [("b649548", {"waits_for_idle": False}), ("dd9ef9f", {})])
+def test_rounds_are_done_again_by_the_rule_that_the_files_name_and_not_by_the_other(
+    version: str, other: dict[str, bool], tmp_path: Path
+) -> None:
+    run = copied(WRITTEN / version / "idle", tmp_path / "other", **other)
+    with pytest.raises(StoreError, match="can't be done again as it was"), restored(run, tmp_path / "run"):
+        pass
+    with pytest.raises(UsageError, match=r"input \d+ of the trace does not fit"):
+        follow(run)

@@ -57,6 +57,8 @@ def test_a_program_without_standard_streams_keeps_its_files_out_of_their_place(t
     code = f"""
 import logging, os
 from ormo_protos import logs
+from ormo_protos.process import prepare_process
+prepare_process()
 logs.set_up("info", "text")
 file = os.open({str(tmp_path / "state")!r}, os.O_WRONLY | os.O_CREAT)
 assert file > 2, file

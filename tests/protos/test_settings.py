@@ -1,8 +1,9 @@
 """Settings from flags, environment and file: precedence, and one clear sentence for each mistake."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -20,12 +21,28 @@ class Baker(Settings):
     crust: bool = Field(True, description="Whether it has 100 % crust.")
     recipe: Path | None = Field(None, description="Where it stands.")
     password: SecretStr | None = Field(None, description="Of the bakery.", min_length=8)
+    light: Path | None = Field(None, description="Which oven to light now.")
+
+    flags_only: ClassVar[frozenset[str]] = frozenset({"light"})
 
     @model_validator(mode="after")
     def _wood_is_slow(self) -> "Baker":
         if self.oven == "wood" and self.loaves_per_hour > 10:
             raise ValueError("a wood oven bakes at most 10 loaves an hour: lower --loaves-per-hour")
         return self
+
+
+class Suite(Settings):
+    """What has no default."""
+
+    suite: str = Field(description="Of rooms.")
+
+
+class Logging(Settings):
+    """Seeds and a log."""
+
+    seeds: tuple[int, ...] = Field((), description="Seeds to strew.")
+    log_format: Literal["text", "json"] = Field("text", description="Of lines.")
 
 
 def read(argv: Sequence[str] = (), environment: dict[str, str] | None = None) -> Baker:
@@ -52,6 +69,33 @@ def test_the_file_may_be_named_in_the_environment_and_use_underscores(tmp_path: 
     file = tmp_path / "baker.toml"
     file.write_text('flour = "rye"\nloaves_per_hour = 5\n')
     assert read([], {"ORMO_CONFIG": str(file)}).loaves_per_hour == 5
+
+
+def test_what_is_a_flag_only_comes_from_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "baker.toml"
+    file.write_text('flour = "rye"\nlight = "gas"\n')
+    assert read(["--flour", "rye"], {"ORMO_LIGHT": "wood"}).light is None
+    assert read(["--flour", "rye", "--light", "gas"], {"ORMO_LIGHT": "wood"}).light == Path("gas")
+    (sentence,) = problems(["--config", str(file)])
+    assert sentence == f"the settings file {file} has the key 'light', which is a flag only: type --light"
+
+
+def test_a_file_that_the_environment_names_may_have_keys_of_other_programs(tmp_path: Path) -> None:
+    file = tmp_path / "all.toml"
+    file.write_text('flour = "rye"\nlearning-rate = 0.1\n')
+    assert read([], {"ORMO_CONFIG": str(file)}).flour == "rye"
+    (sentence,) = problems(["--config", str(file)])
+    assert "has an unknown key 'learning-rate'" in sentence
+    file.write_text('flour = "rye"\nflower = "rose"\n')
+    (sentence,) = problems([], {"ORMO_CONFIG": str(file)})
+    assert "has an unknown key 'flower': did you mean flour?" in sentence
+
+
+def test_a_sentence_on_several_flags_says_which_of_them_nobody_typed() -> None:
+    (sentence,) = problems(["--flour", "r", "--oven", "wood"], {"ORMO_LOAVES_PER_HOUR": "11", "ORMO_OVEN": "gas"})
+    assert sentence.endswith(
+        "lower --loaves-per-hour (--loaves-per-hour is from the environment, ORMO_LOAVES_PER_HOUR)"
+    )
 
 
 def test_flags_take_values_after_a_space_or_an_equals_sign() -> None:
@@ -134,6 +178,31 @@ def test_load_settings_prints_the_problems_and_exits_with_2(
     assert capsys.readouterr().err == "baker: --oven is 'oil': input should be 'gas' or 'wood'\n"
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_misspelt_variable_gets_a_warning_in_the_form_of_the_log(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("ORMO_SEDS", "1")
+    load_settings(Logging, ["--log-format", form], program="baker")
+    said = capfd.readouterr().err
+    if form == "json":
+        record = json.loads(said)
+        assert (record["level"], record["logger"]) == ("warning", "baker")
+        said = f"baker: {record['message']}\n"
+    assert said == "baker: the environment has ORMO_SEDS, which no program reads: did you mean ORMO_SEEDS?\n"
+
+
+def test_a_misspelt_variable_is_told_where_the_setting_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORMO_SUTE", "digits")
+    with pytest.raises(SystemExit):
+        load_settings(Suite, [], program="baker")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "baker: the environment has ORMO_SUTE, which no program reads: did you mean ORMO_SUITE?"
+    assert said[1].startswith("baker: --suite is missing")
+
+
 def test_help_lists_every_flag_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         load_settings(Baker, ["--help"], program="baker")
@@ -151,8 +220,9 @@ def test_help_lists_every_flag_and_exits_with_0(capsys: pytest.CaptureFixture[st
 
 def test_the_table_has_a_row_for_each_setting() -> None:
     rows = settings_table(Baker).splitlines()
-    assert len(rows) == 2 + 7
+    assert len(rows) == 2 + 8
     assert rows[2] == "| `--flour` | `ORMO_FLOUR` | required | Which flour. |"
     assert rows[3] == "| `--loaves-per-hour` | `ORMO_LOAVES_PER_HOUR` | `4` | How many \\| an hour. |"
     assert rows[5] == "| `--seeds` | `ORMO_SEEDS` | `1,2` | Seeds to strew. |"
+    assert rows[9] == "| `--light` | flag only | none | Which oven to light now. |"
     assert rows[7] == "| `--recipe` | `ORMO_RECIPE` | none | Where it stands. |"

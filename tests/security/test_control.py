@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.cli import main
 from security.authority import Authority, dialled, guarded
 from service.wire import SMALL, Refused, WireWorker, connected, payload, refusals, served, state_of
 from system.programs import Stage
@@ -148,6 +149,28 @@ def test_the_command_does_it_with_real_processes(stage: Stage) -> None:
     stage.until(lambda status: status.iteration.number > 5 and status.learning_rate == 0.005, "going on as it was")
     assert worker.terminate() == 0
     assert again.terminate() == 0
+
+
+def test_the_command_takes_its_action_from_flags_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a pod it finds what is meant for `serve`, such as a rate, or the name of the server's settings file."""
+    file = tmp_path / "serve.toml"
+    file.write_text("learning-rate = 0.5\nmin-workers = 2\n")
+    for name, value in {"LEARNING_RATE": "0.5", "DRAIN": "true", "CHECKPOINT": "true", "CONFIG": str(file)}.items():
+        monkeypatch.setenv(f"ORMO_{name}", value)
+    with served(tmp_path) as server, connected(server) as stub:
+        WireWorker(stub, "w").join()
+        assert main(["control", "--server", server.address, "--checkpoint"]) == 0
+        assert capsys.readouterr().out.startswith("checkpoint ")
+        assert main(["control", "--server", server.address, "--learning-rate", "0.25"]) == 0
+        with pytest.raises(SystemExit, match="2"):
+            main(["control", "--server", server.address])
+        assert stub.GetStatus(pb.GetStatusRequest()).learning_rate == 0.25
+        assert main(["control", "--server", server.address, "--drain"]) == 0
+        assert server.told_to_stop.is_set()
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence == "ormo-server control: one of --checkpoint, --learning-rate and --drain was expected, as a flag"
 
 
 def test_the_command_says_what_it_needs_and_what_was_refused(stage: Stage) -> None:

@@ -83,10 +83,14 @@ def test_half_a_protection_is_refused_on_a_loopback_and_with_insecure_too(
 def test_environment_and_file_are_judged_like_flags(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('listen = "0.0.0.0:50051"')
-    for argv, environment in ((["--config", str(file)], {}), ([], {"ORMO_LISTEN": "0.0.0.0:50051"})):
+    untyped = " (--listen is from the environment, ORMO_LISTEN)"
+    for argv, environment, place in (
+        (["--config", str(file)], {}, ""),
+        ([], {"ORMO_LISTEN": "0.0.0.0:50051"}, untyped),
+    ):
         with pytest.raises(SettingsProblemsError) as refused:
             read_settings(ServerSettings, argv, environment, program="ormo-server serve")
-        assert refused.value.problems == (REACHED.format("0.0.0.0"),)
+        assert refused.value.problems == (REACHED.format("0.0.0.0") + place,)
 
 
 def test_the_program_ends_with_2_and_the_sentence_before_anything_is_made(stage: Stage) -> None:

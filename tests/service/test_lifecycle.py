@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core import deadlines
 from ormo_server.core.errors import SettingsError
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME, AddressInUseError, Server
 from service.wire import (
@@ -226,9 +228,43 @@ def test_ticket_of_a_hung_worker_is_void_after_the_ticket_timeout(tmp_path: Path
         a.pull()
         hung.pull()
         a.push(payload(SMALL, 1.0))
-        assert a.pull().iteration.number == 1  # waits until the hung worker's ticket is void
+        for number in range(1, 4):
+            assert a.pull().iteration.number == number  # the first one when the hung worker's ticket is void
+            a.push(payload(SMALL, 1.0))
         assert len(stub.GetStatus(pb.GetStatusRequest()).workers) == 2
-        assert server.metrics.upkeep.expired_tickets._value.get() >= 1
+        assert server.metrics.upkeep.expired_tickets._value.get() == 1  # no round after that had one for it
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"method": "ssgd"}, {"scheduler": "bounded-staleness", "staleness_bound": 0}], ids=str
+)
+def test_also_before_the_first_push_a_ticket_is_out_for_a_limited_time(
+    scheduler: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadlines, "FIRST_AUTOMATIC_SECONDS", 0.2)
+    with served(tmp_path, **scheduler) as server, connected(server) as stub:
+        idle, a = WireWorker(stub, "idle"), WireWorker(stub, "a")
+        idle.join()
+        idle.pull()
+        eventually(lambda: server.metrics.upkeep.expired_tickets._value.get() == 1)
+        a.join()
+        a.pull()
+        assert a.push(payload(SMALL, 1.0)).iteration.number == 1
+
+
+def test_a_worker_joins_a_round_that_waits_for_an_idle_one_and_is_not_kept_waiting(tmp_path: Path) -> None:
+    with served(tmp_path, method="ssgd", min_workers=2) as server, connected(server) as stub:  # no ticket lapses soon
+        a, idle, late = (WireWorker(stub, name) for name in ("a", "idle", "late"))
+        for worker in (a, idle):
+            worker.join()
+        for worker in (a, idle):
+            worker.pull()
+        a.push(payload(SMALL, 1.0))
+        late.join()
+        assert late.pull().iteration.number == 0
+        assert late.params.unique().tolist() == [0.0]  # as at the opening
+        assert late.push(payload(SMALL, 1.0)).iteration.number == 2
+        assert server.metrics.upkeep.expired_tickets._value.get() == 0
 
 
 def test_checkpoint_of_another_rule_is_refused_with_what_to_do(tmp_path: Path) -> None:

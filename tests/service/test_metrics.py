@@ -386,9 +386,9 @@ def test_memory_build_and_streams_are_told(tmp_path: Path) -> None:
         stream.delivery()
         assert value(server, 'ormo_open_streams{kind="worker"}') == 1
         assert value(server, 'ormo_open_streams{kind="reader"}') == 0
-        assert value(server, 'ormo_memory_need_bytes{part="state"}') == 2 * 36  # w and u
-        assert value(server, 'ormo_memory_need_bytes{part="exchanges"}') == 6 * 36
-        assert value(server, 'ormo_memory_need_bytes{part="checkpoint"}') == 2 * 36
+        assert value(server, 'ormo_memory_need_bytes{part="state"}') == 2 * 36 + 20  # w and u, and buffers
+        assert value(server, 'ormo_memory_need_bytes{part="exchanges"}') == 6 * (36 + 20)
+        assert value(server, 'ormo_memory_need_bytes{part="checkpoint"}') == 2 * 36 + 20
         limit, resident = value(server, "ormo_memory_limit_bytes"), value(server, "process_resident_memory_bytes")
         assert limit is not None
         assert resident is not None

@@ -1,6 +1,7 @@
 """Comparisons as a user has them: real processes, results on disk, interrupted and taken up again."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import psutil
 import pytest
 
 from ormo_server.sim import cli
+from ormo_server.sim.config import SimSettings
 from ormo_server.sim.finished import read_run
+from ormo_server.sim.reproduce.cells import is_done, run_cell
 from ormo_server.sim.reproduce.suite import load_suite
 from ormo_server.sim.run import Plan
 from ormo_server.store.directory_lock import DirectoryLock
@@ -173,6 +176,23 @@ def test_missing_markers_are_noticed_before_the_work(tmp_path: Path, capsys: pyt
     assert reproduce(write_suite(tmp_path), "--into", str(tmp_path / "README.md")) == 2
     assert "does not say where the results go" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "threshold"), [("ormo", 2.0), ("asgd-da", 1.0)])
+def test_a_cell_of_before_thresholds_were_written_is_done_if_the_method_still_has_that_one(
+    method: str, threshold: float, tmp_path: Path
+) -> None:
+    told = {"method": method, "workload": "sim.analytic:LeastSquares", "batch_size": 4, "stop_after_gradients": 1}
+    settings, before = SimSettings(**told), SimSettings(**told, delay_threshold=2.0)
+    run_cell(tmp_path, settings, "c0ffee")
+    assert is_done(tmp_path, settings)
+    summary = tmp_path / "summary.json"
+    found = json.loads(summary.read_text())
+    assert found["settings"].pop("delay_threshold") == threshold
+    summary.write_text(json.dumps(found))
+    assert is_done(tmp_path, settings) == (threshold == 2.0)
+    assert is_done(tmp_path, before)
+    assert read_run(tmp_path).method == before.run().method.name
 
 
 def test_two_comparisons_do_not_write_to_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """Virtual time: what happens when, worked out by hand, and who comes and goes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ormo_protos.manifest import AVERAGE, BUFFER, FLOAT32, INT64, LAST, PARAMETER, Manifest, TensorSpec
 from ormo_protos.usage import UsageError
 from ormo_server.core.inputs import Input, Joined, Left, Pushed
 from ormo_server.core.method import PRESETS, Method, Run
@@ -15,7 +17,16 @@ from ormo_server.sim.machines import Change, MachinePark
 from ormo_server.sim.record import Record
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
-from sim.by_ticket import SIZE, ByTicket
+from ormo_server.sim.workload import Model
+from sim.by_ticket import SIZE, ByTicket, start
+
+WITH_STATISTIC = Manifest.laid_out(
+    [
+        TensorSpec("line", (SIZE,), FLOAT32, PARAMETER),
+        TensorSpec("running_mean", (1,), FLOAT32, BUFFER, merge=AVERAGE),
+        TensorSpec("pointer", (1,), INT64, BUFFER, merge=LAST),
+    ]
+)
 
 
 class Told:
@@ -186,6 +197,49 @@ def test_a_single_gradient_that_is_not_finite_is_refused_as_a_server_would() -> 
     told = Told(workers=2, gradients=20, workload=Once())
     assert (told.record.refusals, told.record.diverged) == (1, False)
     assert told.record.rows[-1].gradients == 20
+
+
+class WithStatistic(ByTicket):
+    """Whose worker has a running mean, which one mini-batch makes NaN, and a queue's pointer."""
+
+    def initial(self, seed: int) -> Model:
+        self.floats, self.ints, self.mended = torch.tensor([0.5]), torch.tensor([0]), list[int]()
+        return Model(start(), self.floats.clone(), self.ints.clone(), WITH_STATISTIC)
+
+    def gradient(self, ticket: int, params: torch.Tensor, out: torch.Tensor) -> Any:
+        computed = super().gradient(ticket, params, out)
+        self.floats += torch.nan if ticket == 3 else 1.0
+        self.ints[0] = ticket % 3
+        return replace(computed, float_buffers=self.floats, int_buffers=self.ints)
+
+    def take_buffers(self, model: Model) -> None:
+        self.floats.copy_(model.float_buffers)
+        self.ints.copy_(model.int_buffers)
+
+    def mend(self, model: Model) -> None:
+        assert self.floats.isnan().all()
+        self.floats.copy_(model.float_buffers)
+        self.mended.append(self.tickets[-1])
+
+
+def test_a_worker_with_a_bad_statistic_trains_on_and_gets_the_servers_when_a_real_one_does() -> None:
+    workload = WithStatistic()
+    told = Told(gradients=8, workload=workload)
+    assert (told.record.refusals, told.record.diverged) == (0, False)
+    assert [taken.result.buffers_kept for taken in told.pushed] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    # After ticket 3 it hears of it, with ticket 4's gradient it asks, and mends what it then gets.
+    assert workload.mended == [4]
+    state = told.training.machine.state
+    assert (state.float_buffers.tolist(), state.int_buffers.tolist()) == ([0.5 + 2 + 4], [8 % 3])
 
 
 def test_a_run_whose_gradients_are_finite_and_too_long_to_be_added_is_called_off() -> None:

@@ -35,7 +35,7 @@ def write_run(
         record.rows.append(row)
         directory.write_row(row)
     found = summary(record, torch.zeros(1), ())
-    directory.complete(record, {"settings": told.model_dump(mode="json", exclude={"directory"}), **found})
+    directory.complete(record, {"settings": told.recorded(), **found})
     return path
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
+from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FLOAT64, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Gradient, Requester
 from ormo_server.core.method import PRESETS, Run
@@ -16,7 +16,7 @@ from ormo_server.store import Checkpoint, CheckpointStore, FlatModel
 from ormo_server.store.files import SUMS_FILE, write_sums
 
 LARGEST_EPOCH = 2**64 - 1
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int64: INT64}
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int64: INT64, torch.float64: FLOAT64}
 
 
 class Net(nn.Module):

@@ -1,6 +1,7 @@
 """The model to start from: a checkpoint, its model file, or anybody's state_dict."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path, other:
     assert "'embedding.weight' and 'head.weight' differ in the file and are one tensor in the model" in told
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.bool])
 def test_other_dtypes_are_refused_with_the_way_out(tmp_path: Path, dtype: torch.dtype) -> None:
     path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 3).to(dtype), "bias": torch.zeros(2)})
     told = refusal(path, nn.Linear(3, 2))
@@ -162,7 +163,38 @@ def test_other_dtypes_are_refused_with_the_way_out(tmp_path: Path, dtype: torch.
     assert "convert floating ones to float32 or bfloat16, integer ones to int64" in told
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize(("bad", "named"), [(math.nan, "NaN"), (math.inf, "infinite values")])
+def test_parameters_that_are_not_finite_are_refused(tmp_path: Path, bad: float, named: str) -> None:
     path = saved(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, bad])})
-    assert "has NaN or infinite values in 'bias'" in refusal(path, nn.Linear(3, 2))
+    assert f"has {named} in 'bias'" in refusal(path, nn.Linear(3, 2))
+
+
+def with_buffer(buffer: torch.Tensor) -> nn.Module:
+    model = nn.Linear(1, 1)
+    model.register_buffer("held", buffer)
+    return model
+
+
+@pytest.mark.parametrize("held", [torch.tensor([1.0, math.inf]), torch.tensor([-math.inf, 1 + 1e-12]).double()])
+def test_a_buffer_comes_as_the_file_has_it_with_infinities_and_float64(tmp_path: Path, held: torch.Tensor) -> None:
+    model = with_buffer(held)
+    path = saved(tmp_path / "model.safetensors", dict(model.state_dict()))
+    arranged = ModelFile.load(path).arranged(manifest_of(model)).state_dict(manifest_of(model))["held"]
+    assert arranged.dtype == held.dtype
+    assert torch.equal(arranged, held)
+
+
+def test_nan_in_a_buffer_is_refused(tmp_path: Path) -> None:
+    model = with_buffer(torch.tensor([math.nan]))
+    assert "has NaN in 'held'" in refusal(saved(tmp_path / "model.safetensors", dict(model.state_dict())), model)
+
+
+def test_float64_is_not_rounded_without_a_word_and_takes_float32(tmp_path: Path) -> None:
+    precise, plain = with_buffer(torch.ones(1, dtype=torch.float64)), with_buffer(torch.ones(1))
+    path = saved(tmp_path / "precise.safetensors", dict(precise.state_dict()))
+    told = refusal(path, plain)
+    assert "'held' is float64 of shape (1,) in the file and a float32 buffer of shape (1,) in the model" in told
+    flat = ModelFile.load(saved(tmp_path / "plain.safetensors", dict(plain.state_dict()))).arranged(
+        manifest_of(precise)
+    )
+    assert flat.int_buffers.view(torch.float64).tolist() == [1.0]

@@ -24,7 +24,7 @@ from ormo_server.core.inputs import (
 )
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.trace import Refused, Start, read_trace
-from ormo_server.trace.rows import line_of
+from ormo_server.trace.rows import TracedSettings, line_of
 
 EPOCH = 2**63 + 5
 
@@ -145,9 +145,17 @@ def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
 
 def test_settings_of_the_start_row_make_the_run_that_was_served(tmp_path: Path) -> None:
     served = ServerSettings(method="smega2", momentum=0.3, min_workers=2, max_workers=5, learning_rate=0.1 + 0.2)
-    told = served.model_dump(mode="json", include=set(start_of().training().__class__.model_fields))
+    told = {name: value for name, value in served.recorded().items() if name in TracedSettings.model_fields}
     (segment,) = read_trace(written(tmp_path / "t", start=start_of(settings=told)))
     assert segment.start.training().run() == served.run()
+
+
+def test_a_start_row_without_the_rules_in_force_is_of_the_time_before_they_were_written() -> None:
+    told = ServerSettings(method="asgd-da").recorded()
+    now = {name: value for name, value in told.items() if name in TracedSettings.model_fields}
+    before = {name: value for name, value in now.items() if name not in ("delay_threshold", "waits_for_idle")}
+    runs = [start_of(settings=settings).training().run() for settings in (now, before)]
+    assert [(run.method.delay_threshold, run.waits_for_idle) for run in runs] == [(1.0, False), (2.0, True)]
 
 
 # What is no trace

@@ -510,7 +510,7 @@ def test_each_gradient_knows_the_copies_of_the_one_before(loop: Loop, monkeypatc
 
 @pytest.mark.parametrize("in_flight", [0, -1, MOST_IN_FLIGHT + 1])
 def test_numbers_that_make_no_sense_are_an_error_before_the_server_is_asked(server: FakeServer, in_flight: int) -> None:
-    with pytest.raises(OptionRefused, match=f"in_flight is {in_flight}: expected 1 to 16"):
+    with pytest.raises(OptionRefused, match=f"in_flight is {in_flight}: expected a whole number from 1 to 16"):
         Loop(server.address, in_flight)
     assert server.asked == []
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ormo_protos.manifest import UNSPECIFIED
 from ormo_server.service.server import Server
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ModelMismatch, Refused
@@ -63,6 +64,24 @@ def test_an_older_server_that_takes_one_message_is_named_as_the_reason(fake: Fak
     with pytest.raises(ValueError, match="has a longer list of tensors than one message holds, and the server at"):
         RemoteOptimizer(Wide(), fake.address)
     assert fake.asked == ["join"]
+
+
+def test_an_older_server_is_offered_no_float64_buffer(fake: FakeServer) -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("scale", torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="has 'scale', a float64 buffer of shape \\(2,\\), and the server at"):
+        RemoteOptimizer(model, fake.address)
+    assert fake.asked == ["join"]
+
+
+def test_an_older_server_is_not_told_how_buffers_are_merged(fake: FakeServer) -> None:
+    model = nn.BatchNorm1d(2)
+    with RemoteOptimizer(model, fake.address) as optimizer:
+        assert fake.manifest is not None
+        assert {spec.merge for spec in fake.manifest.tensors} == {UNSPECIFIED}
+        model(torch.randn(3, 2)).sum().backward()
+        optimizer.step()
+        assert fake.announced[0].manifest_digest == fake.manifest.digest
 
 
 @pytest.fixture

@@ -17,6 +17,14 @@ def test_last_words_are_shown_with_escapes(tmp_path: Path) -> None:
     assert child.last_words().startswith("first\n")
 
 
+def test_what_a_program_prints_is_read_to_its_end_whatever_it_is(tmp_path: Path) -> None:
+    """Else its pipe would fill up, and it would wait for ever."""
+    (tmp_path / "noisy.py").write_text('import sys; sys.stdout.buffer.write(b"a=1 \\xff\\nb=2\\n")')
+    child = Child("noisy", "noisy", [], {"PYTHONPATH": str(tmp_path), "PYTHONUTF8": "0", "LC_ALL": "C"}, tmp_path)
+    assert list(child.output) == ["a=1 \ufffd\n", "b=2\n"]
+    assert child.stop() == 0
+
+
 def test_last_words_are_no_markup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """A module's manifest: which tensors the server keeps, under which names."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,19 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.two_tensor import TwoTensor
 
-from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FROZEN, INT64, PARAMETER
+from ormo_protos.manifest import (
+    AVERAGE,
+    BFLOAT16,
+    BUFFER,
+    FLOAT32,
+    FLOAT64,
+    FROZEN,
+    INT64,
+    LAST,
+    MAXIMUM,
+    PARAMETER,
+    UNSPECIFIED,
+)
 from ormo_worker.errors import ModelUnusable
 from ormo_worker.module import ModelTensors, manifest_of
 from worker.models import Tied
@@ -23,31 +36,32 @@ TENSORS = """
     head.weight               parameter float32  4,3  = embedding.weight
     frozen.weight             frozen    float32  4,4
     frozen.bias               frozen    float32  4
-    mask                      buffer    int64    2
-    f16                       buffer    float32  1
-    f64                       buffer    float32  1
-    small                     buffer    int64    1
-    norm.running_mean         buffer    float32  4
-    norm.running_var          buffer    float32  4
-    norm.num_batches_tracked  buffer    int64    -
+    mask                      buffer    int64    2    last
+    f16                       buffer    float32  1    last
+    f64                       buffer    float64  1    last
+    small                     buffer    int64    1    last
+    norm.running_mean         buffer    float32  4    average
+    norm.running_var          buffer    float32  4    average
+    norm.num_batches_tracked  buffer    int64    -    maximum
 """
 
 
 def test_the_manifest_lists_the_state_dict_parameters_first_and_frozen_ones_next() -> None:
     rows = [line.split() for line in TENSORS.strip().splitlines()]
     roles = {PARAMETER: "parameter", FROZEN: "frozen", BUFFER: "buffer"}
-    dtypes = {FLOAT32: "float32", INT64: "int64", BFLOAT16: "bfloat16"}
+    dtypes = {FLOAT32: "float32", INT64: "int64", BFLOAT16: "bfloat16", FLOAT64: "float64"}
+    merges = {UNSPECIFIED: [], AVERAGE: ["average"], MAXIMUM: ["maximum"], LAST: ["last"]}
     manifest = manifest_of(Tied())
     for row, spec in zip(rows, manifest.tensors, strict=True):
         shape = ",".join(map(str, spec.shape)) or "-"
         alias = ["=", spec.alias_of] if spec.alias_of else []
-        assert row == [spec.name, roles[spec.role], dtypes[spec.dtype], shape, *alias]
+        assert row == [spec.name, roles[spec.role], dtypes[spec.dtype], shape, *merges[spec.merge], *alias]
     assert {spec.name for spec in manifest.tensors} == set(Tied().state_dict())
 
 
 def test_a_tied_weight_is_counted_once() -> None:
     tensors = ModelTensors(Tied())
-    assert tensors.manifest.sizes == {"parameters": 12 + 4 + 4, "frozen": 16 + 4, "float_buffers": 10, "int_buffers": 4}
+    assert tensors.manifest.sizes == {"parameters": 12 + 4 + 4, "frozen": 16 + 4, "float_buffers": 9, "int_buffers": 5}
     assert (len(tensors.parameters), len(tensors.frozen)) == (3, 2)
 
 
@@ -170,6 +184,68 @@ def test_buffers_are_found_again_after_the_module_has_replaced_them() -> None:
     assert tensors.float_buffers[0] is model.f16
 
 
+MERGES = [
+    ("running_mean", torch.zeros(1), AVERAGE),
+    ("inner.running_var", torch.zeros(1, dtype=torch.float64), AVERAGE),
+    ("running_mean", torch.zeros(1, dtype=torch.int64), LAST),  # no statistic
+    ("num_batches_tracked", torch.zeros((), dtype=torch.int32), MAXIMUM),
+    ("num_batches_tracked", torch.zeros(()), LAST),  # no counter
+    ("my_running_mean", torch.zeros(1), LAST),
+    ("running_mean.pointer", torch.zeros(1, dtype=torch.int64), LAST),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "merge"), MERGES)
+def test_the_last_part_of_a_buffers_name_says_how_it_is_merged(name: str, tensor: torch.Tensor, merge: int) -> None:
+    model = nn.Linear(1, 1)
+    *path, last = name.split(".")
+    owner: nn.Module = model
+    for part in path:
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.register_buffer(last, tensor)
+    assert manifest_of(model).tensors[-1].merge == merge
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Linear(1, 1)
+    model.register_buffer("held", tensor)
+    return model
+
+
+BECOMES = [
+    (lambda model: setattr(model, "held", torch.zeros(3)), "has become torch.float32 of shape (3,)"),
+    (lambda model: setattr(model, "held", torch.zeros(())), "has become torch.float32 of shape ()"),
+    (lambda model: model.held.resize_(5), "has become torch.float32 of shape (5,)"),
+    (lambda model: setattr(model, "held", torch.zeros(2).double()), "has become torch.float64 of shape (2,)"),
+    (lambda model: model.to(torch.bfloat16), "has become torch.bfloat16 of shape (2,)"),
+    (lambda model: setattr(model, "held", torch.zeros(2).to_sparse()), "has become torch.sparse_coo"),
+    (lambda model: setattr(model, "held", torch.zeros(1).expand(2)), "is a view with several elements"),
+    (lambda model: setattr(model, "held", None), "is no tensor any more"),
+    (lambda model: delattr(model, "held"), "is no tensor any more"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BECOMES)
+def test_a_buffer_that_is_not_what_it_was_gets_a_sentence_with_its_name(
+    change: Callable[[nn.Module], object], sentence: str
+) -> None:
+    model = with_buffer(torch.zeros(2))
+    tensors = ModelTensors(model)
+    change(model)
+    with pytest.raises(ModelUnusable) as caught:
+        _ = tensors.float_buffers
+    assert f"the buffer 'held' {sentence}" in str(caught.value)
+
+
+def test_the_bits_of_float64_are_read_and_written_in_its_place_also_where_it_is_a_column() -> None:
+    model = with_buffer(torch.arange(6, dtype=torch.float64).view(3, 2)[:, 1])
+    (seen,) = ModelTensors(model).int_buffers
+    assert seen.view(torch.float64).tolist() == [1.0, 3.0, 5.0]
+    seen.copy_(torch.tensor([1 + 1e-12, -math.inf, -0.0], dtype=torch.float64).view(torch.int64))
+    assert model.held.tolist() == [1 + 1e-12, -math.inf, -0.0]
+
+
 class WithExtraState(nn.Linear):
     def get_extra_state(self) -> dict[str, int]:
         return {"version": 1}
@@ -224,6 +300,7 @@ UNUSABLE = [
     (sharded, "the module '0' is sharded by FSDP"),
     (with_tensor_of_tensors, "the tensor 'weight' is a TwoTensor, which only stands for its values"),
     (with_complex_buffer, "the buffer 'phase' is torch.complex64"),
+    (lambda: with_buffer(torch.zeros(2, 2).to_sparse()), "the tensor 'held' is torch.sparse_coo"),
     (lambda: nn.LazyLinear(1), "the tensor 'weight' has no shape yet: run one batch"),
     (lambda: nn.Linear(1, 1, device="meta"), "the tensor 'weight' is on the meta device"),
     (nn.Flatten, "a model has 1 to"),

@@ -207,6 +207,34 @@ def test_frozen_tensors_are_asked_for_once_after_each_join_unless_another_slot_h
     assert not session.begin(with_gradient=True, wants_next=True).wants_frozen
 
 
+def kept(request: int) -> pb.PushResult:
+    return pb.PushResult(request=request, buffers_kept=True)
+
+
+def exchanged(session: SlotSession, result: pb.PushResult) -> bool:
+    """Whether an exchange with this result asks for buffers."""
+    ask = session.begin(with_gradient=True, wants_next=True)
+    assert session.on_result(result) is Step.READ
+    assert session.on_delivery(NEXT) is Step.DONE
+    return ask.wants_buffers
+
+
+def test_buffers_that_the_server_did_not_take_are_asked_for_with_the_next_exchange_and_only_then() -> None:
+    session = with_ticket()
+    assert [exchanged(session, kept(number)) for number in (2, 3)] == [False, True]
+    assert not exchanged(session, result(4))  # it had them with the one before, whatever became of its own
+
+
+def test_buffers_that_were_not_taken_come_with_parameters_that_are_asked_for_anew() -> None:
+    session = with_ticket()
+    session.begin(with_gradient=True, wants_next=True)
+    session.on_result(kept(2))
+    assert session.on_end("UNAVAILABLE", "") is Step.PULL
+    assert session.ask.wants_buffers
+    session.on_delivery(NEXT)
+    assert not exchanged(session, result(4))
+
+
 def test_a_gradient_needs_a_ticket_and_an_exchange_needs_a_purpose() -> None:
     session = SlotSession()
     with pytest.raises(ValueError, match="holds no ticket"):

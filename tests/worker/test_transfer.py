@@ -51,6 +51,65 @@ def test_gradients_come_in_the_order_of_the_manifest_with_decay(way: str) -> Non
     assert torch.equal(transfer.payload.parameters, flat(expected))
 
 
+class Several(nn.Linear):
+    """A statistic, a mask and a queue, in float32 and float64, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, bias=False)
+        self.register_buffer("running_mean", torch.tensor([1.0, 2.0]))
+        self.register_buffer("running_var", torch.tensor([3.0, 4.0], dtype=torch.float64))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("queue", torch.tensor([5.0, 1 + 1e-12], dtype=torch.float64))
+        self.register_buffer("pointer", torch.tensor(-1))  # which has the bits of a NaN
+
+
+def test_buffers_arrive_exactly_as_they_were_sent(way: str) -> None:
+    source, target = Several(), Several()
+    for buffer in target.buffers():
+        buffer.zero_()
+    sent, received = staging_of(source, way), staging_of(target, way)
+    out, back = (each.transfer(each.payload(FLOAT32, with_buffers=True)) for each in (sent, received))
+    out.gather_parameters()
+    back.payload.memory[:] = out.payload.memory
+    assert back.load() == []
+    for name, buffer in source.named_buffers():
+        assert target.get_buffer(name).numpy().tobytes() == buffer.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_only_what_the_server_did_not_take_is_mended(way: str, bad: float) -> None:
+    """For an average any infinity that the server's does not have; for what is the program's own only NaN."""
+    model, servers = Several(), Several()
+    incoming, from_server = staging_of(model, way), Staging(servers).snapshot()
+    transfer = incoming.transfer(incoming.payload(FLOAT32, with_buffers=True))
+    transfer.payload.memory[:] = from_server.memory
+    model.pointer.fill_(9)
+    model.running_mean.copy_(torch.tensor([7.0, 8.0]))
+    model.running_var[0] = bad
+    model.mask[0] = 6.0
+    model.queue[0] = bad
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+    mended = transfer.load(mends=True)
+    assert mended == ["running_var", "queue"] if bad != bad else ["running_var"]
+    assert model.running_var.tolist() == [3.0, 4.0]
+    assert model.queue.tolist() == ([5.0, 1 + 1e-12] if bad != bad else [bad, 1 + 1e-12])
+    assert (model.pointer.item(), model.running_mean.tolist()) == (9, [7.0, 8.0])
+    assert model.mask.tolist() == [6.0, -torch.inf]
+    assert torch.equal(model.weight, servers.weight)
+
+
+def test_an_infinity_that_the_server_has_too_is_not_mended(way: str) -> None:
+    model = Several()
+    model.running_mean[0] = -torch.inf
+    staging = staging_of(model, way)
+    transfer = staging.transfer(staging.payload(FLOAT32, with_buffers=True))
+    transfer.payload.memory[:] = staging.snapshot().memory
+    model.running_mean[1] = 9.0
+    assert transfer.load(mends=True) == []
+    assert model.running_mean.tolist() == [-torch.inf, 9.0]
+
+
 def test_parameters_that_are_left_out_count_as_zero_although_they_have_a_gradient(way: str) -> None:
     model = nn.Linear(2, 1)
     staging = staging_of(model, way)

@@ -85,8 +85,14 @@ class ByHand:
         return parameter.grad.add(parameter.detach(), alpha=decay)
 
     def buffers(self, *, floating: bool) -> Tensor:
-        found = [b.flatten() for b in state_of(self.module).values() if b.is_floating_point() == floating]
-        return torch.cat([b.to(torch.float32 if floating else torch.int64) for b in found] or [torch.empty(0)])
+        """Those that travel as float32, or as eight bytes."""
+        found = [b.flatten() for b in state_of(self.module).values() if _is_short(b) == floating]
+        parts = [b.view(torch.int64) if b.dtype == torch.float64 else b for b in found]
+        return torch.cat([b.to(torch.float32 if floating else torch.int64) for b in parts] or [torch.empty(0)])
+
+
+def _is_short(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.dtype != torch.float64
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -119,6 +125,23 @@ def test_gradients_are_those_of_plain_autograd_and_buffers_the_workers_own(task:
         assert torch.equal(pushed.int_buffers, own[turn].buffers(floating=False))
         simulated.evaluate(Model(params, pushed.float_buffers, pushed.int_buffers))  # leaves no trace in a worker
         params = params - 0.1 * gradient
+
+
+def test_a_worker_takes_over_the_statistics_that_the_server_did_not_take_and_goes_on_with_its_own_others() -> None:
+    simulated = workload()
+    start = simulated.initial(3)
+    worker = simulated.start_worker(11, start)
+    _, pushed = computed(worker, start.params)
+    own = pushed.float_buffers.clone(), pushed.int_buffers.clone()
+    assert start.manifest is not None
+    mean = next(spec for spec in start.manifest.tensors if spec.name == "norm.running_mean")
+    place = slice(mean.offset, mean.offset + mean.elements)
+    pushed.float_buffers[mean.offset] = torch.nan
+    worker.mend(replace(start, float_buffers=start.float_buffers + 7))
+    expected = own[0].clone()
+    expected[place] = start.float_buffers[place] + 7
+    assert torch.equal(pushed.float_buffers, expected)
+    assert torch.equal(pushed.int_buffers, own[1])
 
 
 @pytest.mark.parametrize("task", ["digits", PECULIAR, "worker.peculiar:Random", "worker.peculiar:BFloat16"])

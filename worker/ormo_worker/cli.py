@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ormo_protos import logs
 from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.interruption import leave_on_signals
+from ormo_protos.process import prepare_process
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
 from ormo_worker.config import EvaluateSettings, RunSettings
@@ -29,6 +30,7 @@ REPLACED_EXIT_CODE = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    prepare_process()
     commands = {
         "run": lambda rest: _run(load_settings(RunSettings, rest, program="ormo-worker run")),
         "evaluate": lambda rest: _evaluate(load_settings(EvaluateSettings, rest, program="ormo-worker evaluate")),

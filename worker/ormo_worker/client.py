@@ -8,6 +8,8 @@ from ormo_protos.credentials import Credentials
 from ormo_protos.manifest import FLOAT32, FROZEN, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.arguments import address, whole_number
+from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
 from ormo_worker.identity import Identity
@@ -39,7 +41,7 @@ class ParameterClient:
         credentials: to connect with; None for no TLS.
 
     Raises:
-        OptionRefused: the worker id can't be used.
+        OptionRefused: the address, the worker id or the number of slots can't be used.
         CredentialsError: a certificate, key or token can't be used.
     """
 
@@ -57,10 +59,12 @@ class ParameterClient:
         observer: Observer | None = None,
         credentials: Credentials | None = None,
     ) -> None:
+        address("server", server, lowest_port=1)
         named = Identity() if worker_id is None else worker_id
         self.identity = named if isinstance(named, Identity) else Identity(named)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
         self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
+        slots = whole_number("slots", slots, 1, MOST_IN_FLIGHT)
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
         self.slots = tuple(
             Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)

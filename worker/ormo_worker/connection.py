@@ -65,7 +65,7 @@ class Connection:
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
         end_on_signals(self)
-        self._loop = RetryLoop(server, patience, self._signs, self._closed, self.check, observer)
+        self._loop = RetryLoop(self._dialer.place, patience, self._signs, self._closed, self.check, observer)
 
     @property
     def inherited(self) -> bool:

@@ -1,6 +1,7 @@
 """`ormo-worker evaluate`: how good a run's parameters are, while it goes on."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import nn
 from ormo_protos.credentials import Credentials
 from ormo_protos.interruption import leave_if_asked
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.arguments import real_number
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings
 from ormo_worker.devices import resolve_device
@@ -54,10 +56,11 @@ class Evaluation:
 
     def to_message(self) -> pb.Evaluation:
         """The evaluation, as it is reported to the server."""
+        accuracy = real_number("accuracy", self.score.accuracy)
         return pb.Evaluation(
             iteration=pb.Iteration(epoch=self.epoch, number=self.iteration),
-            loss=self.score.mean_loss,
-            accuracy=self.score.accuracy,
+            loss=real_number("loss", self.score.mean_loss),
+            accuracy=None if math.isnan(accuracy) else accuracy,  # a test set without samples
         )
 
 

@@ -7,19 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ormo_worker.arguments import real_number
 from ormo_worker.errors import OptionRefused
 from ormo_worker.tasks.task import Task
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
 _NO_SCHEDULER = "start ormo-server with --learning-rate and --schedule, and use no learning-rate scheduler of torch"
-# For those who bring a group, or a scheduler, from another optimizer.
+# For those who bring a group, a scheduler, or a whole line, from another optimizer.
 _INSTEAD = {
     "lr": _NO_SCHEDULER,
     "initial_lr": _NO_SCHEDULER,
     "momentum": "start ormo-server with --momentum",
     "weight_decay": f"start ormo-server with --weight-decay, which a group may scale by {SCALE!r}, 0 for none",
-}
+} | dict.fromkeys(
+    ("alpha", "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "eps", "nesterov", "rho"),
+    "how it updates parameters is said with ormo-server's --method",
+)
+_LEFT_OUT = {"maximize": "give the loss the other sign"} | dict.fromkeys(
+    ("capturable", "differentiable", "foreach", "fused"), "the server updates the parameters, so leave it out"
+)
+OPTIONS_OF_TORCH = frozenset(_INSTEAD | _LEFT_OUT)
 
 
 class ParameterGroup(dict[str, Any]):
@@ -34,11 +42,11 @@ class ParameterGroup(dict[str, Any]):
         self.update(options)
 
     def __missing__(self, option: str) -> Any:
-        raise _refused(option)
+        raise refused_option(option)
 
     def __setitem__(self, option: str, value: Any) -> None:
         if option not in _ALLOWED:
-            raise _refused(option)
+            raise refused_option(option)
         super().__setitem__(option, _checked_scale(value) if option == SCALE else value)
 
     def setdefault(self, option: str, default: Any = None) -> Any:
@@ -77,9 +85,12 @@ def decays(
     return [scaled.get(parameter) for parameter in parameters]
 
 
-def _refused(option: str) -> OptionRefused:
+def refused_option(option: str) -> OptionRefused:
+    """The sentence for an option that a group, or an optimizer, of torch has; it says where that is set instead."""
     if option in _INSTEAD:
         return OptionRefused(f"the option {option!r} is the server's, the same for all workers: {_INSTEAD[option]}")
+    if option in _LEFT_OUT:
+        return OptionRefused(f"there is no option {option!r}: {_LEFT_OUT[option]}")
     return OptionRefused(
         f"a parameter group has no option {option!r}: the server updates the parameters, and a group may set "
         f"{SCALE!r} alone"
@@ -87,7 +98,7 @@ def _refused(option: str) -> OptionRefused:
 
 
 def _checked_scale(value: Any) -> float:
-    scale = float(value)
+    scale = real_number(repr(SCALE), value)
     if not (math.isfinite(scale) and scale >= 0):
         raise OptionRefused(f"{SCALE!r} is {value!r}: expected a finite number, at least 0")
     return scale

@@ -35,7 +35,7 @@ class Identity:
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
 
     def __post_init__(self) -> None:
-        if not _ALLOWED.fullmatch(self.worker):
+        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
             raise OptionRefused(
                 f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
             )

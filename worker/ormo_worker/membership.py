@@ -21,7 +21,7 @@ from ormo_worker.identity import Identity
 from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain, Waiting
 from ormo_worker.session import Step
-from ormo_worker.wire import Wire, offer, understood
+from ormo_worker.wire import Outgoing, Wire, offer, understood
 
 T = TypeVar("T")
 
@@ -191,16 +191,17 @@ class Membership:
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
+        requests = Outgoing(self._moving(offer(self._identity, manifest, payload)))
         try:
             with self._connection.watched():
-                requests = self._moving(offer(self._identity, manifest, payload))
-                call = self._connection.tensors.offer_model.future(requests)
+                call = self._connection.tensors.offer_model.future(iter(requests))
                 with self._connection.guarded(call):
                     call.result()
             self._connection.heard()
         except grpc.FutureCancelledError:
             raise TryAgain("offering the model: nothing moved any more, so the call was ended") from None
         except CallEnded as end:
+            requests.check()
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
                 raise TryAgain.after(end, "offering the model: ") from None
             raise end.error("the model that this worker offered") from None

@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import os
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from prometheus_client import (
@@ -15,14 +17,20 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     make_wsgi_app,
+    values,
 )
 
 from ormo_protos.http_port import HttpPort
+from ormo_protos.process import SHARED_VALUES
+from ormo_worker.arguments import address
 from ormo_worker.errors import OptionRefused
 from ormo_worker.observer import Observer, Outcome, Stage
 
 _LOG = logging.getLogger(__name__)
 
+# In a user's own program the variable may be meant, but where there is no such folder nobody could make a metric.
+if any(not Path(os.environ[name]).is_dir() for name in SHARED_VALUES if name in os.environ):
+    values.ValueClass = values.MutexValue
 # Else each counter and histogram has one series more, for when it was made; `process_start_time_seconds` says that.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -146,14 +154,14 @@ class Exporter:
         registry: what is scraped.
 
     Raises:
-        OptionRefused: that address can't be had.
+        OptionRefused: it is no address, or can't be had.
     """
 
     def __init__(self, listen: str, registry: CollectorRegistry) -> None:
         self._port: HttpPort | None = None
         if not listen:
             return
-        host, _, port = listen.rpartition(":")
+        host, _, port = address("metrics_listen", listen, lowest_port=0).rpartition(":")
         try:
             self._port = HttpPort(host, int(port), make_wsgi_app(registry))
         except OSError as error:

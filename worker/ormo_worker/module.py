@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ormo_protos.manifest import (
+    AVERAGE,
     BFLOAT16,
     BUFFER,
     FLOAT32,
+    FLOAT64,
     FROZEN,
     INT64,
+    LAST,
+    MAXIMUM,
     PARAMETER,
     Manifest,
     ManifestError,
@@ -23,6 +27,9 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ModelUnusable
 from ormo_worker.memory import shared
 
+# By the last part of a buffer's name, as batch norm has them; all else is the program's own, and whole at any time.
+_AVERAGED = ("running_mean", "running_var")
+_COUNTERS = ("num_batches_tracked",)
 _PARAMETER_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes longer than all else here
 _WHOLE = (
@@ -69,12 +76,13 @@ class ModelTensors:
             self.manifest = Manifest.laid_out(_spec(name, entry, resting) for name, entry in entries.items())
         except ManifestError as error:
             raise ModelUnusable(str(error)) from None
-        own = [(spec.section, entries[spec.name]) for spec in self.manifest.tensors if not spec.alias_of]
-        self.parameters = [entry.tensor for section, entry in own if section == "parameters"]
-        self.frozen = [entry.tensor for section, entry in own if section == "frozen"]
+        own = [(spec, entries[spec.name]) for spec in self.manifest.tensors if not spec.alias_of]
+        self.parameters = [entry.tensor for spec, entry in own if spec.section == "parameters"]
+        self.frozen = [entry.tensor for spec, entry in own if spec.section == "frozen"]
         # Looked up each time: a module may put a new tensor in the place of a buffer.
-        self._float_buffers = [entry for section, entry in own if section == "float_buffers"]
-        self._int_buffers = [entry for section, entry in own if section == "int_buffers"]
+        buffers = [_Buffer.of(spec, entry) for spec, entry in own if spec.role == BUFFER]
+        self._float_buffers = [buffer for buffer in buffers if buffer.spec.section == "float_buffers"]
+        self._int_buffers = [buffer for buffer in buffers if buffer.spec.section == "int_buffers"]
 
     def named_frozen(self) -> Iterator[tuple[str, Tensor]]:
         """The frozen parameters with their first names."""
@@ -88,13 +96,36 @@ class ModelTensors:
 
     @property
     def float_buffers(self) -> list[Tensor]:
-        """The floating-point buffers as they are now."""
-        return [entry.current() for entry in self._float_buffers]
+        """The buffers that travel as float32, as they are now.
+
+        Raises:
+            ModelUnusable: one is not what it was when the model was looked at.
+        """
+        return [buffer.current() for buffer in self._float_buffers]
 
     @property
     def int_buffers(self) -> list[Tensor]:
-        """The integer and boolean buffers as they are now."""
-        return [entry.current() for entry in self._int_buffers]
+        """The integer and boolean buffers, and the bits of those in float64, as they are now.
+
+        Raises:
+            ModelUnusable: as for `float_buffers`.
+        """
+        return [buffer.bits() for buffer in self._int_buffers]
+
+    @torch.no_grad()
+    def mend(self, float_buffers: list[Tensor], int_buffers: list[Tensor]) -> list[str]:
+        """Take over, of the server's buffers, those that it did not take from this model.
+
+        These have NaN, or are averages with an infinity that the server's does not have.
+
+        Args:
+            float_buffers, int_buffers: the server's, in the shapes of the properties of these names.
+
+        Returns:
+            The names of the tensors.
+        """
+        buffers = zip(self._float_buffers + self._int_buffers, float_buffers + int_buffers, strict=True)
+        return [buffer.spec.name for buffer, server in buffers if buffer.mend(server)]
 
 
 def frozen_in(model: nn.Module) -> set[Tensor]:
@@ -111,13 +142,68 @@ class _Entry:
     tensor: Tensor
     alias_of: str
 
-    def current(self) -> Tensor:
+    def current(self) -> object:
         # Straight from where `getattr` would find it, with 1 µs of Python: there may be hundreds of them.
         tensor = self.owner._buffers.get(self.attribute)  # noqa: SLF001
-        if tensor is None:
-            tensor = getattr(self.owner, self.attribute)
-        assert isinstance(tensor, Tensor)
+        return getattr(self.owner, self.attribute, None) if tensor is None else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """A buffer that travels: as the server knows it, where it lives, and in which dtype it joined."""
+
+    spec: TensorSpec
+    entry: _Entry
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, spec: TensorSpec, entry: _Entry) -> "_Buffer":
+        buffer = cls(spec, entry, entry.tensor.dtype, entry.tensor.shape)
+        buffer._checked(entry.tensor)
+        return buffer
+
+    def current(self) -> Tensor:
+        tensor, joined = self.entry.current(), self.entry.tensor
+        if tensor is joined and joined.shape == self.shape and joined.dtype == self.dtype:
+            return joined  # most are, and all else that is asked of a tensor takes longer
+        return self._checked(tensor)
+
+    def _checked(self, tensor: object) -> Tensor:
+        if not isinstance(tensor, Tensor):
+            raise ModelUnusable(f"the buffer {self.spec.name!r} is no tensor any more: {self._wanted()}")
+        if tensor.shape != self.shape or tensor.dtype != self.dtype:
+            became = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {became}: {self._wanted()}")
+        if tensor.layout != torch.strided:
+            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {tensor.layout}: {self._wanted()}")
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ModelUnusable(
+                f"the buffer {self.spec.name!r} is a view with several elements in one place in memory, as `expand` "
+                "makes them: give it memory of its own with .clone()"
+            )
         return tensor
+
+    def bits(self) -> Tensor:
+        current = self.current()
+        return current.detach().view(torch.int64) if self.spec.dtype == FLOAT64 else current
+
+    def mend(self, server: Tensor) -> bool:
+        own = self.current()
+        if not own.is_floating_point():
+            return False
+        server = server.view(torch.float64) if self.spec.dtype == FLOAT64 else server
+        bad = own.isnan() if self.spec.merge == LAST else ~own.isfinite() & (own != server.to(own.device, own.dtype))
+        if bad.any():
+            own.copy_(server)
+            return True
+        return False
+
+    def _wanted(self) -> str:
+        return (
+            f"the run has it as {self.dtype} of shape {self.spec.shape}; keep it so, or register it with "
+            "persistent=False if it need not be kept"
+        )
 
 
 def _entries(model: nn.Module) -> dict[str, _Entry]:
@@ -191,6 +277,11 @@ def _check_usable(entries: dict[str, _Entry]) -> None:
         tensor: Any = entry.tensor  # to mypy no tensor can be put together from others
         if nn.parameter.is_lazy(tensor):
             raise ModelUnusable(f"the tensor {name!r} has no shape yet: run one batch through the model first")
+        if tensor.layout != torch.strided:
+            raise ModelUnusable(
+                f"the tensor {name!r} is {tensor.layout}, and only dense ones can be kept on the server: convert it "
+                "with .to_dense(), or register it with persistent=False if it is a buffer that need not be kept"
+            )
         if tensor.is_meta:
             raise ModelUnusable(f"the tensor {name!r} is on the meta device and has no values: load them first")
         if is_traceable_wrapper_subclass(tensor):
@@ -228,7 +319,15 @@ def _spec(name: str, entry: _Entry, frozen: Collection[Tensor]) -> TensorSpec:
     if _is_parameter(entry):
         role = FROZEN if entry.tensor in frozen else PARAMETER
         return TensorSpec(name, shape, _parameter_dtype(name, entry.tensor), role, alias_of=entry.alias_of)
-    return TensorSpec(name, shape, _buffer_dtype(name, entry.tensor), BUFFER, alias_of=entry.alias_of)
+    dtype = _buffer_dtype(name, entry.tensor)
+    return TensorSpec(name, shape, dtype, BUFFER, alias_of=entry.alias_of, merge=_merge(name, dtype))
+
+
+def _merge(name: str, dtype: pb.Dtype.ValueType) -> pb.Merge.ValueType:
+    kind = name.rpartition(".")[2]
+    if kind in _COUNTERS and dtype == INT64:
+        return MAXIMUM
+    return AVERAGE if kind in _AVERAGED and dtype != INT64 else LAST
 
 
 def _parameter_dtype(name: str, tensor: Tensor) -> pb.Dtype.ValueType:
@@ -249,4 +348,4 @@ def _buffer_dtype(name: str, tensor: Tensor) -> pb.Dtype.ValueType:
         )
     if not tensor.is_floating_point():
         return INT64
-    return BFLOAT16 if tensor.dtype == torch.bfloat16 else FLOAT32
+    return {torch.bfloat16: BFLOAT16, torch.float64: FLOAT64}.get(tensor.dtype, FLOAT32)

@@ -6,16 +6,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Self, SupportsIndex
+from typing import Any, Never, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from ormo_protos.credentials import Credentials
+from ormo_protos.limits import MAX_SAMPLES
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.arguments import address, described, one_number, whole_number
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.copy_streams import Arriving, Copies
@@ -29,7 +31,7 @@ from ormo_worker.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.groups import SCALE, ParameterGroup, decays
+from ormo_worker.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
 from ormo_worker.identity import Identity
 from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
@@ -45,6 +47,7 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
+_SHOWN_BUFFERS = 3
 _FIXED = (
     "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
     "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
@@ -73,7 +76,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Args:
         model: parameters float32 or bfloat16; updated in place.
-        server: HOST:PORT.
+        server: HOST:PORT, where an ormo-server listens.
         params: parameters, named parameters or groups, as for any optimizer; all of the model's by default.
             Those left out are frozen, as those are that require no gradient when this is made: they travel once
             in each join, and are the same on all workers. A group may set `weight_decay_scale`.
@@ -103,8 +106,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
         CredentialsError: a certificate, key or token can't be used.
-        OptionRefused: an option that the server decides, a parameter of another model, a bad id or dtype, or an
-            address for metrics that can't be had.
+        OptionRefused: no module, an address that is none, an option that the server decides, a parameter of another
+            model, a bad id, number or dtype, or an address for metrics that can't be had.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
         Refused: the server won't have this worker.
@@ -113,7 +116,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        server: str,
+        server: str = "",
         *,
         params: Iterable[Any] | None = None,
         batch_size: int = 1,
@@ -126,7 +129,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         give_up_after: float | None = None,
         metrics_listen: str = "",
         credentials: Credentials | None = None,
+        **others: Never,
     ) -> None:
+        _check_first(model, server, others)
         self._own = set(model.parameters())
         if not self._own:
             raise ModelUnusable("the model has no parameters: there is nothing to train")
@@ -135,7 +140,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._began = True
         self._given = {parameter for group in self.param_groups for parameter in group["params"]}
         staging = Staging(model, (self._own - self._given) | frozen_in(model))
-        self._batch_size = batch_size
+        self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
         self.last_result: pb.PushResult | None = None
         self.iteration = 0
         self.finished = False
@@ -143,8 +148,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.refusals: Counter[str] = Counter()
         self._warned_at = float("-inf")
         self._loaded_at = 0.0
+        self._joins = 0  # of which the model has the server's buffers
         self._gathered: Copies | None = None
-        self._in_flight = _checked_in_flight(in_flight)
+        self._in_flight = whole_number("in_flight", in_flight, 1, MOST_IN_FLIGHT)
         self._dtype = _wire_dtype(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
@@ -183,8 +189,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         with_buffers = staging.tensors.has_buffers
         self._outgoing = tuple(self._transfer(self._dtype, with_buffers=with_buffers) for _ in range(self._in_flight))
         self._incoming: dict[int | None, Transfer] = {}
-        exporter = Exporter(metrics_listen, self._metrics.registry)
         self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
+        exporter = Exporter(metrics_listen, self._metrics.registry)
         slots, metrics = self._client.slots, self._metrics
         self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program.
@@ -219,7 +225,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], Any] | None = None,
         *,
-        samples: int | None = None,
+        samples: float | Tensor | None = None,
         loss: float | Tensor | None = None,
     ) -> Any:
         """Push the gradients, wait, and load the parameters that come back, or those that another slot has got.
@@ -229,8 +235,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and its gradients, and returns the loss.
-            samples: in the mini-batch or, after accumulation, in all of them; `batch_size` by default.
-            loss: the mini-batch's mean, to be shown; by default what the closure returned.
+            samples: in the mini-batch or, after accumulation, in all of them, 0 to 2**31 - 1; `batch_size` by default.
+                A float or tensor will do if it is whole, such as a mask's sum.
+            loss: the mini-batch's mean, to be shown; by default what the closure returned, if that is one number.
 
         Returns:
             What the closure returned.
@@ -238,6 +245,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             RunFinished: the run was over before this step; the step that finds out only sets `finished`.
             ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
+            OptionRefused: samples or loss are no such numbers; nothing was pushed.
             OrmoError: what waiting and trying again can't mend.
         """
         if self._client.inherited:
@@ -246,16 +254,22 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise RunFinished(
                 f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
             )
+        count = self._batch_size if samples is None else whole_number("samples", samples, 0, MAX_SAMPLES)
+        shown = one_number(loss)
+        if loss is not None and shown is None:
+            raise OptionRefused(f"loss is {described(loss)}: expected one real number, the mini-batch's mean")
         returned = None
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
+            if loss is None:  # a closure may return anything: other optimizers hand it on and look at none of it
+                shown = one_number(returned)
         self._refuse_unfrozen()
         slot = self._exchanges.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
             self._take(self._exchanges.next())
         else:
-            self._take(self._exchanges.swap(self._gather(slot, samples, returned if loss is None else loss)))
+            self._take(self._exchanges.swap(self._gather(slot, count, shown)))
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -330,7 +344,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return error
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
-    def _gather(self, slot: int, samples: int | None, loss: float | Tensor | None) -> Gathered:
+    def _gather(self, slot: int, samples: int, loss: float | Tensor | None) -> Gathered:
         outgoing, decays = self._outgoing[slot], self._decays()
         self._watch.parameters()
         self._watch.gradients(decays)
@@ -339,7 +353,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return Gathered(
             payload=outgoing.payload,
             copies=self._gathered,
-            samples=self._batch_size if samples is None else samples,
+            samples=samples,
             loss=_number(self._staging.fetch(loss)) if isinstance(loss, Tensor) else _known(loss),
             loaded_at=self._loaded_at,
             before=before,
@@ -382,7 +396,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # With one slot nothing comes in before the gradient has left: one mirror serves both.
             incoming = self._staging.transfer(delivered.payload, mirror=int(self._in_flight > 1))
             self._incoming[slot] = incoming
-        incoming.load()
+        # Once a join: other slots bring the buffers, too, when the program has gone on with its own, and so does a
+        # slot some of whose own the server did not take.
+        mends = delivered.joins is not None and delivered.joins <= self._joins
+        self._note_mended(incoming.load(mends=mends))
+        self._joins = self._joins if delivered.joins is None else delivered.joins
         self._watch.loaded(incoming)
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
@@ -414,12 +432,24 @@ class RemoteOptimizer(torch.optim.Optimizer):
             said = "a gradient was lost, training goes on: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return
-        now = time.monotonic()
-        if now - self._warned_at >= _SECONDS_BETWEEN_WARNINGS:  # a loop that has diverged refuses every gradient
-            self._warned_at = now
+        if self._may_warn():  # a loop that has diverged refuses every gradient
             count = self.refusals[refusal.refusal]
             said = "the server refused a gradient, %d so far: %s"
             _LOG.warning(said, count, refusal.refusal_message, extra=about)
+
+    def _note_mended(self, buffers: list[str]) -> None:
+        if buffers and self._may_warn():
+            more = f" and {len(buffers) - _SHOWN_BUFFERS} more" if len(buffers) > _SHOWN_BUFFERS else ""
+            shown = ", ".join(map(repr, buffers[:_SHOWN_BUFFERS])) + more
+            said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
+            _LOG.warning(said, shown, extra=Fields(worker=self._client.identity.worker, iteration=self.iteration))
+
+    def _may_warn(self) -> bool:
+        now = time.monotonic()
+        if now - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
+            return False
+        self._warned_at = now
+        return True
 
     def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
@@ -448,17 +478,24 @@ def _number(arriving: Arriving) -> Callable[[], float]:
     return lambda: float(arriving.arrived())
 
 
+def _check_first(model: object, server: object, others: Iterable[str]) -> None:
+    """Have a sentence for who puts this in the place of another optimizer, arguments and all."""
+    if not isinstance(model, nn.Module):
+        raise OptionRefused(
+            f"the model is a {type(model).__name__}: expected the torch.nn.Module itself, as in RemoteOptimizer(model, "
+            "'HOST:PORT'); which of its parameters are trained is said with params="
+        )
+    for option in others:
+        if option in OPTIONS_OF_TORCH:
+            raise refused_option(option)
+        raise TypeError(f"RemoteOptimizer() got an unexpected keyword argument {option!r}")
+    address("server", server, lowest_port=1)
+
+
 def _known(loss: float | None) -> Callable[[], float] | None:
     if loss is None:
         return None
-    number = float(loss)
-    return lambda: number
-
-
-def _checked_in_flight(in_flight: int) -> int:
-    if not 1 <= in_flight <= MOST_IN_FLIGHT:
-        raise OptionRefused(f"in_flight is {in_flight}: expected 1 to {MOST_IN_FLIGHT}")
-    return in_flight
+    return lambda: loss
 
 
 def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:

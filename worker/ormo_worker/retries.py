@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from ormo_protos.failure_detection import FailureDetection
+from ormo_worker.arguments import positive_seconds
 from ormo_worker.errors import ServerUnreachable
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import CallEnded
@@ -19,6 +20,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 _SECONDS_BETWEEN_LOGS = 15.0
 # A server asks for some seconds; one that asks for years must not be waited for.
 _LONGEST_ASKED_SECONDS = 60.0
@@ -33,11 +35,21 @@ class Patience:
         failure_timeout: seconds without a byte after which the connection counts as dead and is made anew.
         give_up_after: seconds without a sign of life after the first one, after which a call fails; None
             to try for ever.
+
+    Raises:
+        OptionRefused: a time that is not above 0, and at most 1e9 seconds, or 1e6 for the failure timeout.
     """
 
     connect_timeout: float = 60.0
     failure_timeout: float = 30.0
     give_up_after: float | None = None
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "connect_timeout", positive_seconds("connect_timeout", self.connect_timeout))
+        set_(self, "failure_timeout", positive_seconds("failure_timeout", self.failure_timeout, _LONGEST_SILENCE))
+        if self.give_up_after is not None:
+            set_(self, "give_up_after", positive_seconds("give_up_after", self.give_up_after))
 
 
 class TryAgain(Exception):
@@ -89,7 +101,7 @@ class RetryLoop:
     """Makes attempts until one succeeds.
 
     Args:
-        server: its address, for logs and errors.
+        server: where it is, for logs and errors.
         patience: how long to go on.
         signs: of the server's life.
         closed: ends all pauses.
@@ -127,6 +139,7 @@ class RetryLoop:
             within: seconds that all of it may take, for what is not worth more; None to go by patience.
 
         Raises:
+            OptionRefused: `within` is no time.
             ServerUnreachable: nothing was heard of the server for as long as patience lasts, or `within`
                 is over.
             OrmoError: what `check` raises.
@@ -134,6 +147,8 @@ class RetryLoop:
             Refused: the server won't do it, now or later.
         """
         began = time.monotonic()
+        if within is not None:
+            within = positive_seconds("within", within)
         try:
             self._check()
             return attempt()

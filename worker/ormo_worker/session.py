@@ -142,6 +142,7 @@ class SlotSession:
                 return self.on_finished()
         else:
             self.result = result
+            self._wants_buffers |= result.buffers_kept
         if not self._ask.wants_next:
             self.ticket = self.ticket if result.refusal in UNSOUND_GRADIENT else None
             return Step.DONE
@@ -152,7 +153,9 @@ class SlotSession:
         if ticket is None or not self._ask.wants_next or not self._settled:
             return Step.FAIL
         self.ticket = ticket
-        self._wants_buffers = self._wants_frozen = False  # from now on the worker keeps its own
+        # From now on the worker keeps its own, but for those that the server did not take. It may have said so after
+        # it was asked for these parameters, which then came without.
+        self._wants_buffers, self._wants_frozen = self._wants_buffers and not self._ask.wants_buffers, False
         return Step.DONE
 
     def on_finished(self) -> Step:

@@ -18,7 +18,7 @@ from ormo_worker.observer import Stage
 from ormo_worker.refusal import CallEnded
 from ormo_worker.retries import TryAgain
 from ormo_worker.session import SlotSession, Step
-from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, PushPullFrame, Wire, understood
+from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, understood
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Slot:
         if step is Step.FINISHED:
             self.close()
             return self._outcome(None, finished=True)
-        delivered = self._receiver.delivered() if self._session.ask.wants_next else None
+        delivered = self._receiver.delivered(self._joins) if self._session.ask.wants_next else None
         return self._outcome(delivered, finished=False)
 
     def _rejoin(self) -> None:
@@ -227,8 +227,9 @@ class _Stream:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._exchanges: queue.SimpleQueue[Iterable[PushPullFrame] | None] = queue.SimpleQueue()
+        self._outgoing = Outgoing(self._requests())
         with connection.watched():
-            self._call = connection.tensors.push_pull(self._requests())
+            self._call = connection.tensors.push_pull(iter(self._outgoing))
 
     def send(self, requests: Iterable[PushPullFrame]) -> None:
         self._exchanges.put(requests)
@@ -238,10 +239,16 @@ class _Stream:
 
         Raises:
             CallEnded: there is none.
+            Exception: what kept a request from being sent.
         """
-        with self._connection.watched():
-            answer = next(self._call, None)
+        try:
+            with self._connection.watched():
+                answer = next(self._call, None)
+        except CallEnded:
+            self._outgoing.check()
+            raise
         if answer is None:
+            self._outgoing.check()
             raise CallEnded("OK", "", "the server ended the stream in the middle of an exchange")
         self._connection.heard()
         return answer

@@ -173,19 +173,35 @@ class Transfer:
         self._way.to_payload().wait()
 
     @torch.no_grad()
-    def load(self) -> None:
-        """Copy the payload into the model in place: parameters, and buffers and frozen tensors if it has them."""
+    def load(self, *, mends: bool = False) -> list[str]:
+        """Copy the payload into the model in place: parameters, and buffers and frozen tensors if it has them.
+
+        Args:
+            mends: only those buffers that the server did not take from this model, for NaN or infinity in them; to
+                find them, this waits for the device.
+
+        Returns:
+            The names of the buffers that were mended.
+        """
+        mended: list[str] = []
         with self._loading:
             copies = self._way.from_payload()
             torch._foreach_copy_(self._tensors.parameters, self._parameters)
-            if self._float_buffers:
-                torch._foreach_copy_(self._tensors.float_buffers, self._float_buffers)
-            if self._int_buffers:
-                torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
             if self._frozen:
                 torch._foreach_copy_(self._tensors.frozen, self._frozen)
+            if mends and self.payload.layout.with_buffers:
+                mended = self._tensors.mend(self._float_buffers, self._int_buffers)
+            else:
+                self._load_buffers()
             self._way.release()
         copies.wait()
+        return mended
+
+    def _load_buffers(self) -> None:
+        if self._float_buffers:
+            torch._foreach_copy_(self._tensors.float_buffers, self._float_buffers)
+        if self._int_buffers:
+            torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
 
     def _gather_buffers(self) -> None:
         if self._float_buffers:

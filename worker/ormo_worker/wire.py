@@ -1,15 +1,18 @@
 """From tensors to messages and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from itertools import chain
+from typing import Generic, TypeAlias, TypeVar
 
 from ormo_protos.framing import Headed
-from ormo_protos.limits import Malformed
+from ormo_protos.limits import MAX_SAMPLES, Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.errors import ModelMismatch, ProtocolBroken
+from ormo_worker.arguments import real_number, whole_number
+from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
 from ormo_worker.identity import Identity
 from ormo_worker.session import Ask
 
@@ -24,15 +27,26 @@ class Gradient:
 
     Attributes:
         payload: the mean over the mini-batch with weight decay added, and the buffers if the model has any.
-        samples: in the mini-batch.
+        samples: in the mini-batch, 0 to 2^31 - 1.
         loss: the mini-batch's mean; None if not known.
-        compute_seconds: from having the parameters to having the gradient.
+        compute_seconds: from having the parameters to having the gradient, 0 to 1e9.
+
+    Raises:
+        OptionRefused: what no message can hold, or every server would refuse.
     """
 
     payload: Payload
     samples: int
     loss: float | None = None
     compute_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # the plain numbers of tensors and of NumPy
+        set_(self, "samples", whole_number("samples", self.samples, 0, MAX_SAMPLES))
+        set_(self, "loss", None if self.loss is None else real_number("loss", self.loss))
+        set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
+        if not 0 <= self.compute_seconds <= LONGEST_SECONDS:
+            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {LONGEST_SECONDS:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +58,14 @@ class Delivered:
         iteration: of the parameters.
         ticket: the right to push one gradient computed at them; None for readers.
         samples: that the run has counted so far.
+        joins: how often the worker had joined; None for readers.
     """
 
     payload: Payload
     iteration: pb.Iteration
     ticket: pb.Ticket | None
     samples: int
+    joins: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +114,7 @@ class Wire:
         digest: bytes = b"",
         with_data: bool = False,
     ) -> Iterator[PushPullFrame]:
-        """The messages of an exchange, each made when it is about to be sent.
+        """The messages of an exchange; the head is made at once, where the caller sees what is wrong with it.
 
         Args:
             identity: of the worker.
@@ -113,13 +129,11 @@ class Wire:
             exchange.next.CopyFrom(self.wanted(ask))
             exchange.next.takes_data = True
         if ask.ticket is None or gradient is None:
-            yield Headed(pb.PushPullRequest(exchange=exchange))
-            return
+            return iter([Headed(pb.PushPullRequest(exchange=exchange))])
         exchange.gradient.CopyFrom(_announced(gradient, ask.ticket, digest or self.manifest.model_digest))
         head, chunks = pb.PushPullRequest(exchange=exchange), gradient.payload.chunks()
         first = next(chunks, None) if with_data else None
-        yield Headed(head) if first is None else Headed(head, first.data)
-        yield from chunks
+        return chain([Headed(head) if first is None else Headed(head, first.data)], chunks)
 
 
 def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
@@ -144,6 +158,28 @@ def _announced(gradient: Gradient, ticket: pb.Ticket, digest: bytes) -> pb.Gradi
         loss=gradient.loss,
         compute_seconds=gradient.compute_seconds,
     )
+
+
+class Outgoing(Generic[A]):
+    """Messages for a thread of gRPC's, which would make a lost connection of what goes wrong while they are made.
+
+    They end where one fails, and the call with them; whoever waits for its answer calls `check` then.
+    """
+
+    def __init__(self, messages: Iterable[A]) -> None:
+        self._messages = messages
+        self._failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[A]:
+        try:
+            yield from self._messages
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's to see
+            self._failure = error
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything has."""
+        if self._failure is not None:
+            raise self._failure
 
 
 def understood(answer: A | Malformed) -> A:
@@ -210,12 +246,12 @@ class DeliveryReceiver:
         """Of the delivery that has begun; None for one without."""
         return self._delivery.ticket if self._delivery.HasField("ticket") else None
 
-    def delivered(self) -> Delivered:
-        """What has arrived, once `accept` has said that it is complete."""
+    def delivered(self, joins: int | None = None) -> Delivered:
+        """What has arrived, once `accept` has said that it is complete; `joins` is passed on."""
         receiver, self._receiver = self._receiver, None
         assert receiver is not None
         assert receiver.complete
-        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples)
+        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples, joins)
 
     def _reused(self, layout: PayloadLayout) -> Payload:
         # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.

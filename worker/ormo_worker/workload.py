@@ -35,7 +35,7 @@ class TaskWorkload:
     All workers share one module. For each gradient it gets the parameters, and what is the worker's own: its buffers
     and the state of PyTorch's random generators, so that a worker's gradients do not depend on when the others compute.
     What else a model carries from one mini-batch to the next (attributes, buffers that are not in its `state_dict`) is
-    shared, and float64 buffers pass through float32. On one thread of a CPU the same calls give the same bits.
+    shared. On one thread of a CPU the same calls give the same bits.
 
     Args:
         task: a built-in task, or the import path of one.
@@ -81,7 +81,7 @@ class TaskWorkload:
         """The model that `ormo-worker run --seed` begins with; seeds PyTorch's global generators."""
         self._bench = self._set_up(seed)
         start = self._bench.staging.snapshot()
-        return Model(start.parameters, start.float_buffers, start.int_buffers)
+        return Model(start.parameters, start.float_buffers, start.int_buffers, self._bench.staging.tensors.manifest)
 
     def start_worker(self, data_seed: int, model: Model) -> "TaskWorker":
         """A worker that joins with this data seed, and gets this model's buffers.
@@ -134,8 +134,7 @@ class TaskWorker:
         bench.load(Model(params, self._float_buffers, self._int_buffers), training=True)
         loss = bench.compute(batch)
         out.copy_(bench.payload.parameters)
-        self._float_buffers.copy_(bench.payload.float_buffers)
-        self._int_buffers.copy_(bench.payload.int_buffers)
+        self._keep_buffers()
         self._random.save()
         return Computed(self._samples, loss, self._float_buffers, self._int_buffers)
 
@@ -143,6 +142,16 @@ class TaskWorker:
         """Go on with this model's buffers, as a real worker does when it has joined, or joined again."""
         self._float_buffers.copy_(model.float_buffers)
         self._int_buffers.copy_(model.int_buffers)
+
+    def mend(self, model: Model) -> None:
+        """Take from this model the buffers that the server did not take from the worker, as a real one does."""
+        self._bench.load(Model(model.params, self._float_buffers, self._int_buffers), training=True)
+        self._bench.mend(model)
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        self._float_buffers.copy_(self._bench.payload.float_buffers)
+        self._int_buffers.copy_(self._bench.payload.int_buffers)
 
 
 class _Bench:
@@ -177,12 +186,21 @@ class _Bench:
 
     def load(self, model: Model, *, training: bool) -> None:
         """Give the module these numbers, and set its mode."""
-        self.payload.parameters.copy_(model.params)
-        self.payload.float_buffers.copy_(model.float_buffers)
-        self.payload.int_buffers.copy_(model.int_buffers)
+        self._fill(model)
         self._transfer.load()
         if self.module.training != training:
             self.module.train(training)
+
+    def mend(self, model: Model) -> None:
+        """Leave in the payload the module's buffers, but where the server did not take them those of this model."""
+        self._fill(model)
+        self._transfer.load(mends=True)
+        self._transfer.gather_parameters()
+
+    def _fill(self, model: Model) -> None:
+        self.payload.parameters.copy_(model.params)
+        self.payload.float_buffers.copy_(model.float_buffers)
+        self.payload.int_buffers.copy_(model.int_buffers)
 
     def compute(self, batch: Batch) -> float:
         """Leave the batch's gradient in the payload, with the buffers as they are now; returns the loss."""

@@ -247,7 +247,8 @@ def _step_size() -> Panel:
             shows="Learning rate in force, and the mean share of it that gradients were applied with (right axis).",
             normal="The rate follows its schedule. The scale is 1 with the step scale constant, and about 1 with "
             "rescaled.",
-            bad="With delay-adaptive a scale well below 1: many gradients are later than 2K, so training slows down. "
+            bad="With delay-adaptive a scale well below 1: many gradients are later than the threshold (2K, with "
+            "asgd-da K), so training slows down. "
             "Look for the slow workers on Staleness.",
         ),
         Query(series("ormo_learning_rate"), "learning rate {{instance}}"),

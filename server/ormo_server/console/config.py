@@ -1,7 +1,7 @@
 """The settings of `ormo-server status`, `top` and `control`."""
 
 import warnings
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,6 +34,9 @@ with warnings.catch_warnings():
 class ControlSettings(_Common):
     """Have a server do one thing; exits with 1 if it does not."""
 
+    # A pod has ORMO_LEARNING_RATE for `serve`, and no action may come from there.
+    flags_only: ClassVar[frozenset[str]] = frozenset({"checkpoint", "learning_rate", "drain"})
+
     checkpoint: bool = Field(False, description="write a checkpoint now, and wait until it is on disk")
     learning_rate: float | None = Field(
         None,
@@ -46,7 +49,7 @@ class ControlSettings(_Common):
     @model_validator(mode="after")
     def _one_action(self) -> Self:
         if self.checkpoint + self.drain + (self.learning_rate is not None) != 1:
-            raise ValueError("one of --checkpoint, --learning-rate and --drain was expected")
+            raise ValueError("one of --checkpoint, --learning-rate and --drain was expected, as a flag")
         return self
 
 

@@ -1,8 +1,10 @@
 """`ormo-server status`: one look, for people and programs; also what a container's health check runs."""
 
 import json
+import os
 import sys
 
+from ormo_protos.proxies import through_proxy
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.as_json import as_plain
 from ormo_server.console.asking import NoAnswerError, asker
@@ -30,7 +32,8 @@ def show(settings: StatusSettings) -> int:
 
 def no_answer(program: str, server: str, error: NoAnswerError) -> str:
     """The sentence for a server that does not answer."""
-    return f"{program}: no answer from {server} ({error}): is the server up, and is this its address?\n"
+    place = server + through_proxy(server, os.environ)
+    return f"{program}: no answer from {place} ({error}): is the server up, and is this its address?\n"
 
 
 def _print(server: str, status: pb.GetStatusResponse) -> None:

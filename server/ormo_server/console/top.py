@@ -1,5 +1,6 @@
 """`ormo-server top`: look at a server again and again."""
 
+import os
 import sys
 import time
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 
 from ormo_protos.interruption import leave_if_asked, leave_on_signals
+from ormo_protos.proxies import through_proxy
 from ormo_server.console.asking import Asker, NoAnswerError, asker
 from ormo_server.console.config import TopSettings
 from ormo_server.console.keys import pressed, single_keys
@@ -48,6 +50,7 @@ def _once(server: Asker, settings: TopSettings, console: Console) -> int:
 
 def _live(console: Console, server: Asker, settings: TopSettings) -> None:
     history, answered = History(), time.monotonic()
+    place = settings.server + through_proxy(settings.server, os.environ)
     with single_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             leave_if_asked()
@@ -57,7 +60,7 @@ def _live(console: Console, server: Asker, settings: TopSettings) -> None:
                 answered = time.monotonic()
             except NoAnswerError as error:
                 silent = duration(time.monotonic() - answered)
-                trouble = f"no answer from {settings.server} for {silent}, trying again: {error}"
+                trouble = f"no answer from {place} for {silent}, trying again: {error}"
             view = View(settings.server, history, settings.sort, console.height, trouble)
             live.update(view, refresh=True)
             if pressed(_QUIT, due - time.monotonic()):

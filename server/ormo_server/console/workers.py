@@ -13,7 +13,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.console.rates import Rates
 from ormo_server.console.words import NOT_KNOWN, rate, shortened
 
-# In multiples of K, the delay that K workers of one speed have. From 2K on delay-adaptive steps get smaller.
+# In multiples of K, the delay that K workers of one speed have. From 2K on the steps of `ormo-da` get smaller.
 LATE, VERY_LATE = 2, 4
 ON_TIME_COLOUR, LATE_COLOUR, VERY_LATE_COLOUR = "green", "yellow", "red"
 _NAME_WIDTH = 28

@@ -33,6 +33,11 @@ def all_finite(vector: torch.Tensor) -> bool:
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
 
+def has_nan(vector: torch.Tensor) -> bool:
+    """Whether a vector, shape (n,), floating, has NaN; stops at the first block that has."""
+    return vector.numel() > 0 and any(_nan_in_block(block) for (block,) in walk(vector))
+
+
 def largest(vector: torch.Tensor) -> float:
     """The largest absolute value in a vector, shape (n,), floating; NaN if there is one, 0 for no elements."""
     ends = [torch.stack(torch.aminmax(block)).abs().max() for (block,) in walk(vector) if block.numel()]
@@ -92,3 +97,8 @@ def _finite_block(block: torch.Tensor) -> bool:
     # NaN wins every comparison of aminmax, so two numbers tell of all. Measured: 10 times faster than isfinite().all().
     low, high = torch.aminmax(block)
     return math.isfinite(low) and math.isfinite(high)
+
+
+def _nan_in_block(block: torch.Tensor) -> bool:
+    # As in `_finite_block`. Infinities of both signs make NaN of a sum, too.
+    return math.isnan(block.sum()) and math.isnan(block.amin())

@@ -12,6 +12,11 @@ from ormo_server.core.state import State, Ticket
 # The automatic ticket timeout: a gradient that takes this many times longer than the median will not come any more.
 TIMES_THE_MEDIAN = 20.0
 SHORTEST_AUTOMATIC_SECONDS = 60.0
+# Before anybody has pushed there is no median, and first steps are slow: kernels are compiled, data is fetched, caches
+# are cold. Ten minutes is more than nearly all of them take, and little is lost either way: who is later loses that one
+# gradient, and whoever is quicker has pushed by then, so that there is a median and no need to wait for this. With each
+# lapse it doubles, so that steps that do take longer get their time, too.
+FIRST_AUTOMATIC_SECONDS = 600.0
 _REMEMBERED = 256
 
 
@@ -53,24 +58,29 @@ class TicketTimeout:
 
     Args:
         seconds: a fixed limit, above 0; None for none unless `automatic`.
-        automatic: 20 times the median time from ticket to push, at least 60 s.
+        automatic: 20 times the median time from ticket to push, at least 60 s; 10 minutes before the first push.
     """
 
     def __init__(self, seconds: float | None, *, automatic: bool) -> None:
         self._seconds = seconds
         self._automatic = automatic
+        self._first_seconds = FIRST_AUTOMATIC_SECONDS
         self._taken: deque[float] = deque(maxlen=_REMEMBERED)
 
     def redeemed(self, seconds: float) -> None:
         """A ticket was redeemed after this long."""
         self._taken.append(seconds)
 
+    def lapsed(self) -> None:
+        """Tickets ran out. If nobody has pushed yet, steps may just take longer than that."""
+        self._first_seconds *= 2
+
     def limit_seconds(self) -> float | None:
         """The limit now; None for none."""
         if self._seconds is not None or not self._automatic:
             return self._seconds
         if not self._taken:
-            return None
+            return self._first_seconds
         return max(SHORTEST_AUTOMATIC_SECONDS, TIMES_THE_MEDIAN * median(self._taken))
 
     def overdue(self, state: State, now: float) -> list[Ticket]:

@@ -25,14 +25,14 @@ class Requester(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """A gradient as it came in, already known to be finite and of the model's size.
+    """A gradient as it came in, already known to be finite (buffers need not be) and of the model's size.
 
     Attributes:
         ticket: key of the ticket that it redeems.
         values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
         samples: in the mini-batch.
         float_buffers: the worker's, shape (f,), float32; None if it sent none.
-        int_buffers: the worker's, shape (i,), int64; None if it sent none.
+        int_buffers: the worker's, shape (i,), int64, or the bits of float64; None if it sent none.
         norm: Euclidean, of `values`; None for one that was taken before, and is only done again.
     """
 

@@ -14,7 +14,7 @@ class MemoryNeed:
     """Bytes beyond the interpreter, by what takes them.
 
     Attributes:
-        state_bytes: w and the rule's vectors.
+        state_bytes: w, the rule's vectors, and the model's buffers.
         exchange_bytes: one buffer of the model's size for each exchange that may be under way.
         checkpoint_bytes: the copy that is being written.
     """
@@ -29,11 +29,12 @@ class MemoryNeed:
         return self.state_bytes + self.exchange_bytes + self.checkpoint_bytes
 
 
-def need(run: Run, elements: int, slots: int) -> MemoryNeed:
-    """What a model of `elements` numbers needs with `slots` in-flight places."""
+def need(run: Run, elements: int, slots: int, buffer_bytes: int = 0) -> MemoryNeed:
+    """What a model of `elements` numbers needs with `slots` in-flight places; what it has besides are buffers."""
     rule = UPDATE_RULES[run.method.rule]
     vectors = 1 + rule.vectors_per_run + rule.vectors_per_slot * slots
     # A scheduler whose workers wait for each other keeps the parameters of the round's opening.
     vectors += SCHEDULERS[run.method.scheduler].keeps_opening
     vector_bytes = elements * _BYTES_PER_NUMBER
-    return MemoryNeed(vectors * vector_bytes, slots * vector_bytes, vectors * vector_bytes)
+    state_bytes = vectors * vector_bytes + buffer_bytes
+    return MemoryNeed(state_bytes, slots * (vector_bytes + buffer_bytes), state_bytes)

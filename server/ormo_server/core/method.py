@@ -9,6 +9,9 @@ from ormo_server.core.scales import STEP_SCALES
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
 
+# In multiples of K. A hundredth leaves nothing of a step, and no delay is a million times K.
+LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD = 0.01, 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -19,14 +22,17 @@ class Method:
         scale: a key of `STEP_SCALES`.
         scheduler: a key of `SCHEDULERS`.
         discard_delay: R; a gradient with a delay of R or more is not applied (Ringmaster ASGD, Maranjyan et al.
-            2025). None: every gradient is applied, unless `discard_buckets` says otherwise.
+            2025, whose authors also restart a computation as soon as it has become too late; here it runs to its end,
+            and its gradient is discarded). None: every gradient is applied, unless `discard_buckets` says otherwise.
         discard_buckets: R in multiples of K as it is when the gradient comes, where R is not given.
         staleness_bound: s, which no applied gradient's delay exceeds; for the bounded-staleness scheduler, and only for
             it.
+        delay_threshold: for the delay-adaptive scale: the delay up to which it is 1, in multiples of K.
         name: what people call it.
 
     Raises:
-        SettingsError: a name that is not known, R below 1, s below 0, or s missing or out of place.
+        SettingsError: a name that is not known, R below 1, s below 0, s missing or out of place, or a delay threshold
+            outside its limits.
     """
 
     rule: str = "ormo"
@@ -35,12 +41,18 @@ class Method:
     discard_delay: int | None = None
     discard_buckets: int | None = None
     staleness_bound: int | None = None
+    delay_threshold: float = 2.0
     name: str = "custom"
 
     def __post_init__(self) -> None:
         _known("update rule", self.rule, UPDATE_RULES)
         _known("step scale", self.scale, STEP_SCALES)
         _known("scheduler", self.scheduler, SCHEDULERS)
+        if not LEAST_DELAY_THRESHOLD <= self.delay_threshold <= MOST_DELAY_THRESHOLD:
+            raise SettingsError(
+                f"delay threshold {self.delay_threshold}: expected {LEAST_DELAY_THRESHOLD:g} to "
+                f"{MOST_DELAY_THRESHOLD:g}, in multiples of K"
+            )
         if self.discard_delay is not None and self.discard_delay < 1:
             raise SettingsError(f"discard delay {self.discard_delay}: expected at least 1")
         if self.discard_buckets is not None and self.discard_buckets < 1:
@@ -67,7 +79,7 @@ class Method:
         limit = f"{self.discard_buckets}K" if self.discard_delay is None else f"{self.discard_delay}"
         choices = (
             self.rule,
-            self.scale,
+            f"{self.scale} from {self.delay_threshold:g}K" if self.scale == "delay-adaptive" else self.scale,
             self.scheduler if self.staleness_bound is None else f"{self.scheduler} {self.staleness_bound}",
             "" if self.discard_limit(1) is None else f"discard from {limit}",
         )
@@ -94,7 +106,7 @@ PRESETS: dict[str, Method] = {
         Method(name="ormo-da", rule="ormo", scale="delay-adaptive"),
         Method(name="ormo-vanilla", rule="ormo-vanilla"),
         Method(name="asgd", rule="sgd"),
-        Method(name="asgd-da", rule="sgd", scale="delay-adaptive"),
+        Method(name="asgd-da", rule="sgd", scale="delay-adaptive", delay_threshold=1.0),
         Method(name="asgdm", rule="naive"),
         Method(name="shifted", rule="shifted"),
         Method(name="smega2", rule="smega2"),
@@ -124,6 +136,8 @@ class Run:
         stop_after_samples: the run ends when so many samples are counted; 0 for never.
         seed: where the workers' data seeds come from.
         delay_compensation: λ of the update rule `dc`, at least 0.
+        waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
+            waits for the next round. No run begins like this any more; files of earlier versions do.
 
     Raises:
         SettingsError: a value outside its limits, or values that contradict each other.
@@ -139,6 +153,7 @@ class Run:
     stop_after_samples: int = 0
     seed: int = 0
     delay_compensation: float = 0.04
+    waits_for_idle: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:

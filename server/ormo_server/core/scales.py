@@ -17,6 +17,7 @@ class Timing(NamedTuple):
     Attributes:
         delay: τ, gradients applied between the ticket's parameters and this gradient.
         bucket_size: K as it is when the gradient is applied.
+        delay_threshold: delay, in multiples of K, up to which the delay-adaptive scale is 1.
         seconds: T_k, from ticket to push, of this gradient.
         seconds_of_slots: T_j, the same of the last gradient of every live slot that has pushed one, this one's too. A
             function, because few scales ask.
@@ -24,6 +25,7 @@ class Timing(NamedTuple):
 
     delay: int
     bucket_size: int
+    delay_threshold: float = 2.0
     seconds: float = 0.0
     seconds_of_slots: Callable[[], Iterable[float]] = _of_nobody
 
@@ -34,8 +36,12 @@ def constant(timing: Timing) -> float:  # noqa: ARG001
 
 
 def delay_adaptive(timing: Timing) -> float:
-    """1 up to a delay of 2K, then 2K/τ: the paper's min(η, 1/(4Lτ)) with η = 1/(8KL) (OrMo-DA)."""
-    return min(1.0, 2.0 * timing.bucket_size / max(1, timing.delay))
+    """1 up to a delay of cK, then cK/τ, where c is the threshold.
+
+    Both sources have min(η, 1/(4Lτ)) above it. With η = 1/(4KL) that is c = 1 (Koloskova, Stich, Jaggi 2022, eq. 11,
+    whose threshold is the concurrency), with η = 1/(8KL) it is c = 2 (OrMo-DA; Shi, Yang, Li 2024).
+    """
+    return min(1.0, timing.delay_threshold * timing.bucket_size / max(1, timing.delay))
 
 
 def inverse(timing: Timing) -> float:

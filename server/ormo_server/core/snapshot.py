@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ormo_server.core import membership, tickets
+from ormo_server.core.buffers import Buffers
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.method import Run
@@ -66,12 +67,20 @@ def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
     fields["rule_counters"] = dict(state.rule.counters)
     fields["scheduler"] = machine.run.method.scheduler
     fields["staleness_bound"] = machine.run.method.staleness_bound
-    fields["members"] = [dataclasses.asdict(member) for member in state.members.values()]
+    fields["members"] = [_row(member) for member in state.members.values()]
     fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
-    fields["departed"] = {worker: dataclasses.asdict(process) for worker, process in state.departed.items()}
+    fields["departed"] = {worker: _row(process) for worker, process in state.departed.items()}
     fields["waiting"] = [list(key) for key in state.waiting]
+    fields["round_tickets"] = list(state.round_tickets)
     return Snapshot(_copies(views) if copied else views, fields)
+
+
+def _row(process: Member | Departed) -> dict[str, Any]:
+    # Without what older servers do not know, where there is none of it.
+    return dataclasses.asdict(
+        process, dict_factory=lambda pairs: dict(p for p in pairs if p != ("buffers_kept", False))
+    )
 
 
 def _copies(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,19 +90,22 @@ def _copies(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         raise MemoryError("this machine has no memory for a copy of the state") from error
 
 
-def resume(run: Run, snapshot: Snapshot) -> StateMachine:
+def resume(run: Run, snapshot: Snapshot, buffers: Buffers | None = None) -> StateMachine:
     """The very machine that a snapshot was taken of, down to who waited: for what came after it to be done again.
 
     Args:
         run: the settings that were in force.
         snapshot: taken over, not copied.
+        buffers: see `StateMachine`.
     """
     state = _state(run, snapshot)
     state.waiting = dict.fromkeys((worker, slot) for worker, slot in snapshot.fields["waiting"])
-    return StateMachine(run, state)
+    return StateMachine(run, state, buffers)
 
 
-def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> StateMachine:
+def restore(
+    run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool, buffers: Buffers | None = None
+) -> StateMachine:
     """The machine that a snapshot was taken of, as a server goes on with it. Nobody waits: streams have ended.
 
     Args:
@@ -102,6 +114,7 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
         epoch: of the server from now on.
         keep_tickets: nothing was applied after the snapshot (a drain, or a complete replay): tickets in flight and
             kept results stay good. Otherwise all are void and the round is closed.
+        buffers: see `StateMachine`.
 
     Raises:
         SettingsError: the snapshot belongs to another update rule.
@@ -113,7 +126,7 @@ def restore(run: Run, snapshot: Snapshot, *, epoch: int, keep_tickets: bool) -> 
             f"{run.method.rule!r}: restore with the same rule, or start a new run from the checkpoint's model"
         )
     state = _state(run, snapshot)
-    machine = StateMachine(run, state)
+    machine = StateMachine(run, state, buffers)
     if not keep_tickets or _was_looser(snapshot, run):
         _void_everything(state)
     if snapshot.fields["scheduler"] != run.method.scheduler:
@@ -155,6 +168,9 @@ def _state(run: Run, snapshot: Snapshot) -> State:
     state.replaced = dict.fromkeys((worker, incarnation) for worker, incarnation in fields["replaced"])
     state.departed = {worker: _departed(row) for worker, row in fields["departed"].items()}
     state.round_params = tensors.get("round_params")
+    # Earlier versions let nobody into a round that was open.
+    first, end = fields.get("round_tickets", (0, 0))
+    state.round_tickets = (first, end)
     return state
 
 
@@ -175,6 +191,7 @@ def _slot(row: Mapping[str, Any]) -> Slot:
         None if result is None else PushResult(**result),
         _ticket_key(row.get("redeemed")),
         row.get("ticket_seconds"),
+        row.get("idle", False),
     )
 
 

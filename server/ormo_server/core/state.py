@@ -50,6 +50,7 @@ class PushResult:
         step_size: η times the step scale used; 0 if discarded.
         discarded: counted, not applied.
         repeated: an earlier result, given again to a retry.
+        buffers_kept: a buffer that came with it had NaN or infinity, and the server's stayed as it was.
     """
 
     request: int
@@ -60,6 +61,7 @@ class PushResult:
     step_size: float
     discarded: bool = False
     repeated: bool = False
+    buffers_kept: bool = False
 
 
 @dataclass(slots=True)
@@ -72,6 +74,7 @@ class Slot:
         result: of its last redeemed ticket, kept until a new request confirms it.
         redeemed: that ticket; None before the first, or if a checkpoint of an earlier version does not say.
         ticket_seconds: how long its last redeemed ticket was out; None before the first.
+        idle: its last ticket came back unused or ran out, and it has not asked since: rounds do without it.
     """
 
     request: int = 0
@@ -79,6 +82,7 @@ class Slot:
     result: PushResult | None = None
     redeemed: TicketKey | None = None
     ticket_seconds: float | None = None
+    idle: bool = False
 
 
 @dataclass(slots=True)
@@ -120,7 +124,7 @@ class State:
     Attributes:
         params: w, shape (d,), float32.
         float_buffers: shape (f,), float32, such as running means.
-        int_buffers: shape (i,), int64, such as counters.
+        int_buffers: shape (i,), int64, such as counters, or the bits of float64.
         rule: the update rule with its vectors.
         epoch: of the server, for new tickets.
         learning_rate: η in force, set when the newest bucket opened.
@@ -140,7 +144,9 @@ class State:
         waiting: slots that wait for a ticket, first come first; the values mean nothing.
         replaced: incarnations that a newer one replaced, oldest first; bounded.
         departed: the last process of each worker that has left or was taken for dead, oldest first; bounded.
-        round_params: what all undelivered tickets of the open round carry, shape (d,); None if there are none.
+        round_params: what all tickets of the open round carry, shape (d,); None once nobody can get one any more.
+        round_tickets: numbers of those that the open round began with, from the first to before the second; (0, 0) as
+            long as no round was opened that others may come into.
     """
 
     params: torch.Tensor
@@ -166,6 +172,7 @@ class State:
     replaced: dict[tuple[str, int], None] = field(default_factory=dict)
     departed: dict[str, Departed] = field(default_factory=dict)
     round_params: torch.Tensor | None = None
+    round_tickets: tuple[int, int] = (0, 0)
 
     def slot(self, key: SlotKey) -> Slot:
         """The slot with this key; its worker must be a member."""

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from ormo_server.core import membership, tickets
-from ormo_server.core.blocks import all_finite
+from ormo_server.core.buffers import Buffers, Merging
 from ormo_server.core.errors import (
     BadRequest,
     Finished,
@@ -50,6 +50,11 @@ class StateMachine:
 
     Inputs that can hand out tickets take `now`, seconds on a clock of the driver's that never runs backwards in a run.
 
+    Args:
+        run: see below.
+        state: see below.
+        buffers: of the model; None for one whose floats are averaged, and whose integers grow.
+
     Attributes:
         run: what decides how the state moves.
         state: where the run is.
@@ -59,11 +64,13 @@ class StateMachine:
             same dtype: what was sent is state of the rule `dc`.
     """
 
-    def __init__(self, run: Run, state: State) -> None:
+    def __init__(self, run: Run, state: State, buffers: Buffers | None = None) -> None:
         self.run = run
         self.state = state
-        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound)
+        self.scheduler = SCHEDULERS[run.method.scheduler](run.method.staleness_bound, waits_for_idle=run.waits_for_idle)
         self._scale = STEP_SCALES[run.method.scale]
+        sizes = state.float_buffers.numel(), state.int_buffers.numel()
+        self._merging = Merging(Buffers.unnamed(*sizes) if buffers is None else buffers)
         self._events: list[Event] = []
         self.listener: Callable[[Input], None] | None = None
 
@@ -76,6 +83,7 @@ class StateMachine:
         int_buffers: torch.Tensor | None = None,
         *,
         epoch: int = 0,
+        buffers: Buffers | None = None,
     ) -> "StateMachine":
         """A run at its start.
 
@@ -83,13 +91,14 @@ class StateMachine:
             run: what decides how the state moves.
             params: w_0, shape (d,), float32; taken over, not copied.
             float_buffers: shape (f,), float32; None for none.
-            int_buffers: shape (i,), int64; None for none.
+            int_buffers: shape (i,), int64, or the bits of float64; None for none.
             epoch: of the server.
+            buffers: how they are merged; see above.
         """
         rule = UPDATE_RULES[run.method.rule](params.numel(), run.coefficients)
         floats = torch.zeros(0, dtype=torch.float32, device="cpu") if float_buffers is None else float_buffers
         ints = torch.zeros(0, dtype=torch.int64, device="cpu") if int_buffers is None else int_buffers
-        return cls(run, State(params, floats, ints, rule, epoch, run.learning_rate.at(0)))
+        return cls(run, State(params, floats, ints, rule, epoch, run.learning_rate.at(0)), buffers)
 
     @property
     def bucket_size(self) -> int:
@@ -169,6 +178,7 @@ class StateMachine:
         self._refuse_finished()
         if requester.request > slot.request:
             slot.request, slot.result = requester.request, None
+        slot.idle = False
         ticket = tickets.held(self.state, requester.slot_key)
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
@@ -195,6 +205,7 @@ class StateMachine:
         if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
             return False
         tickets.close(self.state, ticket)
+        self.state.slot(ticket.slot).idle = True
         if self.listener is not None:
             self.listener(Returned(now, worker, incarnation, key))
         self._hand_out(now)
@@ -266,12 +277,18 @@ class StateMachine:
         state.newest_bucket += landing.opened_buckets
         state.learning_rate = learning_rate
         state.rule.apply(state.params, gradient.values, landing)
-        self._merge_buffers(gradient)
+        kept = self._merge_buffers(gradient)
         state.iteration += 1
         state.samples += gradient.samples
         self.scheduler.count_applied(state, landing.bucket_size)
         return PushResult(
-            requester.request, state.epoch, state.iteration, delay, landing.lag_buckets, landing.step_size
+            requester.request,
+            state.epoch,
+            state.iteration,
+            delay,
+            landing.lag_buckets,
+            landing.step_size,
+            buffers_kept=kept,
         )
 
     def _assert_sizes(self, gradient: Gradient) -> None:
@@ -287,7 +304,9 @@ class StateMachine:
         lag = max(0, state.newest_bucket - ticket.bucket)
         learning_rate = self.learning_rate.at(state.iteration) if opened else state.learning_rate
         of_slots = partial(state.seconds_of_slots, state.slot(ticket.slot), seconds)
-        step_size = learning_rate * self._scale(Timing(counted_delay, size, seconds, of_slots))
+        step_size = learning_rate * self._scale(
+            Timing(counted_delay, size, self.run.method.delay_threshold, seconds, of_slots)
+        )
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
     @staticmethod
@@ -300,20 +319,15 @@ class StateMachine:
             worker=requester.worker,
         )
 
-    def _merge_buffers(self, gradient: Gradient) -> None:
+    def _merge_buffers(self, gradient: Gradient) -> bool:
+        """Whether a tensor that came with NaN or infinity was not taken."""
         # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
+        weight, kept = 1.0 / self.bucket_size, False
         if gradient.float_buffers is not None:
-            self._merge_float_buffers(gradient.float_buffers, 1.0 / self.bucket_size)
+            kept |= self._merging.merge_floats(self.state.float_buffers, gradient.float_buffers, weight)
         if gradient.int_buffers is not None:
-            torch.maximum(self.state.int_buffers, gradient.int_buffers, out=self.state.int_buffers)
-
-    def _merge_float_buffers(self, sent: torch.Tensor, weight: float) -> None:
-        held = self.state.float_buffers
-        merged = torch.lerp(held, sent, weight)
-        if not all_finite(merged):
-            # The difference of two finite numbers may be too large for float32; their mean is not.
-            merged = torch.lerp(held.double(), sent.double(), weight).float()
-        held.copy_(merged)
+            kept |= self._merging.merge_ints(self.state.int_buffers, gradient.int_buffers, weight)
+        return kept
 
     # Inputs: the operator
 

@@ -4,11 +4,18 @@ from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.state import State, Ticket
 
+# So many may be idle, one after the other, and the next who joins waits for none of them still. More would let those
+# who have pushed in a round wait for longer while many workers start.
+MOST_LATE = 4
 
-def hand_out(state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool) -> Ticket:
-    """Give a slot that has none a ticket at the current iteration."""
+
+def hand_out(
+    state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool, iteration: int | None = None
+) -> Ticket:
+    """Give a slot that has none a ticket at this iteration; None for the current one."""
     assert state.slot(slot).ticket is None, "a slot holds at most one ticket"
-    ticket = Ticket(state.epoch, state.next_ticket, slot, state.iteration, bucket, now, delivered)
+    ite = state.iteration if iteration is None else iteration
+    ticket = Ticket(state.epoch, state.next_ticket, slot, ite, bucket, now, delivered)
     state.next_ticket += 1
     state.tickets[ticket.key] = ticket
     state.slot(slot).ticket = ticket.key
@@ -44,7 +51,20 @@ def close(state: State, ticket: Ticket) -> None:
     drop_delivered_round(state)
 
 
+def to_come_in(state: State) -> Ticket | None:
+    """A ticket of the open round, if others may come into it; None if not.
+
+    They may as long as tickets are in flight that the round began with, and then until it has `MOST_LATE` others.
+    """
+    oldest, (_, end) = next(iter(state.tickets.values()), None), state.round_tickets
+    if oldest is None or not end:
+        return None
+    return oldest if oldest.number < end or state.next_ticket - end < MOST_LATE else None
+
+
 def drop_delivered_round(state: State) -> None:
-    """Forget the parameters of the round's opening once all of its tickets in flight have been delivered."""
-    if state.round_params is not None and all(ticket.delivered for ticket in state.tickets.values()):
+    """Forget the parameters of the round's opening once nobody can get them any more."""
+    if state.round_params is None or to_come_in(state) is not None:
+        return
+    if all(ticket.delivered for ticket in state.tickets.values()):
         state.round_params = None

@@ -42,6 +42,9 @@ class Gradients:
         )
         self._norm = families.histogram("gradient_norm", "Euclidean norm of applied gradients.", _NORMS)
         self._clipped = families.counter("clipped_gradients", "Gradients scaled down to the largest norm allowed.")
+        self._kept_buffers = families.counter(
+            "kept_buffers", "Applied gradients with NaN or infinity in a buffer, of which the server kept its own."
+        )
         self._samples = families.counter("samples", "Training samples in applied gradients.")
 
     def counted(self, delay: int, lag_buckets: int, bucket_size: int, ticket_seconds: float) -> None:
@@ -58,9 +61,10 @@ class Gradients:
         self._lag.observe(lag_buckets)
         self._staleness.observe(ticket_seconds)
 
-    def applied(self, samples: int, norm: float) -> None:
-        """It was applied."""
+    def applied(self, samples: int, norm: float, *, buffers_kept: bool) -> None:
+        """It was applied, if need be without some of its buffers."""
         self._samples.inc(samples)
+        self._kept_buffers.inc(buffers_kept)
         self._norm.observe(norm)
 
     def clipped(self) -> None:

@@ -34,14 +34,14 @@ def memory_limit_bytes(limits: tuple[Path, ...] = _LIMITS, meminfo: Path = Path(
 
 def _number(path: Path) -> float | None:
     try:
-        return float(path.read_text())
+        return float(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or "max"
         return None
 
 
 def _machine_bytes(meminfo: Path) -> float | None:
     try:
-        lines = meminfo.read_text().splitlines()
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     totals = [line.split() for line in lines if line.startswith("MemTotal:")]
@@ -51,7 +51,7 @@ def _machine_bytes(meminfo: Path) -> float | None:
 def resident_bytes(statm: Path = Path("/proc/self/statm"), page_bytes: int | None = None) -> int:
     """Memory that this process has; 0 where the system does not tell."""
     try:
-        pages = int(statm.read_text().split()[1])
+        pages = int(statm.read_text(encoding="utf-8").split()[1])
     except (OSError, ValueError, IndexError):
         return 0
     return pages * (page_bytes or _page_bytes())

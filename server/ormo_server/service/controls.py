@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from ormo_protos.logs import Fields
+from ormo_protos.logs import Fields, printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, NotReady
 from ormo_server.service.host import RunHost
@@ -61,7 +61,7 @@ class Controls:
                 "says why",
                 retry_seconds=_RETRY_SECONDS,
             )
-        return str(self._host.last_checkpoint.path)
+        return printable(self._host.last_checkpoint.path)
 
     def _keep(self, peak: float) -> None:
         """The answer says that no crash can undo it."""

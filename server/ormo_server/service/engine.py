@@ -200,6 +200,8 @@ class Engine:
                 holder = members[ticket.slot[0]]
                 machine.return_ticket(now, holder.worker, holder.incarnation, ticket.key)
                 self._pass_on()
+            if overdue:
+                self._ticket_timeout.lapsed()
         self._report_expired([member.worker for member in lapsed], overdue)
         return [(member.worker, member.incarnation) for member in lapsed]
 
@@ -324,7 +326,7 @@ class Engine:
         try:
             if push.norm is None:
                 self._fail_unless_finite()
-                raise non_finite(requester, push)
+                raise non_finite(requester)
             if self._bounds.exceeded_by(push):
                 raise self._bounds.too_large(requester, push)
             return self._apply(requester, push, push.norm), None
@@ -395,7 +397,7 @@ class Engine:
             self.observations.discarded += 1
             return
         self._metrics.traffic.applied.inc()
-        self._metrics.gradients.applied(push.samples, norm)
+        self._metrics.gradients.applied(push.samples, norm, buffers_kept=result.buffers_kept)
         mine.apply(push, norm)
         self.observations.applied_with(result.delay)
         rate = self._machine.state.learning_rate

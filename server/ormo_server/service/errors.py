@@ -12,7 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from ormo_protos.limits import Malformed
-from ormo_protos.logs import Fields
+from ormo_protos.logs import Fields, printable
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import PayloadError
@@ -172,7 +172,8 @@ def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_se
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     # It may quote what came, and travels twice, escaped; clients take 8 KiB of trailers for certain.
     shown = message if len(message) <= _SENTENCE_CHARACTERS else f"{message[:_SENTENCE_CHARACTERS]}…"
-    status = status_pb2.Status(code=STATUS_CODES[reason], message=shown, details=details)
+    # A folder's name may be bytes that are no text, which no message can have.
+    status = status_pb2.Status(code=STATUS_CODES[reason], message=printable(shown), details=details)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
-from ormo_server.core.blocks import SquaredNorm, all_finite
+from ormo_server.core.blocks import SquaredNorm
 from ormo_server.core.errors import NonFinite
 from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
@@ -21,7 +21,7 @@ class Push:
         samples: in the mini-batch.
         loss: of the mini-batch, NaN if it is not finite; None if not told.
         compute_seconds: as the worker measured; 0 if not told.
-        norm: Euclidean, of the gradient; None if it, or a buffer, has NaN or infinity.
+        norm: Euclidean, of the gradient; None if it has NaN or infinity. Buffers are the core's to judge.
     """
 
     ticket: TicketKey
@@ -30,11 +30,6 @@ class Push:
     loss: float | None
     compute_seconds: float
     norm: float | None
-
-
-def is_finite(payload: Payload) -> bool:
-    """Whether the tensors are free of NaN and infinity. Integers always are."""
-    return all(map(all_finite, (payload.parameters, payload.float_buffers, payload.frozen)))
 
 
 class FiniteNorm:
@@ -59,16 +54,14 @@ class FiniteNorm:
         """None if there is NaN or infinity."""
         started = time.perf_counter()
         square = self._square.total()
-        finite = square is not None and all_finite(self._payload.float_buffers)
         self.seconds += time.perf_counter() - started
-        return math.sqrt(square) if square is not None and finite else None
+        return None if square is None else math.sqrt(square)
 
 
-def non_finite(requester: Requester, push: Push) -> NonFinite:
+def non_finite(requester: Requester) -> NonFinite:
     """The refusal of a gradient that is not finite."""
-    where = "gradient" if not all_finite(push.payload.parameters) else "buffers"
     return NonFinite(
-        f"the {where} of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
+        f"the gradient of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
         "not applied; its ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or "
         "clip or rescale the gradient",
         worker=requester.worker,

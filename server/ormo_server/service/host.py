@@ -26,7 +26,6 @@ from ormo_server.metrics import Metrics
 from ormo_server.service.clock import RunClock
 from ormo_server.service.copies import Copies
 from ormo_server.service.engine import Engine
-from ormo_server.service.gradients import is_finite
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.service.recovery import Recovered, is_sound, recovered
 from ormo_server.service.soundness import Bounds
@@ -38,10 +37,12 @@ from ormo_server.store import (
     ModelFile,
     NotFinite,
     StoreError,
+    buffers_of,
     size_bytes,
+    unsound_tensors,
 )
 from ormo_server.store.errors import listed
-from ormo_server.store.files import copy_of_directory, non_finite, sync
+from ormo_server.store.files import copy_of_directory, sync
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class RunHost:
         taken = checkpoint.snapshot
         if taken.fields["rule"] != self._run.method.rule:
             return
-        if not is_sound(snapshot.resume(self._run, taken), checkpoint.manifest):
+        if not is_sound(snapshot.resume(self._run, taken, buffers_of(checkpoint.manifest)), checkpoint.manifest):
             raise StoreError(
                 f"the checkpoint of iteration {taken.fields['iteration']} has values so large that any gradient may "
                 "make them infinite"
@@ -199,7 +200,7 @@ class RunHost:
         if found.doubled:
             log.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
-        machine = self._restored(found, keep_tickets=found.complete)
+        machine = self._restored(found, checkpoint.manifest, keep_tickets=found.complete)
         # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
         kept = self._kept_aside() if found.damage or found.doubled else None
         try:
@@ -215,15 +216,18 @@ class RunHost:
                     "they are; the next start goes on with them"
                 ) from error
             log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
-            machine = self._restored(found, keep_tickets=False)
+            machine = self._restored(found, checkpoint.manifest, keep_tickets=False)
         else:
             self._forget_older_journal()
             if kept is not None:
                 self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, checkpoint.frozen, fresh=False)
 
-    def _restored(self, found: Recovered, *, keep_tickets: bool) -> StateMachine:
-        machine = snapshot.restore(self._run, found.snapshot, epoch=self._epoch, keep_tickets=keep_tickets)
+    def _restored(self, found: Recovered, manifest: Manifest, *, keep_tickets: bool) -> StateMachine:
+        buffers = buffers_of(manifest)
+        machine = snapshot.restore(
+            self._run, found.snapshot, epoch=self._epoch, keep_tickets=keep_tickets, buffers=buffers
+        )
         log.info(
             "restored iteration %d from %s (%s)",
             machine.state.iteration,
@@ -378,15 +382,16 @@ class RunHost:
 
         Raises:
             ModelExists, NotWanted: as `check_wanted`.
-            NonFinite: NaN or infinity in the model.
+            NonFinite: NaN in the model, or infinity in a parameter.
             BadManifest: the server starts from a file, and it is another model's.
             NotReady: the checkpoint could not be written, or nobody would find it.
         """
         model = FlatModel(payload.parameters, payload.float_buffers, payload.int_buffers, payload.frozen)
-        if not is_finite(payload):
-            bad = listed(non_finite(model.state_dict(manifest)))
+        bad = unsound_tensors(model.state_dict(manifest), manifest)
+        if bad:
             raise NonFinite(
-                f"the model that worker {worker!r} offers has NaN or infinite values in {bad}: start from a sound one"
+                f"the model that worker {worker!r} offers has NaN, or infinity in a parameter: {listed(bad)}. Start "
+                "from a sound one; a buffer that need not be kept can be registered with persistent=False"
             )
         with self._building:
             self.check_wanted(worker, incarnation)
@@ -407,7 +412,8 @@ class RunHost:
             raise NonFinite(
                 f"the model has numbers above {LARGEST:.3g}, so that none can be added: start from a sound one"
             )
-        machine = StateMachine.fresh(self._run, model.params, model.float_buffers, model.int_buffers, epoch=self._epoch)
+        vectors = model.params, model.float_buffers, model.int_buffers
+        machine = StateMachine.fresh(self._run, *vectors, epoch=self._epoch, buffers=buffers_of(manifest))
         try:
             self._write_first(machine, manifest, model.frozen)
         except StoreError as error:
@@ -424,7 +430,7 @@ class RunHost:
             manifest,
             drained=False,
             clock_seconds=self.clock(),
-            settings=self._settings_as_json(),
+            settings=self.settings.recorded(),
             journal_log=self._journal.log,
             frozen=frozen,
         )
@@ -461,7 +467,8 @@ class RunHost:
         self._check_in_flight(manifest)
         elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
-        need = memory.need(self._run, elements, slots)
+        buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
+        need = memory.need(self._run, elements, slots, buffer_bytes)
         # Once: they are sent, and written to the disk, from where they are.
         need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
         self.metrics.process.needs(need)
@@ -526,7 +533,7 @@ class RunHost:
         try:
             state, clock_seconds, journal_log = engine.snapshot()
             engine.settle_all()  # the log that it names must be there, and the directory ours
-            settings = self._settings_as_json()
+            settings = self.settings.recorded()
             checkpoint = Checkpoint(
                 state, engine.manifest, drained, clock_seconds, settings, journal_log, frozen=engine.frozen
             )
@@ -554,9 +561,6 @@ class RunHost:
         self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
         self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
         return seconds
-
-    def _settings_as_json(self) -> dict[str, object]:
-        return self.settings.model_dump(mode="json")
 
 
 def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 
+from ormo_protos.limits import MAX_SAMPLES
 from ormo_protos.manifest import Manifest
 from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Payload, PayloadLayout
@@ -15,8 +16,6 @@ from ormo_server.service.delivery import Delivery
 from ormo_server.service.gradients import Push
 from ormo_server.service.observations import Evaluation
 
-# So that the run's count of them stays far below what an int64 holds.
-MAX_SAMPLES = 2**31 - 1
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -118,6 +117,7 @@ def push_result(result: PushResult) -> pb.PushResult:
         learning_rate=result.step_size,
         discarded=result.discarded,
         repeated=result.repeated,
+        buffers_kept=result.buffers_kept,
     )
 
 

@@ -15,7 +15,7 @@ from ormo_server.core.inputs import LearningRateSet, Pushed
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, Record, UnsoundRecord, is_chained, is_journal, replay, told_since
-from ormo_server.store import Checkpoint, unsound
+from ormo_server.store import Checkpoint, buffers_of, unsound
 from ormo_server.trace.rows import TracedSettings
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
 def _resumed(checkpoint: Checkpoint) -> StateMachine:
     # As it was when the journal was written: the settings may have changed since.
     known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
-    return snapshot.resume(TracedSettings(**known).run(), checkpoint.snapshot)
+    return snapshot.resume(TracedSettings(**known).run(), checkpoint.snapshot, buffers_of(checkpoint.manifest))
 
 
 # A state that is not finite

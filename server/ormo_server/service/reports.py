@@ -10,6 +10,7 @@ from ormo_server.service.gradients import Push
 from ormo_server.service.observations import WorkerObservation
 
 log = logging.getLogger(__name__)
+_bad_gradients = logging.getLogger("ormo_server.bad_gradients")
 
 
 def joined(member: Member, iteration: int, bucket_size: int, caller: str) -> None:
@@ -36,7 +37,10 @@ def overdue(ticket: Ticket, iteration: int) -> None:
     worker, slot = ticket.slot
     about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=iteration)
     log.warning(
-        "a ticket of worker %s was out for too long and is void; the worker stays a member", worker, extra=about
+        "a ticket of worker %s was out for too long and is void; the worker stays a member, and nobody waits for it "
+        "until it asks for another",
+        worker,
+        extra=about,
     )
 
 
@@ -49,6 +53,8 @@ def sent_away(requester: Requester, seen: WorkerObservation) -> None:
 
 def gradient(requester: Requester, push: Push, outcome: Outcome) -> None:
     """What became of a gradient, of which there are many."""
+    if outcome.result is not None and outcome.result.buffers_kept and not outcome.result.repeated:
+        _buffers_kept(requester, outcome.result.iteration)
     if not log.isEnabledFor(logging.DEBUG):
         return
     about = Fields(
@@ -70,3 +76,12 @@ def gradient(requester: Requester, push: Push, outcome: Outcome) -> None:
         about["lag_buckets"], about["step_size"] = result.lag_buckets, result.step_size
         what = "repeated the result of" if result.repeated else "discarded" if result.discarded else "applied"
         log.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
+
+
+def _buffers_kept(requester: Requester, iteration: int) -> None:
+    about = Fields(worker=requester.worker, iteration=iteration)
+    said = (
+        "buffers came with NaN or infinity from worker %s, beside a gradient that counts: the server keeps its own and "
+        "tells the worker, whose log names them"
+    )
+    _bad_gradients.warning(said, requester.worker, extra=about)

@@ -2,6 +2,7 @@
 
 import time
 
+from ormo_protos.logs import printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics.process import package_version, resident_bytes
 from ormo_server.service.host import RunHost
@@ -61,7 +62,7 @@ _PHASES = {name.removeprefix("PHASE_").lower(): number for name, number in pb.Ge
 def _describe_checkpoint(status: pb.GetStatusResponse, host: RunHost) -> None:
     last = host.last_checkpoint
     if last is not None:
-        status.checkpoint_path, status.checkpoint_iteration = str(last.path), last.iteration
+        status.checkpoint_path, status.checkpoint_iteration = printable(last.path), last.iteration
         status.checkpoint_age_seconds = time.monotonic() - last.written_at
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ormo_protos import logs
+from ormo_protos.process import prepare_process
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
 from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
@@ -25,6 +26,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"plot": plot, "reprodu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; without a command's name, simulate. Returns the exit code."""
+    prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
     try:
@@ -50,7 +52,7 @@ def simulate(argv: Sequence[str]) -> int:
     finally:
         directory.close()
     wall_seconds = time.perf_counter() - started
-    described = {"settings": plan.settings.model_dump(mode="json", exclude={"directory"}), **result.summary}
+    described = {"settings": plan.settings.recorded(), **result.summary}
     directory.complete(result.record, described | _cost(result, wall_seconds))
     if settings.plots:
         draw([directory.path], directory.path)

@@ -1,7 +1,7 @@
 """The settings of `ormo-sim`."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,9 @@ TOLD_BY_TRACE = ("workers", "slow", "slots", "compute_time", "latency", "bandwid
 
 class SimSettings(TrainingSettings):
     """Train in virtual time, with simulated workers on this machine. Other commands: plot, reproduce."""
+
+    # For `ormo-server serve` the same variables are the run's checkpoints, and a trace to write and not to follow.
+    flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "trace"})
 
     # What is computed
     task: str = Field("digits", description="model and data: a built-in task or an import path, as for `ormo-worker`")
@@ -100,6 +103,12 @@ class SimSettings(TrainingSettings):
                 "that out, or use --compute-time trace:FILE"
             )
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON holds them, for summaries: with the delay threshold in force."""
+        return self.model_dump(mode="json", exclude={"directory"}) | {
+            "delay_threshold": self.run().method.delay_threshold
+        }
 
     def changes(self) -> list[Change]:
         """Who joins, leaves and crashes when."""

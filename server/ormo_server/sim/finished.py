@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ormo_protos.usage import UsageError
 from ormo_server.sim.config import SimSettings
-from ormo_server.sim.record import DELAYS, EVALUATIONS, SUMMARY, Row
+from ormo_server.sim.record import DELAYS, EVALUATIONS, SETTINGS_BEFORE, SUMMARY, Row
 
 
 class Delays(BaseModel):
@@ -82,7 +82,7 @@ def read_run(path: Path) -> FinishedRun:
         raise UsageError(f"{path} {what} {SUMMARY}: give the directory of a simulation that has come to its end")
     try:
         summary = Summary.model_validate_json((path / SUMMARY).read_bytes())
-        method = SimSettings(**summary.settings).run().method.name
+        method = SimSettings(**{**SETTINGS_BEFORE, **summary.settings}).run().method.name
         rows = _ROWS.validate_python(_table(path / EVALUATIONS))
         delays = _COUNTS.validate_python({row["delay"]: row["gradients"] for row in _table(path / DELAYS)})
     except (OSError, ValueError, KeyError, TypeError) as error:

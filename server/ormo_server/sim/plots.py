@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,8 @@ _LEGEND_CHARACTERS = 120
 _LARGEST_LINEAR_RATIO = 4.0
 # A palette makes the files three times smaller, and fewer colours would show in the bands.
 _COLORS = 192
-_IN_METHOD_NAME = ("method", "update_rule", "step_scale", "scheduler", "staleness_bound", "discard_delay")
-_IGNORED_DIFFERENCES = frozenset((*_IN_METHOD_NAME, "seed", "directory", "plots", "target_accuracy"))
+_OF_METHOD = ("method", "update_rule", "step_scale", "delay_threshold", "scheduler", "staleness_bound", "discard_delay")
+_IGNORED_DIFFERENCES = frozenset((*_OF_METHOD, "seed", "directory", "plots", "target_accuracy"))
 
 
 class Style(NamedTuple):
@@ -110,6 +110,8 @@ class Curve:
 
 class PlotSettings(Settings):
     """Draw finished simulations: runs that differ in nothing but their seed become one line with a band."""
+
+    flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "into"})
 
     runs: tuple[Path, ...] = Field(description="directories of finished simulations")
     into: Path = Field(description="directory for the pictures")

@@ -16,6 +16,8 @@ from ormo_server.core.state import PushResult, State
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.sim.workload import Scores
 
+# What settings were that older summaries do not name.
+SETTINGS_BEFORE: Mapping[str, Any] = {"delay_threshold": 2.0}
 EVALUATIONS, DELAYS, SUMMARY = "evaluations.csv", "delays.csv", "summary.json"
 
 

@@ -168,8 +168,13 @@ def _workload_settings(settings: SimSettings) -> WorkloadSettings:
 def _as_simulated(settings: SimSettings, workload: Workload, followed: Segment | None) -> Run:
     run = settings.run()
     if followed is not None:
-        min_workers, max_workers = followed.start.training().workers_allowed
-        return replace(run, min_workers=min_workers, max_workers=max_workers)
+        recorded = followed.start.training().run()
+        return replace(
+            run,
+            min_workers=recorded.min_workers,
+            max_workers=recorded.max_workers,
+            waits_for_idle=recorded.waits_for_idle,
+        )
     epochs = settings.epochs
     if epochs is None and not (run.stop_after_gradients or run.stop_after_samples):
         epochs = DEFAULT_EPOCHS
@@ -201,5 +206,5 @@ def _told_by(start: Start) -> dict[str, Any]:
 
 def _as_recorded(settings: SimSettings, segment: Segment) -> SimSettings:
     told = {name: getattr(settings, name) for name in settings.model_fields_set}
-    recorded = {name: value for name, value in segment.start.settings.items() if name in TrainingSettings.model_fields}
+    recorded = segment.start.training().model_dump(include=set(TrainingSettings.model_fields))
     return SimSettings(**(recorded | told))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.blocks import SquaredNorm, all_finite
+from ormo_server.core.blocks import SquaredNorm
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.events import Granted
 from ormo_server.core.inputs import Gradient, Requester
@@ -16,6 +16,7 @@ from ormo_server.core.state import Ticket
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.sim.record import Record
 from ormo_server.sim.workload import Computed, Model, SimulatedWorker, Workload
+from ormo_server.store import buffers_of
 
 
 @dataclass(slots=True)
@@ -30,6 +31,9 @@ class Place:
         refused: request number of the last gradient that was refused in the run that is followed.
         wants_buffers: the model's come with the next delivery: until a gradient was computed with them.
         buffers: that came with the last delivery, if any did.
+        buffers_kept: the server kept some of its own at the last push.
+        wants_mended: so that its next request asks for them, as a real worker's does: when it hears of it, the one
+            that goes with the push has left.
     """
 
     key: SlotKey
@@ -39,6 +43,8 @@ class Place:
     refused: int = 0
     wants_buffers: bool = True
     buffers: Model | None = None
+    buffers_kept: bool = False
+    wants_mended: bool = False
 
 
 @dataclass(slots=True)
@@ -50,6 +56,7 @@ class Process:
         incarnation: which process of that id.
         worker: computes its gradients.
         first_ticket: no ticket with a lower number was handed out since it joined.
+        has_buffers: it has taken the model's since it joined last.
         places: one for each slot.
     """
 
@@ -57,6 +64,7 @@ class Process:
     incarnation: int
     worker: SimulatedWorker
     first_ticket: int
+    has_buffers: bool = False
     places: list[Place] = field(default_factory=list)
 
 
@@ -83,7 +91,9 @@ class Training:
         clipped_at: float | None = None,
     ) -> None:
         start = workload.initial(run.seed)
-        self.machine = StateMachine.fresh(run, start.params, start.float_buffers, start.int_buffers, epoch=epoch)
+        vectors = start.params, start.float_buffers, start.int_buffers
+        buffers = None if start.manifest is None else buffers_of(start.manifest)
+        self.machine = StateMachine.fresh(run, *vectors, epoch=epoch, buffers=buffers)
         self.processes: dict[str, Process] = {}
         self._workload = workload
         self._record = record
@@ -104,12 +114,12 @@ class Training:
         worker = self._workload.start_worker(member.data_seed, self._model())
         params = self.machine.state.params
         places = [Place((name, number), torch.empty_like(params)) for number in range(slots)]
-        self.processes[name] = Process(name, incarnation, worker, first_ticket, places)
+        self.processes[name] = Process(name, incarnation, worker, first_ticket, places=places)
         return self.processes[name]
 
     def join_again(self, now: float, process: Process) -> None:
         """A process that was taken for dead is there again: it goes on with its data, and gets the model's buffers."""
-        process.first_ticket = self.machine.state.next_ticket
+        process.first_ticket, process.has_buffers = self.machine.state.next_ticket, False
         self.machine.join(now, process.name, process.incarnation, len(process.places))
         for place in process.places:
             place.wants_buffers = True
@@ -135,8 +145,10 @@ class Training:
             place = self.processes[name].places[number]
             self.machine.write_delivery(event, place.params)
             place.ticket = event.ticket
-            if place.wants_buffers:
+            asked = place.wants_buffers or place.wants_mended
+            if asked:
                 place.buffers = self._buffers_sent(place)
+            place.buffers_kept, place.wants_mended = False, place.buffers_kept and not asked
             places.append(place)
         return places
 
@@ -151,7 +163,7 @@ class Training:
         assert place.ticket is not None
         computed = self._compute(process, place)
         square = SquaredNorm(self._gradient).total()
-        if square is None or not all_finite(computed.float_buffers):
+        if square is None:
             self._refuse(now, place)
             return
         count = computed.samples if samples is None else samples
@@ -164,7 +176,7 @@ class Training:
             self._refuse(now, place)
             return
         self._refused_in_a_row = 0
-        place.ticket = None
+        place.ticket, place.buffers_kept = None, result.buffers_kept
         self._record.pushed(result, computed.loss)
         if not result.discarded and (result.iteration % self._evaluate_every == 0 or self.machine.state.finished):
             self.evaluate(now)
@@ -178,8 +190,11 @@ class Training:
         assert place.ticket is not None
         if place.buffers is not None:
             # Not as they come: with several slots, a gradient of another one may be computed before.
-            process.worker.take_buffers(place.buffers)
-            place.buffers = None
+            if process.has_buffers:  # and has gone on with its own
+                process.worker.mend(place.buffers)
+            else:
+                process.worker.take_buffers(place.buffers)
+            process.has_buffers, place.buffers = True, None
         if place.ticket.number >= process.first_ticket:
             place.wants_buffers = False
         started = time.perf_counter()

@@ -49,6 +49,9 @@ class SimulatedWorker(Protocol):
             model: as it came with the ticket whose gradient is computed next.
         """
 
+    def mend(self, model: Model) -> None:
+        """Take from this model the buffers that the server did not take from the worker, for their NaN or infinity."""
+
 
 class Workload(Protocol):
     """A model with its data. One object serves many simulations in turn.

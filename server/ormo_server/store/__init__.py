@@ -9,7 +9,8 @@ directory/
     latest -> checkpoint-00000007-iteration-1200
 """
 
-from ormo_server.store.checkpoint import Checkpoint, unsound
+from ormo_server.store.buffers import buffers_of
+from ormo_server.store.checkpoint import Checkpoint, unsound, unsound_tensors
 from ormo_server.store.checkpoints import CheckpointStore
 from ormo_server.store.directory_lock import DirectoryLock
 from ormo_server.store.errors import NotFinite, StoreError
@@ -25,6 +26,8 @@ __all__ = [
     "ModelFile",
     "NotFinite",
     "StoreError",
+    "buffers_of",
     "size_bytes",
     "unsound",
+    "unsound_tensors",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ormo_protos.manifest import FROZEN, Manifest
+from ormo_protos.manifest import BUFFER, FROZEN, Manifest
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.store.errors import NotFinite, StoreError, listed
 from ormo_server.store.files import (
@@ -91,7 +91,7 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
     state = tensors | ({_FROZEN: frozen} if frozen.numel() else {})
     save_tensors(directory / STATE_FILE, state, {"format": "pt"})
-    (directory / DOCUMENT_FILE).write_text(document)
+    (directory / DOCUMENT_FILE).write_text(document, encoding="utf-8")
     write_sums(directory, _FILES)
     for name in (*_FILES, SUMS_FILE):
         sync(directory / name)
@@ -110,7 +110,7 @@ def read_files(directory: Path) -> Checkpoint:
         fields, rows, rest = document.fields, document.manifest, document.model_dump(exclude={"fields", "manifest"})
         manifest = Manifest.from_json(rows)
     tensors, _ = load_tensors(directory / STATE_FILE)
-    bad = non_finite(tensors)
+    bad = non_finite(tensors, buffers=("float_buffers",))
     if bad:
         raise StoreError(f"{directory / STATE_FILE} has NaN or infinite values in {listed(bad)}")
     frozen = tensors.pop(_FROZEN, no_frozen())
@@ -133,13 +133,17 @@ def has_files(directory: Path) -> bool:
 
 
 def unsound(taken: Snapshot, manifest: Manifest) -> str:
-    """Names of the tensors of a state that can't be kept, for NaN or infinity in them; empty if all can be."""
+    """Names of the tensors of a state that can't be kept, for what `non_finite` says; empty if all can be."""
     tensors = taken.tensors
     # What is frozen was looked at when it came.
     trained = (spec for spec in manifest.tensors if spec.role != FROZEN)
-    model = FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained)
-    bad = non_finite(model | {name: tensors[name] for name in tensors if name not in _MODEL_VECTORS})
-    return listed(bad)
+    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained), manifest)
+    return listed(bad + non_finite({name: tensors[name] for name in tensors if name not in _MODEL_VECTORS}))
+
+
+def unsound_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
+    """Names of those of a model's tensors that have NaN, or are parameters and have infinity."""
+    return non_finite(tensors, {spec.name for spec in manifest.tensors if spec.role == BUFFER})
 
 
 def model_of(directory: Path) -> Path:

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ormo_server.core.blocks import all_finite
+from ormo_server.core.blocks import all_finite, has_nan
 from ormo_server.store.errors import StoreError, listed
 
 SUMS_FILE = "SHA256SUMS"
@@ -123,10 +123,10 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return tensors, dict(file.metadata() or {})
 
 
-def non_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
-    floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
-    return [repr(name) for name, tensor in floating if not all_finite(tensor.reshape(-1))]
+def non_finite(tensors: Mapping[str, torch.Tensor], buffers: Container[str] = ()) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, or of `buffers` NaN: masks and observers have infinities."""
+    floating = ((name, tensor.reshape(-1)) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return [repr(name) for name, flat in floating if (has_nan(flat) if name in buffers else not all_finite(flat))]
 
 
 def write_sums(directory: Path, names: Sequence[str]) -> None:

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_protos.manifest import BFLOAT16, FLOAT32, INT64, Manifest, TensorSpec
+from ormo_protos.manifest import BFLOAT16, FLOAT32, FLOAT64, INT64, Manifest, TensorSpec
 
-_TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT64: torch.int64}
+_TORCH_DTYPES: dict[int, torch.dtype] = {
+    FLOAT32: torch.float32,
+    BFLOAT16: torch.bfloat16,
+    INT64: torch.int64,
+    FLOAT64: torch.float64,
+}
 
 
 def no_frozen() -> torch.Tensor:
@@ -22,7 +27,7 @@ class FlatModel:
     Attributes:
         params: shape (d,), float32.
         float_buffers: shape (f,), float32.
-        int_buffers: shape (i,), int64.
+        int_buffers: shape (i,), int64, or the bits of float64.
         frozen: shape (z,), float32.
     """
 
@@ -52,8 +57,9 @@ class FlatModel:
         }
 
     def view(self, spec: TensorSpec) -> torch.Tensor:
-        """The place of one tensor, in its shape; float32 or int64, whatever dtype the model has it in."""
-        return self._sections[spec.section][spec.offset : spec.offset + spec.elements].view(spec.shape)
+        """The place of one tensor, in its shape; float32, int64 or float64, whatever dtype the model has it in."""
+        flat = self._sections[spec.section][spec.offset : spec.offset + spec.elements]
+        return (flat.view(torch.float64) if spec.dtype == FLOAT64 else flat).view(spec.shape)
 
     def state_dict(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """All tensors of the model under all their names, in the model's shapes and dtypes.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ormo_protos.manifest import INT64, Manifest, TensorSpec
-from ormo_server.store.checkpoint import MANIFEST_KEY, model_of
+from ormo_protos.manifest import FLOAT64, INT64, Manifest, TensorSpec
+from ormo_server.store.checkpoint import MANIFEST_KEY, model_of, unsound_tensors
 from ormo_server.store.errors import StoreError, listed
 from ormo_server.store.files import load_tensors, non_finite, reading
 from ormo_server.store.flat_model import FlatModel
 
-_SERVED = (torch.float32, torch.bfloat16, torch.int64)
+_SERVED = (torch.float32, torch.bfloat16, torch.int64, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class ModelFile:
 
     Attributes:
         path: the file.
-        weights: by name; float32, bfloat16 or int64, all finite.
+        weights: by name; float32, bfloat16, float64 or int64, without NaN.
         manifest: the model's, if the file says it. A plain state_dict does not: safetensors sorts the tensors, so their
             order is lost, and so is what is a parameter and what a buffer. The first worker knows both.
     """
@@ -55,10 +55,10 @@ class ModelFile:
         """The values in the order of this manifest, in memory of their own.
 
         Names and shapes must be the manifest's. Of several names for one tensor the file needs only one. float32 and
-        bfloat16 pass for each other: the server computes in float32.
+        bfloat16 pass for each other, as the server computes in float32, and for float64.
 
         Raises:
-            StoreError: the file is of another model.
+            StoreError: the file is of another model, or a parameter in it is infinite.
         """
         found = list(self._differences(manifest))
         if found:
@@ -70,6 +70,9 @@ class ModelFile:
         for spec in manifest.tensors:
             if spec.name in self.weights:
                 flat.view(spec).copy_(self.weights[spec.name])
+        bad = unsound_tensors(flat.state_dict(manifest), manifest)
+        if bad:
+            raise StoreError(f"{self.path} has infinite values in {listed(bad)}: start from a sound model")
         return flat
 
     def _differences(self, manifest: Manifest) -> Iterator[str]:
@@ -84,11 +87,18 @@ class ModelFile:
 
     def _difference(self, spec: TensorSpec, other_name: str) -> Iterator[str]:
         weight, other = self.weights[spec.name], self.weights[other_name]
-        if tuple(weight.shape) != spec.shape or (weight.dtype == torch.int64) != (spec.dtype == INT64):
+        if tuple(weight.shape) != spec.shape or not _holds(spec, weight.dtype):
             came = f"{str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}"
             yield f"{spec.name!r} is {came} in the file and {spec.described()} in the model"
         elif weight.dtype != other.dtype or not torch.equal(weight, other):
             yield f"{spec.name!r} and {other_name!r} differ in the file and are one tensor in the model"
+
+
+def _holds(spec: TensorSpec, dtype: torch.dtype) -> bool:
+    """Whether the server can have a file's values: exactly, or as float32 from the other dtype of parameters."""
+    if dtype == torch.int64:
+        return spec.dtype == INT64
+    return spec.dtype == FLOAT64 or (spec.dtype != INT64 and dtype != torch.float64)
 
 
 def _refuse_values(path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -98,6 +108,6 @@ def _refuse_values(path: Path, weights: dict[str, torch.Tensor]) -> None:
             f"{path} has tensors that are not served: {listed(other)}; convert floating ones to float32 or bfloat16, "
             "integer ones to int64, and save it again"
         )
-    bad = non_finite(weights)
+    bad = non_finite(weights, buffers=weights)  # which of them are parameters, the manifest says
     if bad:
-        raise StoreError(f"{path} has NaN or infinite values in {listed(bad)}: start from a sound model")
+        raise StoreError(f"{path} has NaN in {listed(bad)}: start from a sound model")

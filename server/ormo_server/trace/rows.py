@@ -3,7 +3,7 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -30,6 +30,7 @@ from ormo_server.core.inputs import (
     Withdrawn,
 )
 from ormo_server.core.keys import TicketKey
+from ormo_server.core.method import Run
 from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
@@ -67,6 +68,8 @@ class TracedSettings(TrainingSettings):
     max_workers: int = Field(64, ge=1, description="further workers were refused")
     max_gradient_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of a gradient")
     over_norm: Literal["clip", "refuse"] = Field("clip", description="what became of longer ones")
+    delay_threshold: float | None = Field(2.0, description="as `TrainingSettings`; 2 before files said so")
+    waits_for_idle: bool = Field(True, description="rounds waited for idle workers: they did before files said so")
 
     @property
     def workers_allowed(self) -> tuple[int, int]:
@@ -77,6 +80,10 @@ class TracedSettings(TrainingSettings):
     def clipped_at(self) -> float | None:
         """The norm that longer gradients were scaled down to; None if none was."""
         return self.max_gradient_norm if self.over_norm == "clip" else None
+
+    def run(self) -> Run:
+        """See `TrainingSettings.run`."""
+        return replace(super().run(), waits_for_idle=self.waits_for_idle)
 
 
 def _number(value: object) -> object:
@@ -229,7 +236,8 @@ class _LearningRateSetRow(_InputRow):
 
 
 class _PushedRow(_InputRow):
-    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted.
+    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted. `buffers_kept` is
+    # written only where it is true: without it older programs read the row, too.
     event: Literal["pushed"] = "pushed"
     seconds: float
     worker: str
@@ -247,16 +255,26 @@ class _PushedRow(_InputRow):
     discarded: bool
     samples: Count
     iteration_after: Count
+    buffers_kept: Literal[True] | None = None
 
     def input(self, epoch: int) -> Pushed:
-        slot = (self.worker, self.slot)
+        slot, kept = (self.worker, self.slot), self.buffers_kept is not None
         return Pushed(
             self.seconds,
             Requester(self.worker, self.incarnation, self.slot, self.request),
             # Nobody can push for a ticket that was not delivered, and retries of a push are no inputs.
             Ticket(self.ticket_epoch, self.ticket, slot, self.iteration, self.bucket, self.handed_out_seconds, True),
             self.samples,
-            PushResult(self.request, epoch, self.iteration_after, self.delay, self.lag, self.step_size, self.discarded),
+            PushResult(
+                self.request,
+                epoch,
+                self.iteration_after,
+                self.delay,
+                self.lag,
+                self.step_size,
+                self.discarded,
+                buffers_kept=kept,
+            ),
         )
 
 
@@ -304,12 +322,12 @@ def line_of(entry: Start | Entry) -> bytes:
     """The line that an entry becomes."""
     match entry:
         case Start():
-            row: AnyRow = entry
+            text = entry.model_dump_json()
         case Refused():
-            row = _RefusedRow.of(entry)
+            text = _RefusedRow.of(entry).model_dump_json()
         case _:
-            row = row_of(entry)
-    return row.model_dump_json().encode() + b"\n"
+            text = row_of(entry).model_dump_json(exclude_none=True)
+    return text.encode() + b"\n"
 
 
 def row_of(taken: Input) -> InputRow:
@@ -352,4 +370,5 @@ def _pushed(taken: Pushed) -> _PushedRow:
         discarded=result.discarded,
         samples=taken.samples,
         iteration_after=result.iteration,
+        buffers_kept=True if result.buffers_kept else None,
     )

@@ -68,7 +68,9 @@ class TraceWriter:
             epoch=state.epoch,
             iteration=state.iteration,
             fresh=fresh,
-            settings=settings.model_dump(mode="json", include=set(TracedSettings.model_fields)),
+            settings={
+                name: value for name, value in settings.recorded().items() if name in TracedSettings.model_fields
+            },
             model=TracedModel(parameters=state.params.numel(), digest=digest_of(state.params) if fresh else ""),
             time=time.time(),
             refusals=True,

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ormo_protos.dialling import UnaryStub
+from ormo_protos.dialling import Dialer, UnaryStub
 from ormo_protos.interruption import leave_if_asked, leave_on_signals
+from ormo_protos.process import prepare_process
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.local.cluster import Cluster, ClusterError
@@ -61,6 +62,7 @@ class Progress:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a local training; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
+    prepare_process()
     settings = load_settings(LocalSettings, sys.argv[1:] if argv is None else argv, program="ormo-local")
     console = Console()
     cluster, progress = Cluster(settings), Progress()
@@ -102,7 +104,7 @@ def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
 
 
 def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
-    with grpc.insecure_channel(cluster.address) as channel, Live(console=console, refresh_per_second=4) as live:
+    with Dialer(cluster.address, None).dial() as channel, Live(console=console, refresh_per_second=4) as live:
         stub = UnaryStub(channel)
         reported: set[str] = set()
         while True:

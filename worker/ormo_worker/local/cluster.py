@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ormo_protos.settings import variables_of
 from ormo_worker.local.config import LocalSettings
 from ormo_worker.local.processes import Child
 
@@ -58,7 +59,7 @@ class Cluster:
 
     def _child(self, name: str, module: str, arguments: Sequence[str]) -> Child:
         try:
-            return Child(name, module, arguments, self._logs)
+            return Child(name, module, arguments, _environment_of_children(), self._logs)
         except OSError as error:
             raise ClusterError(
                 f"{name} can't be started ({error.strerror}): take fewer --workers, or raise the limits of processes "
@@ -160,6 +161,12 @@ class Cluster:
 
 def _flags(values: Mapping[str, object]) -> list[str]:
     return [word for flag, value in values.items() for word in (flag, str(value))]
+
+
+def _environment_of_children() -> dict[str, str]:
+    """Ours without our own settings, which children have as flags: of a port, say, the server's alone."""
+    ours = variables_of(LocalSettings)
+    return {name: value for name, value in os.environ.items() if name.upper() not in ours}
 
 
 def _in_background(work: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """The settings of `ormo-local`."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,9 @@ from ormo_worker.config import MOST_IN_FLIGHT
 
 class LocalSettings(Settings):
     """Train on this machine: a server, some workers, an evaluator, and a line that shows how it goes."""
+
+    # Where a pod or an image sets ORMO_DIRECTORY for `ormo-server serve`, this would train that run's model further.
+    flags_only: ClassVar[frozenset[str]] = frozenset({"directory"})
 
     task: str = Field("digits", description="what to train: a built-in task or an import path, as for `ormo-worker`")
     data_dir: Path | None = Field(None, description="where the task's data is")

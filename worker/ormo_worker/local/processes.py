@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +22,16 @@ class Child:
         name: for messages, and of the log file.
         module: to run.
         arguments: after it.
+        environment: of the program.
         log: directory for what it writes on stderr.
 
     Attributes:
         peak_bytes: the most memory that it had, known after its end.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
         self.name = name
         self.log_path = log / f"{name}.log"
         self.peak_bytes = 0
@@ -36,11 +39,13 @@ class Child:
             # A session of its own: Ctrl-C reaches us alone, and we stop the children in order.
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", module, *arguments],
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # a task may print anything, and who does not read it to its end stops it
             )
 
     @property

@@ -15,6 +15,7 @@ class Scheduler(ABC):
 
     Args:
         staleness_bound: s, for a policy that `takes_staleness_bound`.
+        waits_for_idle: see `Run`; for a policy of rounds.
 
     Attributes:
         takes_fixed_bucket_size: whether K may be fixed.
@@ -30,8 +31,9 @@ class Scheduler(ABC):
     others_wait: ClassVar[bool] = False
     keeps_opening: ClassVar[bool] = False
 
-    def __init__(self, staleness_bound: int | None = None) -> None:
+    def __init__(self, staleness_bound: int | None = None, *, waits_for_idle: bool = False) -> None:
         self.staleness_bound = staleness_bound
+        self.waits_for_idle = waits_for_idle
 
     @abstractmethod
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from ormo_server.sim.config import SimSettings
-from ormo_server.sim.record import SUMMARY, Directory
+from ormo_server.sim.record import SETTINGS_BEFORE, SUMMARY, Directory
 from ormo_server.sim.run import Plan
 
 Jobs = Mapping[Path, SimSettings]
@@ -32,7 +32,8 @@ def is_done(directory: Path, settings: SimSettings) -> bool:
         found = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("settings") == _written(settings)
+    recorded = found.get("settings") if isinstance(found, dict) else None
+    return isinstance(recorded, dict) and {**SETTINGS_BEFORE, **recorded} == settings.recorded()
 
 
 def run_cell(directory: Path, settings: SimSettings, commit: str) -> None:
@@ -49,11 +50,7 @@ def run_cell(directory: Path, settings: SimSettings, commit: str) -> None:
     with contextlib.closing(results):
         found = plan.run(results.write_row)
     made_by = {"commit": commit, "torch": torch.__version__, "wall_seconds": time.perf_counter() - started}
-    results.complete(found.record, {"settings": _written(settings), **found.summary, **made_by})
-
-
-def _written(settings: SimSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"directory"})
+    results.complete(found.record, {"settings": settings.recorded(), **found.summary, **made_by})
 
 
 class Processes:

@@ -1,7 +1,7 @@
 """The settings of `ormo-sim reproduce`, and what they leave of a suite."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -12,6 +12,9 @@ from ormo_server.sim.reproduce.suite import Suite, load_suite, packaged, selecte
 
 class ReproduceSettings(Settings):
     """Compare methods over workers, settings, learning rates and seeds; started again, it goes on where it was."""
+
+    # What it writes to: for `ormo-server serve` ORMO_DIRECTORY has the run's checkpoints.
+    flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "into"})
 
     suite: str = Field(description=f"what to compare: {', '.join(f'`{name}`' for name in packaged())}, or a TOML file")
     processes: int = Field(0, ge=0, description="simulations at a time, one thread each; 0: as many as there are cores")

@@ -1,0 +1,78 @@
+"""Variables that several programs share: a typo is told by the program that it was meant for, and by no other."""
+
+import pytest
+
+from ormo_protos.all_settings import ALL_SETTINGS
+from ormo_protos.settings import Settings, misspelt_variables, read_settings
+from ormo_server.config import ServerSettings
+from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
+from ormo_server.sim.config import SimSettings
+from ormo_server.sim.plots import PlotSettings
+from ormo_server.sim.reproduce.config import ReproduceSettings
+from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.local.config import LocalSettings
+
+SERVER = (ServerSettings, StatusSettings, TopSettings, ControlSettings, SimSettings, PlotSettings, ReproduceSettings)
+CLASSES: tuple[type[Settings], ...] = (*SERVER, RunSettings, EvaluateSettings, LocalSettings)
+
+
+def test_all_settings_are_those_of_all_programs() -> None:
+    assert {name for cls in CLASSES for name in cls.model_fields.keys() - cls.flags_only} == ALL_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv"),
+    [
+        (ControlSettings, ["--checkpoint"]),
+        (SimSettings, []),
+        (PlotSettings, ["--runs", "a", "--into", "b"]),
+        (ReproduceSettings, ["--suite", "digits"]),
+        (LocalSettings, []),
+    ],
+)
+def test_no_variable_says_what_is_done_or_overwritten(cls: type[Settings], argv: list[str]) -> None:
+    """Those are what a pod sets for `serve`, which means other things by them, and what nobody sets for good."""
+    names = ("directory", "trace", "learning_rate", "checkpoint", "drain", "runs", "into")
+    environment = {f"ORMO_{name.upper()}": "0.125" for name in names if name in cls.flags_only}
+    assert environment
+    typed = read_settings(cls, argv, environment, program="any")
+    assert typed == read_settings(cls, argv, {}, program="any")
+
+
+@pytest.mark.parametrize(
+    ("cls", "typed", "meant"),
+    [
+        (ServerSettings, "ORMO_LERNING_RATE", "ORMO_LEARNING_RATE"),
+        (ServerSettings, "ORMO_LEARNING-RATE", "ORMO_LEARNING_RATE"),
+        (ServerSettings, "ormo_checkpoint_second", "ORMO_CHECKPOINT_SECONDS"),
+        (RunSettings, "ORMO_BATCHSIZE", "ORMO_BATCH_SIZE"),
+        (StatusSettings, "ORMO_TSL_CA", "ORMO_TLS_CA"),
+        (LocalSettings, "ORMO_WORKER", "ORMO_WORKERS"),
+    ],
+)
+def test_a_misspelt_variable_is_told_with_the_nearest_name(cls: type[Settings], typed: str, meant: str) -> None:
+    (sentence,) = misspelt_variables(cls, {typed: "1", "HOME": "/"})
+    assert sentence == f"the environment has {typed}, which no program reads: did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("cls", "variable"),
+    [
+        (StatusSettings, "ORMO_LEARNING_RATE"),  # the server's
+        (ServerSettings, "ORMO_BATCH_SIZE"),  # a worker's
+        (ServerSettings, "ORMO_BATCHSIZE"),  # a worker tells it
+        (ControlSettings, "ORMO_LERNING_RATE"),  # there it is a flag only
+        (ServerSettings, "ORMO_CONFIG"),
+        (ServerSettings, "ORMO_BIN"),  # somebody's own
+        (LocalSettings, "ORMO_SERVER_PORT"),  # of a Service that is called ormo-server, as the others
+        (RunSettings, "ORMO_SERVER_SERVICE_HOST"),
+        (RunSettings, "ORMO_SERVER_PORT_50051_TCP_ADDR"),
+        (RunSettings, "OHNE_BATCHSIZE"),
+    ],
+)
+def test_a_variable_that_is_another_program_s_or_nobody_s_is_left_alone(cls: type[Settings], variable: str) -> None:
+    assert misspelt_variables(cls, {variable: "1"}) == []
+
+
+def test_an_empty_variable_says_nothing_however_it_is_spelt() -> None:
+    assert misspelt_variables(ServerSettings, {"ORMO_LERNING_RATE": ""}) == []
