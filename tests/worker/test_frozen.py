@@ -146,7 +146,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     model = Adapted()
     with torch.no_grad():
         model.base.bias[3] = torch.nan
-    with served(tmp_path) as server, pytest.raises(Refused, match=r"NaN, or infinity in a parameter: 'base\.bias'"):
+    with served(tmp_path) as server, pytest.raises(Refused, match=r"has NaN, or infinity in a parameter: 'base\.bias'"):
         joined(model, server)
 
 
