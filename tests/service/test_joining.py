@@ -8,7 +8,17 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos.manifest import AVERAGE, BFLOAT16, FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.manifest import (
+    AVERAGE,
+    BFLOAT16,
+    BUFFER,
+    FLOAT32,
+    FLOAT64,
+    FROZEN,
+    PARAMETER,
+    Manifest,
+    TensorSpec,
+)
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import Server
@@ -47,7 +57,10 @@ def begin(stub: ParameterServerStub, manifest: Manifest) -> WireWorker:
             itertools.chain(
                 [pb.OfferModelRequest(offer=offer)],
                 (pb.OfferModelRequest(more=part) for part in parts),
-                (pb.OfferModelRequest(chunk=chunk) for chunk in tensor_chunks(payload(manifest, 0.0, buffers=True))),
+                (
+                    pb.OfferModelRequest(chunk=chunk)
+                    for chunk in tensor_chunks(payload(manifest, 0.0, buffers=True, frozen=True))
+                ),
             )
         )
     return worker
@@ -99,10 +112,18 @@ def test_an_older_worker_gets_the_manifest_that_it_would_write_itself(stub: Para
     assert worker.push(payload(SMALL, 1.0), manifest_digest=SMALL.digest).iteration.number == 1
 
 
+def with_tensor(dtype: pb.Dtype.ValueType, role: pb.Role.ValueType) -> Manifest:
+    return Manifest.laid_out([SMALL.tensors[0], TensorSpec("other", (2,), dtype, role)])
+
+
 @pytest.mark.parametrize(
     ("manifest", "sentence"),
-    [(WIDE, "the model has a manifest larger than a message")],
-    ids=["wide"],
+    [
+        (WIDE, "the model has a manifest larger than a message"),
+        (with_tensor(FLOAT32, FROZEN), "the model has a float32 frozen parameter of shape"),
+        (with_tensor(FLOAT64, BUFFER), "the model has a float64 buffer of shape"),
+    ],
+    ids=["wide", "frozen", "float64"],
 )
 def test_an_older_worker_is_told_what_it_does_not_know_and_does_not_count(
     tmp_path: Path, manifest: Manifest, sentence: str

@@ -391,7 +391,7 @@ def test_counter_that_no_message_can_hold_is_refused_before_it_spoils_every_deli
 
 
 def test_end_of_the_run_wakes_all_who_wait_and_the_server_exits_when_they_have_left(tmp_path: Path) -> None:
-    changes = {"method": "ssgd", "min_workers": 2, "stop_after_gradients": 1, "exit_when_finished": True}
+    changes = {"method": "ssgd", "min_workers": 3, "stop_after_gradients": 2, "exit_when_finished": True}
     server = Server(settings(tmp_path, **changes))
     server.start()
     code: list[int] = []
@@ -399,15 +399,15 @@ def test_end_of_the_run_wakes_all_who_wait_and_the_server_exits_when_they_have_l
     main.start()
     with connected(server) as stub:
         a, b, c = (WireWorker(stub, name) for name in "abc")
-        for worker in (a, b):
+        for worker in (a, b, c):
             worker.join()
-        for worker in (a, b):
+        for worker in (a, b, c):
             worker.pull()
-        c.join()
         waiting = c.open()
-        waiting.begin(None)
-        eventually(lambda: len(server.host.engine._waiters) == 1)
-        assert a.push(payload(SMALL, 1.0)).iteration.number == 1
+        waiting.begin(payload(SMALL, 1.0))
+        assert waiting.result().iteration.number == 1
+        eventually(lambda: len(server.host.engine._waiters) == 1)  # for the next round
+        assert a.push(payload(SMALL, 1.0)).iteration.number == 2
         assert waiting.receive().WhichOneof("part") == "finished"
         with pytest.raises(Refused) as refused:
             b.push(payload(SMALL, 1.0))
@@ -442,7 +442,7 @@ def test_drain_keeps_every_result_that_was_told_and_applies_nothing_after_its_ch
         threads = [threading.Thread(target=work, args=(f"w{number}",)) for number in range(4)]
         for thread in threads:
             thread.start()
-        eventually(lambda: server.host.engine.position()[1] > 50)
+        eventually(lambda: len(told) == 4 and server.host.engine.position()[1] > 50, 30.0)
         assert server.drain()
         for thread in threads:
             thread.join()

@@ -122,7 +122,7 @@ def test_worker_with_another_model_is_told_so_also_when_the_run_is_over(stage: S
     assert stage.worker("right").wait() == 0
     other = stage.worker("wrong", task="other.py:Other")
     assert other.wait() == 1
-    assert "give the server and this program the same model" in other.log.read_text()
+    assert "trains another model than this worker has" in other.log.read_text()
     late = stage.worker("late")
     assert late.wait() == 0
     assert "the run was over already, at iteration 2" in late.log.read_text()

@@ -6,7 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,7 +145,16 @@ def interrupt(_: Any) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Also where the tests were started in the background, which has the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("point", ["join", "offer", "delivery"])
+@pytest.mark.usefixtures("_interruptible")
 def test_who_is_interrupted_while_joining_leaves(server: FakeServer, point: str) -> None:
     keeper = RemoteOptimizer(line(weight=2.0), server.address, connect_timeout=5.0) if point != "offer" else None
     server.told((point, interrupt))

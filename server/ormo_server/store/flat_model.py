@@ -17,7 +17,7 @@ _TORCH_DTYPES: dict[int, torch.dtype] = {
 
 def no_frozen() -> torch.Tensor:
     """For a model in which everything is trained."""
-    return torch.zeros(0, dtype=torch.float32)
+    return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
