@@ -601,7 +601,7 @@ class OfferModelRequest(_message.Message):
 
     @_builtins.property
     def more(self) -> Global___Manifest:
-        """Further tensors of the manifest."""
+        """Further tensors of the manifest: it may come in 64 messages, and one more for each 100 tensors."""
 
     def __init__(
         self,
