@@ -30,6 +30,9 @@ MAX_ELEMENTS = 2**48
 _BYTES_AROUND = 8
 # Of one message, so that it fits with all that a message may have besides.
 MAX_PART_BYTES = 2 << 20
+# A manifest in crumbs would keep all others waiting for the model: parts that any may have, tensors for each one more.
+_FREE_PARTS = 64
+_TENSORS_PER_PART = 100
 _ROLES = {PARAMETER: "parameter", FROZEN: "frozen parameter", BUFFER: "buffer"}
 _DTYPES = {PARAMETER: (FLOAT32, BFLOAT16), FROZEN: (FLOAT32, BFLOAT16), BUFFER: (FLOAT32, BFLOAT16, INT64, FLOAT64)}
 _MERGES = {INT64: (UNSPECIFIED, MAXIMUM, LAST)}
@@ -131,13 +134,18 @@ class Manifest:
         """Read a manifest off the wire, up to the part with the digest, which must be its own.
 
         Raises:
-            ManifestError: the tensors contradict the contract or the digest, or the digest did not come.
+            ManifestError: the tensors contradict the contract or the digest, or the digest did not come; or the parts
+                are very many.
         """
         specs: list[TensorSpec] = []
         digest = b""
-        for part in parts:
+        for number, part in enumerate(parts):
             if not part.tensors and not part.digest:
                 raise ManifestError("a part of the manifest has neither tensors nor the digest")
+            if number >= _FREE_PARTS + len(specs) // _TENSORS_PER_PART:
+                raise ManifestError(
+                    f"{len(specs)} tensors of the manifest came in {number} parts: send fewer and larger ones, of 2 MiB"
+                )
             specs += [
                 TensorSpec(t.name, tuple(t.shape), t.dtype, t.role, t.offset, t.alias_of, t.merge) for t in part.tensors
             ]

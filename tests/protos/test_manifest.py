@@ -180,6 +180,19 @@ def test_parts_of_a_manifest_without_an_end_are_refused() -> None:
         Manifest.from_messages(itertools.repeat(many))
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_manifest_in_crumbs_is_refused_before_it_has_ended(each: int) -> None:
+    manifest = Manifest.laid_out([TensorSpec(f"weight.{number}", (1,), FLOAT32, PARAMETER) for number in range(300)])
+    tensors = manifest.to_message().tensors
+    crumbs = [pb.Manifest(tensors=tensors[at : at + each]) for at in range(0, 300, each)]
+    crumbs[-1].digest = manifest.digest
+    with pytest.raises(ManifestError, match=f"{64 * each + each * (64 * each // 100)} tensors .* came in 6[45] parts"):
+        Manifest.from_messages(iter(crumbs))
+    parts = [pb.Manifest(tensors=tensors[at : at + 5]) for at in range(0, 300, 5)]
+    parts[-1].digest = manifest.digest
+    assert Manifest.from_messages(parts) == manifest
+
+
 @pytest.mark.parametrize(("digest", "came"), [(b"", "missing"), (b"\x12" * 32, "12" * 32)])
 def test_a_manifest_whose_digest_is_not_its_own_is_refused(digest: bytes, came: str) -> None:
     message = MODEL.to_message()

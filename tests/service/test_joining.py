@@ -108,7 +108,7 @@ def test_an_older_worker_gets_the_manifest_that_it_would_write_itself(stub: Para
     begin(stub, Manifest.laid_out([*rest, dataclasses.replace(mean, merge=AVERAGE), count]))
     worker = WireWorker(stub, "older")
     assert Manifest.from_message(worker.ask_to_join().welcome.manifest) == SMALL
-    worker.pull()
+    assert worker.pull().manifest_digest == SMALL.digest, "what it compares with its own, and so does an older reader"
     assert worker.push(payload(SMALL, 1.0), manifest_digest=SMALL.digest).iteration.number == 1
 
 

@@ -16,7 +16,9 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.inputs import Joined, Left, Pushed, Requested, Requester
 from ormo_server.core.method import PRESETS
 from ormo_server.core.state import PushResult, Ticket
+from ormo_server.sim.cli import main
 from ormo_server.sim.config import SimSettings
+from ormo_server.sim.finished import read_run
 from ormo_server.sim.run import Plan, Result
 from ormo_server.sim.workload import Computed, Model
 from ormo_server.trace import Refused, Start, read_trace
@@ -130,6 +132,15 @@ def test_another_rule_may_be_tried_on_the_recorded_order(trace: Path) -> None:
     as_recorded, other = replay(trace), replay(trace, method="asgd")
     assert other.summary["delay"] == as_recorded.summary["delay"]
     assert not torch.equal(other.training.machine.state.params, as_recorded.training.machine.state.params)
+
+
+def test_the_command_follows_a_trace_and_shows_what_came_of_it(trace: Path, tmp_path: Path) -> None:
+    into = tmp_path / "followed"
+    flags = ["--workload", "sim.by_ticket:workload", "--evaluate-every", "1000", "--directory", str(into)]
+    assert main(["--trace", str(trace), *flags]) == 0
+    run = read_run(into)
+    assert run.summary.digest == replay(trace).summary["digest"]
+    assert list(run.path.glob("*.png"))
 
 
 def test_another_scheduler_does_not_fit_the_recorded_order_and_the_refusal_says_what_to_do(trace: Path) -> None:

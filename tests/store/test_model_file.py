@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from ormo_server.store import CheckpointStore, FlatModel, ModelFile, StoreError
-from store.building import Net, checkpoint_of, flat_of, manifest_of
+from ormo_protos.manifest import FLOAT32, MAX_NAME_BYTES, MAX_TENSORS, PARAMETER, Manifest, TensorSpec
+from ormo_server.core import snapshot
+from ormo_server.core.state_machine import StateMachine
+from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
+from store.building import Net, checkpoint_of, flat_of, manifest_of, run
 
 
 def saved(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -54,6 +57,16 @@ def test_the_model_file_of_a_checkpoint_says_its_manifest(tmp_path: Path) -> Non
         spec = next(spec for spec in file.manifest.tensors if spec.name == name)
         expected.view(spec).copy_(tensor)
     assert_equal(file.arranged(file.manifest), expected)
+
+
+def test_a_model_of_as_many_tensors_and_as_long_names_as_there_may_be_is_written(tmp_path: Path) -> None:
+    specs = [TensorSpec(f"{number:0{MAX_NAME_BYTES}}", (1,), FLOAT32, PARAMETER) for number in range(MAX_TENSORS)]
+    manifest, params = Manifest.laid_out(specs), torch.arange(MAX_TENSORS).float()
+    taken = snapshot.take(StateMachine.fresh(run(), params))
+    path = CheckpointStore(tmp_path, keep=1).write(Checkpoint(taken, manifest, True, 1.0, {}))
+    file = ModelFile.load(path)
+    assert file.manifest is None, "safetensors has no room for it: a worker says the order, as for a plain state_dict"
+    assert len(file.weights) == MAX_TENSORS
 
 
 def test_the_directory_of_a_checkpoint_is_its_model(tmp_path: Path) -> None:

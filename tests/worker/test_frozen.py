@@ -240,7 +240,16 @@ def test_to_an_older_server_they_are_parameters_as_all_others(
     assert [len(gradient) * 4 for gradient in server.gradients] == [BASE_BYTES + ADAPTER_BYTES] * 2
     for gradient in server.gradients:
         assert gradient[: BASE_BYTES // 4].unique().tolist() == [0.0]
-    assert "does not know frozen parameters: until it is updated, they travel too" in caplog.text
+    assert "does not know frozen parameters: in the run that it has, they travel too" in caplog.text
+
+
+def test_a_newer_server_with_the_run_of_an_older_one_is_told_of_with_what_to_do(tmp_path: Path) -> None:
+    model = Adapted()
+    with served(tmp_path) as server:
+        joined(model.requires_grad_(), server).close()  # as older workers described it
+        model.base.requires_grad_(False)
+        with pytest.raises(ModelMismatch, match=r"a run that an older version began, .* go on with that version, or"):
+            joined(model, server)
 
 
 def test_an_older_server_in_the_place_of_a_newer_one_is_an_error_of_one_sentence(server: FakeServer) -> None:

@@ -28,6 +28,11 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _SHOWN_DIFFERENCES = 3
 _OTHER_MODEL = "start this worker with the server's task, or name another server"
+_OLDER_RUN = (
+    "if it is the same model in a run that an older version began, which knew neither frozen parameters nor float64 "
+    "buffers, go on with that version, or load the last checkpoint's model.safetensors into the model and begin a new "
+    "run with it, in another --directory"
+)
 _LEAVE_SECONDS = 2.0  # a server that can't be reached finds out by itself
 
 
@@ -174,10 +179,14 @@ class Membership:
         return welcome
 
     def _mismatch(self, message: str, theirs: pb.Manifest | None) -> ModelMismatch:
+        mine = self._wire.manifest
         try:
-            differences = [] if theirs is None else self._wire.manifest.differences(Manifest.from_message(theirs))
+            other = None if theirs is None else Manifest.from_message(theirs)
         except ManifestError as error:
             raise ProtocolBroken(f"the server's model can't be understood: {error}") from None
+        differences = [] if other is None else mine.differences(other)
+        if other is not None and mine.newer is not None and other.newer is None:
+            message = f"{message or _OTHER_MODEL}; {_OLDER_RUN}"
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES]) or "which it does not describe"
         more = len(differences) - _SHOWN_DIFFERENCES
         return ModelMismatch(

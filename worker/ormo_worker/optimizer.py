@@ -170,7 +170,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
             _LOG.warning(
-                "the server at %s does not know frozen parameters: until it is updated, they travel too", server
+                "the server at %s does not know frozen parameters: in the run that it has, they travel too", server
             )
             whole = Staging(model, frozenset())
             self._join(whole, Watch(whole, on_local_change), connect, metrics_listen)

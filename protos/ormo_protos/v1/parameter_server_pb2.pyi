@@ -601,7 +601,7 @@ class OfferModelRequest(_message.Message):
 
     @_builtins.property
     def more(self) -> Global___Manifest:
-        """Further tensors of the manifest."""
+        """Further tensors of the manifest: it may come in 64 messages, and one more for each 100 tensors."""
 
     def __init__(
         self,
@@ -844,8 +844,8 @@ class Delivery(_message.Message):
     samples: _builtins.int
     """Samples counted so far in the run."""
     manifest_digest: _builtins.bytes
-    """SHA-256 of the manifest that the payload's layout follows, 32 bytes: a reader with another model must not use it.
-    Not set if no payload follows.
+    """SHA-256 of the manifest that the payload's layout follows, 32 bytes, without its merges, as in Welcome.manifest: a
+    reader with another model must not use it. Not set if no payload follows.
     """
     model_digest: _builtins.bytes
     """The same model's `model_digest`, as in JoinRequest: one in another precision has the same. Not set by servers that

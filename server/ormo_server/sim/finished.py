@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ormo_protos.usage import UsageError
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim.config import TOLD_BY_TRACE, SimSettings
 from ormo_server.sim.record import DELAYS, EVALUATIONS, SETTINGS_BEFORE, SUMMARY, Row
 
 
@@ -82,7 +82,7 @@ def read_run(path: Path) -> FinishedRun:
         raise UsageError(f"{path} {what} {SUMMARY}: give the directory of a simulation that has come to its end")
     try:
         summary = Summary.model_validate_json((path / SUMMARY).read_bytes())
-        method = SimSettings(**{**SETTINGS_BEFORE, **summary.settings}).run().method.name
+        method = _settings_of(summary).run().method.name
         rows = _ROWS.validate_python(_table(path / EVALUATIONS))
         delays = _COUNTS.validate_python({row["delay"]: row["gradients"] for row in _table(path / DELAYS)})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,6 +92,13 @@ def read_run(path: Path) -> FinishedRun:
     if not rows:
         raise UsageError(f"the results in {path} are damaged ({EVALUATIONS} has no row): run that simulation again")
     return FinishedRun(path, summary, method, rows, delays)
+
+
+def _settings_of(summary: Summary) -> SimSettings:
+    given = {**SETTINGS_BEFORE, **summary.settings}
+    if given.get("trace") is not None:  # what that tells is written down with the rest, and nobody may give it
+        given = {name: value for name, value in given.items() if name not in TOLD_BY_TRACE}
+    return SimSettings(**given)
 
 
 def _table(path: Path) -> list[dict[str, str]]:

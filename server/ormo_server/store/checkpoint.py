@@ -33,6 +33,8 @@ MANIFEST_KEY = "ormo_manifest"
 
 _FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
 _MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
+# Of the 100 MB that safetensors allows for a header; the names of 100,000 tensors take 60 MB of it.
+_MOST_METADATA_BYTES = 40_000_000
 # In the state's file beside what the core has. Without such tensors it is as servers write it that do not know them.
 _FROZEN = "frozen"
 
@@ -87,8 +89,7 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     params, float_buffers, int_buffers = (tensors[name] for name in _MODEL_VECTORS)
     model = FlatModel(params, float_buffers, int_buffers, frozen).state_dict(checkpoint.manifest)
     document = _document_text(checkpoint)
-    rows = json.dumps(checkpoint.manifest.to_json(), separators=(",", ":"))
-    save_tensors(directory / MODEL_FILE, model, {"format": "pt", MANIFEST_KEY: rows})
+    save_tensors(directory / MODEL_FILE, model, {"format": "pt"} | _manifest_beside(checkpoint.manifest))
     state = tensors | ({_FROZEN: frozen} if frozen.numel() else {})
     save_tensors(directory / STATE_FILE, state, {"format": "pt"})
     (directory / DOCUMENT_FILE).write_text(document, encoding="utf-8")
@@ -96,6 +97,12 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     for name in (*_FILES, SUMS_FILE):
         sync(directory / name)
     sync(directory)
+
+
+def _manifest_beside(manifest: Manifest) -> dict[str, str]:
+    """The manifest for the model's file; nothing if there is no room for it: then it is as other programs write it."""
+    rows = json.dumps(manifest.to_json(), separators=(",", ":"))
+    return {MANIFEST_KEY: rows} if len(json.dumps(rows)) <= _MOST_METADATA_BYTES else {}
 
 
 def read_files(directory: Path) -> Checkpoint:
