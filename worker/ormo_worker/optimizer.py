@@ -165,7 +165,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             credentials=credentials,
         )
         watch = Watch(staging, on_local_change)
-        _close_older(self, unwrapped(model), server)
+        self._place = (unwrapped(model), server)
+        _close_older(*self._place)
         try:
             self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
@@ -195,6 +196,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program.
         self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
+        _remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
         try:
             self._start()
         except BaseException:
@@ -455,12 +457,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
-def _close_older(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
-    of_model = _made.setdefault(model, {})
-    older = of_model[server]() if server in of_model else None
+def _close_older(model: nn.Module, server: str) -> None:
+    remembered = _made.get(model, {}).get(server)
+    older = None if remembered is None else remembered()
     if older is not None:
         older.close()
-    of_model[server] = weakref.ref(optimizer)
+
+
+def _remember(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
+    _made.setdefault(model, {})[server] = weakref.ref(optimizer)
 
 
 def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
