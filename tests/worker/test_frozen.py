@@ -108,6 +108,23 @@ def test_the_run_goes_on_when_the_server_was_killed_and_its_files_are_whole(tmp_
     assert equal(fresh, model)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_server_that_lost_its_files_is_given_the_whole_model_anew(tmp_path: Path, in_flight: int) -> None:
+    model, unfilled = Adapted(), Adapted()
+    base = model.base.weight.clone()
+    with served(tmp_path / "first") as server:
+        address = server.address
+        optimizer = joined(model, server, in_flight=in_flight, give_up_after=60.0)
+        step(model, optimizer, 1)
+    with served(tmp_path / "second", listen=address) as server:
+        for seed in range(2, 5):
+            step(model, optimizer, seed)
+        optimizer.close()
+        assert optimizer.counted > 1
+        with joined(unfilled, server):
+            assert torch.equal(unfilled.base.weight, base)
+
+
 def test_a_bfloat16_base_stays_what_it_is(tmp_path: Path) -> None:
     model, unfilled = Adapted(torch.bfloat16), Adapted(torch.bfloat16)
     base = model.base.weight.clone()
