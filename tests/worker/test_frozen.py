@@ -334,6 +334,19 @@ def test_a_parameter_that_is_unfrozen_later_is_an_error_that_names_it(server: Fa
     assert len(server.gradients) == 1
 
 
+def test_zeros_in_the_place_of_an_old_gradient_are_no_error_and_the_old_one_is(server: FakeServer) -> None:
+    model = Adapted()
+    model.base.requires_grad_(True)
+    model(torch.ones(1, 64)).sum().backward()
+    model.base.requires_grad_(False)
+    with joined(model, server) as optimizer:
+        with pytest.raises(ModelUnusable, match=r"'base.weight' has a gradient"):
+            optimizer.step()  # with which another optimizer would move it
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        assert optimizer.counted == 1
+
+
 def test_an_old_gradient_of_a_parameter_that_nobody_wants_trained_is_no_error(server: FakeServer) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()  # trained whole, by another optimizer

@@ -369,7 +369,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         for name, parameter, given in self._resting:
             # The gradient of one that is in no group is nobody's, and may have been there before.
-            if parameter.requires_grad or (given and parameter.grad is not None):
+            if parameter.requires_grad or (given and _moves(parameter.grad)):
                 what = "requires a gradient" if parameter.requires_grad else "has a gradient"
                 raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {_FIXED}")
 
@@ -495,6 +495,11 @@ def _check_first(model: object, server: object, others: Iterable[str]) -> None:
             raise refused_option(option)
         raise TypeError(f"RemoteOptimizer() got an unexpected keyword argument {option!r}")
     address("server", server, lowest_port=1)
+
+
+def _moves(gradient: Tensor | None) -> bool:
+    """Whether another optimizer would use it: zeros are what `zero_grad(set_to_none=False)` leaves of an old one."""
+    return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
 
 
 def _known(loss: float | None) -> Callable[[], float] | None:
