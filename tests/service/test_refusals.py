@@ -209,6 +209,33 @@ def test_wrong_caller_is_refused_with_a_reason_and_changes_nothing(
     assert state_of(server) == before
 
 
+def _exchange(worker: WireWorker) -> object:
+    stream = worker.open()
+    stream.begin(None)
+    return stream.receive()
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        _exchange,
+        lambda worker: worker.pull(),
+        lambda worker: worker.stub.Heartbeat(pb.HeartbeatRequest(worker="a", incarnation=1)),
+    ],
+    ids=["PushPull", "PullParams", "Heartbeat"],
+)
+def test_a_worker_of_a_server_that_has_lost_its_model_is_told_to_join(
+    tmp_path: Path, attempt: Callable[[WireWorker], object]
+) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a")
+        with pytest.raises(Refused, match="no model yet") as refused, refusals():
+            attempt(worker)
+        assert (refused.value.code, refused.value.reason) == (PRECONDITION, "NOT_A_MEMBER")
+        worker.join()
+        worker.pull()
+
+
 def test_calls_before_there_is_a_model_are_told_to_come_back(tmp_path: Path) -> None:
     with served(tmp_path) as server, connected(server) as stub:
         with pytest.raises(Refused, match="no model yet") as refused:

@@ -108,6 +108,23 @@ def test_the_run_goes_on_when_the_server_was_killed_and_its_files_are_whole(tmp_
     assert equal(fresh, model)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_server_that_lost_its_files_is_given_the_whole_model_anew(tmp_path: Path, in_flight: int) -> None:
+    model, unfilled = Adapted(), Adapted()
+    base = model.base.weight.clone()
+    with served(tmp_path / "first") as server:
+        address = server.address
+        optimizer = joined(model, server, in_flight=in_flight, give_up_after=60.0)
+        step(model, optimizer, 1)
+    with served(tmp_path / "second", listen=address) as server:
+        for seed in range(2, 5):
+            step(model, optimizer, seed)
+        optimizer.close()
+        assert optimizer.counted > 1
+        with joined(unfilled, server):
+            assert torch.equal(unfilled.base.weight, base)
+
+
 def test_a_bfloat16_base_stays_what_it_is(tmp_path: Path) -> None:
     model, unfilled = Adapted(torch.bfloat16), Adapted(torch.bfloat16)
     base = model.base.weight.clone()
@@ -324,6 +341,19 @@ def test_a_parameter_that_is_unfrozen_later_is_an_error_that_names_it(server: Fa
         optimizer.zero_grad()
         step(model, optimizer, 0)
     assert len(server.gradients) == 1
+
+
+def test_zeros_in_the_place_of_an_old_gradient_are_no_error_and_the_old_one_is(server: FakeServer) -> None:
+    model = Adapted()
+    model.base.requires_grad_(True)
+    model(torch.ones(1, 64)).sum().backward()
+    model.base.requires_grad_(False)
+    with joined(model, server) as optimizer:
+        with pytest.raises(ModelUnusable, match=r"'base.weight' has a gradient"):
+            optimizer.step()  # with which another optimizer would move it
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        assert optimizer.counted == 1
 
 
 def test_an_old_gradient_of_a_parameter_that_nobody_wants_trained_is_no_error(server: FakeServer) -> None:

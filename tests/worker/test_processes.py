@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ormo_worker import OrmoError, ParameterClient, RemoteOptimizer, manifest_of
-from ormo_worker.errors import ClientClosed
+from ormo_worker.errors import ClientClosed, OptionRefused
 from service.wire import eventually
 from worker.fake_server import FakeServer, refuse
 from worker.models import line
@@ -138,6 +139,16 @@ def test_one_that_can_not_be_made_again_leaves_its_port_to_the_next(server: Fake
     port = first._close.peek()[2][2]._port.server_port  # type: ignore[index]
     with RemoteOptimizer(model, server.address, connect_timeout=5.0, metrics_listen=f"127.0.0.1:{port}") as second:
         second.step()
+
+
+def test_one_that_could_not_be_made_is_nothing_to_close_although_its_error_is_kept(server: FakeServer) -> None:
+    model = line(weight=2.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OptionRefused) as kept:  # as a notebook keeps the last one, and all objects in its frames
+            RemoteOptimizer(model, server.address, metrics_listen=f"127.0.0.1:{taken.getsockname()[1]}")
+        with RemoteOptimizer(model, server.address, connect_timeout=5.0) as second:
+            second.step()
+    assert "can't be listened on" in str(kept.value)
 
 
 def interrupt(_: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ormo_worker import RemoteOptimizer, watch
-from ormo_worker.errors import OptionRefused, ParametersChanged
+from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied
@@ -220,6 +220,19 @@ def test_a_change_can_be_an_error_before_anything_is_pushed(
         optimizer.step()
     assert len(server.gradients) == 2
     assert said(caplog, CHANGED) == []
+
+
+def test_a_parameter_that_gets_another_shape_is_named_before_anything_is_pushed(server: FakeServer) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    kept = model.weight.data
+    with made(model, server) as optimizer:
+        model.weight.data, model.weight.grad = torch.zeros(1, 3), torch.zeros(1, 3)  # which would fit, twice
+        with pytest.raises(ModelUnusable, match=r"'weight' has got the shape \(1, 3\), and the run .* \(2, 3\)"):
+            optimizer.step()
+        assert server.gradients == []
+        model.weight.data, model.weight.grad = kept, torch.zeros(2, 3)
+        optimizer.step()
+    assert len(server.gradients) == 1
 
 
 def test_what_is_to_be_done_about_a_change_is_one_of_two_words(server: FakeServer, model: Experts) -> None:

@@ -165,7 +165,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             credentials=credentials,
         )
         watch = Watch(staging, on_local_change)
-        _close_older(self, unwrapped(model), server)
+        self._place = (unwrapped(model), server)
+        _close_older(*self._place)
         try:
             self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
@@ -195,6 +196,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program.
         self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
+        _remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
         try:
             self._start()
         except BaseException:
@@ -367,7 +369,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         for name, parameter, given in self._resting:
             # The gradient of one that is in no group is nobody's, and may have been there before.
-            if parameter.requires_grad or (given and parameter.grad is not None):
+            if parameter.requires_grad or (given and _moves(parameter.grad)):
                 what = "requires a gradient" if parameter.requires_grad else "has a gradient"
                 raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {_FIXED}")
 
@@ -455,12 +457,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
-def _close_older(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
-    of_model = _made.setdefault(model, {})
-    older = of_model[server]() if server in of_model else None
+def _close_older(model: nn.Module, server: str) -> None:
+    remembered = _made.get(model, {}).get(server)
+    older = None if remembered is None else remembered()
     if older is not None:
         older.close()
-    of_model[server] = weakref.ref(optimizer)
+
+
+def _remember(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
+    _made.setdefault(model, {})[server] = weakref.ref(optimizer)
 
 
 def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
@@ -490,6 +495,11 @@ def _check_first(model: object, server: object, others: Iterable[str]) -> None:
             raise refused_option(option)
         raise TypeError(f"RemoteOptimizer() got an unexpected keyword argument {option!r}")
     address("server", server, lowest_port=1)
+
+
+def _moves(gradient: Tensor | None) -> bool:
+    """Whether another optimizer would use it: zeros are what `zero_grad(set_to_none=False)` leaves of an old one."""
+    return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
 
 
 def _known(loss: float | None) -> Callable[[], float] | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ormo_worker.errors import OptionRefused, ParametersChanged
+from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.local_changes import LocalChanges
 from ormo_worker.transfer import Staging, Transfer
 
@@ -85,10 +85,17 @@ class Watch:
         """Look for those that the program has changed.
 
         Raises:
+            ModelUnusable: one has another shape.
             ParametersChanged: there are some, and that is wanted.
         """
         if self._loaded is None:
             return
+        for name, parameter, value in zip(self._names, self._parameters, self._loaded.values, strict=True):
+            if parameter.shape != value.shape:
+                raise ModelUnusable(
+                    f"the parameter {name!r} has got the shape {tuple(parameter.shape)}, and the run has it as "
+                    f"{tuple(value.shape)}: begin a new run, in another --directory, with a model of other shapes"
+                )
         self._say(self._changed, self._changes.found(self._loaded.values, self._changed.named))
         self._say(self._frozen_changed, self._frozen_changes.found(None, self._frozen_changed.named))
 

@@ -15,7 +15,7 @@ from ormo_protos.reasons import Reason
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, NotAMember, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.metrics.traffic import Traffic
 from ormo_server.security.access import Access
@@ -135,7 +135,8 @@ class Servicer:
 
     @answers
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: N802, D102
-        engine, worker = self._host.engine, _own(self._access.caller(context), request.worker)
+        worker = _own(self._access.caller(context), request.worker)
+        engine = self._members_engine()
         returned = [messages.ticket_key(ticket) for ticket in request.returned]
         engine.heartbeat(worker, request.incarnation, returned)
         return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
@@ -322,9 +323,10 @@ class Servicer:
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
         with self._buffers.loans(stream.caller.name) as borrowed:
             with self._refusals_counted(pull=True):
-                engine = self._host.engine
                 if request.HasField("requester"):
                     engine, requester = self._introduced(stream, request.requester)
+                else:
+                    engine = self._host.engine
                 payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
                 if request.HasField("requester"):
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
@@ -361,10 +363,17 @@ class Servicer:
         except OrmoError:
             return ""
 
+    def _members_engine(self) -> Engine:
+        # Workers of a server that was started again without its files have a model to offer, once they join: told to
+        # come back later, as readers are, they would do so for ever.
+        if not self._host.has_model:
+            raise NotAMember("this server has no model yet, and so no members: join, and it will be asked for")
+        return self._host.engine
+
     def _introduced(
         self, stream: OpenStream, message: pb.Requester, *, nothing_follows: bool = False
     ) -> tuple[Engine, Requester]:
-        engine, requester = self._host.engine, messages.requester(message)
+        engine, requester = self._members_engine(), messages.requester(message)
         if nothing_follows and stream.serves(requester):
             engine.heard(requester.worker)  # the input itself is checked, and nothing is received in vain
         else:
