@@ -84,6 +84,23 @@ def test_a_checkpoint_and_its_journal_restore_to_the_same_bits(run: Path, tmp_pa
     assert not list(tmp_path.glob("run/journal-damaged*"))
 
 
+def test_a_run_keeps_the_delay_threshold_that_it_began_with_unless_another_is_set(tmp_path: Path) -> None:
+    def in_force(server: Server) -> float:
+        with server.host.engine.inspect() as machine:
+            return machine.run.method.delay_threshold
+
+    run = WRITTEN / "8d2ce78" / "asgd-da"
+    unset = settings_of(run) | {"journal": True, "delay_threshold": None}
+    with restored(run, tmp_path / "run") as server:
+        assert in_force(server) == 2.0
+    with served(tmp_path / "run", **unset) as server:  # from what the newer one wrote
+        assert in_force(server) == 2.0
+    with served(tmp_path / "run", **unset | {"delay_threshold": 1.5}) as server:
+        assert in_force(server) == 1.5
+    with served(tmp_path / "new", **unset | {"model": tmp_path / "run" / "latest"}) as server:
+        assert in_force(server) == 1.0
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_checkpoint_comes_back_as_it_was_read(run: Path) -> None:
     checkpoint = expected(run)

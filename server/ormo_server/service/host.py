@@ -43,6 +43,7 @@ from ormo_server.store import (
 )
 from ormo_server.store.errors import listed
 from ormo_server.store.files import copy_of_directory, sync
+from ormo_server.trace.rows import TracedSettings
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ class RunHost:
             )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        self._keep_delay_threshold(checkpoint)
         self._last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         _warn_if_bits_may_differ(checkpoint)
@@ -222,6 +224,15 @@ class RunHost:
             if kept is not None:
                 self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, checkpoint.frozen, fresh=False)
+
+    def _keep_delay_threshold(self, checkpoint: Checkpoint) -> None:
+        """A run goes on with the one that it began with, which older versions did not write, unless another is set."""
+        begun, settings = checkpoint.settings, self.settings
+        if settings.delay_threshold is None and begun.get("method") == settings.method:
+            kept = begun.get("delay_threshold", TracedSettings.model_fields["delay_threshold"].default)
+            self.settings = settings.model_copy(update={"delay_threshold": kept})
+            self._run = self.settings.run()
+            self.metrics.process.settings(self.settings.described())
 
     def _restored(self, found: Recovered, manifest: Manifest, *, keep_tickets: bool) -> StateMachine:
         buffers = buffers_of(manifest)
