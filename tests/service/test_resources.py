@@ -51,19 +51,23 @@ def test_fewer_threads_than_are_needed_are_refused_with_their_number_and_none_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 x 8 x 2 for streams, 4 for readers and 32 for short calls; and 64 for all else."""
-    before, start = threading.active_count(), threading.Thread.start
+    start = threading.Thread.start
+    started: list[threading.Thread] = []  # and not all that live: others may end meanwhile
 
     def limited(thread: threading.Thread) -> None:
-        if threading.active_count() >= before + 131:
+        if sum(each.is_alive() for each in started) >= 131:
             raise RuntimeError("can't start new thread")
+        started.append(thread)
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
     with pytest.raises(TooFewResources, match=r"needs 132 threads.*lower --max-workers, --slots-per-worker"):
         pool_of_threads(settings(tmp_path, max_workers=8, max_readers=4))
-    assert threading.active_count() == before
+    assert len(started) == 131
+    assert not any(thread.is_alive() for thread in started)
+    started.clear()
     with pool_of_threads(settings(tmp_path, max_workers=8, max_readers=3)):
-        assert threading.active_count() == before + 67
+        assert sum(thread.is_alive() for thread in started) == 67
 
 
 @pytest.fixture
