@@ -172,20 +172,16 @@ class Membership:
             if welcome.manifest.tensors:
                 self._refuse_older()
                 if welcome.manifest.digest not in self._wire.manifest.digests:
-                    raise self._mismatch("", welcome.manifest)
+                    raise self._mismatch("", _read([welcome.manifest]))
         except OrmoError:
             self.leave()
             raise
         return welcome
 
-    def _mismatch(self, message: str, theirs: pb.Manifest | None) -> ModelMismatch:
+    def _mismatch(self, message: str, theirs: Manifest | None) -> ModelMismatch:
         mine = self._wire.manifest
-        try:
-            other = None if theirs is None else Manifest.from_message(theirs)
-        except ManifestError as error:
-            raise ProtocolBroken(f"the server's model can't be understood: {error}") from None
-        differences = [] if other is None else mine.differences(other)
-        if other is not None and mine.newer is not None and other.newer is None:
+        differences = [] if theirs is None else mine.differences(theirs)
+        if theirs is not None and mine.newer is not None and theirs.newer is None:
             message = f"{message or _OTHER_MODEL}; {_OLDER_RUN}"
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES]) or "which it does not describe"
         more = len(differences) - _SHOWN_DIFFERENCES
@@ -270,18 +266,26 @@ class Membership:
         self.finished = True
 
 
-def described(connection: Connection) -> pb.Manifest | None:
-    """The server's manifest; None if it can't be had."""
-    whole = pb.Manifest()
+def described(connection: Connection) -> Manifest | None:
+    """The server's manifest; None if it can't be had.
+
+    Raises:
+        ProtocolBroken: it contradicts itself or the contract.
+    """
     try:
         with connection.watched():
             call = connection.tensors.describe_model(pb.DescribeModelRequest())
             with connection.guarded(call):
-                for answer in call:
-                    whole.MergeFrom(understood(answer).manifest)
+                return _read(understood(answer).manifest for answer in call)
     except (CallEnded, grpc.FutureCancelledError):
         return None
-    return whole
+
+
+def _read(parts: Iterable[pb.Manifest]) -> Manifest:
+    try:
+        return Manifest.from_messages(parts)
+    except ManifestError as error:
+        raise ProtocolBroken(f"the server's model can't be understood: {error}") from None
 
 
 def _check_lease(seconds: float) -> None:

@@ -159,9 +159,7 @@ class _Buffer:
 
     @classmethod
     def of(cls, spec: TensorSpec, entry: _Entry) -> "_Buffer":
-        buffer = cls(spec, entry, entry.tensor.dtype, entry.tensor.shape)
-        buffer._checked(entry.tensor)
-        return buffer
+        return cls(spec, entry, entry.tensor.dtype, entry.tensor.shape)
 
     def current(self) -> Tensor:
         tensor, joined = self.entry.current(), self.entry.tensor

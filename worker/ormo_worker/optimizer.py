@@ -38,7 +38,7 @@ from ormo_worker.metrics import Exporter, WorkerMetrics
 from ormo_worker.module import frozen_in, unwrapped
 from ormo_worker.retries import Patience
 from ormo_worker.transfer import Staging, Transfer
-from ormo_worker.watch import OnLocalChange, Watch
+from ormo_worker.watch import OnLocalChange, Watch, listed
 from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
 _SECONDS_BETWEEN_WARNINGS = 10.0
-_SHOWN_BUFFERS = 3
 _FIXED = (
     "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
     "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
@@ -441,10 +440,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _note_mended(self, buffers: list[str]) -> None:
         if buffers and self._may_warn():
-            more = f" and {len(buffers) - _SHOWN_BUFFERS} more" if len(buffers) > _SHOWN_BUFFERS else ""
-            shown = ", ".join(map(repr, buffers[:_SHOWN_BUFFERS])) + more
             said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
-            _LOG.warning(said, shown, extra=Fields(worker=self._client.identity.worker, iteration=self.iteration))
+            _LOG.warning(
+                said, listed(buffers), extra=Fields(worker=self._client.identity.worker, iteration=self.iteration)
+            )
 
     def _may_warn(self) -> bool:
         now = time.monotonic()

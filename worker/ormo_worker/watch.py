@@ -26,12 +26,10 @@ _CHANGED = (
     "constraint into the forward pass (torch.nn.utils.parametrize); for a run that begins with other weights load them "
     "before RemoteOptimizer is made, or start ormo-server with --model"
 )
-
-
 _FROZEN_CHANGED = (
     "the program changed %s, frozen in this run, since the server's values came: the other workers and the checkpoints "
-    "have those. Load what is frozen before RemoteOptimizer is made, and into the model of the "
-    "worker that begins the run"
+    "have those. Load what is frozen before RemoteOptimizer is made, and into the model of the worker that begins the "
+    "run"
 )
 
 
@@ -101,7 +99,7 @@ class Watch:
 
     def _say(self, notice: "Notice", changed: list[str]) -> None:
         if changed and self._raises:
-            raise ParametersChanged(notice.sentence % _listed(changed))
+            raise ParametersChanged(notice.sentence % listed(changed))
         notice.of(changed)
 
     def given(self) -> None:
@@ -143,7 +141,7 @@ class Notice:
     def end(self) -> None:
         """Say what was put off."""
         if self._unsaid:
-            _LOG.warning(self.sentence, _listed(self._unsaid))
+            _LOG.warning(self.sentence, listed(self._unsaid))
             self._unsaid.clear()
             self._said_at = time.monotonic()
 
@@ -153,7 +151,7 @@ def _columns(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tenso
     return [name for name, _ in rows], [tensor for _, tensor in rows]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = len(names) - _SHOWN_NAMES
     return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
