@@ -172,7 +172,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         if engine.finished.is_set() and not checkpointed_end:
             checkpointed_end = True
             server.host.checkpoint()
-            iteration = engine.position()[1]
+            iteration = engine.iteration()[1]
             log.info("the run is over at iteration %d", iteration, extra=logs.Fields(iteration=iteration))
         if checkpointed_end and server.settings.exit_when_finished and not _workers_left(server):
             break

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -33,10 +32,11 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.blocks import all_finite
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
-from ormo_server.service import engine, gradients, servicer, timed_lock
+from ormo_server.service import engine, gradients, servicer
 from ormo_server.service.controls import Controls
-from ormo_server.service.engine import Engine
+from ormo_server.service.figures import Figures
 from ormo_server.service.gradients import FiniteNorm
+from ormo_server.service.lock import MachineLock
 from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
@@ -44,20 +44,6 @@ from service.wire import SMALL, WireWorker, connected, payload, served
 
 MODEL = Manifest.laid_out([TensorSpec("weight", (1000,), FLOAT32, PARAMETER)])
 STOPPED = SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: 0.0)
-
-
-class UntimedLock:
-    """A lock that measures nothing, in the place of `TimedLock`."""
-
-    waited_seconds = 0.0
-
-    def __init__(self, _: object) -> None:
-        lock = threading.Lock()
-        self.__class__ = type("UntimedLock", (UntimedLock,), {"__enter__": lambda _: lock.acquire()})
-        self.release = lock.release
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 @contextlib.contextmanager
@@ -72,14 +58,14 @@ def without_metrics() -> Iterator[None]:
         for owner, name, instead in (
             (Counter, "inc", nothing),
             (Distribution, "observe", nothing),
-            (Engine, "_observe", nothing),
+            (Figures, "record", nothing),
             (FiniteNorm, "arrived", nothing),
             (FiniteNorm, "norm", lambda gradient: 1.0 if all_finite(gradient._payload.parameters) else None),
             (gradients, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),
-            (timed_lock, "time", STOPPED),
-            (engine, "TimedLock", UntimedLock),
+            (MachineLock, "_acquire", lambda lock: lock._lock.acquire()),
+            (MachineLock, "_release", lambda lock: lock._lock.release()),
             (Observations, "of", lambda *_: record),
         ):
             patches.enter_context(mock.patch.object(owner, name, instead))

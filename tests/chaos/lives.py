@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from chaos.evidence import Applied, Evidence
 from ormo_server.core import snapshot
-from ormo_server.core.inputs import Pushed
+from ormo_server.core.inputs import Push
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
@@ -85,11 +85,10 @@ def _follow(evidence: Evidence, life: Path, checkpoints: list[Checkpoint], appli
 
 def _noted(reading: Reading, machine: StateMachine, applied: list[Applied]) -> Iterator[tuple[Record, Any]]:
     for record, payload in reading:
-        if record.input is not None:
-            taken = record.input.input(machine.state.epoch)
-            if isinstance(taken, Pushed):
-                name = (taken.requester.worker, taken.samples)
-                applied.append(Applied(name, taken.ticket.key, taken.result.iteration, taken.result.discarded))
+        given, redeemed = record.input or (None, None)
+        if isinstance(given, Push) and redeemed is not None:
+            name = (given.worker, given.samples)
+            applied.append(Applied(name, given.ticket_key, redeemed.iteration_after, redeemed.discarded))
         yield record, payload
 
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
+from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import OrmoError
-from ormo_server.core.events import Granted
 from ormo_server.core.inputs import (
     Gradient,
     Input,
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
+    Join,
+    Leave,
+    Push,
+    Request,
     Requester,
-    Returned,
-    Withdrawn,
+    Return,
+    SetLearningRate,
+    Withdraw,
 )
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Method, Run
@@ -27,6 +27,7 @@ from ormo_server.core.schedule import LearningRate
 from ormo_server.core.snapshot import take
 from ormo_server.core.state import Member, PushResult
 from ormo_server.core.state_machine import StateMachine
+from ormo_server.trace import Recorded
 
 
 @dataclass
@@ -79,19 +80,19 @@ class Driver:
     gradients: dict[TicketKey, Gradient] = field(default_factory=dict)  # that redeemed a ticket
 
     def join(self, worker: str, slots: int = 1, incarnation: int = 1) -> Member:
-        member = self.machine.join(self._tick(), worker, incarnation, slots)
+        effects = self.machine.step(Join(self._tick(), worker, incarnation, slots))
         if self.incarnations.get(worker) != incarnation:
             self.forget(worker)
             self.incarnations[worker] = incarnation
             fresh = {(worker, slot): Place() for slot in range(slots)}
             before = self.departed.pop((worker, incarnation), fresh)
             self.places |= before if before.keys() == fresh.keys() else fresh
-        self.collect()
-        return member
+        self.collect(effects)
+        assert effects.member is not None
+        return effects.member
 
     def leave(self, worker: str) -> None:
-        assert self.machine.leave(self._tick(), worker, self.incarnations[worker])
-        self.collect()
+        assert self.take(Leave(self._tick(), worker, self.incarnations[worker])).changed
         mine = {key: replace(place, granted=None) for key, place in self.places.items() if key[0] == worker}
         self.departed[worker, self.incarnations[worker]] = mine
         self.forget(worker)
@@ -104,30 +105,32 @@ class Driver:
         """Ask for a ticket, with a new request number unless one is given; None if it has to be waited for."""
         place = self.places[worker, slot]
         requester = self.requester(worker, slot, number)
-        self.machine.request_ticket(self._tick(), requester)
+        effects = self.machine.step(Request(self._tick(), *requester))
         if requester.request > place.request:
             place.result = None
         place.request, place.granted, place.params = requester.request, None, None
-        self.collect()
+        self.collect(effects)
         return place.granted
 
     def push(self, worker: str, value: float | torch.Tensor, slot: int = 0, **details: Any) -> PushResult:
         """Push for the ticket that the slot holds, with a new request number.
 
-        `number` and `ticket` may be given instead; so may all fields of a `Gradient`.
+        `number` and `ticket` may be given instead; so may `samples`, and all fields of a `Gradient`.
         """
         place = self.places[worker, slot]
         requester = self.requester(worker, slot, details.pop("number", None))
         key = details.pop("ticket", None) or self.ticket(worker, slot)
         size = self.machine.bucket_size
         values = value if isinstance(value, torch.Tensor) else torch.full_like(self.machine.state.params, value)
-        gradient = Gradient(key, values, **details)
-        result = self.machine.push(self._tick(), requester, gradient)
+        samples, gradient = details.pop("samples", 0), Gradient(values, **details)
+        effects = self.machine.step(Push(self._tick(), *requester, key[1], key[0], samples), gradient)
+        result = effects.result
+        assert result is not None
         if not result.repeated:
             self.gradients[key] = gradient
             self._record((worker, slot), values, result, size)
             place.request, place.granted, place.result = requester.request, None, result
-        self.collect()
+        self.collect(effects)
         return result
 
     def exchange(self, worker: str, value: float | torch.Tensor, slot: int = 0) -> PushResult:
@@ -138,15 +141,25 @@ class Driver:
 
     def hand_back(self, worker: str, slot: int = 0) -> bool:
         """Return the slot's ticket unused."""
-        returned = self.machine.return_ticket(
-            self._tick(), worker, self.incarnations[worker], self.ticket(worker, slot)
-        )
+        returned = self.give_back(worker, self.ticket(worker, slot))
         self.places[worker, slot].granted = None
-        self.collect()
         return returned
 
+    def give_back(self, worker: str, ticket: TicketKey) -> bool:
+        """Return a ticket without the slot's knowing of it, as a time limit does."""
+        return self.take(Return(self._tick(), worker, self.incarnations[worker], ticket[1], ticket[0])).changed
+
+    def withdraw(self, worker: str, slot: int = 0) -> None:
+        self.take(Withdraw(worker, slot))
+
     def set_learning_rate(self, peak: float) -> None:
-        self.machine.set_learning_rate(self._tick(), peak)
+        self.take(SetLearningRate(self._tick(), peak))
+
+    def take(self, given: Input, gradient: Gradient | None = None) -> Effects:
+        """An input as it is, of which no place knows."""
+        effects = self.machine.step(given, gradient)
+        self.collect(effects)
+        return effects
 
     def requester(self, worker: str, slot: int = 0, number: int | None = None) -> Requester:
         request = self.places[worker, slot].request + 1 if number is None else number
@@ -157,16 +170,15 @@ class Driver:
         assert granted is not None, f"slot {slot} of {worker} has no ticket that it knows of"
         return granted.ticket.key
 
-    def collect(self) -> None:
-        """Take in what the last input brought to others."""
-        for event in self.machine.take_events():
-            place = self.places.get(event.slot, Place())
-            if isinstance(event, Granted):
-                place.granted, place.params = event, torch.empty_like(self.machine.state.params, dtype=self.wire)
-                self.machine.write_delivery(event, place.params)
-                self.granted.append(event)
-            else:
-                place.released = event.error
+    def collect(self, effects: Effects) -> None:
+        """Take in what an input brought to others."""
+        for released in effects.released:
+            self.places.get(released.slot, Place()).released = released.error
+        for granted in effects.granted:
+            place = self.places.get(granted.slot, Place())
+            place.granted, place.params = granted, torch.empty_like(self.machine.state.params, dtype=self.wire)
+            self.machine.write_delivery(granted, place.params)
+            self.granted.append(granted)
 
     def _record(self, key: SlotKey, values: torch.Tensor, result: PushResult, bucket_size: int) -> None:
         place = self.places[key]
@@ -213,32 +225,28 @@ def driver_of(run: Run, *workers: str, size: int = 1, slots: int = 1) -> Driver:
     return driver
 
 
-def replay(machine: StateMachine, inputs: list[Input], gradients: dict[TicketKey, Gradient]) -> None:
-    """Feed a machine what the listener of another one was told, and write the deliveries that follow."""
-    for each in inputs:
-        feed(machine, each, gradients)
-        for event in machine.take_events():
-            if isinstance(event, Granted):
-                machine.write_delivery(event, torch.empty_like(machine.state.params))
+def told_by(machine: StateMachine) -> list[Recorded]:
+    """The inputs that take effect from now on, with what became of pushes."""
+    told: list[Recorded] = []
+    step = machine.step
+
+    def note(given: Input, gradient: Gradient | None = None) -> Effects:
+        effects = step(given, gradient)
+        if effects.changed:
+            told.append(Recorded(given, effects.redeemed))
+        return effects
+
+    machine.step = note  # type: ignore[method-assign]
+    return told
 
 
-def feed(machine: StateMachine, taken: Input, gradients: dict[TicketKey, Gradient]) -> None:
-    match taken:
-        case Joined(now, worker, incarnation, slots):
-            machine.join(now, worker, incarnation, slots)
-        case Left(now, worker, incarnation):
-            assert machine.leave(now, worker, incarnation)
-        case Requested(now, requester):
-            machine.request_ticket(now, requester)
-        case Withdrawn(slot):
-            machine.withdraw_request(slot)
-        case Returned(now, worker, incarnation, ticket):
-            assert machine.return_ticket(now, worker, incarnation, ticket)
-        case LearningRateSet(now, learning_rate):
-            machine.set_learning_rate(now, learning_rate)
-        case Pushed(now, requester, ticket, samples, result):
-            assert gradients[ticket.key].samples == samples
-            assert machine.push(now, requester, gradients[ticket.key]) == result
+def replay(machine: StateMachine, told: list[Recorded], gradients: dict[TicketKey, Gradient]) -> None:
+    """Give a machine what another one took, and write the deliveries that follow."""
+    for given, redeemed in told:
+        effects = machine.step(given, gradients[given.ticket_key] if isinstance(given, Push) else None)
+        assert (effects.changed, effects.redeemed) == (True, redeemed)
+        for granted in effects.granted:
+            machine.write_delivery(granted, torch.empty_like(machine.state.params))
 
 
 def fingerprint(machine: StateMachine) -> tuple[str, dict[str, list[float]], list[SlotKey]]:

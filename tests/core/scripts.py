@@ -139,13 +139,12 @@ def _expire(driver: Driver, key: SlotKey, value: int) -> None:
     state = driver.machine.state
     for ticket in list(state.tickets.values())[:1]:
         worker = ticket.slot[0]
-        assert driver.machine.return_ticket(driver.now, worker, driver.incarnations[worker], ticket.key)
-    driver.collect()
+        assert driver.give_back(worker, ticket.key)
 
 
 def _stop_listening(driver: Driver, key: SlotKey, value: int) -> None:
     """The slot's stream breaks, if it waits; it may ask again."""
-    driver.machine.withdraw_request(key)
+    driver.withdraw(*key)
 
 
 def _tune(driver: Driver, key: SlotKey, value: int) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 
-from core.driving import Driver, driver_of, run_of
+from core.driving import Driver, driver_of, run_of, told_by
 from core.scripts import START, Command, carry_out, runs, stories
-from ormo_server.core.inputs import Input, Joined, Left, Pushed, Requested, Returned, Withdrawn
+from ormo_server.core.inputs import Join, Leave, Push, Request, Return, Withdraw
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.state_machine import StateMachine
+from ormo_server.trace import Recorded
 
 
 def bounded(bound: int, *workers: str, slots: int = 1, **settings: object) -> Driver:
@@ -40,22 +41,21 @@ class Model:
         self.in_flight: list[tuple[int, SlotKey, int]] = []  # number, slot, iteration
         self.queue: list[SlotKey] = []
 
-    def take(self, taken: Input) -> None:
-        match taken:
-            case Joined(worker=worker) | Left(worker=worker):
-                self.forget(lambda number, slot: slot[0] == worker)
-                self.queue = [slot for slot in self.queue if slot[0] != worker]
-            case Requested(requester=requester):
-                self.forget(lambda number, slot: slot == requester.slot_key)
-                if requester.slot_key not in self.queue:
-                    self.queue.append(requester.slot_key)
-            case Withdrawn(slot):
-                self.queue.remove(slot)
-            case Returned(ticket=(_, returned)):
-                self.forget(lambda number, slot: number == returned)
-            case Pushed(ticket=ticket, result=result):
-                self.forget(lambda number, slot: number == ticket.number)
-                self.iteration += not result.discarded
+    def take(self, taken: Recorded) -> None:
+        given, redeemed = taken
+        if isinstance(given, Join | Leave):
+            self.forget(lambda number, slot: slot[0] == given.worker)
+            self.queue = [slot for slot in self.queue if slot[0] != given.worker]
+        if isinstance(given, Request):
+            self.forget(lambda number, slot: slot == given.slot_key)
+            if given.slot_key not in self.queue:
+                self.queue.append(given.slot_key)
+        if isinstance(given, Withdraw):
+            self.queue.remove((given.worker, given.slot))
+        if isinstance(given, Return | Push):
+            self.forget(lambda number, slot: number == given.ticket)
+        if redeemed is not None:
+            self.iteration += not redeemed.discarded
         while self.queue and self.allows_one_more():
             self.handed_out += 1
             self.in_flight.append((self.handed_out, self.queue.pop(0), self.iteration))
@@ -76,8 +76,8 @@ def test_in_every_story_nobody_is_late_by_more_than_the_bound_nor_waits_while_it
     run: Run, story: list[Command]
 ) -> None:
     bound = run.method.staleness_bound
-    driver, model, told = Driver(StateMachine.fresh(run, START.clone())), Model(bound), []
-    driver.machine.listener = told.append
+    driver, model = Driver(StateMachine.fresh(run, START.clone())), Model(bound)
+    told = told_by(driver.machine)
     for command in story:
         carry_out(driver, command)
         while told:
@@ -143,7 +143,7 @@ def test_a_bound_of_0_is_one_ticket_at_a_time_in_turn() -> None:
 def test_who_asked_first_is_served_first_and_asking_again_loses_no_place_but_withdrawing_does() -> None:
     driver = bounded(0, *"abcd")
     driver.request("b")
-    driver.machine.withdraw_request(("c", 0))
+    driver.withdraw("c")
     driver.request("c")
     served = []
     for _ in range(4):

@@ -122,6 +122,6 @@ def test_returned_and_expired_tickets_and_discarded_gradients_move_no_bucket() -
     assert driver.push("b", 1.0).discarded
     driver.hand_back("a")
     driver.request("a")
-    assert driver.machine.return_ticket(99.0, "a", 1, driver.ticket("a"))
+    assert driver.give_back("a", driver.ticket("a"))
     assert (driver.machine.state.issue, driver.machine.state.filled, driver.machine.state.newest_bucket) == before
     assert before == (1, 2, 1)

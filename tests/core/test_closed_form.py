@@ -11,7 +11,7 @@ from core.reference import closed_form, rounding, step_sizes
 from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.blocks import BLOCK_ELEMENTS
-from ormo_server.core.inputs import Gradient
+from ormo_server.core.inputs import Gradient, Push
 from ormo_server.core.method import Run
 from ormo_server.core.rules import Coefficients, Landing
 from ormo_server.core.rules.ormo import Ormo
@@ -101,5 +101,7 @@ def redeemed(driver: Driver, order: Iterable[int]) -> State:
     """The state after the tickets of these slots were redeemed in this order, in a copy of the machine."""
     machine = snapshot.restore(driver.machine.run, snapshot.take(driver.machine), epoch=0, keep_tickets=True)
     for slot in order:
-        machine.push(0.0, driver.requester("a", slot), Gradient(driver.ticket("a", slot), torch.tensor([float(slot)])))
+        epoch, number = driver.ticket("a", slot)
+        push = Push(0.0, *driver.requester("a", slot), number, epoch)
+        machine.step(push, Gradient(torch.tensor([float(slot)])))
     return machine.state

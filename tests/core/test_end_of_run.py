@@ -7,8 +7,7 @@ import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.errors import Finished, NotAMember
-from ormo_server.core.events import Released
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Push
 
 
 def finished_run() -> Driver:
@@ -100,7 +99,7 @@ def test_at_the_end_members_may_leave_and_strangers_are_strangers() -> None:
     driver.leave("a")
     assert list(driver.machine.state.members) == ["b"]
     with pytest.raises(NotAMember):
-        driver.machine.push(0.0, Requester("a", 1, 0, 9), Gradient((0, 1), torch.ones(1)))
+        driver.machine.step(Push(0.0, "a", 1, 0, 9, 1, 0), Gradient(torch.ones(1)))
 
 
 def test_at_the_end_those_who_wait_are_released_at_once() -> None:
@@ -108,10 +107,10 @@ def test_at_the_end_those_who_wait_are_released_at_once() -> None:
     for worker in "abc":
         driver.request(worker)
     driver.exchange("a", 1.0)
-    ticket = driver.ticket("b")
-    driver.machine.push(0.0, driver.requester("b"), Gradient(ticket, torch.ones(1)))
-    (event,) = driver.machine.take_events()
-    assert isinstance(event, Released)
+    epoch, number = driver.ticket("b")
+    effects = driver.machine.step(Push(0.0, *driver.requester("b"), number, epoch), Gradient(torch.ones(1)))
+    (event,) = effects.released
+    assert not effects.granted
     assert (event.slot, type(event.error)) == (("a", 0), Finished)
     state = driver.machine.state
     assert (state.waiting, state.tickets, state.round_params) == ({}, {}, None)

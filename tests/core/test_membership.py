@@ -6,7 +6,7 @@ import torch
 from core.driving import driver_of, fingerprint, run_of
 from ormo_server.core import membership
 from ormo_server.core.errors import BadRequest, NotAMember, Replaced, TicketUnknown, TooManyWorkers
-from ormo_server.core.inputs import Requester
+from ormo_server.core.inputs import Join, Leave, Request
 from ormo_server.core.membership import data_seed
 from ormo_server.core.state_machine import StateMachine
 
@@ -69,9 +69,9 @@ def test_a_replaced_process_is_remembered_and_refused_in_all_that_it_asks() -> N
     driver = driver_of(run_of(), "a")
     driver.join("a", incarnation=2)
     for attempt in (
-        lambda: driver.machine.join(0.0, "a", 1, 1),
-        lambda: driver.machine.leave(0.0, "a", 1),
-        lambda: driver.machine.request_ticket(0.0, Requester("a", 1, 0, 1)),
+        lambda: driver.take(Join(0.0, "a", 1, 1)),
+        lambda: driver.take(Leave(0.0, "a", 1)),
+        lambda: driver.take(Request(0.0, "a", 1, 0, 1)),
     ):
         with pytest.raises(Replaced, match="give them different worker ids"):
             attempt()
@@ -91,7 +91,7 @@ def test_a_process_that_was_taken_for_dead_can_not_throw_out_its_successor() -> 
     driver.leave("a")
     driver.join("a", incarnation=2)
     with pytest.raises(Replaced):
-        driver.machine.join(0.0, "a", 1, 1)
+        driver.take(Join(0.0, "a", 1, 1))
     assert driver.machine.state.members["a"].incarnation == 2
 
 
@@ -100,7 +100,7 @@ def test_a_worker_that_left_is_no_member_and_may_join_again() -> None:
     requester = driver.requester("a")
     driver.leave("a")
     with pytest.raises(NotAMember, match="'a' is not a member of this run: join first, or again"):
-        driver.machine.request_ticket(0.0, requester)
+        driver.take(Request(0.0, *requester))
     driver.join("a")
     assert driver.request("a") is not None
 
@@ -109,8 +109,8 @@ def test_leaving_twice_or_without_having_joined_is_no_mistake_and_does_nothing()
     driver = driver_of(run_of(), "a", "b")
     driver.leave("a")
     before = fingerprint(driver.machine)
-    assert not driver.machine.leave(0.0, "a", 1)
-    assert not driver.machine.leave(0.0, "b", 99)
+    assert not driver.take(Leave(0.0, "a", 1)).changed
+    assert not driver.take(Leave(0.0, "b", 99)).changed
     assert fingerprint(driver.machine) == before
 
 
@@ -161,11 +161,14 @@ def test_data_seeds_differ_for_every_join_and_every_epoch_and_every_run() -> Non
     seeds = []
     for run_seed, epoch in ((0, 1), (0, 2), (1, 1)):
         machine = StateMachine.fresh(run_of(seed=run_seed), torch.zeros(1), epoch=epoch)
-        seeds += [machine.join(0.0, worker, number, 1).data_seed for number, worker in enumerate("abab")]
+        joined = [machine.step(Join(0.0, worker, number, 1)).member for number, worker in enumerate("abab")]
+        seeds += [member.data_seed for member in joined if member is not None]
     assert len(set(seeds)) == 12
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_a_data_seed_is_a_function_of_run_seed_epoch_and_joins() -> None:
     machine = StateMachine.fresh(run_of(seed=5), torch.zeros(1), epoch=9)
-    assert machine.join(0.0, "a", 1, 1).data_seed == data_seed(5, 9, 1)
+    member = machine.step(Join(0.0, "a", 1, 1)).member
+    assert member is not None
+    assert member.data_seed == data_seed(5, 9, 1)

@@ -5,6 +5,8 @@ import torch
 
 from core.driving import Driver, driver_of, run_of
 from ormo_server.core import snapshot
+from ormo_server.core.effects import Effects
+from ormo_server.core.inputs import Gradient, Input
 from ormo_server.core.memory import need
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
@@ -69,11 +71,15 @@ def test_a_busy_run_holds_what_was_stated_for_its_live_slots_and_never_more(rule
     driver = driver_of(_run(rule, scheduler), "a", "b", "c", size=1000, slots=slots)
     held, stated = [], []
 
-    def note(where: object) -> None:
+    step = driver.machine.step
+
+    def note(given: Input, gradient: Gradient | None = None) -> Effects:
+        effects = step(given, gradient)
         held.append(bytes_held(driver))
         stated.append(need(driver.machine.run, 1000, driver.machine.state.live_slots).state_bytes)
+        return effects
 
-    driver.machine.listener = note
+    driver.machine.step = note  # type: ignore[method-assign]
     all_push(driver)
     assert all(one <= other for one, other in zip(held, stated, strict=True))
     assert max(held) == stated[-1]

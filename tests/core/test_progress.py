@@ -8,10 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.driving import Driver, driver_of, fingerprint, replay, run_of
+from core.driving import Driver, driver_of, fingerprint, replay, run_of, told_by
 from ormo_server.core.errors import Finished, NotAMember, Replaced, StaleRequest, TicketUnknown, TooManyWorkers
-from ormo_server.core.events import Released
-from ormo_server.core.inputs import Gradient, Input, Requester
+from ormo_server.core.inputs import Gradient, Join, Leave, Push, Request, Requester
 from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.state_machine import StateMachine
 
@@ -53,8 +52,7 @@ class Workers(RuleBasedStateMachine):
             )
         )
         self.machine, self.state = self.driver.machine, self.driver.machine.state
-        self.inputs: list[Input] = []
-        self.machine.listener = self.inputs.append
+        self.inputs = told_by(self.machine)
         self.next_incarnation = 1
         self.replaced: list[tuple[str, int]] = []
         self.redeemed: set[TicketKey] = set()
@@ -168,21 +166,20 @@ class Workers(RuleBasedStateMachine):
         if tickets:
             ticket = tickets[which % len(tickets)]
             worker = ticket.slot[0]
-            assert self.machine.return_ticket(0.0, worker, self.driver.incarnations[worker], ticket.key)
-            self.driver.collect()
+            assert self.driver.give_back(worker, ticket.key)
 
     def stop_listening(self, which: int) -> None:
         waiting = list(self.state.waiting)
         if waiting:
-            self.machine.withdraw_request(waiting[which % len(waiting)])
+            self.driver.withdraw(*waiting[which % len(waiting)])
 
     # Not legal
 
     def replaced_one(self, which: int) -> None:
         if self.replaced:
             worker, incarnation = self.replaced[which % len(self.replaced)]
-            self.refused(Replaced, lambda: self.machine.join(0.0, worker, incarnation, 1))
-            self.refused(Replaced, lambda: self.machine.leave(0.0, worker, incarnation))
+            self.refused(Replaced, lambda: self.machine.step(Join(0.0, worker, incarnation, 1)))
+            self.refused(Replaced, lambda: self.machine.step(Leave(0.0, worker, incarnation)))
             self.asks_and_pushes(Requester(worker, incarnation, 0, 99), Replaced)
 
     def stranger(self, which: int) -> None:
@@ -196,9 +193,10 @@ class Workers(RuleBasedStateMachine):
             self.asks_and_pushes(older, StaleRequest)
 
     def asks_and_pushes(self, requester: Requester, error: type[Exception]) -> None:
-        self.refused(error, lambda: self.machine.request_ticket(0.0, requester))
-        gradient = Gradient(next(iter(self.state.tickets), (0, 1)), self.state.params + 1.0)
-        self.refused(error, lambda: self.machine.push(0.0, requester, gradient))
+        self.refused(error, lambda: self.machine.step(Request(0.0, *requester)))
+        epoch, number = next(iter(self.state.tickets), (0, 1))
+        gradient = Gradient(self.state.params + 1.0)
+        self.refused(error, lambda: self.machine.step(Push(0.0, *requester, number, epoch), gradient))
 
     def used_ticket(self, which: int) -> None:
         if self.redeemed and self.driver.places:
@@ -216,15 +214,14 @@ class Workers(RuleBasedStateMachine):
         self.refused(error, lambda: self.driver.push(by[0], 1.0, by[1], ticket=ticket))
 
     def refused(self, error: type[Exception], attempt: Callable[[], object]) -> None:
-        """The attempt raises this and leaves all of the state, and what others would hear of it, as it was."""
+        """The attempt raises this, so that nobody hears of it, and leaves all of the state as it was."""
         before = self.everything()
         with pytest.raises(error):
             attempt()
         assert self.everything() == before
-        assert self.machine.take_events() == []
 
     def everything(self) -> object:
-        """All of the state, and how many inputs the listener was told of."""
+        """All of the state, and how many inputs took effect."""
         return fingerprint(self.machine), len(self.inputs)
 
     # What must hold after every step
@@ -347,8 +344,7 @@ def test_waiting_ones_hear_why_they_wait_no_longer() -> None:
     for worker in ("leaver", "twin"):
         driver.join(worker)
         driver.request(worker)
-    driver.machine.leave(0.0, "leaver", 1)
-    driver.machine.join(0.0, "twin", 2, 1)
-    events = driver.machine.take_events()
-    assert all(isinstance(event, Released) for event in events)
-    assert [(event.slot[0], type(event.error)) for event in events] == [("leaver", NotAMember), ("twin", Replaced)]
+    effects = [driver.machine.step(each) for each in (Leave(0.0, "leaver", 1), Join(0.0, "twin", 2, 1))]
+    assert not any(each.granted for each in effects)
+    released = [event for each in effects for event in each.released]
+    assert [(event.slot[0], type(event.error)) for event in released] == [("leaver", NotAMember), ("twin", Replaced)]

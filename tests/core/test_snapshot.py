@@ -11,7 +11,7 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from core.scripts import START, Command, carry_out, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.errors import Replaced, SettingsError, TicketUnknown
-from ormo_server.core.inputs import Requester
+from ormo_server.core.inputs import Join, Request
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.snapshot import Snapshot
@@ -171,7 +171,7 @@ def test_without_tickets_parameters_buffers_counters_and_all_of_the_rule_stay(ru
 def test_a_replaced_process_is_refused_after_a_restart_too() -> None:
     other = restarted(busy_run(), keep_tickets=False, epoch=7)
     with pytest.raises(Replaced):
-        other.machine.request_ticket(0.0, Requester("c", 1, 0, 5))
+        other.take(Request(0.0, "c", 1, 0, 5))
 
 
 def half_a_round() -> Driver:
@@ -276,7 +276,7 @@ def test_who_was_taken_for_dead_is_remembered_over_a_restart() -> None:
     other = restarted(driver, keep_tickets=True)
     other.join("a", incarnation=2)
     with pytest.raises(Replaced):
-        other.machine.join(0.0, "a", 1, 1)
+        other.take(Join(0.0, "a", 1, 1))
 
 
 @pytest.mark.parametrize("keep_tickets", [True, False])
@@ -300,4 +300,6 @@ def test_of_who_has_gone_earlier_versions_have_written_the_incarnation_alone() -
     taken = snapshot.take(driver.machine)
     taken.fields["departed"] = {"a": 1}
     machine = snapshot.restore(run_of(), taken, epoch=7, keep_tickets=True)
-    assert machine.join(0.0, "a", 1, 1).slots == [Slot()]
+    member = machine.step(Join(0.0, "a", 1, 1)).member
+    assert member is not None
+    assert member.slots == [Slot()]

@@ -220,8 +220,7 @@ def test_a_member_that_never_asked_costs_one_round_too() -> None:
     driver.request("a")
     assert train(driver, "a") == 0
     (ticket,) = driver.machine.state.tickets.values()
-    assert driver.machine.return_ticket(9.0, "idle", 1, ticket.key)
-    driver.collect()
+    assert driver.give_back("idle", ticket.key)
     assert [train(driver, "a") for _ in range(3)] == [1, 1, 1]
     assert "idle" in driver.machine.state.members
 
@@ -253,8 +252,7 @@ def test_for_files_of_earlier_versions_every_round_waits_for_every_worker() -> N
     for _ in range(3):
         assert train(driver, "a") == 0
         (ticket,) = driver.machine.state.tickets.values()
-        assert driver.machine.return_ticket(driver.now, "idle", 1, ticket.key)
-        driver.collect()
+        assert driver.give_back("idle", ticket.key)
         assert driver.places["a", 0].granted is not None
 
 

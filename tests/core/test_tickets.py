@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
+from ormo_server.core.effects import superseded
 from ormo_server.core.errors import BadRequest, OrmoError, StaleRequest, TicketUnknown
-from ormo_server.core.events import superseded
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Join, Push, Request, Requester, Return
 from ormo_server.core.membership import PROCESSES_REMEMBERED
 from ormo_server.core.state_machine import StateMachine
 
@@ -22,9 +22,8 @@ def one_worker(slots: int = 1) -> Driver:
 def refused(driver: Driver, error: type[OrmoError], match: str, requester: Requester, ticket: tuple[int, int]) -> None:
     before = fingerprint(driver.machine)
     with pytest.raises(error, match=match):
-        driver.machine.push(0.0, requester, Gradient(ticket, torch.ones(1), samples=5))
+        driver.machine.step(Push(0.0, *requester, ticket[1], ticket[0], 5), Gradient(torch.ones(1)))
     assert fingerprint(driver.machine) == before
-    assert driver.machine.take_events() == []
 
 
 def test_a_ticket_carries_the_iteration_the_bucket_and_the_parameters_of_its_handing_out() -> None:
@@ -37,9 +36,8 @@ def test_a_ticket_carries_the_iteration_the_bucket_and_the_parameters_of_its_han
 
 def test_a_ticket_is_stamped_with_the_epoch_and_the_time_of_its_handing_out() -> None:
     machine = StateMachine.fresh(run_of(), torch.zeros(1), epoch=2**64 - 1)
-    machine.join(1.0, "a", 1, 1)
-    machine.request_ticket(12.5, Requester("a", 1, 0, 1))
-    (granted,) = machine.take_events()
+    machine.step(Join(1.0, "a", 1, 1))
+    (granted,) = machine.step(Request(12.5, "a", 1, 0, 1)).granted
     assert (granted.ticket.key, granted.ticket.handed_out_seconds) == ((2**64 - 1, 1), 12.5)
 
 
@@ -104,7 +102,7 @@ def test_a_slot_or_request_number_out_of_range_is_refused(slot: int, request_num
     refused(driver, BadRequest, f"slot {slot}, request {request_number}", bad, driver.ticket("a"))
     before = fingerprint(driver.machine)
     with pytest.raises(BadRequest):
-        driver.machine.request_ticket(0.0, bad)
+        driver.machine.step(Request(0.0, *bad))
     assert fingerprint(driver.machine) == before
 
 
@@ -131,8 +129,8 @@ def test_a_retried_request_gets_the_newest_parameters_with_a_new_ticket() -> Non
 def test_a_returned_ticket_is_void_and_its_return_is_reported_once() -> None:
     driver = one_worker()
     ticket = driver.ticket("a")
-    assert driver.machine.return_ticket(0.0, "a", 1, ticket)
-    assert not driver.machine.return_ticket(0.0, "a", 1, ticket)
+    assert driver.give_back("a", ticket)
+    assert not driver.give_back("a", ticket)
     refused(driver, TicketUnknown, "holds none", driver.requester("a"), ticket)
 
 
@@ -141,7 +139,8 @@ def test_only_its_holder_can_return_a_ticket(worker: str, incarnation: int) -> N
     driver = driver_of(run_of(), "a", "b")
     driver.request("a")
     before = fingerprint(driver.machine)
-    assert not driver.machine.return_ticket(0.0, worker, incarnation, driver.ticket("a"))
+    epoch, number = driver.ticket("a")
+    assert not driver.take(Return(0.0, worker, incarnation, number, epoch)).changed
     assert fingerprint(driver.machine) == before
 
 
@@ -150,7 +149,7 @@ def test_a_withdrawn_request_gets_no_ticket_in_its_hand_but_one_at_the_next_requ
     for worker in "ab":
         driver.request(worker)
     driver.exchange("a", 1.0)
-    driver.machine.withdraw_request(("a", 0))
+    driver.withdraw("a")
     driver.push("b", 1.0)
     assert driver.places["a", 0].granted is None
     assert driver.request("a", number=driver.places["a", 0].request) is not None
@@ -160,7 +159,7 @@ def test_withdrawing_what_nobody_asked_for_is_no_mistake() -> None:
     driver = one_worker()
     before = fingerprint(driver.machine)
     for slot in (("a", 0), ("nobody", 3)):
-        driver.machine.withdraw_request(slot)
+        driver.withdraw(*slot)
     assert fingerprint(driver.machine) == before
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,14 +115,14 @@ def test_framing_that_takes_one_byte_for_another_is_found(monkeypatch: pytest.Mo
 
 
 def test_gradient_that_is_applied_otherwise_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    push = StateMachine.push
+    step = StateMachine.step
 
-    def more(self: StateMachine, *arguments: object) -> object:
-        result = push(self, *arguments)
-        self.state.params[0] += 1
-        return result
+    def more(self: StateMachine, *arguments: Any) -> object:
+        effects = step(self, *arguments)
+        self.state.params[0] += effects.redeemed is not None
+        return effects
 
-    monkeypatch.setattr(StateMachine, "push", more)
+    monkeypatch.setattr(StateMachine, "step", more)
     assert found(lambda fuzzed: fuzz_exchange.check(fuzzed, world), fuzz_exchange.seeds())
 
 

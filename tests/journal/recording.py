@@ -11,11 +11,10 @@ from core.scripts import SIZE, START
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core import snapshot
-from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.effects import Effects, Granted
+from ormo_server.core.inputs import Gradient, Input
 from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state import PushResult
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Fsync, Journal, Reading, replay
 from ormo_server.store import buffers_of
@@ -50,11 +49,13 @@ class RecordedMachine(StateMachine):
     journal: Journal
     manifest = MANIFEST
 
-    def push(self, now: float, requester: Requester, gradient: Gradient) -> PushResult:
-        stored = self.journal.store(payload_of(gradient, self.manifest))
-        self.journal.announce(stored)
+    def step(self, given: Input, gradient: Gradient | None = None) -> Effects:
+        stored = None if gradient is None else self.journal.store(payload_of(gradient, self.manifest))
         try:
-            return super().push(now, requester, gradient)
+            effects = super().step(given, gradient)
+            if effects.changed:
+                self.journal.append(given, effects.redeemed, stored)
+            return effects
         finally:
             self.journal.release(stored)
 
@@ -69,7 +70,7 @@ def recorded(run: Run, journal: Journal, manifest: Manifest = MANIFEST) -> Drive
     floats, ints = torch.zeros(manifest.sizes["float_buffers"]), torch.zeros(manifest.sizes["int_buffers"]).long()
     machine = RecordedMachine.fresh(run, START.clone(), floats, ints, epoch=7, buffers=buffers_of(manifest))
     assert isinstance(machine, RecordedMachine)
-    machine.journal, machine.manifest, machine.listener = journal, manifest, journal.take
+    machine.journal, machine.manifest = journal, manifest
     return Driver(machine)
 
 

@@ -17,8 +17,7 @@ from core.scripts import SIZE
 from journal.recording import MANIFEST, RecordedMachine, fresh_copy, journal_in
 from ormo_server.core import snapshot
 from ormo_server.core.errors import NotAMember, OrmoError, Replaced, StaleRequest, TicketUnknown
-from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Join, Leave, Push, Request, Requester
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.schedule import LearningRate
@@ -74,14 +73,14 @@ class ExactlyOnce(RuleBasedStateMachine):
     def serve(self, machine: StateMachine) -> None:
         self.journal: Journal = journal_in(Path(self.folder.name))
         self.machine = RecordedMachine(RUN, machine.state)
-        self.machine.journal, self.machine.listener = self.journal, self.journal.take
+        self.machine.journal = self.journal
         self.settled = 0
         self.checkpointed = snapshot.take(self.machine), self.journal.log
         self.positions = {}
         self.journal.forget_before(self.journal.log)
 
     def settle(self) -> None:
-        self.journal.settle(self.journal.position)
+        self.journal.wait_durable(self.journal.position)
         self.settled = self.journal.position
 
     @rule(turns=TURNS)
@@ -119,7 +118,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def expire(self, worker: int) -> None:
         process = self.processes.get(f"w{worker}")
         if process is not None:
-            self.machine.leave(self.tick(), process.name, process.incarnation)
+            self.machine.step(Leave(self.tick(), process.name, process.incarnation))
 
     # Processes
 
@@ -140,7 +139,7 @@ class ExactlyOnce(RuleBasedStateMachine):
             self.former.append(before)
         process = Process(f"w{worker}", worker, 1 if before is None else before.incarnation + 1)
         self.processes[process.name] = process
-        self.machine.join(self.tick(), process.name, process.incarnation, 1)
+        self.machine.step(Join(self.tick(), process.name, process.incarnation, 1))
         self.settle()
 
     @rule(turns=TURNS)
@@ -162,11 +161,11 @@ class ExactlyOnce(RuleBasedStateMachine):
         process.unanswered = False
         requester = Requester(process.name, process.incarnation, 0, process.request)
         try:
-            self.machine.request_ticket(self.tick(), requester)
+            effects = self.machine.step(Request(self.tick(), *requester))
         except NotAMember:
-            self.machine.join(self.tick(), process.name, process.incarnation, 1)
-            self.machine.request_ticket(self.tick(), requester)
-        granted = [event for event in self.machine.take_events() if isinstance(event, Granted)]
+            self.machine.step(Join(self.tick(), process.name, process.incarnation, 1))
+            effects = self.machine.step(Request(self.tick(), *requester))
+        granted = effects.granted
         process.ticket = None
         if heard:
             self.settle()
@@ -214,9 +213,9 @@ class ExactlyOnce(RuleBasedStateMachine):
         name = (process.name, process.incarnation, request)
         values = torch.zeros(SIZE)
         values[process.column] = 1.0
-        requester = Requester(process.name, process.incarnation, 0, request)
+        push = Push(self.tick(), process.name, process.incarnation, 0, request, ticket[1], ticket[0])
         try:
-            result = self.machine.push(self.tick(), requester, Gradient(ticket, values))
+            result = self.machine.step(push, Gradient(values)).result
         except (NotAMember, Replaced, StaleRequest, TicketUnknown) as refusal:
             is_last = process.unanswered and number == len(process.pushes) - 1
             is_newest = self.processes[process.name] is process
@@ -225,11 +224,12 @@ class ExactlyOnce(RuleBasedStateMachine):
             if heard:
                 self.refused(process, refusal)
             return
+        assert result is not None
         self.landed(process, name, result, heard=heard)
 
     def refused(self, process: Process, refusal: OrmoError) -> None:
         if isinstance(refusal, NotAMember):  # it joins again, and tries again
-            self.machine.join(self.tick(), process.name, process.incarnation, 1)
+            self.machine.step(Join(self.tick(), process.name, process.incarnation, 1))
             self.settle()
             return
         process.unanswered = False

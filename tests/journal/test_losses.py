@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,18 +37,18 @@ class Story:
         driver = recorded(RUN, journal)
         self.taken, log = checkpoint(driver)
         assert log == FIRST
-        tell = driver.machine.listener
+        append = journal.append
         count = 0
 
-        def settled(taken: object) -> None:
+        def append_and_wait(*entry: Any) -> int:
             nonlocal count
-            assert tell is not None
-            tell(taken)  # type: ignore[arg-type]
+            position = append(*entry)
             count += 1
             if count <= told:
-                journal.settle(journal.position)
+                journal.wait_durable(position)
+            return position
 
-        driver.machine.listener = settled
+        journal.append = append_and_wait  # type: ignore[method-assign]
         driver.join("a")
         driver.request("a")
         for value in (1.0, 2.0):
@@ -219,7 +220,7 @@ def test_what_a_later_server_was_told_of_follows_its_own_checkpoint_only(tmp_pat
     driver = recorded(RUN, later)
     driver.join("b")
     driver.request("b")
-    later.settle(later.position)
+    later.wait_durable(later.position)
     later.close()
     reading = story.read()
     assert reading.records == LINES

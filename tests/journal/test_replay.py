@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.driving import Driver, fingerprint, run_of
+from core.driving import Driver, fingerprint, run_of, told_by
 from core.scripts import SIZE, START, Command, carry_out, runs, stories
 from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, recorded, replayed
 from ormo_protos.manifest import (
@@ -59,7 +59,7 @@ def test_any_story_since_any_checkpoint_comes_back_bit_for_bit(
         taken, log = checkpoint(driver)
         for command in after[4:]:  # without its joins
             carry_out(driver, command)
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
         journal.close()
         again, reading = replayed(run, taken, Path(folder), log)
         assert fingerprint(again) == fingerprint(driver.machine)
@@ -111,7 +111,7 @@ def test_buffers_of_every_policy_come_back_bit_for_bit_also_those_that_were_kept
         taken, log = checkpoint(driver)
         for command in story:
             carry_out(driver, command)
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
         journal.close()
         again, reading = replayed(run, taken, Path(folder), log, manifest)
         assert (reading.torn, reading.lost) == (False, "")
@@ -134,7 +134,7 @@ def test_a_push_whose_buffers_were_kept_says_so_in_the_journal_and_others_do_not
     for mean in (1.0, math.nan):
         driver.request("a")
         driver.push("a", 1.0, float_buffers=torch.tensor([mean]), int_buffers=torch.zeros(0, dtype=torch.int64))
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.close()
     pushes = [line for line in log_path(tmp_path, log).read_bytes().splitlines() if b'"pushed"' in line]
     assert [b"buffers_kept" in line for line in pushes] == [False, True]  # so that older servers read the first
@@ -163,14 +163,11 @@ class Recording:
         driver = recorded(run, journal)
         self.taken, self.log = checkpoint(driver)
         self.states = [fingerprint(driver.machine)]
-        tell = driver.machine.listener
-        assert tell is not None
-        inputs: list[object] = []
-        driver.machine.listener = lambda taken: (tell(taken), inputs.append(taken))[0]
+        inputs = told_by(driver.machine)
         a_story(driver)
         self.inputs = len(inputs)
         self.end, self.clock_seconds = fingerprint(driver.machine), driver.now
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
         journal.close()
         self.path = log_path(directory, self.log)
         self.mark = directory / "acknowledged-00000001"
@@ -277,7 +274,7 @@ def test_logs_follow_each_other_where_a_checkpoint_failed(tmp_path: Path) -> Non
     a_story(driver)
     checkpoint(driver)  # which was never written
     driver.exchange("a", 3.0)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.close()
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert fingerprint(machine) == fingerprint(driver.machine)
@@ -312,7 +309,7 @@ def test_waiting_slots_are_part_of_what_comes_back(tmp_path: Path) -> None:
     driver.join("b")
     driver.request("b")
     assert driver.places["a", 0].granted is not None
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.close()
     machine, _ = replayed(run, taken, tmp_path, log)
     assert fingerprint(machine) == fingerprint(driver.machine)

@@ -13,8 +13,9 @@ import pytest
 
 from core.driving import Driver, fingerprint, run_of
 from journal.recording import checkpoint, journal_in, payload_of, recorded, replayed
+from ormo_protos.tensors import Payload
 from ormo_server.core.errors import DiskFull, NotReady
-from ormo_server.journal import Journal, writer
+from ormo_server.journal import Journal, StoredGradient, writer
 from ormo_server.journal.records import gradients_path, log_path
 from service.wire import eventually
 
@@ -97,11 +98,11 @@ def test_a_gradient_is_on_the_disk_before_its_line_and_its_line_before_the_answe
     journal = journal_in(tmp_path, "always")
     driver = recorded(run_of(), journal)
     steps(driver, 1)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     disk.calls.clear()
     steps(driver, 1)
     assert disk.calls == [("pwrite", "gradients")]
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     assert disk.calls[1:] == [
         ("fdatasync", "gradients"),
         ("pwrite", "log"),
@@ -115,7 +116,7 @@ def test_without_fsync_an_answer_waits_for_the_write_alone(tmp_path: Path, disk:
     driver = recorded(run_of(), journal)
     disk.calls.clear()
     steps(driver, 1)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     assert disk.calls == [("fsync", "directory"), ("pwrite", "gradients"), ("pwrite", "log"), ("pwrite", "mark")]
 
 
@@ -128,7 +129,7 @@ def test_with_an_interval_all_of_it_is_on_the_disk_soon(
     journal = journal_in(tmp_path, "interval")
     driver = recorded(run_of(), journal)
     steps(driver, 1)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     synced.clear()
     assert synced.wait(10)
     assert ("fdatasync", "gradients") in disk.calls
@@ -138,10 +139,10 @@ def test_with_an_interval_all_of_it_is_on_the_disk_soon(
 def test_what_is_settled_already_costs_nothing(tmp_path: Path, disk: Disk) -> None:
     journal = journal_in(tmp_path, "always")
     steps(recorded(run_of(), journal))
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     disk.calls.clear()
-    journal.settle(journal.position)
-    journal.settle(1)
+    journal.wait_durable(journal.position)
+    journal.wait_durable(1)
     assert disk.calls == []
 
 
@@ -157,12 +158,12 @@ def test_one_write_and_one_fsync_serve_all_who_wait(tmp_path: Path, disk: Disk) 
             assert go_on.wait(10)
 
     disk.before = hold
-    threads = [threading.Thread(target=journal.settle, args=(journal.position,))]
+    threads = [threading.Thread(target=journal.wait_durable, args=(journal.position,))]
     threads[0].start()
     assert begun.wait(10)
     for _ in range(5):
         steps(driver, 1)
-        threads.append(threading.Thread(target=journal.settle, args=(journal.position,)))
+        threads.append(threading.Thread(target=journal.wait_durable, args=(journal.position,)))
         threads[-1].start()
     go_on.set()
     for thread in threads:
@@ -180,7 +181,7 @@ def test_a_checkpoint_takes_away_what_it_holds(tmp_path: Path) -> None:
     assert journal.size_bytes > 3 * 12
     _, log = checkpoint(driver)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     assert names(tmp_path) == [
         "gradients-00000001.bin",
         "gradients-00000002.bin",
@@ -201,7 +202,7 @@ def test_a_gradient_that_is_not_taken_yet_keeps_its_file(tmp_path: Path) -> None
     gradient = driver.gradients[next(iter(driver.gradients))]
     stored = journal.store(payload_of(gradient))
     _, log = checkpoint(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.forget_before(log)
     assert "gradients-00000001.bin" in names(tmp_path)
     journal.release(stored)
@@ -213,11 +214,17 @@ def test_a_gradient_named_after_the_checkpoint_keeps_its_file(tmp_path: Path) ->
     journal = journal_in(tmp_path)
     driver = recorded(run_of(), journal)
     steps(driver)
-    real = journal.announce
+    real = journal.store
     found: list[Any] = []
-    journal.announce = lambda stored: (found.append(checkpoint(driver)), real(stored))[1]  # type: ignore[method-assign]
+
+    def store_and_check(payload: Payload) -> StoredGradient:
+        stored = real(payload)
+        found.append(checkpoint(driver))
+        return stored
+
+    journal.store = store_and_check  # type: ignore[method-assign]
     driver.push("a", 5.0)  # stored before the checkpoint, applied after it
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     taken, log = found[0]
     journal.forget_before(log)
     assert "gradients-00000001.bin" in names(tmp_path)
@@ -241,7 +248,7 @@ def test_a_mark_goes_with_the_logs_of_its_server(tmp_path: Path) -> None:
         journal = journal_in(tmp_path)
         steps(recorded(run_of(), journal))
         journal.begin_log()
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
         journal.forget_before(journal.log)
         journal.close()
         assert [path.name for path in tmp_path.glob("acknowledged-*")] == [f"acknowledged-{number:08d}"]
@@ -251,7 +258,7 @@ def test_a_number_that_a_mark_knows_is_not_used_again(tmp_path: Path) -> None:
     """Else it would tell of lines that the new log never had."""
     journal = journal_in(tmp_path)
     steps(recorded(run_of(), journal))
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.close()
     for path in tmp_path.glob("inputs-*"):
         path.unlink()
@@ -276,7 +283,7 @@ def test_a_checkpoint_is_due_at_the_bound_and_gradients_wait_at_twice_that(tmp_p
         driver.push("a", 1.0)
     assert fingerprint(driver.machine) == before
     _, log = checkpoint(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.forget_before(log)
     assert not journal.full
     driver.push("a", 1.0)
@@ -290,7 +297,7 @@ def test_its_size_is_that_of_all_its_logs_while_no_checkpoint_can_be_written(tmp
         for _ in range(1000):
             steps(driver, 1)
             checkpoint(driver)  # which is not written: its log is not the first of a checkpoint
-            journal.settle(journal.position)
+            journal.wait_durable(journal.position)
 
     with pytest.raises(DiskFull):
         go_on()
@@ -310,7 +317,7 @@ def test_a_checkpoint_is_due_after_many_entries_however_small_they_are(
     checkpoint(driver)
     _, log = checkpoint(driver)
     steps(driver, 9)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.forget_before(log)
     assert not journal.full
     steps(driver, 2)
@@ -326,7 +333,7 @@ def test_parts_of_a_write_make_a_whole(tmp_path: Path, disk: Disk) -> None:
     driver = recorded(run_of(), journal)
     taken, log = checkpoint(driver)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
 
@@ -350,18 +357,18 @@ def test_no_room_for_lines_keeps_answers_back_until_there_is_some(tmp_path: Path
     driver = recorded(run_of(), journal)
     taken, log = checkpoint(driver)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     disk.fail("pwrite", "log", ROOM)
     steps(driver)
     for _ in range(2):
         with pytest.raises(DiskFull):
-            journal.settle(journal.position)
+            journal.wait_durable(journal.position)
     # A crash now loses what nobody was told of.
     _, reading = replayed(run_of(), taken, tmp_path, log)
     assert (reading.torn, reading.lost) == (False, "")
     steps(driver)
     disk.failing.clear()
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
 
@@ -370,15 +377,15 @@ def test_no_room_for_a_new_log_is_waited_for(tmp_path: Path, disk: Disk) -> None
     journal = journal_in(tmp_path, "always")
     driver = recorded(run_of(), journal)
     taken, log = checkpoint(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     steps(driver)
     checkpoint(driver)
     steps(driver)
     disk.fail("fsync", "directory", ROOM)
     with pytest.raises(DiskFull):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     disk.failing.clear()
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
 
@@ -390,7 +397,7 @@ def test_a_mark_that_cant_be_written_says_less_and_stops_nobody(tmp_path: Path, 
     taken, log = checkpoint(driver)
     steps(driver)
     disk.fail("pwrite", "mark", number)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.torn, reading.lost) == (fingerprint(driver.machine), False, "")
 
@@ -427,11 +434,11 @@ def test_no_descriptor_for_the_next_files_is_waited_for(tmp_path: Path, fsync: A
     driver = recorded(run_of(), journal)
     taken, log = checkpoint(driver)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     checkpoint(driver)
     with no_descriptor():
         with pytest.raises(DiskFull, match=r"Too many open files.*limit of open files.* nothing is lost") as refused:
-            journal.settle(journal.position)
+            journal.wait_durable(journal.position)
         assert refused.value.retry_seconds == 2.0
         before = fingerprint(driver.machine)
         with pytest.raises(DiskFull, match=r"Too many open files"):
@@ -439,7 +446,7 @@ def test_no_descriptor_for_the_next_files_is_waited_for(tmp_path: Path, fsync: A
         assert fingerprint(driver.machine) == before
     assert not broken
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     machine, reading = replayed(run_of(), taken, tmp_path, log)
     assert (fingerprint(machine), reading.lost) == (fingerprint(driver.machine), "")
 
@@ -449,13 +456,13 @@ def test_want_of_descriptors_or_memory_is_no_broken_disk(tmp_path: Path, disk: D
     journal = journal_in(tmp_path, "always")
     driver = recorded(run_of(), journal)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     steps(driver)
     disk.fail("pwrite", "log", number)
     with pytest.raises(DiskFull):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     disk.failing.clear()
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "off"])
@@ -470,7 +477,7 @@ def test_checkpoints_that_fail_leave_no_descriptors_behind(
     def attempt() -> None:
         steps(driver)
         checkpoint(driver)
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
 
     attempt()
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -504,15 +511,15 @@ def test_a_broken_disk_ends_it_for_good(tmp_path: Path, disk: Disk, call: str, k
     journal = journal_in(tmp_path, "always", on_failure=lambda: failures.append(None))
     driver = recorded(run_of(), journal)
     steps(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     steps(driver)
     disk.fail(call, kind, number)
     with pytest.raises(NotReady, match="this server stops"):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     assert failures
     disk.failing.clear()  # what an fsync failed on may be gone: that it goes well later means nothing
     with pytest.raises(NotReady):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     journal.close()
 
 
@@ -536,7 +543,7 @@ def test_a_log_that_could_not_be_made_safe_is_not_followed_by_another(tmp_path: 
     checkpoint(driver)
     disk.fail("fsync", "log", ROOM)
     with pytest.raises(NotReady, match="this server stops"):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     assert not log_path(tmp_path, journal.log).exists()
     journal.close()
 
@@ -545,7 +552,7 @@ def test_each_write_tells_its_seconds(tmp_path: Path) -> None:
     told: list[float] = []
     journal: Journal = journal_in(tmp_path, on_commit=told.append)
     steps(recorded(run_of(), journal))
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     assert len(told) == 1
     assert 0 < told[0] < 60
 
@@ -561,7 +568,7 @@ def test_after_its_end_nothing_is_taken_and_who_still_writes_may_finish(tmp_path
     with pytest.raises(NotReady, match="is closed"):
         journal.store(late)
     with pytest.raises(NotReady):
-        journal.settle(journal.position)
+        journal.wait_durable(journal.position)
     journal.release(stored)
 
 
@@ -571,7 +578,7 @@ def test_after_its_end_it_takes_nothing_away(tmp_path: Path) -> None:
     driver = recorded(run_of(), journal)
     steps(driver)
     _, log = checkpoint(driver)
-    journal.settle(journal.position)
+    journal.wait_durable(journal.position)
     journal.close()
     before = names(tmp_path)
     journal.forget_before(log)

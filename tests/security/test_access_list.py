@@ -167,7 +167,7 @@ def test_whoever_is_given_another_role_loses_the_streams_of_the_one_before(
         with pytest.raises(Refused) as ended:
             stream.receive()
         assert ended.value.code == grpc.StatusCode.CANCELLED
-        assert server.host.engine.position()[1] == 0
+        assert server.host.engine.iteration()[1] == 0
 
 
 def test_a_token_that_stands_twice_is_refused_and_the_list_before_stays(tmp_path: Path, authority: Authority) -> None:

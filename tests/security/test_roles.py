@@ -274,7 +274,7 @@ def test_a_refusal_is_logged_with_the_callers_name_also_where_it_is_an_answer_on
 
 
 def test_nobody_can_report_an_evaluation_of_what_has_not_been_trained_yet(server: Server, authority: Authority) -> None:
-    epoch = server.host.engine.position()[0]
+    epoch = server.host.engine.iteration()[0]
     with dialled(server, authority.credentials("evaluator")) as stub:
         report = pb.Evaluation(iteration=pb.Iteration(epoch=epoch, number=2**62), loss=0.0, accuracy=0.5)
         with pytest.raises(Refused, match="and the run is at 0: expected one that was pulled") as refused, refusals():

@@ -139,7 +139,7 @@ def test_next_gradient_waits_until_the_parameters_before_it_are_copied(tmp_path:
             second.begin(payload(LARGE, 10.0), wants=False)
             # It has come whole, and still is not counted.
             eventually(lambda: server.metrics.traffic.stage["check"].totals()[0][-1] == 2)
-            assert server.host.engine.position()[1] == 1
+            assert server.host.engine.iteration()[1] == 1
             rule.blocks.release(10_000)
             assert second.result().iteration.number == 2
         rest = b"".join(first.receive().chunk.data for _ in range(-(-head.delivery.payload_bytes // CHUNK_BYTES) - 1))

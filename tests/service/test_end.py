@@ -121,7 +121,7 @@ def test_a_stop_ends_within_its_limit_also_if_the_checkpoint_at_the_runs_end_han
     with served(tmp_path / "run") as server:
         trained(server)
         assert server.host.checkpoint()
-        done = server.host.engine.position()[1]
+        done = server.host.engine.iteration()[1]
     process = started(tmp_path, "--stop-after-gradients", str(done + 1), "--checkpoint-seconds", "1000")
     assert process.stdout is not None
     address = process.stdout.readline().split()[1].removeprefix("address=")

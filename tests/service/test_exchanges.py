@@ -115,7 +115,7 @@ def test_gradient_that_stops_in_the_middle_changes_nothing(tmp_path: Path) -> No
         worker = WireWorker(stub, "a", LARGE)
         worker.join()
         worker.pull()
-        before = (server.host.engine.position(), server.host.engine.snapshot()[0].tensors["params"])
+        before = (server.host.engine.iteration(), server.host.engine.snapshot()[0].tensors["params"])
         stream = worker.open()
         gradient = payload(LARGE, 1.0)
         message = worker.exchange(gradient)
@@ -124,7 +124,7 @@ def test_gradient_that_stops_in_the_middle_changes_nothing(tmp_path: Path) -> No
         eventually(lambda: received_bytes(server) > LARGE.sizes["parameters"] * 4)
         stream.drop()
         eventually(lambda: len(server.streams) == 0)
-        assert server.host.engine.position() == before[0]
+        assert server.host.engine.iteration() == before[0]
         assert torch.equal(server.host.engine.snapshot()[0].tensors["params"], before[1])
         # The ticket was not used up: the same request, whole, is applied.
         retry = worker.open()
@@ -142,7 +142,7 @@ def test_worker_that_closes_its_side_in_the_middle_is_told(tmp_path: Path) -> No
         with pytest.raises(Refused, match=f"ended after {CHUNK_BYTES} of 12000000 bytes") as refused:
             worker.push_messages(push, iter([next(tensor_chunks(gradient))]))
         assert refused.value.reason == "BAD_PAYLOAD"
-        assert server.host.engine.position()[1] == 0
+        assert server.host.engine.iteration()[1] == 0
 
 
 def test_new_stream_of_a_slot_ends_the_old_one(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_unknown_ticket_is_a_result_and_the_same_exchange_brings_a_new_one(tmp_p
         stream.delivery()
         stream.begin(payload(SMALL, 1.0))
         assert stream.result().iteration.number == 1
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1
 
 
 def test_bfloat16_halves_the_bytes_both_ways(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_bfloat16_halves_the_bytes_both_ways(tmp_path: Path) -> None:
         assert worker.push(payload(SMALL, 1.5, dtype=BFLOAT16)).iteration.number == 1
         assert worker.pull(dtype=BFLOAT16).payload_bytes == 24  # nine times two, padded to eight
         assert worker.params.tolist() == [-1.5] * 9
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1
 
 
 def test_reader_gets_parameters_without_a_ticket_and_nothing_when_it_has_the_newest(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_killed_server_comes_back_with_them_and_kept_none_in_its_journal(tmp_p
         late.join()
         late.pull(frozen=True)
         assert torch.equal(late.frozen, torch.arange(2_000_001).float())
-        assert again.host.engine.position()[1] == (3 if journal else 0)
+        assert again.host.engine.iteration()[1] == (3 if journal else 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -38,7 +38,7 @@ def test_all_of_the_state_comes_back_to_the_bit(tmp_path: Path, method: str, dty
         before = everything(server)
     with crashing(tmp_path, method=method) as again:
         assert everything(again) == before
-        assert again.host.engine.position()[1] == 6
+        assert again.host.engine.iteration()[1] == 6
 
 
 def test_a_round_comes_back_half_done(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_again_and_again(tmp_path: Path) -> None:
             before = everything(server)
         with crashing(tmp_path) as again:
             assert everything(again) == before
-            assert again.host.engine.position()[1] == 6 * count
+            assert again.host.engine.iteration()[1] == 6 * count
 
 
 def test_a_ticket_in_flight_stays_good(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_without_a_journal_what_came_after_the_checkpoint_is_lost(tmp_path: Path
         anna, _ = trained(server)
     assert not (tmp_path / "journal").exists()
     with crashing(tmp_path, journal=False) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 0
+        assert again.host.engine.iteration()[1] == 0
         anna.stub = stub
         anna.join()
         with pytest.raises(Refused, match="TICKET_UNKNOWN"):
@@ -145,7 +145,7 @@ def test_a_journal_may_be_begun_with_any_run_and_ended(tmp_path: Path) -> None:
         trained(server)
         assert server.host.checkpoint()
     with crashing(tmp_path) as journaled:
-        assert journaled.host.engine.position()[1] == 6
+        assert journaled.host.engine.iteration()[1] == 6
         trained(journaled)
         before = everything(journaled)
     with crashing(tmp_path, journal=False) as without:
@@ -153,7 +153,7 @@ def test_a_journal_may_be_begun_with_any_run_and_ended(tmp_path: Path) -> None:
         assert not (tmp_path / "journal").exists()
         trained(without)
     with crashing(tmp_path) as again:
-        assert again.host.engine.position()[1] == 12
+        assert again.host.engine.iteration()[1] == 12
 
 
 def test_a_drain_leaves_an_empty_journal(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_damage_is_told_and_what_is_whole_is_used_and_the_rest_kept(
     lines[pushes[2]] = b"#" + lines[pushes[2]][1:]
     path.write_bytes(b"".join(lines))
     with crashing(tmp_path) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 2
+        assert again.host.engine.iteration()[1] == 2
         assert "the journal can be used in part only, and all tickets are void: line 9 of" in caplog.text
         assert "at least 8 acknowledged entries" in caplog.text
         kept = next(tmp_path.glob("journal-damaged-*"))
@@ -356,10 +356,10 @@ def test_a_result_nobody_heard_of_may_go_with_a_crash_and_counts_once(tmp_path: 
             fault.number, fault.suffix = errno.ENOSPC, ".log"
             with pytest.raises(Refused, match="DISK_FULL"):
                 anna.push(payload(SMALL, 1.0))
-        assert server.host.engine.position()[1] == 7
+        assert server.host.engine.iteration()[1] == 7
     fault.number, anna.request = 0, anna.request - 1
     with crashing(tmp_path) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 6
+        assert again.host.engine.iteration()[1] == 6
         anna.stub = stub
         result = anna.push(payload(SMALL, 1.0))
         assert (result.iteration.number, result.repeated) == (7, False)
@@ -495,5 +495,5 @@ def test_nobody_is_told_of_the_end_before_the_last_gradient_is_on_the_disk(tmp_p
         assert anna.push(payload(SMALL, 1.0)).repeated
         assert stub.Heartbeat(alive).finished
     with crashing(tmp_path, stop_after_gradients=7) as again:
-        assert again.host.engine.position()[1] == 7
+        assert again.host.engine.iteration()[1] == 7
         assert again.host.engine.finished.is_set()

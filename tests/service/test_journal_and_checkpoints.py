@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from ormo_server.core.effects import Effects
 from ormo_server.core.errors import NormTooLarge
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Input, Push
 from ormo_server.core.rules import UpdateRule
-from ormo_server.core.state import PushResult
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal.records import log_path
 from ormo_server.service.server import Server
@@ -71,7 +71,7 @@ def test_a_server_that_ends_waits_for_its_checkpoint_and_writes_none_afterwards(
         ending.join(10)
         assert not server.host.checkpoint(anew=True)
     with crashing(tmp_path) as again:
-        assert again.host.engine.position()[1] == 6
+        assert again.host.engine.iteration()[1] == 6
 
 
 def test_after_a_drain_no_checkpoint_voids_what_it_kept(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_journal_of_a_checkpoint_that_is_damaged_is_kept(tmp_path: Path, cap
     damage(newest / "state.safetensors")
     journal = content(tmp_path / "journal")
     with crashing(tmp_path) as again:
-        assert again.host.engine.position()[1] == 0
+        assert again.host.engine.iteration()[1] == 0
         assert "inputs-00000001.log of" in caplog.text
         assert "is missing, with at least 32 acknowledged entries" in caplog.text
     (kept,) = tmp_path.glob("journal-damaged-*")
@@ -135,7 +135,7 @@ def test_no_log_has_the_number_again_that_an_earlier_checkpoint_names(
     if without:
         damage(newest.with_name("checkpoint-00000002-iteration-0") / "state.safetensors")
     with crashing(tmp_path) as again:
-        assert again.host.engine.position()[1] == 0
+        assert again.host.engine.iteration()[1] == 0
         assert "inputs-00000001.log of" in caplog.text
         assert "is missing, with at least 16 acknowledged entries" in caplog.text
 
@@ -213,7 +213,7 @@ def test_a_journal_whose_checkpoint_is_missing_is_kept_where_an_older_run_had_no
     (tmp_path / "latest").unlink()
     before = content(tmp_path / "journal")
     with crashing(tmp_path) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 6
+        assert again.host.engine.iteration()[1] == 6
         assert "follows a checkpoint that is not there; lost: at least 16 acknowledged entries" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused):
@@ -342,14 +342,15 @@ def diverged(directory: Path) -> WireWorker:
         ):
             worker.pull()
             with server.host.engine.inspect() as machine:
-                requester = Requester(worker.name, worker.incarnation, 0, worker.request + 1)
                 worker.request += 1
-                stored = server.host.engine._journal.store(gradient)
-                server.host.engine._journal.announce(stored)
-                assert worker.ticket is not None
-                key = (worker.ticket.epoch, worker.ticket.number)
-                machine.push(server.host.clock(), requester, Gradient(key, gradient.parameters))
-        server.host.engine.settle_all()
+                journal, ticket = server.host.engine._journal, worker.ticket
+                assert ticket is not None
+                assert journal is not None
+                who = worker.name, worker.incarnation, 0, worker.request
+                given = Push(server.host.clock(), *who, ticket.number, ticket.epoch)
+                stored = journal.store(gradient)
+                journal.append(given, machine.step(given, Gradient(gradient.parameters)).redeemed, stored)
+        server.host.engine.wait_durable()
         anna.pull()
         assert not server.host.checkpoint()
         return anna
@@ -361,7 +362,7 @@ def test_a_state_that_is_not_finite_is_undone_up_to_the_gradient_that_made_it_so
     anna = diverged(tmp_path)
     before = content(tmp_path / "journal")
     with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 2
+        assert again.host.engine.iteration()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
         assert "goes on from before it, at iteration 2" in caplog.text
         anna.stub = stub
@@ -380,16 +381,16 @@ def test_a_gradient_that_would_be_refused_today_is_where_a_replay_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     diverged(tmp_path)
-    real = StateMachine.push
+    real = StateMachine.step
 
-    def careful(self: StateMachine, now: float, requester: Requester, gradient: Gradient) -> PushResult:
-        if gradient.values.max() > 1e38:
-            raise NormTooLarge("too large", worker=requester.worker)
-        return real(self, now, requester, gradient)
+    def careful(self: StateMachine, given: Input, gradient: Gradient | None = None) -> Effects:
+        if gradient is not None and gradient.values.max() > 1e38:
+            raise NormTooLarge("too large", worker="bad")
+        return real(self, given, gradient)
 
-    monkeypatch.setattr(StateMachine, "push", careful)
+    monkeypatch.setattr(StateMachine, "step", careful)
     with crashing(tmp_path, **HUGE) as again:
-        assert again.host.engine.position()[1] == 2
+        assert again.host.engine.iteration()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
 
 
@@ -411,7 +412,7 @@ def test_a_finite_state_that_any_gradient_may_make_infinite_is_undone_too(
         if kept == "in the checkpoint":
             assert server.host.checkpoint()
     with crashing(tmp_path, **changes) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 1
+        assert again.host.engine.iteration()[1] == 1
         assert kept == "in the journal" or "has values so large that any gradient may make them infinite" in caplog.text
         anna.stub = stub
         for number in range(2, 20):
@@ -442,7 +443,7 @@ def test_a_learning_rate_that_no_operator_may_set_today_is_where_a_replay_ends(
         anna.pull()
         anna.push(payload(SMALL, 0.0))
     with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
-        assert again.host.engine.position()[1] == 1
+        assert again.host.engine.iteration()[1] == 1
         culprit = "the learning rate 1e+30" if kept == "in the journal" else "the gradient of worker 'anna'"
         assert f"{culprit}, led to NaN or infinite values, or might have" in caplog.text
         anna.stub = stub

@@ -135,7 +135,7 @@ def test_restart_without_a_drain_voids_tickets_and_goes_on_from_the_checkpoint(t
         worker.push(payload(SMALL, 1.0))  # lost: after the last checkpoint
         worker.pull()
     with served(tmp_path) as server, connected(server) as stub:
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1
         worker.stub = stub
         with pytest.raises(Refused) as refused:
             worker.push(payload(SMALL, 1.0))
@@ -160,7 +160,7 @@ def test_result_lost_with_the_connection_is_repeated_after_a_drained_restart(tmp
         repeated = again.result()
         assert repeated.repeated
         assert repeated.iteration == applied.iteration
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1
 
 
 def test_drain_ends_waiting_and_idle_streams_at_once(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_slow_reader_does_not_hold_the_others(tmp_path: Path) -> None:
         for _ in range(3):
             fast.pull()
             fast.push(payload(LARGE, 1.0))
-        assert server.host.engine.position()[1] == 3
+        assert server.host.engine.iteration()[1] == 3
         held.drop()
 
 
@@ -321,4 +321,4 @@ def test_without_memory_for_a_copy_a_checkpoint_fails_with_a_sentence_and_a_drai
             )
             assert server.drain()
     with served(tmp_path) as server:
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1

@@ -215,7 +215,7 @@ def test_what_was_kept_comes_back_to_the_bit_after_a_kill_with_its_result(tmp_pa
         assert held["mean"] == (3.0, pytest.approx(0.1))
         repeated = worker.push_messages(push, tensor_chunks(gradient))
         assert (repeated.repeated, repeated.buffers_kept) == (True, True)
-        assert again.host.engine.position()[1] == 3
+        assert again.host.engine.iteration()[1] == 3
 
 
 @pytest.mark.parametrize("journal", [True, False])

@@ -10,14 +10,13 @@ import torch
 
 from ormo_protos.tensors import Payload
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Joined, LearningRateSet, Left, Pushed, Requested, Returned, Withdrawn
+from ormo_server.core.inputs import Gradient, Push
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.method import PRESETS
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.service.server import Server
-from ormo_server.trace import Segment, read_trace
+from ormo_server.trace import Recorded, Segment, read_trace
 from service.wire import SMALL, WireWorker, connected, payload, served
 
 WORKERS, GRADIENTS_EACH = 3, 12
@@ -100,27 +99,16 @@ def replayed(segment: Segment) -> Snapshot:
         epoch=start.epoch,
     )
     delivered: dict[SlotKey, torch.Tensor] = {}
-    for taken in segment.inputs:
-        match taken:
-            case Joined(now, worker, incarnation, slots):
-                machine.join(now, worker, incarnation, slots)
-            case Left(now, worker, incarnation):
-                machine.leave(now, worker, incarnation)
-            case Requested(now, requester):
-                machine.request_ticket(now, requester)
-            case Withdrawn(slot):
-                machine.withdraw_request(slot)
-            case Returned(now, worker, incarnation, ticket):
-                machine.return_ticket(now, worker, incarnation, ticket)
-            case LearningRateSet(now, learning_rate):
-                machine.set_learning_rate(now, learning_rate)
-            case Pushed(now, requester, ticket, samples, result):
-                gradient = Gradient(ticket.key, delivered[requester.slot_key] - TARGET, samples)
-                assert machine.push(now, requester, gradient) == result
-        for event in machine.take_events():
-            assert isinstance(event, Granted)
-            delivered[event.slot] = torch.empty(SIZE)
-            machine.write_delivery(event, delivered[event.slot])
+    for entry in segment.inputs:
+        assert isinstance(entry, Recorded)
+        given, redeemed = entry
+        gradient = Gradient(delivered[given.slot_key] - TARGET) if isinstance(given, Push) else None
+        effects = machine.step(given, gradient)
+        assert effects.redeemed == redeemed
+        assert not effects.released
+        for granted in effects.granted:
+            delivered[granted.slot] = torch.empty(SIZE)
+            machine.write_delivery(granted, delivered[granted.slot])
     return take(machine)
 
 
@@ -150,4 +138,4 @@ def test_method_trains_survives_a_restart_bit_for_bit_and_its_trace_replays(tmp_
     assert (fresh.start.fresh, restored.start.fresh) == (True, False)
     assert restored.start.iteration == before.fields["iteration"]
     assert_same_bits(replayed(fresh), before)
-    assert [type(taken) for taken in restored.inputs] == [Pushed]
+    assert [type(entry.input) for entry in restored.inputs] == [Push]

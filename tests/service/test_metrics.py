@@ -127,13 +127,6 @@ def test_trace_that_a_full_disk_ends_is_counted_and_training_goes_on(tmp_path: P
         assert late.push(payload(SMALL, 1.0)).iteration.number == 6
 
 
-def test_run_without_a_trace_tells_nobody_of_its_inputs(tmp_path: Path) -> None:
-    with served(tmp_path) as server, connected(server) as stub:
-        WireWorker(stub, "a").join()
-        with server.host.engine.inspect() as machine:
-            assert machine.listener is None
-
-
 def value(server: Server, series: str) -> float | None:
     """What a series shows; None if it is not there."""
     found = [line.rpartition(" ")[2] for line in exported(server) if line.rpartition(" ")[0] == series]

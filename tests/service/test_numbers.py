@@ -183,7 +183,7 @@ def test_no_number_of_a_request_makes_the_server_fail_or_a_figure_infinite(tmp_p
                     assert call(stub, name, messages) not in FAILURES, (path, value)
                     check_all_is_sound(server, stub)
                     call(stub, "Leave", one_message(worker, "Leave"))
-        before = server.host.engine.position()[1]
+        before = server.host.engine.iteration()[1]
         assert newcomer().push(payload(SMALL, 1.0)).iteration.number == before + 1
 
 
@@ -269,4 +269,4 @@ def test_gradients_that_would_make_the_model_infinite_are_refused_and_training_g
         assert 1.0 <= -worker.params[0].item() <= 2.0
         assert server.host.checkpoint()
     with served(tmp_path, method=method, journal=journal) as server:
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1

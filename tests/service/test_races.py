@@ -193,7 +193,7 @@ def test_old_stream_in_the_middle_of_a_push_applies_nothing_after_the_new_one(tm
             old.receive()
         assert refused.value.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED)
         new.delivery()
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1
         assert len(server.streams) == 1
         assert servicer_buffers(server) <= 2
 
@@ -442,11 +442,11 @@ def test_drain_keeps_every_result_that_was_told_and_applies_nothing_after_its_ch
         threads = [threading.Thread(target=work, args=(f"w{number}",)) for number in range(4)]
         for thread in threads:
             thread.start()
-        eventually(lambda: len(told) == 4 and server.host.engine.position()[1] > 50, 30.0)
+        eventually(lambda: len(told) == 4 and server.host.engine.iteration()[1] > 50, 30.0)
         assert server.drain()
         for thread in threads:
             thread.join()
-        after = server.host.engine.position()[1]
+        after = server.host.engine.iteration()[1]
     with served(tmp_path, momentum=0.0) as server:
         state = server.host.engine.snapshot()[0]
         assert state.fields["iteration"] == after
@@ -473,7 +473,7 @@ def test_push_that_the_drain_cut_off_is_not_applied_after_its_checkpoint(tmp_pat
         with pytest.raises(Refused):
             stream.receive()
         eventually(lambda: len(server.streams) == 0)
-        assert server.host.engine.position()[1] == 0
+        assert server.host.engine.iteration()[1] == 0
     with served(tmp_path) as server, connected(server) as stub:
         worker.stub = stub
         retry = worker.open()
@@ -520,4 +520,4 @@ def test_worker_that_expires_before_it_hears_of_its_push_joins_again_and_has_the
         repeated = again.result()
         assert repeated.repeated
         assert (repeated.iteration, repeated.delay) == (first.iteration, first.delay)
-        assert server.host.engine.position()[1] == 1
+        assert server.host.engine.iteration()[1] == 1

@@ -50,7 +50,7 @@ def check_is_refused(server: Server, worker: WireWorker) -> None:
     ) as refused:
         worker.push(payload(SMALL, 1.0))
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
-    assert server.host.engine.position()[1] == 1
+    assert server.host.engine.iteration()[1] == 1
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.inputs import Pushed, Requested
+from ormo_server.core.inputs import Leave, Push, Request
+from ormo_server.trace import Recorded, Segment, read_trace
 from ormo_server.trace import Refused as RefusedRow
-from ormo_server.trace import Segment, read_trace
 from service.wire import SMALL, Refused, WireWorker, connected, payload, refusals, served
 
 NAN = payload(SMALL, float("nan"))
@@ -22,7 +22,7 @@ def traced(path: Path) -> Segment:
 def refused(path: Path) -> list[tuple[int, int, str]]:
     """Request, ticket and reason."""
     rows = [taken for taken in traced(path).inputs if isinstance(taken, RefusedRow)]
-    return [(row.requester.request, row.ticket[1], row.reason) for row in rows]
+    return [(row.request, row.ticket, row.reason) for row in rows]
 
 
 def test_each_refused_gradient_has_a_row_before_what_it_asked_for(tmp_path: Path) -> None:
@@ -40,8 +40,9 @@ def test_each_refused_gradient_has_a_row_before_what_it_asked_for(tmp_path: Path
         stream.begin(payload(SMALL, 1.0), wants=False, ticket=pb.Ticket(epoch=5, number=-7))
         assert stream.result().refusal == "TICKET_UNKNOWN"
         stream.finish()
-    kinds = [type(taken) for taken in traced(tmp_path / "t").inputs]
-    assert kinds[1:6] == [Requested, RefusedRow, Requested, Pushed, RefusedRow]
+    inputs = traced(tmp_path / "t").inputs
+    kinds = [type(entry.input) if isinstance(entry, Recorded) else type(entry) for entry in inputs]
+    assert kinds[1:6] == [Request, RefusedRow, Request, Push, RefusedRow]
     assert refused(tmp_path / "t") == [(2, 1, "NON_FINITE"), (4, -7, "TICKET_UNKNOWN")]
 
 
@@ -86,7 +87,7 @@ def test_who_lost_its_lease_within_a_stream_is_told_so_though_its_gradient_is_no
         stream.begin(None)
         stream.delivery()
         with server.host.engine.inspect() as machine:
-            machine.leave(1.0, "a", 1)  # its stream is ended a moment later
+            machine.step(Leave(1.0, "a", 1))  # its stream is ended a moment later
         message = worker.exchange(NAN, wants=False)
         message.data = bytes(NAN.memory)
         stream.send(message)

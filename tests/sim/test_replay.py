@@ -13,15 +13,15 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.usage import UsageError
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.inputs import Joined, Left, Pushed, Requested, Requester
+from ormo_server.core.effects import Redeemed
+from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.core.method import PRESETS
-from ormo_server.core.state import PushResult, Ticket
 from ormo_server.sim.cli import main
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.finished import read_run
 from ormo_server.sim.run import Plan, Result
 from ormo_server.sim.workload import Computed, Model
-from ormo_server.trace import Refused, Start, read_trace
+from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import line_of
 from service.wire import WireWorker, connected, eventually, served, tensor_chunks
 from sim.by_ticket import SIZE, ByTicket, gradient_of, start
@@ -98,7 +98,7 @@ def record(trace: Path, directory: Path, settings: dict[str, Any]) -> torch.Tens
             worker.wire.join()
         with ThreadPoolExecutor(WORKERS) as pool:
             running = [pool.submit(worker.run) for worker in workers]
-            eventually(lambda: server.host.engine.position()[1] > GRADIENTS // 4)
+            eventually(lambda: server.host.engine.iteration()[1] > GRADIENTS // 4)
             stub.Control(pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=0.01)))
             for each in running:
                 each.result()
@@ -180,19 +180,27 @@ def test_a_trace_that_begins_with_a_restored_server_is_not_followed(trace: Path,
 # Processes that come back
 
 
-A = Requester("a", 1, 0, 1)
 EPOCH = 9
-ASKED = (Joined(1.0, "a", 1, 1), Requested(1.0, A))
-LEFT_AND_BACK = (Left(2.0, "a", 1), Joined(3.0, "a", 1, 1))
+ASKED = (Join(1.0, "a", 1, 1), Request(1.0, "a", 1, 0, 1))
+LEFT_AND_BACK = (Leave(2.0, "a", 1), Join(3.0, "a", 1, 1))
 
 
-def refused(request: int, ticket: int = 1) -> Refused:
-    return Refused(4.0, A._replace(request=request), (EPOCH, ticket), "TICKET_UNKNOWN")
+def refused(request: int, ticket: int = 1, slot: int = 0, seconds: float = 4.0) -> Refused:
+    return Refused(
+        seconds=seconds,
+        worker="a",
+        incarnation=1,
+        slot=slot,
+        request=request,
+        ticket=ticket,
+        ticket_epoch=EPOCH,
+        reason="TICKET_UNKNOWN",
+    )
 
 
-def pushed(request: int) -> Pushed:
-    ticket, result = Ticket(EPOCH, 1, A.slot_key, 0, 0, 1.0, True), PushResult(request, EPOCH, 1, 0, 0, 0.01)
-    return Pushed(4.0, A._replace(request=request), ticket, 4, result)
+def pushed(request: int, ticket: int = 1, slot: int = 0, seconds: float = 4.0) -> Recorded:
+    redeemed = Redeemed(0, 0, 1.0, 0, 0, 0.01, discarded=False, iteration_after=1)
+    return Recorded(Push(seconds, "a", 1, slot, request, ticket, EPOCH, 4), redeemed)
 
 
 class Buffered(ByTicket):
@@ -225,7 +233,9 @@ def follow(path: Path, *entries: Any, refusals: bool = True, workload: str = "si
         {"event": "start", "format": 1, "epoch": EPOCH, "iteration": 0, "fresh": True, "settings": {}, "time": 0.0}
         | {"model": {"parameters": SIZE}, "refusals": refusals}
     )
-    path.write_bytes(b"".join(map(line_of, (start, *entries))))
+    path.write_bytes(
+        b"".join(line_of(Recorded(each) if isinstance(each, Input) else each) for each in (start, *entries))
+    )
     plan = Plan(SimSettings(trace=path, workload=workload, evaluate_every=1000))
     made: Any = plan._workload
     made.tickets.clear()  # plans share it
@@ -234,42 +244,38 @@ def follow(path: Path, *entries: Any, refusals: bool = True, workload: str = "si
 
 
 def test_a_process_that_joins_again_is_the_same_worker_and_has_computed_what_was_refused(tmp_path: Path) -> None:
-    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)))
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Request(4.0, "a", 1, 0, 2))
     assert follow(tmp_path / "t", *entries) == [1]
 
 
 def test_a_retry_of_a_refused_gradient_is_not_computed_again(tmp_path: Path) -> None:
-    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Requested(4.0, A._replace(request=2)), *LEFT_AND_BACK, refused(2))
+    entries = (*ASKED, *LEFT_AND_BACK, refused(2), Request(4.0, "a", 1, 0, 2), *LEFT_AND_BACK, refused(2))
     assert follow(tmp_path / "t", *entries) == [1]
 
 
 def test_buffers_are_taken_with_the_first_delivery_after_each_join_and_looked_at_with_that_of_each_other_slot(
     tmp_path: Path,
 ) -> None:
-    def asked(slot: int, request: int) -> Requested:
-        return Requested(1.0, A._replace(slot=slot, request=request))
+    def asked(slot: int, request: int) -> Request:
+        return Request(1.0, "a", 1, slot, request)
 
-    def pushes(slot: int, request: int, ticket: int) -> Pushed:
-        key = ("a", slot)
-        result = PushResult(request, EPOCH, 1, 0, 0, 0.01)
-        return Pushed(
-            1.0, A._replace(slot=slot, request=request), Ticket(EPOCH, ticket, key, 0, 0, 1.0, True), 4, result
-        )
+    def pushes(slot: int, request: int, ticket: int) -> Recorded:
+        return pushed(request, ticket, slot, seconds=1.0)
 
     def lost(slot: int, request: int, ticket: int) -> Refused:
-        return Refused(1.0, A._replace(slot=slot, request=request), (EPOCH, ticket), "TICKET_UNKNOWN")
+        return refused(request, ticket, slot, seconds=1.0)
 
     entries = (
-        *(Joined(1.0, "a", 1, 2), asked(0, 1), asked(1, 1)),
+        *(Join(1.0, "a", 1, 2), asked(0, 1), asked(1, 1)),
         *(pushes(0, 2, 1), asked(0, 2), pushes(1, 2, 2), pushes(0, 3, 3), asked(0, 3)),
-        *(Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)),
+        *(Leave(2.0, "a", 1), Join(3.0, "a", 1, 2)),
         *(lost(0, 4, 4), asked(0, 4), pushes(0, 5, 5), asked(0, 5), pushes(0, 6, 6)),
     )
     assert follow(tmp_path / "t", *entries, workload="sim.test_replay:buffered") == [0, 1, -1, 2, 3, 4, 0, 5, 6]
 
 
 def test_that_several_slots_may_have_pushed_in_another_order_than_they_computed_in_is_warned_of(tmp_path: Path) -> None:
-    follow(tmp_path / "t", Joined(1.0, "b", 1, 1), Joined(1.0, "a", 1, 2))
+    follow(tmp_path / "t", Join(1.0, "b", 1, 1), Join(1.0, "a", 1, 2))
     warning = Plan(SimSettings(trace=tmp_path / "t", workload="sim.by_ticket:workload")).warning()
     assert "worker a joined with 2 slots in line 3" in warning
 
@@ -286,7 +292,7 @@ def test_that_a_run_began_from_another_model_is_warned_of(trace: Path, tmp_path:
 NOT_TOLD = {
     "of a ticket that was not the last": ((*ASKED, refused(2, ticket=7)), 3, "for ticket 7 was refused, whose param"),
     "that is taken at a second try": ((*ASKED, refused(2), pushed(2)), 4, "pushed again what had been refused"),
-    "of a process with other slots": ((*ASKED, Left(2.0, "a", 1), Joined(3.0, "a", 1, 2)), 4, "with 2 slots, not 1"),
+    "of a process with other slots": ((*ASKED, Leave(2.0, "a", 1), Join(3.0, "a", 1, 2)), 4, "with 2 slots, not 1"),
 }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from core.driving import told_by
 from ormo_protos.manifest import AVERAGE, BUFFER, FLOAT32, INT64, LAST, PARAMETER, Manifest, TensorSpec
 from ormo_protos.usage import UsageError
-from ormo_server.core.inputs import Input, Joined, Left, Pushed
+from ormo_server.core.inputs import Join, Leave, Push
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.schedule import LearningRate
 from ormo_server.sim.compute_times import parse
@@ -54,20 +55,21 @@ class Told:
         self.training = Training(
             Run(LearningRate(0.01), method, **settings), self.workload, self.record, evaluate_every=evaluate_every
         )
-        self.inputs: list[Input] = []
-        self.training.machine.listener = self.inputs.append
+        told = told_by(self.training.machine)
         park = MachinePark(parse(times), factors, latencies, bandwidths, seed=run.get("seed", 0))
         self.simulation = Simulation(
             self.training, park, workers=workers, slots=slots, changes=changes, failure_seconds=30.0
         )
         self.simulation.run()
+        self.inputs = [each.input for each in told]
+        self.redeemed = [each.redeemed for each in told if each.redeemed is not None]
 
     @property
-    def pushed(self) -> list[Pushed]:
-        return [taken for taken in self.inputs if isinstance(taken, Pushed)]
+    def pushed(self) -> list[Push]:
+        return [given for given in self.inputs if isinstance(given, Push)]
 
     def arrivals(self) -> list[tuple[float, str]]:
-        return [(taken.now, taken.requester.worker) for taken in self.pushed]
+        return [(push.seconds, push.worker) for push in self.pushed]
 
 
 # Who is when
@@ -76,20 +78,20 @@ class Told:
 def test_one_worker_pushes_once_per_compute_time() -> None:
     told = Told(times="constant:2", gradients=3)
     assert told.arrivals() == [(2.0, "worker-0"), (4.0, "worker-0"), (6.0, "worker-0")]
-    assert [taken.result.delay for taken in told.pushed] == [0, 0, 0]
+    assert [each.delay for each in told.redeemed] == [0, 0, 0]
 
 
 def test_a_slow_worker_takes_as_many_times_as_long() -> None:
     told = Told(workers=2, factors=[1.0, 3.0], gradients=5)
     fast, slow = "worker-0", "worker-1"
     assert told.arrivals() == [(1.0, fast), (2.0, fast), (3.0, slow), (3.0, fast), (4.0, fast)]
-    assert [taken.result.delay for taken in told.pushed] == [0, 0, 2, 1, 0]
+    assert [each.delay for each in told.redeemed] == [0, 0, 2, 1, 0]
 
 
 def test_messages_travel_by_latency_and_bandwidth_in_both_directions() -> None:
     # 5 float32 numbers are 20 bytes: 2 s at 10 bytes a second, after half a second of latency, each way.
     told = Told(latencies=[0.5], bandwidths=[10.0], gradients=2)
-    assert [taken.now for taken in told.pushed] == [2.5 + 1 + 2.5, 12.0]
+    assert [taken.seconds for taken in told.pushed] == [2.5 + 1 + 2.5, 12.0]
 
 
 def test_lines_are_dealt_out_to_the_workers_in_turn() -> None:
@@ -101,29 +103,29 @@ def test_lines_are_dealt_out_to_the_workers_in_turn() -> None:
 def test_a_worker_with_two_slots_computes_while_the_other_slots_message_travels() -> None:
     told = Told(slots=2, latencies=[0.5], gradients=6)
     # Without a second slot a gradient takes 2 s. With it the processor is never idle: one a second from 2 s on.
-    assert [taken.now for taken in told.pushed] == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-    assert [taken.requester.slot for taken in told.pushed] == [0, 1, 0, 1, 0, 1]
+    assert [taken.seconds for taken in told.pushed] == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert [taken.slot for taken in told.pushed] == [0, 1, 0, 1, 0, 1]
 
 
 def test_a_round_waits_for_the_slowest() -> None:
     told = Told(workers=3, factors=[1.0, 1.0, 5.0], method=PRESETS["ssgdm"], gradients=6)
-    assert [taken.now for taken in told.pushed] == [1.0, 1.0, 5.0, 6.0, 6.0, 10.0]
+    assert [taken.seconds for taken in told.pushed] == [1.0, 1.0, 5.0, 6.0, 6.0, 10.0]
 
 
 def test_bounded_staleness_holds_the_fast_ones_back_and_no_delay_exceeds_the_bound() -> None:
     method = Method("sgd", scheduler="bounded-staleness", staleness_bound=3)
     told = Told(workers=3, factors=[1.0, 1.0, 9.0], method=method, gradients=60)
     free = Told(workers=3, factors=[1.0, 1.0, 9.0], gradients=60)
-    assert max(taken.result.delay for taken in told.pushed) == 3
-    assert max(taken.result.delay for taken in free.pushed) > 3
+    assert max(each.delay for each in told.redeemed) == 3
+    assert max(each.delay for each in free.redeemed) > 3
     assert told.simulation.now > free.simulation.now
 
 
 def test_a_ticket_is_for_the_parameters_of_the_moment_at_which_it_was_handed_out() -> None:
     told = Told(workers=4, times="exponential:1", gradients=50)
-    for taken in told.pushed:
-        before = [other for other in told.pushed if other.now <= taken.ticket.handed_out_seconds]
-        assert taken.ticket.iteration == len(before)
+    for redeemed in told.redeemed:
+        before = [push for push in told.pushed if push.seconds <= redeemed.handed_out_seconds]
+        assert redeemed.iteration == len(before)
 
 
 # Comings and goings
@@ -133,26 +135,26 @@ def test_workers_that_join_later_take_part_from_then_on() -> None:
     told = Told(gradients=7, changes=[Change(2.5, "join", 2)])
     assert [worker for _, worker in told.arrivals()[:2]] == ["worker-0"] * 2
     assert {worker for _, worker in told.arrivals()[2:]} == {"worker-0", "worker-1", "worker-2"}
-    assert [taken.now for taken in told.inputs if isinstance(taken, Joined)] == [0.0, 2.5, 2.5]
+    assert [taken.seconds for taken in told.inputs if isinstance(taken, Join)] == [0.0, 2.5, 2.5]
     assert told.training.machine.bucket_size == 3
 
 
 def test_a_worker_that_leaves_is_gone_at_once_and_its_gradient_with_it() -> None:
     told = Told(workers=2, factors=[1.0, 2.0], gradients=8, changes=[Change(3.5, "leave", 1)])
     assert [seconds for seconds, worker in told.arrivals() if worker == "worker-1"] == [2.0]
-    assert [(taken.now, taken.worker) for taken in told.inputs if isinstance(taken, Left)] == [(3.5, "worker-1")]
+    assert [(taken.seconds, taken.worker) for taken in told.inputs if isinstance(taken, Leave)] == [(3.5, "worker-1")]
 
 
 def test_a_crashed_worker_is_silent_at_once_and_out_after_the_failure_timeout() -> None:
     told = Told(workers=2, gradients=60, changes=[Change(10.5, "crash", 0)])
     assert max(seconds for seconds, worker in told.arrivals() if worker == "worker-0") == 10.0
-    assert [(taken.now, taken.worker) for taken in told.inputs if isinstance(taken, Left)] == [(40.5, "worker-0")]
+    assert [(taken.seconds, taken.worker) for taken in told.inputs if isinstance(taken, Leave)] == [(40.5, "worker-0")]
 
 
 def test_a_crash_stops_a_synchronous_run_until_it_is_noticed_and_no_longer() -> None:
     told = Told(workers=3, method=PRESETS["ssgd"], gradients=12, changes=[Change(2.5, "crash", 2)])
     # Rounds at 1 and 2 s; the third gets two gradients at 3 s and closes when the third worker is given up at 32.5 s.
-    assert [taken.now for taken in told.pushed] == [1.0] * 3 + [2.0] * 3 + [3.0] * 2 + [33.5] * 2 + [34.5] * 2
+    assert [taken.seconds for taken in told.pushed] == [1.0] * 3 + [2.0] * 3 + [3.0] * 2 + [33.5] * 2 + [34.5] * 2
 
 
 def test_a_worker_that_is_not_there_cannot_leave() -> None:
@@ -226,7 +228,7 @@ def test_a_worker_with_a_bad_statistic_trains_on_and_gets_the_servers_when_a_rea
     workload = WithStatistic()
     told = Told(gradients=8, workload=workload)
     assert (told.record.refusals, told.record.diverged) == (0, False)
-    assert [taken.result.buffers_kept for taken in told.pushed] == [
+    assert [each.buffers_kept for each in told.redeemed] == [
         False,
         False,
         True,

@@ -8,7 +8,7 @@ from torch import nn
 
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FLOAT64, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Join, Push, Request
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.schedule import LearningRate
 from ormo_server.core.state_machine import StateMachine
@@ -62,14 +62,14 @@ def machine_of(flat: FlatModel, preset: str = "ormo") -> StateMachine:
     """A run with a redeemed ticket whose result is kept, one in flight, one undelivered if it can be, and a replaced
     incarnation."""
     machine = StateMachine.fresh(run(preset), flat.params, flat.float_buffers, flat.int_buffers, epoch=LARGEST_EPOCH)
-    machine.join(0.1, "anna", 2**63 + 5, 1)
-    machine.join(0.2, "bert", 1, 1)
-    machine.join(0.3, "bert", 2, 1)
-    machine.request_ticket(0.4, Requester("anna", 2**63 + 5, 0, 1))
+    machine.step(Join(0.1, "anna", 2**63 + 5, 1))
+    machine.step(Join(0.2, "bert", 1, 1))
+    machine.step(Join(0.3, "bert", 2, 1))
+    machine.step(Request(0.4, "anna", 2**63 + 5, 0, 1))
     ticket = next(ticket for ticket in machine.state.tickets.values() if ticket.slot == ("anna", 0))
-    gradient = Gradient(ticket.key, torch.randn_like(flat.params), samples=32)
-    machine.push(0.7, Requester("anna", 2**63 + 5, 0, 2), gradient)
-    machine.request_ticket(0.1 + 0.7, Requester("bert", 2, 0, 1))
+    push = Push(0.7, "anna", 2**63 + 5, 0, 2, ticket.number, ticket.epoch, samples=32)
+    machine.step(push, Gradient(torch.randn_like(flat.params)))
+    machine.step(Request(0.1 + 0.7, "bert", 2, 0, 1))
     return machine
 
 

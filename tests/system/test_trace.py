@@ -3,16 +3,22 @@
 import os
 import signal
 
-from ormo_server.core.inputs import Joined, Pushed
+from ormo_server.core.effects import Redeemed
+from ormo_server.core.inputs import Input, Join, Push
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan
 from ormo_server.store.checkpoint import read_files
-from ormo_server.trace import Segment, read_trace
+from ormo_server.trace import Recorded, Segment, read_trace
 from system.programs import Stage
 
 
-def pushes(segment: Segment) -> list[Pushed]:
-    return [taken for taken in segment.inputs if isinstance(taken, Pushed)]
+def inputs(segment: Segment) -> list[Input]:
+    return [entry.input for entry in segment.inputs if isinstance(entry, Recorded)]
+
+
+def redeemed(segment: Segment) -> list[Redeemed]:
+    entries = [entry for entry in segment.inputs if isinstance(entry, Recorded)]
+    return [entry.redeemed for entry in entries if entry.redeemed is not None]
 
 
 def pushes_in(text: str, worker: str) -> int:
@@ -38,11 +44,11 @@ def test_trace_of_a_run_that_was_killed_and_restarted_has_a_segment_for_each_sta
 
     first, second = read_trace(trace)
     assert [segment.start.fresh for segment in (first, second)] == [True, False]
-    assert [type(taken) for taken in first.inputs[:1]] == [Joined]
-    assert {taken.requester.worker for taken in pushes(first)} == {"a", "b"}
+    assert [type(given) for given in inputs(first)[:1]] == [Join]
+    assert {given.worker for given in inputs(first) if isinstance(given, Push)} == {"a", "b"}
     assert second.start.iteration > 0
     for segment in (first, second):
-        after = [taken.result.iteration for taken in pushes(segment)]
+        after = [each.iteration_after for each in redeemed(segment)]
         assert after == [segment.start.iteration + number for number in range(1, len(after) + 1)]
 
 
@@ -60,7 +66,7 @@ def test_run_of_a_worker_that_was_stopped_for_longer_than_its_lease_is_followed_
     stage.until(lambda s: "a" in [w.worker for w in s.workers if w.applied > 0], "it trains again")
     assert server.terminate() == 0
     (segment,) = read_trace(stage.folder / "run.jsonl")
-    assert [taken.worker for taken in segment.inputs if isinstance(taken, Joined)][2:] == ["a"]
+    assert [given.worker for given in inputs(segment) if isinstance(given, Join)][2:] == ["a"]
     kept = read_files(max((stage.folder / "run").glob("checkpoint-*"))).snapshot
     settings = SimSettings(trace=stage.folder / "run.jsonl", evaluate_every=1000)
     state = Plan(settings).run().training.machine.state

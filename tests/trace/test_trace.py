@@ -11,19 +11,9 @@ from hypothesis import strategies as st
 
 from ormo_protos.usage import UsageError
 from ormo_server.config import ServerSettings
-from ormo_server.core.inputs import (
-    Input,
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
-    Requester,
-    Returned,
-    Withdrawn,
-)
-from ormo_server.core.state import PushResult, Ticket
-from ormo_server.trace import Refused, Start, read_trace
+from ormo_server.core.effects import Redeemed
+from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
+from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import TracedSettings, line_of
 
 EPOCH = 2**63 + 5
@@ -35,8 +25,9 @@ def start_of(machine_settings: ServerSettings | None = None, **changes: Any) -> 
     return Start.model_validate({"event": "start", "format": 1, "epoch": EPOCH} | columns | changes)
 
 
-def written(path: Path, *inputs: Input | Refused, start: Start | None = None) -> Path:
-    path.write_bytes(b"".join(map(line_of, (start or start_of(), *inputs))))
+def written(path: Path, *entries: Input | Recorded | Refused, start: Start | None = None) -> Path:
+    recorded = (Recorded(each) if isinstance(each, Input) else each for each in entries)
+    path.write_bytes(b"".join(map(line_of, (start or start_of(), *recorded))))
     return path
 
 
@@ -47,34 +38,41 @@ SECONDS = st.floats(0, 1e12, allow_nan=False)
 WORKER = st.text(st.sampled_from("abcXYZ019._-"), min_size=1, max_size=20)
 WIDE, COUNT = st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)
 SLOT, REQUEST = st.integers(0, 15), st.integers(1, 2**63 - 1)
-REQUESTER = st.builds(Requester, WORKER, WIDE, SLOT, REQUEST)
+STEP_SIZE = st.floats(0, allow_nan=False, allow_infinity=False)
+REDEEMED = st.builds(Redeemed, COUNT, COUNT, SECONDS, COUNT, COUNT, STEP_SIZE, st.booleans(), COUNT, st.booleans())
 
 
 @st.composite
-def pushes(draw: st.DrawFn) -> Pushed:
-    who = draw(REQUESTER)
-    ticket = Ticket(draw(WIDE), draw(COUNT), who.slot_key, draw(COUNT), draw(COUNT), draw(SECONDS), delivered=True)
-    step_size, discarded = draw(st.floats(0, allow_nan=False, allow_infinity=False)), draw(st.booleans())
-    result = PushResult(who.request, EPOCH, draw(COUNT), draw(COUNT), draw(COUNT), step_size, discarded)
-    return Pushed(draw(SECONDS), who, ticket, draw(st.integers(0, 2**31 - 1)), result)
+def refusals(draw: st.DrawFn) -> Refused:
+    worker, incarnation, slot, request = draw(st.tuples(WORKER, WIDE, SLOT, REQUEST))
+    return Refused(
+        seconds=draw(SECONDS),
+        worker=worker,
+        incarnation=incarnation,
+        slot=slot,
+        request=request,
+        ticket=draw(st.integers(-(2**63), 2**63 - 1)),
+        ticket_epoch=draw(WIDE),
+        reason=draw(st.text()),
+    )
 
 
-INPUTS = st.one_of(
-    st.builds(Joined, SECONDS, WORKER, WIDE, st.integers(1, 16)),
-    st.builds(Left, SECONDS, WORKER, WIDE),
-    st.builds(Requested, SECONDS, REQUESTER),
-    st.builds(Withdrawn, st.tuples(WORKER, SLOT)),
-    st.builds(Returned, SECONDS, WORKER, WIDE, st.tuples(WIDE, COUNT)),
-    st.builds(LearningRateSet, SECONDS, st.floats(min_value=0, exclude_min=True, allow_infinity=False)),
-    st.builds(Refused, SECONDS, REQUESTER, st.tuples(WIDE, st.integers(-(2**63), 2**63 - 1)), st.text()),
-    pushes(),
+PUSHES = st.builds(Push, SECONDS, WORKER, WIDE, SLOT, REQUEST, COUNT, WIDE, st.integers(0, 2**31 - 1))
+OTHERS = st.one_of(
+    st.builds(Join, SECONDS, WORKER, WIDE, st.integers(1, 16)),
+    st.builds(Leave, SECONDS, WORKER, WIDE),
+    st.builds(Request, SECONDS, WORKER, WIDE, SLOT, REQUEST),
+    st.builds(Withdraw, WORKER, SLOT),
+    st.builds(Return, SECONDS, WORKER, WIDE, COUNT, WIDE),
+    st.builds(SetLearningRate, SECONDS, st.floats(min_value=0, exclude_min=True, allow_infinity=False)),
 )
+ENTRIES = st.one_of(OTHERS.map(Recorded), refusals(), st.builds(Recorded, PUSHES, REDEEMED))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(INPUTS, max_size=8))
+@given(st.lists(ENTRIES, max_size=8))
 def test_what_was_written_is_read_back_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory, inputs: list[Input | Refused]
+    tmp_path_factory: pytest.TempPathFactory, inputs: list[Recorded | Refused]
 ) -> None:
     path = written(tmp_path_factory.getbasetemp() / "trace.jsonl", *inputs)
     (segment,) = read_trace(path)
@@ -83,18 +81,24 @@ def test_what_was_written_is_read_back_bit_for_bit(
 
 
 def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:
-    who = Requester("a", 7, 0, 3)
-    pushed = Pushed(
-        2.5, who, Ticket(EPOCH, 4, ("a", 0), 10, 2, 1.25, delivered=True), 32, PushResult(3, EPOCH, 13, 2, 1, 0.1)
-    )
+    redeemed = Redeemed(10, 2, 1.25, 2, 1, 0.1, discarded=False, iteration_after=13)
     path = written(
         tmp_path / "t",
-        Requested(1.0, who),
-        Withdrawn(("a", 0)),
-        Returned(2.0, "a", 7, (EPOCH, 4)),
-        pushed,
-        Refused(2.75, Requester("a", 7, 0, 4), (EPOCH, 5), "NON_FINITE"),
-        LearningRateSet(3.0, 0.5),
+        Request(1.0, "a", 7, 0, 3),
+        Withdraw("a", 0),
+        Return(2.0, "a", 7, 4, EPOCH),
+        Recorded(Push(2.5, "a", 7, 0, 3, 4, EPOCH, 32), redeemed),
+        Refused(
+            seconds=2.75,
+            worker="a",
+            incarnation=7,
+            slot=0,
+            request=4,
+            ticket=5,
+            ticket_epoch=EPOCH,
+            reason="NON_FINITE",
+        ),
+        SetLearningRate(3.0, 0.5),
     )
     start, *rows = map(json.loads, path.read_text().splitlines())
     assert start["epoch"] == "0x8000000000000005"
@@ -217,8 +221,8 @@ def test_file_without_a_beginning_or_without_anything_is_refused(tmp_path: Path)
 
 
 def test_line_that_a_crash_cut_short_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
-    whole = Joined(1.0, "a", 1, 1)
-    text = written(tmp_path / "t", whole, Joined(2.0, "b", 2, 1)).read_bytes()
+    whole = Recorded(Join(1.0, "a", 1, 1))
+    text = written(tmp_path / "t", whole, Join(2.0, "b", 2, 1)).read_bytes()
     second = text.index(b"\n", text.index(b"\n") + 1) + 1
     for end in range(second, len(text) - 1):
         (tmp_path / "t").write_bytes(text[:end])
@@ -229,9 +233,8 @@ def test_line_that_a_crash_cut_short_is_left_out_wherever_it_was_cut(tmp_path: P
 
 
 def test_long_trace_is_read_in_seconds(tmp_path: Path) -> None:
-    who = Requester("worker", 2**64 - 1, 0, 1)
-    ticket = Ticket(EPOCH, 1, who.slot_key, 0, 0, 0.123456789, delivered=True)
-    row = line_of(Pushed(1.23456789, who, ticket, 32, PushResult(1, EPOCH, 1, 0, 0, 0.01)))
+    redeemed = Redeemed(0, 0, 0.123456789, 0, 0, 0.01, discarded=False, iteration_after=1)
+    row = line_of(Recorded(Push(1.23456789, "worker", 2**64 - 1, 0, 1, 1, EPOCH, 32), redeemed))
     (tmp_path / "t").write_bytes(line_of(start_of()) + row * 20_000)
     started = time.perf_counter()
     assert len(read_trace(tmp_path / "t")[0].inputs) == 20_000

@@ -11,10 +11,10 @@ import torch
 
 from ormo_protos.usage import UsageError
 from ormo_server.config import ServerSettings
-from ormo_server.core.inputs import Joined
+from ormo_server.core.inputs import Join
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.store import StoreError
-from ormo_server.trace import read_trace, writer
+from ormo_server.trace import Recorded, read_trace, writer
 from ormo_server.trace.writer import TraceWriter
 
 SETTINGS = ServerSettings(max_workers=1000)
@@ -28,7 +28,7 @@ class Traced:
         self.failures = 0
         self.writer = TraceWriter(path, self._failed)
         self.machine = StateMachine.fresh(SETTINGS.run(), torch.zeros(2), epoch=5)
-        self.writer.follow(self.machine, SETTINGS, fresh=True)
+        self.writer.begin(self.machine, SETTINGS, fresh=True)
         self.joined = 0
 
     def _failed(self) -> None:
@@ -37,10 +37,14 @@ class Traced:
     def join(self, number: int = 1) -> None:
         for _ in range(number):
             self.joined += 1
-            self.machine.join(float(self.joined), f"w{self.joined}", 1, 1)
+            given = Join(float(self.joined), f"w{self.joined}", 1, 1)
+            assert self.machine.step(given).changed
+            self.writer.append(Recorded(given))
 
     def told(self) -> list[str]:
-        return [taken.worker for taken in read_trace(self.path)[-1].inputs if isinstance(taken, Joined)]
+        entries = read_trace(self.path)[-1].inputs
+        joins = [entry.input for entry in entries if isinstance(entry, Recorded)]
+        return [join.worker for join in joins if isinstance(join, Join)]
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -156,14 +160,13 @@ def test_fault_of_ours_in_the_writer_does_not_reach_the_training(
 
 def test_input_costs_next_to_nothing_under_the_lock(tmp_path: Path) -> None:
     traced = Traced(tmp_path / "t")
-    taken = Joined(1.0, "a", 1, 1)
-    assert traced.machine.listener is not None
-    fastest = min(_seconds_of(traced.machine.listener, taken) for _ in range(2000))
+    taken = Recorded(Join(1.0, "a", 1, 1))
+    fastest = min(_seconds_of(traced.writer.append, taken) for _ in range(2000))
     traced.writer.close()
     assert fastest < 2e-6
 
 
-def _seconds_of(listener: Callable[[Joined], None], taken: Joined) -> float:
+def _seconds_of(append: Callable[[Recorded], None], taken: Recorded) -> float:
     started = time.perf_counter()
-    listener(taken)
+    append(taken)
     return time.perf_counter() - started

@@ -130,12 +130,12 @@ def test_a_buffer_that_changes_ends_the_step_with_its_name_before_anything_is_se
         model = Kept()
         with RemoteOptimizer(model, server.address) as optimizer:
             step(model, optimizer, batch())
-            before, queue = server.host.engine.position(), model.queue
+            before, queue = server.host.engine.iteration(), model.queue
             change(model)
             model.line.weight.grad = torch.zeros_like(model.line.weight)
             with pytest.raises(ModelUnusable, match="the buffer 'queue' has become"):
                 optimizer.step()
-            assert server.host.engine.position() == before
+            assert server.host.engine.iteration() == before
             model.queue = queue
             step(model, optimizer, batch())  # its ticket is still good
             assert optimizer.counted == 2

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from core.driving import Applied
+from core.driving import Applied, told_by
 from core.reference import closed_form, rounding
-from ormo_server.core.inputs import Pushed
+from ormo_server.core.inputs import Push
 from ormo_server.service.server import Server
+from ormo_server.trace import Recorded
 from ormo_worker import optimizer as optimizer_module
 from ormo_worker.errors import Refused
 from service.wire import eventually, served
@@ -26,19 +27,17 @@ def _no_threads_left() -> Iterator[None]:
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ormo-slot")] == []
 
 
-def pushes(server: Server) -> list[Pushed]:
-    """Of a server that has its model: the gradients that are counted from now on."""
-    found: list[Pushed] = []
+def inputs(server: Server) -> list[Recorded]:
+    """Of a server that has its model: those that take effect from now on."""
     with server.host.engine.inspect() as machine:
-        machine.listener = lambda taken: found.append(taken) if isinstance(taken, Pushed) else None
-    return found
+        return told_by(machine)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 def test_state_of_the_server_is_the_closed_form_for_the_delays_that_came(tmp_path: Path, in_flight: int) -> None:
     with served(tmp_path, slots_per_worker=4, learning_rate=0.05) as server:
         loop = Loop(server.address, in_flight)
-        pushed = pushes(server)
+        told = inputs(server)
         loop.wait()
         for _ in range(40):
             loop.step()
@@ -46,14 +45,15 @@ def test_state_of_the_server_is_the_closed_form_for_the_delays_that_came(tmp_pat
         of_slot = {slot: iter([value for who, value in loop.pushed if who == slot]) for slot in range(in_flight)}
         applied = [
             Applied(
-                torch.tensor([next(of_slot[one.requester.slot])], dtype=torch.float64),
-                one.result.step_size,
-                one.ticket.bucket,
-                one.ticket.iteration,
-                one.result.delay,
+                torch.tensor([next(of_slot[push.slot])], dtype=torch.float64),
+                redeemed.step_size,
+                redeemed.bucket,
+                redeemed.iteration,
+                redeemed.delay,
                 in_flight,
             )
-            for one in pushed
+            for push, redeemed in told
+            if isinstance(push, Push) and redeemed is not None
         ]
         start = torch.tensor([2.0])
         params, momentum = closed_form(start, applied, 0.5)
@@ -72,11 +72,11 @@ def test_slots_that_can_never_both_hold_a_ticket_do_not_wait_for_one_another(
     bounds = {"scheduler": "bounded-staleness", "staleness_bound": 0}
     with served(tmp_path, **bounds) as server:
         loop = Loop(server.address)
-        pushed = pushes(server)
+        told = inputs(server)
         for _ in range(10):
             loop.step()
         loop.optimizer.close()
-        assert [one.result.delay for one in pushed] == [0] * 10
+        assert [each.redeemed.delay for each in told if each.redeemed is not None] == [0] * 10
 
 
 def test_slot_that_waits_for_its_first_ticket_holds_nobody_up_at_the_end(
@@ -96,11 +96,12 @@ def test_workers_with_several_slots_share_a_bound_on_staleness(tmp_path: Path, m
         for thread in threads:
             thread.start()
         eventually(lambda: server.host.has_model)
-        pushed = pushes(server)
+        told = inputs(server)
         for thread in threads:
             thread.join(PATIENT_SECONDS)
-        assert len(pushed) == 40
-        assert max(one.result.delay for one in pushed) == 1
+        redeemed = [each.redeemed for each in told if each.redeemed is not None]
+        assert len(redeemed) == 40
+        assert max(each.delay for each in redeemed) == 1
 
 
 def train(address: str) -> None:

@@ -1,4 +1,8 @@
-"""What goes into the state machine: who asks, the gradient that a worker pushes, and inputs as plain records."""
+"""What moves the state machine: seven inputs, as plain data whose fields are a trace's columns.
+
+`seconds` are those of the driver's clock, which never runs backwards in a run. Tensors are no part of an input, so that
+it can be kept, compared and written as it is: the gradient of a `Push` goes beside it.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from ormo_server.core.keys import SlotKey, TicketKey
-from ormo_server.core.state import PushResult, Ticket
 
 
 class Requester(NamedTuple):
@@ -24,90 +27,140 @@ class Requester(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
-    """A gradient as it came in, already known to be finite (buffers need not be) and of the model's size.
+class Join:
+    """A worker introduces itself; repeated by the current incarnation, the answer is the same.
 
-    Attributes:
-        ticket: key of the ticket that it redeems.
-        values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
-        samples: in the mini-batch.
-        float_buffers: the worker's, shape (f,), float32; None if it sent none.
-        int_buffers: the worker's, shape (i,), int64, or the bits of float64; None if it sent none.
-        norm: Euclidean, of `values`; None for one that was taken before, and is only done again.
+    Raises:
+        Replaced: a newer incarnation of this id has joined.
+        Finished: the run is over.
+        BadRequest: a number of slots that the scheduler can't serve, or other than before.
+        TooManyWorkers: `max_workers` are here.
     """
 
-    ticket: TicketKey
-    values: torch.Tensor
-    samples: int = 0
-    float_buffers: torch.Tensor | None = None
-    int_buffers: torch.Tensor | None = None
-    norm: float | None = None
-
-
-# Inputs that took effect. `now` is seconds on the driver's clock, as it was passed in.
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A worker became a member, in the place of an older incarnation if there was one."""
-
-    now: float
+    seconds: float
     worker: str
     incarnation: int
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """A worker is no member any more: it left, or its lease ran out."""
+class Leave:
+    """A worker gives up its lease, or it ran out: its tickets are void and K follows.
 
-    now: float
+    Raises:
+        Replaced: a newer incarnation of this id has joined.
+    """
+
+    seconds: float
     worker: str
     incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
-    """A slot asked for a ticket."""
+class Request:
+    """A slot wants a ticket. It is granted at once, or by a later input, when the scheduler allows.
 
-    now: float
-    requester: Requester
+    A ticket that the slot held is void, unless it was not delivered yet and is this request's answer. A result that was
+    kept for an earlier request is confirmed.
 
+    Raises:
+        NotAMember, Replaced, BadRequest, StaleRequest: see `StateMachine.requesting_slot`.
+        Finished: the run is over.
+    """
 
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """A slot waits no longer."""
-
-    slot: SlotKey
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """A ticket came back unused, or was out for too long."""
-
-    now: float
+    seconds: float
     worker: str
     incarnation: int
-    ticket: TicketKey
+    slot: int
+    request: int
+
+    @property
+    def slot_key(self) -> SlotKey:
+        """(worker, slot)."""
+        return (self.worker, self.slot)
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
-    """A gradient redeemed a ticket."""
+class Withdraw:
+    """Nobody listens any more for the ticket that a slot waits for. It need not wait, nor exist."""
 
-    now: float
-    requester: Requester
-    ticket: Ticket
-    samples: int
-    result: PushResult
+    worker: str
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
-class LearningRateSet:
-    """The operator has set the learning rate."""
+class Return:
+    """A ticket comes back unused, or its time ran out: it is void, if it was in flight and this worker's."""
 
-    now: float
+    seconds: float
+    worker: str
+    incarnation: int
+    ticket: int
+    ticket_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A gradient is filed in the bucket of its ticket, moves the parameters, and uses up the ticket.
+
+    A retry of the slot's last redeemed ticket gets the result that was kept, and changes nothing.
+
+    Raises:
+        NotAMember, Replaced, BadRequest, StaleRequest: see `StateMachine.requesting_slot`.
+        Finished: the run is over.
+        TicketUnknown: the slot does not hold this ticket.
+        NormTooLarge: the gradient is so long that the parameters might become infinite.
+        StaleRequest: besides, the number is that of another gradient, whose result is kept.
+    """
+
+    seconds: float
+    worker: str
+    incarnation: int
+    slot: int
+    request: int
+    ticket: int
+    ticket_epoch: int
+    samples: int = 0
+
+    @property
+    def slot_key(self) -> SlotKey:
+        """(worker, slot)."""
+        return (self.worker, self.slot)
+
+    @property
+    def ticket_key(self) -> TicketKey:
+        """(epoch, number)."""
+        return (self.ticket_epoch, self.ticket)
+
+
+@dataclass(frozen=True, slots=True)
+class SetLearningRate:
+    """From the next bucket on, η is as if the settings had said this: warm-up and schedule go on, at this peak.
+
+    Raises:
+        BadRequest: below `schedule.LOWEST`, or above `HIGHEST`.
+        Finished: the run is over.
+    """
+
+    seconds: float
     learning_rate: float
 
 
-Input = Joined | Left | Requested | Withdrawn | Returned | Pushed | LearningRateSet
+Input = Join | Leave | Request | Withdraw | Return | Push | SetLearningRate
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The tensors of a `Push`, already known to be finite (buffers need not be) and of the model's size.
+
+    Attributes:
+        values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
+        float_buffers: the worker's, shape (f,), float32; None if it sent none.
+        int_buffers: the worker's, shape (i,), int64, or the bits of float64; None if it sent none.
+        norm: Euclidean, of `values`; None for one that was taken before, and is only done again.
+    """
+
+    values: torch.Tensor
+    float_buffers: torch.Tensor | None = None
+    int_buffers: torch.Tensor | None = None
+    norm: float | None = None

@@ -1,10 +1,10 @@
-"""The state machine of the parameter server: the inputs that move a run, and what follows from each.
+"""The state machine of the parameter server: `step` is the only way to move a run.
 
 All checks of an input come before its first change, so a refusal leaves the state as it was. What an input makes
-possible for others (a ticket for a slot that waited, the end of a wait) comes out as events.
+possible for others (a ticket for a slot that waited, the end of a wait) comes out with its effects.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ import torch
 
 from ormo_server.core import membership, tickets
 from ormo_server.core.buffers import Buffers, Merging
+from ormo_server.core.effects import NOTHING, Effects, Granted, Redeemed, Released
 from ormo_server.core.errors import (
     BadRequest,
     Finished,
@@ -23,20 +24,18 @@ from ormo_server.core.errors import (
     StaleRequest,
     TooManyWorkers,
 )
-from ormo_server.core.events import Event, Granted, Released
 from ormo_server.core.inputs import (
     Gradient,
     Input,
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
+    Join,
+    Leave,
+    Push,
+    Request,
     Requester,
-    Returned,
-    Withdrawn,
+    Return,
+    SetLearningRate,
+    Withdraw,
 )
-from ormo_server.core.keys import SlotKey, TicketKey
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES, Landing
 from ormo_server.core.scales import STEP_SCALES, Timing
@@ -48,8 +47,6 @@ from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
 class StateMachine:
     """Moves a `State` by inputs. Not thread-safe: whoever drives it gives it one input after the other.
 
-    Inputs that can hand out tickets take `now`, seconds on a clock of the driver's that never runs backwards in a run.
-
     Args:
         run: see below.
         state: see below.
@@ -59,9 +56,6 @@ class StateMachine:
         run: what decides how the state moves.
         state: where the run is.
         scheduler: who gets a ticket when.
-        listener: is told of every input that took effect, in order. The same inputs, fed to another machine that
-            started alike, lead to the same state, if every `Granted` is followed by the same `write_delivery`, in the
-            same dtype: what was sent is state of the rule `dc`.
     """
 
     def __init__(self, run: Run, state: State, buffers: Buffers | None = None) -> None:
@@ -71,8 +65,6 @@ class StateMachine:
         self._scale = STEP_SCALES[run.method.scale]
         sizes = state.float_buffers.numel(), state.int_buffers.numel()
         self._merging = Merging(Buffers.unnamed(*sizes) if buffers is None else buffers)
-        self._events: list[Event] = []
-        self.listener: Callable[[Input], None] | None = None
 
     @classmethod
     def fresh(
@@ -111,178 +103,142 @@ class StateMachine:
         schedule, tuning = self.run.learning_rate, self.state.tuning
         return schedule if tuning is None else replace(schedule, peak=tuning.peak)
 
-    def take_events(self) -> list[Event]:
-        """What followed from the inputs since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+    # Inputs
 
-    # Inputs: membership
+    def step(self, given: Input, gradient: Gradient | None = None) -> Effects:
+        """Take one input, and say what followed from it. What each means, and raises, stands with the inputs.
 
-    def join(self, now: float, worker: str, incarnation: int, slots: int) -> Member:
-        """A worker introduces itself; repeated by the current incarnation, the answer is the same.
+        The same inputs, given to another machine that started alike, lead to the same state, if every `Granted` is
+        followed by the same `write_delivery`, in the same dtype: what was sent is state of the rule `dc`.
+
+        Args:
+            given: the input.
+            gradient: of a `Push`.
 
         Raises:
-            Replaced: a newer incarnation of this id has joined.
-            Finished: the run is over.
-            BadRequest: a number of slots that the scheduler can't serve, or other than before.
-            TooManyWorkers: `max_workers` are here.
+            OrmoError: the input is refused. Nothing has changed.
         """
-        state = self.state
+        match given:
+            case Push():
+                assert gradient is not None
+                return self._push(given, gradient)
+            case Request():
+                return self._request_ticket(given)
+            case Join():
+                return self._join(given)
+            case Leave():
+                return self._leave(given)
+            case Withdraw():
+                return self._withdraw_request(given)
+            case Return():
+                return self._return_ticket(given)
+            case SetLearningRate():
+                return self._set_learning_rate(given)
+
+    def _join(self, given: Join) -> Effects:
+        state, worker = self.state, given.worker
         known = state.members.get(worker)
-        membership.refuse_replaced(self.state, worker, incarnation)
-        if known is not None and known.incarnation == incarnation:
-            self._refuse_other_slots(known, slots)
-            return known
-        self._refuse_newcomer(worker, slots)
-        if known is not None:
-            self._remove(known, Replaced(f"a newer process joined as worker {worker!r}"))
-        member = membership.add(state, worker, incarnation, slots, run_seed=self.run.seed)
+        membership.refuse_replaced(state, worker, given.incarnation)
+        if known is not None and known.incarnation == given.incarnation:
+            self._refuse_other_slots(known, given.slots)
+            return Effects(changed=False, member=known)
+        self._refuse_newcomer(worker, given.slots)
+        replaced = Replaced(f"a newer process joined as worker {worker!r}")
+        released = self._remove(known, replaced) if known is not None else ()
+        member = membership.add(state, worker, given.incarnation, given.slots, run_seed=self.run.seed)
         state.started = state.started or len(state.members) >= self.run.min_workers
-        if self.listener is not None:
-            self.listener(Joined(now, worker, incarnation, slots))
-        self._hand_out(now)
-        return member
+        return Effects(member=member, released=released, granted=self._hand_out(given.seconds))
 
-    def leave(self, now: float, worker: str, incarnation: int) -> bool:
-        """A worker gives up its lease, or it ran out: its tickets are void and K follows.
+    def _leave(self, given: Leave) -> Effects:
+        membership.refuse_replaced(self.state, given.worker, given.incarnation)
+        member = self.state.members.get(given.worker)
+        if member is None or member.incarnation != given.incarnation:
+            return NOTHING
+        gone = NotAMember(f"worker {given.worker!r} has left or its lease ran out: join again")
+        return Effects(released=self._remove(member, gone), granted=self._hand_out(given.seconds))
 
-        Returns:
-            Whether it was a member.
-
-        Raises:
-            Replaced: a newer incarnation of this id has joined.
-        """
-        membership.refuse_replaced(self.state, worker, incarnation)
-        member = self.state.members.get(worker)
-        if member is None or member.incarnation != incarnation:
-            return False
-        self._remove(member, NotAMember(f"worker {worker!r} has left or its lease ran out: join again"))
-        if self.listener is not None:
-            self.listener(Left(now, worker, incarnation))
-        self._hand_out(now)
-        return True
-
-    # Inputs: tickets
-
-    def request_ticket(self, now: float, requester: Requester) -> None:
-        """A slot wants a ticket. It comes as a `Granted` event, at once or when the scheduler allows.
-
-        A ticket that the slot held is void, unless it was not delivered yet and is this request's answer. A result
-        that was kept for an earlier request is confirmed.
-
-        Raises:
-            NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
-            Finished: the run is over.
-        """
-        slot = self.requesting_slot(requester)
+    def _request_ticket(self, given: Request) -> Effects:
+        slot, key = self.requesting_slot(given), given.slot_key
         self._refuse_finished()
-        if requester.request > slot.request:
-            slot.request, slot.result = requester.request, None
+        if given.request > slot.request:
+            slot.request, slot.result = given.request, None
         slot.idle = False
-        ticket = tickets.held(self.state, requester.slot_key)
+        ticket = tickets.held(self.state, key)
         if ticket is not None and self.scheduler.voids_held_ticket(ticket):
             tickets.close(self.state, ticket)
-        self.state.waiting[requester.slot_key] = None
-        if self.listener is not None:
-            self.listener(Requested(now, requester))
-        self._hand_out(now)
+        self.state.waiting[key] = None
+        return Effects(granted=self._hand_out(given.seconds))
 
-    def withdraw_request(self, slot: SlotKey) -> None:
-        """Nobody listens any more for the ticket that this slot waits for. It need not wait, nor exist."""
-        if slot in self.state.waiting:
-            del self.state.waiting[slot]
-            if self.listener is not None:
-                self.listener(Withdrawn(slot))
+    def _withdraw_request(self, given: Withdraw) -> Effects:
+        key = (given.worker, given.slot)
+        if key not in self.state.waiting:
+            return NOTHING
+        del self.state.waiting[key]
+        return Effects()
 
-    def return_ticket(self, now: float, worker: str, incarnation: int, key: TicketKey) -> bool:
-        """A ticket comes back unused, or its time ran out: it is void.
-
-        Returns:
-            Whether it was in flight and this worker's.
-        """
-        ticket = self.state.tickets.get(key)
-        member = self.state.members.get(worker)
-        if ticket is None or member is None or ticket.slot[0] != worker or member.incarnation != incarnation:
-            return False
+    def _return_ticket(self, given: Return) -> Effects:
+        ticket = self.state.tickets.get((given.ticket_epoch, given.ticket))
+        member = self.state.members.get(given.worker)
+        if ticket is None or member is None or ticket.slot[0] != given.worker:
+            return NOTHING
+        if member.incarnation != given.incarnation:
+            return NOTHING
         tickets.close(self.state, ticket)
         self.state.slot(ticket.slot).idle = True
-        if self.listener is not None:
-            self.listener(Returned(now, worker, incarnation, key))
-        self._hand_out(now)
-        return True
+        return Effects(granted=self._hand_out(given.seconds))
 
-    def write_delivery(self, granted: Granted, out: torch.Tensor) -> None:
-        """Write what the ticket's delivery carries into `out`, shape (d,), float32 or bfloat16.
-
-        Call it before the next input, so that these are the parameters of the ticket's iteration.
-        """
-        self.delivery(granted)(out, slice(None))
-        self.state.rule.ticket_delivered(granted.slot, out)
-
-    def delivery(self, granted: Granted) -> Callable[[torch.Tensor, slice], object]:
-        """As `write_delivery`, for rules that keep no deliveries: writes one part, and may be called until `push` is.
-
-        Call it before the next input; what it returns is called with `out` and the part of it to write.
-        """
-        params = granted.params
-        if params is not None:
-            return lambda out, part: out[part].copy_(params[part])
-        state, sending = self.state, self.state.sending(self.bucket_size)
-        return lambda out, part: state.rule.write_delivery(state.params, out, sending, part)
-
-    # Inputs: gradients
-
-    def push(self, now: float, requester: Requester, gradient: Gradient) -> PushResult:
-        """File one gradient in the bucket of its ticket, move the parameters, and use up the ticket.
-
-        Returns:
-            Where the gradient landed; for a retry of the slot's last redeemed ticket, the result kept.
-
-        Raises:
-            NotAMember, Replaced, BadRequest, StaleRequest: see `requesting_slot`.
-            Finished: the run is over.
-            TicketUnknown: the slot does not hold this ticket.
-            NormTooLarge: the gradient is so long that the parameters might become infinite.
-            StaleRequest: besides, the number is that of another gradient, whose result is kept.
-        """
-        slot = self.requesting_slot(requester)
-        if slot.result is not None and slot.result.request == requester.request:
-            self._refuse_other_gradient(slot, requester, gradient.ticket)
-            return replace(slot.result, repeated=True)
+    def _set_learning_rate(self, given: SetLearningRate) -> Effects:
+        try:
+            replace(self.run.learning_rate, peak=given.learning_rate)
+        except SettingsError as error:
+            raise BadRequest(str(error)) from error
         self._refuse_finished()
-        ticket = tickets.in_flight(self.state, requester.slot_key, gradient.ticket)
-        self._assert_sizes(gradient)
-        seconds = now - ticket.handed_out_seconds
-        slot.result = self._count(requester, ticket, gradient, seconds)
-        slot.request, slot.redeemed, slot.ticket_seconds = requester.request, ticket.key, seconds
-        tickets.close(self.state, ticket)
-        if self.listener is not None:
-            self.listener(Pushed(now, requester, ticket, gradient.samples, slot.result))
-        if self.reached_end():
-            self.finish()
-        self._hand_out(now)
-        return slot.result
+        self.state.tuning = Tuning(given.learning_rate, self.run.learning_rate.peak)
+        if self.state.iteration == 0:  # the first bucket has opened, and has no gradient yet
+            self.state.learning_rate = self.learning_rate.at(0)
+        return Effects()
 
-    def _count(self, requester: Requester, ticket: Ticket, gradient: Gradient, seconds: float) -> PushResult:
+    def _push(self, given: Push, gradient: Gradient) -> Effects:
+        slot = self.requesting_slot(given)
+        if slot.result is not None and slot.result.request == given.request:
+            self._refuse_other_gradient(slot, given)
+            return Effects(changed=False, result=replace(slot.result, repeated=True))
+        self._refuse_finished()
+        ticket = tickets.in_flight(self.state, given.slot_key, given.ticket_key)
+        self._assert_sizes(gradient)
+        seconds, bucket_size = given.seconds - ticket.handed_out_seconds, self.bucket_size
+        slot.result = result = self._count(given, ticket, gradient, seconds)
+        slot.request, slot.redeemed, slot.ticket_seconds = given.request, ticket.key, seconds
+        tickets.close(self.state, ticket)
+        return Effects(
+            result=result,
+            redeemed=_redeemed(ticket, result),
+            bucket_size=bucket_size,
+            learning_rate=self.state.learning_rate,
+            released=self.finish() if self.reached_end() else (),
+            granted=self._hand_out(given.seconds),
+        )
+
+    def _count(self, given: Push, ticket: Ticket, gradient: Gradient, seconds: float) -> PushResult:
         state = self.state
         delay = state.iteration - ticket.iteration
         counted_delay = self.scheduler.counted_delay(delay)
         limit = self.run.method.discard_limit(self.bucket_size)
         if limit is not None and counted_delay >= limit:
             lag = max(0, state.newest_bucket - ticket.bucket)
-            return PushResult(requester.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
+            return PushResult(given.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
         learning_rate, landing = self._land(ticket, counted_delay, seconds)
         if gradient.norm is not None and not state.rule.stays_finite(state.params, gradient.norm, landing):
-            raise self._too_large(requester, gradient.norm, landing)
+            raise _too_large(given, gradient.norm, landing)
         state.newest_bucket += landing.opened_buckets
         state.learning_rate = learning_rate
         state.rule.apply(state.params, gradient.values, landing)
         kept = self._merge_buffers(gradient)
         state.iteration += 1
-        state.samples += gradient.samples
+        state.samples += given.samples
         self.scheduler.count_applied(state, landing.bucket_size)
         return PushResult(
-            requester.request,
+            given.request,
             state.epoch,
             state.iteration,
             delay,
@@ -309,16 +265,6 @@ class StateMachine:
         )
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
-    @staticmethod
-    def _too_large(requester: Requester, norm: float, landing: Landing) -> NormTooLarge:
-        return NormTooLarge(
-            f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {norm:.4g}: with a "
-            f"step size of {landing.step_size:.4g} the parameters might become infinite, so it was not applied; its "
-            "ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or clip or "
-            "rescale the gradient",
-            worker=requester.worker,
-        )
-
     def _merge_buffers(self, gradient: Gradient) -> bool:
         """Whether a tensor that came with NaN or infinity was not taken."""
         # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
@@ -329,55 +275,56 @@ class StateMachine:
             kept |= self._merging.merge_ints(self.state.int_buffers, gradient.int_buffers, weight)
         return kept
 
-    # Inputs: the operator
+    # Deliveries
 
-    def set_learning_rate(self, now: float, peak: float) -> None:
-        """From the next bucket on, η is as if the settings had said this: warm-up and schedule go on, at this peak.
+    def write_delivery(self, granted: Granted, out: torch.Tensor) -> None:
+        """Write what the ticket's delivery carries into `out`, shape (d,), float32 or bfloat16.
 
-        Raises:
-            BadRequest: below `schedule.LOWEST`, or above `HIGHEST`.
-            Finished: the run is over.
+        Call it before the next input, so that these are the parameters of the ticket's iteration.
         """
-        try:
-            replace(self.run.learning_rate, peak=peak)
-        except SettingsError as error:
-            raise BadRequest(str(error)) from error
-        self._refuse_finished()
-        self.state.tuning = Tuning(peak, self.run.learning_rate.peak)
-        if self.state.iteration == 0:  # the first bucket has opened, and has no gradient yet
-            self.state.learning_rate = self.learning_rate.at(0)
-        if self.listener is not None:
-            self.listener(LearningRateSet(now, peak))
+        self.delivery(granted)(out, slice(None))
+        self.state.rule.ticket_delivered(granted.slot, out)
+
+    def delivery(self, granted: Granted) -> Callable[[torch.Tensor, slice], object]:
+        """As `write_delivery`, for rules that keep no deliveries: writes one part, and may be called until `push` is.
+
+        Call it before the next input; what it returns is called with `out` and the part of it to write.
+        """
+        params = granted.params
+        if params is not None:
+            return lambda out, part: out[part].copy_(params[part])
+        state, sending = self.state, self.state.sending(self.bucket_size)
+        return lambda out, part: state.rule.write_delivery(state.params, out, sending, part)
 
     # What follows from inputs
 
-    def _hand_out(self, now: float) -> None:
+    def _hand_out(self, now: float) -> Sequence[Granted]:
         if self.state.finished or not self.state.started:
-            return
-        for ticket in self.scheduler.hand_out(self.state, now):
-            self._events.append(Granted(ticket.slot, ticket, self.state.round_params))
+            return ()
+        handed_out = self.scheduler.hand_out(self.state, now)
+        return [Granted(ticket.slot, ticket, self.state.round_params) for ticket in handed_out]
 
     def reached_end(self) -> bool:
         """Whether the run has as many gradients or samples as it should."""
         gradients, samples = self.run.stop_after_gradients, self.run.stop_after_samples
         return bool((gradients and self.state.iteration >= gradients) or (samples and self.state.samples >= samples))
 
-    def finish(self) -> None:
+    def finish(self) -> Sequence[Released]:
         """End the run: all tickets are void and nobody waits any more."""
         state = self.state
         state.finished = True
         for ticket in list(state.tickets.values()):
             tickets.close(state, ticket)
-        for slot in state.waiting:
-            self._events.append(Released(slot, self._over()))
+        released = [Released(slot, self._over()) for slot in state.waiting]
         state.waiting.clear()
+        return released
 
-    def _remove(self, member: Member, why: OrmoError) -> None:
-        self._events += [Released(slot, why) for slot in membership.remove(self.state, member)]
+    def _remove(self, member: Member, why: OrmoError) -> Sequence[Released]:
+        return [Released(slot, why) for slot in membership.remove(self.state, member)]
 
     # Checks
 
-    def requesting_slot(self, requester: Requester) -> Slot:
+    def requesting_slot(self, requester: Requester | Request | Push) -> Slot:
         """The slot that asks.
 
         Raises:
@@ -400,12 +347,12 @@ class StateMachine:
             )
         return slot
 
-    def _refuse_other_gradient(self, slot: Slot, requester: Requester, ticket: TicketKey) -> None:
+    def _refuse_other_gradient(self, slot: Slot, given: Push) -> None:
         # Who begins to count anew must not take another gradient's result for its own, and lose its gradient.
-        if slot.redeemed is not None and slot.redeemed != ticket:
+        if slot.redeemed is not None and slot.redeemed != given.ticket_key:
             raise StaleRequest(
-                f"request {requester.request} of slot {requester.slot} of worker {requester.worker!r} was for ticket "
-                f"{slot.redeemed[1]} and comes again for ticket {ticket[1]}: numbers rise with every new gradient"
+                f"request {given.request} of slot {given.slot} of worker {given.worker!r} was for ticket "
+                f"{slot.redeemed[1]} and comes again for ticket {given.ticket}: numbers rise with every new gradient"
             )
 
     def _refuse_finished(self) -> None:
@@ -432,3 +379,27 @@ class StateMachine:
                 "one leaves",
                 retry_seconds=5.0,
             )
+
+
+def _too_large(given: Push, norm: float, landing: Landing) -> NormTooLarge:
+    return NormTooLarge(
+        f"the gradient of worker {given.worker!r}, request {given.request}, has norm {norm:.4g}: with a "
+        f"step size of {landing.step_size:.4g} the parameters might become infinite, so it was not applied; its "
+        "ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or clip or "
+        "rescale the gradient",
+        worker=given.worker,
+    )
+
+
+def _redeemed(ticket: Ticket, result: PushResult) -> Redeemed:
+    return Redeemed(
+        ticket.iteration,
+        ticket.bucket,
+        ticket.handed_out_seconds,
+        result.delay,
+        result.lag_buckets,
+        result.step_size,
+        result.discarded,
+        result.iteration,
+        result.buffers_kept,
+    )

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from ormo_server.core.inputs import Pushed
+from ormo_server.core.inputs import Push
 from ormo_server.journal.chain import End, Line, Place, parsed
 
 
@@ -39,9 +39,8 @@ class Behind:
         self.doubled |= place <= self._used
         self._ends[log] = max(self._ends.get(log, 0), line.number)
         self._acknowledged = max(self._acknowledged, self._told_by(log, line))
-        taken = None if line.record.input is None else line.record.input.input(0)
-        if isinstance(taken, Pushed):
-            self._pushes.append((place, taken.requester.worker))
+        if line.record.input is not None and isinstance(push := line.record.input.input, Push):
+            self._pushes.append((place, push.worker))
 
     def _told_by(self, log: int, line: Line) -> Place:
         if line.acknowledged > 0:

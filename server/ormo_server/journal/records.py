@@ -3,12 +3,11 @@
 import re
 import zlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
-from ormo_server.core.inputs import Input
-from ormo_server.trace.rows import InputRow, row_of
+from ormo_server.trace.rows import INPUT_ROWS, Recorded, recorded_of, row_of
 
 LOG_NAME = re.compile(r"inputs-(\d{8,})\.log")
 GRADIENTS_NAME = re.compile(r"gradients-(\d{8,})\.bin")
@@ -18,6 +17,17 @@ LONGEST_LINE_BYTES = 1 << 16
 _CHECKSUM_DIGITS = 8
 
 Count = Annotated[int, Field(ge=0)]
+
+
+def _read(value: Any) -> Recorded:
+    return value if isinstance(value, Recorded) else recorded_of(INPUT_ROWS.validate_python(value))
+
+
+def _columns(recorded: Recorded) -> dict[str, Any]:
+    return row_of(recorded).model_dump(mode="json", exclude_none=True)
+
+
+InputOfTrace = Annotated[Recorded, PlainValidator(_read), PlainSerializer(_columns)]
 
 
 class _Line(BaseModel):
@@ -60,12 +70,12 @@ class Record(_Line):
     """One line: an input, or a delivery.
 
     Attributes:
-        input: what the core was given.
+        input: what the core was given, as a row of a trace.
         gradient: of a push.
         delivered: what went out.
     """
 
-    input: InputRow | None = None
+    input: InputOfTrace | None = None
     gradient: StoredGradient | None = None
     delivered: Delivered | None = None
 
@@ -80,13 +90,6 @@ class Record(_Line):
     def text(self) -> bytes:
         """As it is written."""
         return self.model_dump_json(exclude_none=True).encode()
-
-
-def text_of(taken: Input | Delivered, gradient: StoredGradient | None) -> bytes:
-    """What is written of an input or a delivery."""
-    if isinstance(taken, Delivered):
-        return Record(delivered=taken).text()
-    return Record(input=row_of(taken), gradient=gradient).text()
 
 
 def sealed(record: Record) -> bytes:

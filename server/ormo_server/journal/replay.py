@@ -5,19 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from ormo_protos.tensors import Payload, torch_dtype
+from ormo_server.core.effects import Granted
 from ormo_server.core.errors import NonFinite, NormTooLarge, SettingsError
-from ormo_server.core.events import Granted
-from ormo_server.core.inputs import (
-    Gradient,
-    Input,
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
-    Returned,
-    Withdrawn,
-)
+from ormo_server.core.inputs import Gradient
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal.records import Delivered, Record
@@ -47,10 +37,11 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
     for number, (record, payload) in enumerate(records, start=1):
         try:
             if record.input is not None:
-                taken = record.input.input(machine.state.epoch)
-                same = _feed(machine, taken, payload)
-                clock_seconds = max(clock_seconds, getattr(taken, "now", clock_seconds))
-                granted |= {event.slot: event for event in machine.take_events() if isinstance(event, Granted)}
+                given, redeemed = record.input
+                effects = machine.step(given, None if payload is None else gradient_in(payload))
+                same = effects.changed and effects.redeemed == redeemed
+                clock_seconds = max(clock_seconds, getattr(given, "seconds", clock_seconds))
+                granted |= {each.slot: each for each in effects.granted}
             else:
                 same = _deliver(machine, granted, record.delivered)
         except Exception as error:
@@ -62,32 +53,15 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
     return clock_seconds
 
 
-def _feed(machine: StateMachine, taken: Input, payload: Payload | None) -> bool:
-    match taken:
-        case Joined(now, worker, incarnation, slots):
-            machine.join(now, worker, incarnation, slots)
-        case Left(now, worker, incarnation):
-            return machine.leave(now, worker, incarnation)
-        case Requested(now, requester):
-            machine.request_ticket(now, requester)
-        case Withdrawn(slot):
-            machine.withdraw_request(slot)
-        case Returned(now, worker, incarnation, ticket):
-            return machine.return_ticket(now, worker, incarnation, ticket)
-        case LearningRateSet(now, learning_rate):
-            machine.set_learning_rate(now, learning_rate)
-        case Pushed(now, requester, ticket, samples, result):
-            assert payload is not None
-            with_buffers = payload.layout.with_buffers
-            gradient = Gradient(
-                ticket.key,
-                payload.parameters,
-                samples,
-                payload.float_buffers if with_buffers else None,
-                payload.int_buffers if with_buffers else None,
-            )
-            return machine.push(now, requester, gradient) == result
-    return True
+def gradient_in(payload: Payload, norm: float | None = None) -> Gradient:
+    """What a push carried, as the core takes it."""
+    with_buffers = payload.layout.with_buffers
+    return Gradient(
+        payload.parameters,
+        payload.float_buffers if with_buffers else None,
+        payload.int_buffers if with_buffers else None,
+        norm,
+    )
 
 
 def _deliver(machine: StateMachine, granted: dict[SlotKey, Granted], delivered: Delivered | None) -> bool:

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ormo_protos.tensors import Payload
+from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import DiskFull, NotReady
-from ormo_server.core.inputs import Input, Pushed
+from ormo_server.core.inputs import Input
 from ormo_server.core.keys import SlotKey
 from ormo_server.journal.chain import End, chained, opening
 from ormo_server.journal.gradient_files import GradientFiles
@@ -22,13 +23,14 @@ from ormo_server.journal.records import (
     LOG_NAME,
     MARK_NAME,
     Delivered,
+    Record,
     StoredGradient,
     log_path,
     next_log,
     numbered,
-    text_of,
 )
 from ormo_server.store.files import make_directory, sync
+from ormo_server.trace.rows import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +44,15 @@ _MOST_BOUNDS = 2
 _SECONDS_BETWEEN_COMPLAINTS = 10.0
 
 
-class _Entry(NamedTuple):
-    """What a line will say. `taken` is None where a new log begins instead."""
-
-    taken: Input | Delivered | None
-    gradient: StoredGradient | None = None
+# What a line will say; None where a new log begins instead. Lines are formatted by the thread that writes them.
+_Entry = tuple[Input, Redeemed | None, StoredGradient | None] | Delivered | None
 
 
 class Journal:
     """Records a run's inputs.
 
-    Three groups of methods: `store` before the lock of whoever drives the core is taken, `announce` to `begin_log`
-    under it, and the rest after it.
+    Three groups of methods: `store` before the lock of whoever drives the core is taken, `append` to `begin_log` under
+    it, and the rest after it.
 
     Args:
         directory: made if it is missing.
@@ -95,7 +94,6 @@ class Journal:
         self.log = next_log(directory, after)
         self.position = 0
         self._complained = float("-inf")
-        self._announced: StoredGradient | None = None
         self._taken: deque[_Entry] = deque()
         # One thread at a time writes for all.
         self._committing = threading.Lock()
@@ -153,34 +151,37 @@ class Journal:
 
     # Under the lock
 
-    def announce(self, stored: StoredGradient | None) -> None:
-        """The payload of the push that may be taken next."""
-        self._announced = stored
+    def append(self, given: Input, redeemed: Redeemed | None = None, stored: StoredGradient | None = None) -> int:
+        """An input took effect.
 
-    def take(self, taken: Input) -> None:
-        """An input took effect."""
-        stored = None
-        if isinstance(taken, Pushed):
-            stored = self._announced
-            assert stored is not None
+        Args:
+            given: the input.
+            redeemed: what became of a push.
+            stored: where a push's gradient is.
+
+        Returns:
+            The position to wait for.
+        """
+        if stored is not None:
             self._gradients.named(stored, self.log)
-        self._append(_Entry(taken, stored))
+        return self._append((given, redeemed, stored))
 
     def delivered(self, slot: SlotKey, dtype: int) -> None:
         """Parameters went out that the update rule keeps."""
-        self._append(_Entry(Delivered(worker=slot[0], slot=slot[1], dtype=dtype)))
+        self._append(Delivered(worker=slot[0], slot=slot[1], dtype=dtype))
 
     def begin_log(self) -> int:
         """Put what comes from now on into a new log; returns its number. A checkpoint of this moment names it."""
         self.log += 1
-        self._append(_Entry(None))
+        self._append(None)
         self._begun[self.log] = self.position
         self._gradients.begin_file()
         return self.log
 
-    def _append(self, entry: _Entry) -> None:
+    def _append(self, entry: _Entry) -> int:
         self._taken.append(entry)
         self.position += 1
+        return self.position
 
     # After the lock
 
@@ -189,7 +190,7 @@ class Journal:
         if stored is not None:
             self._gradients.release(stored)
 
-    def settle(self, position: int) -> None:
+    def wait_durable(self, position: int) -> None:
         """Return when the entries up to a position are as safe as they will be; many wait for one write.
 
         Raises:
@@ -236,10 +237,9 @@ class Journal:
 
     def _write(self) -> None:
         while self._unwritten:
-            entries = list(takewhile(lambda entry: entry.taken is not None, self._unwritten))
+            entries = list(takewhile(lambda entry: entry is not None, self._unwritten))
             if entries:
-                texts = (text_of(taken, stored) for taken, stored in entries if taken is not None)
-                lines, end = chained(self._end, texts)
+                lines, end = chained(self._end, (_record_of(entry).text() for entry in entries if entry is not None))
                 self._file.append(lines)
                 self._end, self._last_line = end, end.place
             else:
@@ -283,7 +283,7 @@ class Journal:
         entries = self.position - self._forgotten
         return self.size_bytes > self._max_bytes or entries > ENTRIES_BETWEEN_CHECKPOINTS
 
-    def forget_before(self, log: int | None) -> None:
+    def forget_before(self, log: int) -> None:
         """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
 
         Args:
@@ -292,7 +292,6 @@ class Journal:
         Raises:
             OSError: a file can't be taken away.
         """
-        assert log is not None
         with self._committing:
             if self._closed:
                 return
@@ -317,3 +316,10 @@ class Journal:
                 self._file.close()
                 self._mark.close()
         self._gradients.close()
+
+
+def _record_of(entry: tuple[Input, Redeemed | None, StoredGradient | None] | Delivered) -> Record:
+    if isinstance(entry, Delivered):
+        return Record(delivered=entry)
+    given, redeemed, stored = entry
+    return Record(input=Recorded(given, redeemed), gradient=stored)

@@ -49,13 +49,13 @@ class Controls:
             case _:
                 raise BadRequest("a control request without an action: expected checkpoint, drain or set_learning_rate")
         if self._host.has_model:
-            answer.iteration.epoch, answer.iteration.number = self._host.engine.position()
+            answer.iteration.epoch, answer.iteration.number = self._host.engine.iteration()
         return answer
 
     def _checkpoint(self) -> str:
         engine = self._host.engine  # or else there is nothing to write
         if not self._host.checkpoint(anew=True) or self._host.last_checkpoint is None:
-            iteration = engine.position()[1]
+            iteration = engine.iteration()[1]
             raise NotReady(
                 f"no checkpoint of iteration {iteration} could be written, the earlier ones stay: the server's log "
                 "says why",

@@ -12,7 +12,7 @@ from ormo_server.core.keys import TicketKey
 
 
 @dataclass(frozen=True, slots=True)
-class Push:
+class ReceivedGradient:
     """A gradient that has arrived whole.
 
     Attributes:

@@ -21,11 +21,11 @@ from ormo_server.core.blocks import largest
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
 from ormo_server.core.rules import LARGEST, UPDATE_RULES
 from ormo_server.core.state_machine import StateMachine
-from ormo_server.journal import Journal, NoJournal, is_journal, next_log, told_since
+from ormo_server.journal import Journal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
-from ormo_server.service.clock import RunClock
 from ormo_server.service.copies import Copies
 from ormo_server.service.engine import Engine
+from ormo_server.service.lock import RunClock
 from ormo_server.service.model_offers import ModelOffers
 from ormo_server.service.recovery import Recovered, is_sound, recovered
 from ormo_server.service.soundness import Bounds
@@ -98,14 +98,16 @@ class RunHost:
         self._writing = threading.Lock()
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
-        self._journal: Journal | NoJournal = NoJournal()
+        self._journal: Journal | None = None
+        # That checkpoints name while there is no journal: above those of one that was there before.
+        self._number_without_journal: int | None = None
         self._last_log = 0
         # Before anybody calls: once there is a model, a thread that can't be started would break the engine.
         self._copies = Copies(metrics.traffic.stage["copy"])
         self._drained = self._closed = False
         metrics.process.settings(settings.described())
         metrics.checkpoints.every(settings.checkpoint_seconds)
-        metrics.journal.size(lambda: self._journal.size_bytes)
+        metrics.journal.size(lambda: 0 if self._journal is None else self._journal.size_bytes)
         try:
             if settings.trace is not None:
                 self._trace = TraceWriter(settings.trace, metrics.upkeep.failures.labels("trace").inc)
@@ -126,7 +128,8 @@ class RunHost:
         self._copies.close()
         if self._trace is not None:
             self._trace.close()
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
         self._directory_lock.release()
 
     def refuse_if_not_ours(self) -> None:
@@ -255,12 +258,17 @@ class RunHost:
     def _journal_directory(self) -> Path:
         return self.settings.directory / "journal"
 
+    @property
+    def _journal_is_full(self) -> bool:
+        return self._journal is not None and self._journal.full
+
     def _open_journal(self) -> None:
-        if isinstance(self._journal, Journal):
+        if self._journal is not None:
             return
         if not self.settings.journal:
             if self._last_log or self._journal_directory.exists():
-                self._journal = NoJournal(next_log(self._journal_directory, self._last_log))
+                # So that files of the one before are known to be older, and those of a later one to be newer.
+                self._number_without_journal = next_log(self._journal_directory, self._last_log)
             return
         try:
             self._journal = Journal(
@@ -284,7 +292,7 @@ class RunHost:
         """The state is in a checkpoint now."""
         older = self._journal_directory
         try:
-            if isinstance(self._journal, Journal):
+            if self._journal is not None:
                 self._journal.forget_before(self._journal.log)
             elif older.exists():
                 shutil.rmtree(older)
@@ -329,7 +337,7 @@ class RunHost:
         Returns:
             Whether it is below it now.
         """
-        return not self._journal.full or self.checkpoint()
+        return not self._journal_is_full or self.checkpoint()
 
     def _load(self, path: Path) -> None:
         weights = ModelFile.load(path)
@@ -410,7 +418,7 @@ class RunHost:
             if self._weights is not None:
                 model = self._arranged(self._weights, manifest)
             self._start(manifest, model)
-        return self.engine.position()
+        return self.engine.iteration()
 
     def _arranged(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
         try:
@@ -442,14 +450,14 @@ class RunHost:
             drained=False,
             clock_seconds=self.clock(),
             settings=self.settings.recorded(),
-            journal_log=self._journal.log,
+            journal_log=self._number_without_journal if self._journal is None else self._journal.log,
             frozen=frozen,
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
 
     def _serve(self, machine: StateMachine, manifest: Manifest, frozen: torch.Tensor, *, fresh: bool) -> None:
         if self._trace is not None:
-            self._trace.follow(machine, self.settings, fresh=fresh)
+            self._trace.begin(machine, self.settings, fresh=fresh)
         self._engine = Engine(
             machine,
             manifest,
@@ -464,15 +472,15 @@ class RunHost:
                 self.settings.max_refused_share,
             ),
             journal=self._journal,
+            trace=self._trace,
             copies=self._copies,
             refuse_if_not_ours=self.refuse_if_not_ours,
-            on_refused=self._trace.take if self._trace is not None else lambda _: None,
         )
 
     @property
     def journaled(self) -> bool:
         """Whether inputs are kept as they come."""
-        return isinstance(self._journal, Journal)
+        return self._journal is not None
 
     def _check_memory(self, manifest: Manifest) -> None:
         self._check_in_flight(manifest)
@@ -532,8 +540,8 @@ class RunHost:
             if self._drained or self._closed:
                 return self._drained
             last = self.last_checkpoint
-            as_before = last is not None and (last.epoch, last.iteration) == self._engine.position()
-            if as_before and not drained and not anew and not self._journal.full:
+            as_before = last is not None and (last.epoch, last.iteration) == self._engine.iteration()
+            if as_before and not drained and not anew and not self._journal_is_full:
                 return True
             written = self._write_current(self._engine, drained=drained)
             self._drained = drained and written
@@ -542,8 +550,9 @@ class RunHost:
     def _write_current(self, engine: Engine, *, drained: bool) -> bool:
         started = time.perf_counter()
         try:
-            state, clock_seconds, journal_log = engine.snapshot()
-            engine.settle_all()  # the log that it names must be there, and the directory ours
+            state, clock_seconds, log_begun = engine.snapshot()
+            journal_log = self._number_without_journal if log_begun is None else log_begun
+            engine.wait_durable()  # the log that it names must be there, and the directory ours
             settings = self.settings.recorded()
             checkpoint = Checkpoint(
                 state, engine.manifest, drained, clock_seconds, settings, journal_log, frozen=engine.frozen
@@ -555,13 +564,15 @@ class RunHost:
             if isinstance(error, NotFinite):
                 engine.fail("the model, or its momentum, has NaN or infinite values")
             return False
-        self._forget_journal_before(journal_log)
+        self._forget_journal_before(log_begun)
         seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
         about = Fields(iteration=state.fields["iteration"], seconds=seconds, path=str(path))
         log.info("checkpoint %s in %.2f s", path, seconds, extra=about)
         return True
 
     def _forget_journal_before(self, log_number: int | None) -> None:
+        if self._journal is None or log_number is None:
+            return
         try:
             self._journal.forget_before(log_number)
         except OSError as error:

@@ -13,7 +13,7 @@ from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult
 from ormo_server.service.delivery import Delivery
-from ormo_server.service.gradients import Push
+from ormo_server.service.gradients import ReceivedGradient
 from ormo_server.service.observations import Evaluation
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -81,10 +81,10 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
     return layout
 
 
-def push(message: pb.Gradient, payload: Payload, norm: float | None) -> Push:
+def push(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:
     """A gradient whose tensors have come."""
     loss = _loss(message.loss) if message.HasField("loss") else None
-    return Push(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
+    return ReceivedGradient(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
 
 
 def evaluation(message: pb.Evaluation) -> Evaluation:

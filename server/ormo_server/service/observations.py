@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ormo_server.service.gradients import Push
+from ormo_server.service.gradients import ReceivedGradient
 
 _SMOOTHING = 0.1
 # Of the share of refused gradients: from 0, some 22 refused ones in a row make a half.
@@ -43,7 +43,7 @@ class WorkerObservation:
     pushed_at: float | None = None
     refused_requests: dict[int, int] = field(default_factory=dict)
 
-    def counted(self, push: Push, delay: int, now: float, ticket_seconds: float) -> None:
+    def counted(self, push: ReceivedGradient, delay: int, now: float, ticket_seconds: float) -> None:
         """A gradient came and used its ticket up, whether it was applied or came too late."""
         first = self.pushed_at is None
         self.smoothed_delay = delay if first else self.smoothed_delay + _SMOOTHING * (delay - self.smoothed_delay)
@@ -53,6 +53,9 @@ class WorkerObservation:
         self.compute_seconds_sum += push.compute_seconds
         self.pushed_at = now
         self.ticket_seconds = ticket_seconds
+
+    def note_taken(self) -> None:
+        """A gradient came that was neither infinite nor too large."""
         self.refused_share -= _SHARE_SMOOTHING * self.refused_share
 
     def refuse(self) -> None:
@@ -67,7 +70,7 @@ class WorkerObservation:
             self.refused_requests[slot] = request
         return anew
 
-    def apply(self, push: Push, norm: float) -> None:
+    def apply(self, push: ReceivedGradient, norm: float) -> None:
         """It was applied."""
         self.applied += 1
         self.samples += push.samples
@@ -121,16 +124,14 @@ class Observations:
             self.workers[worker] = WorkerObservation()
         return self.workers[worker]
 
-    def applied_with(self, delay: int) -> None:
-        """A gradient was applied."""
+    def applied_with(self, delay: int, scale: float | None) -> None:
+        """A gradient was applied, with so much of the learning rate; None if that can't be told."""
         self.applied += 1
         self.delay_sum += delay
         self.delay_max = max(self.delay_max, delay)
-
-    def scaled(self, scale: float) -> None:
-        """A gradient was applied with so much of the learning rate."""
-        self._scales += 1
-        self._scale_sum += scale
+        if scale is not None:
+            self._scales += 1
+            self._scale_sum += scale
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """An evaluation was reported; it is shown unless it is older than what is."""

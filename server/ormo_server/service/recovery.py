@@ -11,7 +11,7 @@ from pathlib import Path
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import snapshot
-from ormo_server.core.inputs import LearningRateSet, Pushed
+from ormo_server.core.inputs import Push, SetLearningRate
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, Record, UnsoundRecord, is_chained, is_journal, replay, told_since
@@ -135,10 +135,9 @@ def _first_unsound(checkpoint: Checkpoint, journal: Path, first: int) -> tuple[i
 
 
 def _named(record: Record) -> str:
-    taken = None if record.input is None else record.input.input(0)
-    match taken:
-        case Pushed():
-            return f"the gradient of worker {taken.requester.worker!r}"
-        case LearningRateSet():
-            return f"the learning rate {taken.learning_rate:g}"
+    given = None if record.input is None else record.input.input
+    if isinstance(given, Push):
+        return f"the gradient of worker {given.worker!r}"
+    if isinstance(given, SetLearningRate):
+        return f"the learning rate {given.learning_rate:g}"
     return repr(record)

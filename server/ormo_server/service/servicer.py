@@ -26,8 +26,8 @@ from ormo_server.service.controls import Controls
 from ormo_server.service.delivery import Delivery, Waiter
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, log_refusal, named, not_understood, streams_answers
-from ormo_server.service.exchange import Outcome
-from ormo_server.service.gradients import FiniteNorm, Push
+from ormo_server.service.figures import Outcome
+from ormo_server.service.gradients import FiniteNorm, ReceivedGradient
 from ormo_server.service.host import RunHost
 from ormo_server.service.in_flight import BytesInFlight
 from ormo_server.service.model_offers import WAIT_SECONDS
@@ -93,7 +93,7 @@ class Servicer:
         try:
             member, replaced = engine.join(worker, request.incarnation, request.slots, caller.name)
         except Finished:
-            engine.settle_all()
+            engine.wait_durable()
             raise
         if replaced is not None:
             self._streams.end_worker(worker, replaced)
@@ -257,7 +257,7 @@ class Servicer:
                     yield Headed(pb.PushPullResponse(result=result))
                 if waiter is not None:
                     yield from self._next_ticket(stream, engine, waiter, exchange.next, result if together else None)
-                elif outcome.finished:
+                elif outcome.finished is not None:
                     yield _finished(engine)
 
     def _result(self, stream: OpenStream, requester: Requester, outcome: Outcome) -> pb.PushResult | None:
@@ -279,7 +279,7 @@ class Servicer:
         try:
             delivery = _whole(self._waited(stream, engine, waiter), engine, asked)
         except Finished:
-            engine.settle_all()
+            engine.wait_durable()
             yield _finished(engine)
             return
         head = pb.PushPullResponse()
@@ -333,7 +333,7 @@ class Servicer:
             if not request.HasField("requester"):
                 known = request.newer_than if request.HasField("newer_than") else None
                 delivery = engine.pull(payload, (known.epoch, known.number) if known else None)
-                engine.settle(delivery)
+                engine.wait_durable(delivery.position)
                 yield engine, delivery
                 return
             if outcome.waiter is None:
@@ -347,7 +347,7 @@ class Servicer:
             delivery = stream.wait(waiter) if waiter.delivery is None else waiter.wait()
         finally:
             self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
-        engine.settle(delivery)
+        engine.wait_durable(delivery.position)
         return delivery
 
     # What the methods share
@@ -394,7 +394,7 @@ class Servicer:
         header: pb.Gradient,
         chunks: Chunks,
         method: str,
-    ) -> Push:
+    ) -> ReceivedGradient:
         """A gradient, received whole into a buffer that is given back with `borrowed`."""
         started = time.perf_counter()
         payload = borrowed.take(messages.gradient_layout(engine.manifest, header))
@@ -532,7 +532,7 @@ def _finished(engine: Engine) -> Headed[pb.PushPullResponse]:
 
 
 def _iteration(engine: Engine) -> pb.Iteration:
-    epoch, number = engine.position()
+    epoch, number = engine.iteration()
     return pb.Iteration(epoch=epoch, number=number)
 
 

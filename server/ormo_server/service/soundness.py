@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ormo_server.core.errors import NormTooLarge, UnsoundWorker
 from ormo_server.core.inputs import Requester
-from ormo_server.service.gradients import Push
+from ormo_server.service.gradients import ReceivedGradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +22,18 @@ class Bounds:
     clips: bool = True
     refused_share: float | None = None
 
-    def exceeded_by(self, push: Push) -> bool:
+    def exceeded_by(self, push: ReceivedGradient) -> bool:
         """Whether a finite gradient is longer than the bound."""
         return self.norm is not None and push.norm is not None and push.norm > self.norm
 
-    def clipped(self, push: Push) -> Push:
+    def clipped(self, push: ReceivedGradient) -> ReceivedGradient:
         """The gradient scaled down to the bound, in its payload."""
         assert self.norm is not None
         assert push.norm is not None
         push.payload.parameters.mul_(self.norm / push.norm)
         return replace(push, norm=self.norm)
 
-    def too_large(self, requester: Requester, push: Push) -> NormTooLarge:
+    def too_large(self, requester: Requester, push: ReceivedGradient) -> NormTooLarge:
         """The refusal of a longer gradient."""
         return NormTooLarge(
             f"the gradient of worker {requester.worker!r}, request {requester.request}, has norm {push.norm:.4g}, and "

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import grpc
 
+from ormo_server.core.effects import superseded
 from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
-from ormo_server.core.events import superseded
 from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access
 from ormo_server.security.callers import Caller

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ormo_protos.usage import UsageError
-from ormo_server.core.inputs import Pushed
-from ormo_server.trace import read_trace
+from ormo_server.core.inputs import Push
+from ormo_server.trace import Recorded, read_trace
 
 FORMS = "constant:MEAN, normal:MEAN,DEVIATION, lognormal:MEAN,SIGMA, exponential:MEAN or trace:FILE"
 # A normal distribution has no shortest time, a machine has.
@@ -110,10 +110,10 @@ def _measured(path: Path) -> tuple[tuple[float, ...], ...]:
 def _from_trace(path: Path) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {}
     for segment in read_trace(path):
-        for taken in segment.inputs:
-            if isinstance(taken, Pushed):
-                seconds = taken.now - taken.ticket.handed_out_seconds
-                times.setdefault(taken.requester.worker, []).append(seconds)
+        for entry in segment.inputs:
+            if isinstance(entry, Recorded) and entry.redeemed is not None and isinstance(entry.input, Push):
+                seconds = entry.input.seconds - entry.redeemed.handed_out_seconds
+                times.setdefault(entry.input.worker, []).append(seconds)
     return times
 
 

@@ -1,22 +1,14 @@
 """A recorded run, followed input by input: the same order, the same times, gradients computed anew."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 from ormo_protos.usage import UsageError
 from ormo_server.core.errors import OrmoError
-from ormo_server.core.inputs import (
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
-    Requester,
-    Returned,
-    Withdrawn,
-)
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.sim.training import Place, Process, Training
-from ormo_server.trace import Refused, Segment
+from ormo_server.trace import Recorded, Refused, Segment
 from ormo_server.trace.rows import Entry
 
 
@@ -36,8 +28,19 @@ class Replay:
         self._training = training
         self._inputs = segment.inputs
         self._knows_refusals = segment.start.refusals
-        self._joins_to_come = Counter(_process_of(taken) for taken in segment.inputs if isinstance(taken, Joined))
+        self._joins_to_come = Counter(
+            _process_of(entry.input)
+            for entry in segment.inputs
+            if isinstance(entry, Recorded) and isinstance(entry.input, Join)
+        )
         self._away: dict[tuple[str, int], Process] = {}
+        # What worker processes have a part in; the others are the machine's alone.
+        self._acts: dict[type[Input], Callable[[Any], object]] = {
+            Join: self._join,
+            Leave: self._leave,
+            Request: self._request,
+            Push: self._push,
+        }
 
     def run(self) -> None:
         """Feed all inputs, as long as the run is not over.
@@ -64,49 +67,37 @@ class Replay:
             self._training.granted()
         self._training.evaluate(self.now)
 
-    def _feed(self, taken: Entry) -> None:
-        machine = self._training.machine
-        match taken:
-            case Withdrawn(slot):
-                machine.withdraw_request(slot)
-                return
-            case Joined():
-                self._join(taken)
-            case Left(now, worker, incarnation):
-                self._leave(now, self._process(worker, incarnation))
-            case Returned(now, worker, incarnation, ticket):
-                machine.return_ticket(now, worker, incarnation, ticket)
-            case LearningRateSet(now, learning_rate):
-                machine.set_learning_rate(now, learning_rate)
-            case Requested(now, requester):
-                process, place = self._place(requester)
-                self._training.request(now, process, place)
-            case Refused(_, requester, ticket):
-                self._lose(requester, ticket)
-            case Pushed():
-                self._push(taken)
-        self.now = taken.now
+    def _feed(self, entry: Entry) -> None:
+        if isinstance(entry, Refused):
+            self._lose(entry)
+            self.now = entry.seconds
+            return
+        given = entry.input
+        act = self._acts.get(type(given), self._training.take)
+        act(given)
+        self.now = getattr(given, "seconds", self.now)
 
     # Who is there
 
-    def _join(self, taken: Joined) -> None:
-        key = _process_of(taken)
+    def _join(self, given: Join) -> None:
+        key = _process_of(given)
         self._joins_to_come[key] -= 1
         known = self._away.pop(key, None)
         if known is None:
-            self._training.join(taken.now, taken.worker, taken.incarnation, taken.slots)
+            self._training.join(given.seconds, given.worker, given.incarnation, given.slots)
             return
         if not self._knows_refusals:
             raise _NotTold(
-                f"the same process of worker {taken.worker} joins again and goes on with its data, and the version "
+                f"the same process of worker {given.worker} joins again and goes on with its data, and the version "
                 "that wrote the trace did not record whether the gradient that it had in hand was refused"
             )
-        if len(known.places) != taken.slots:
-            raise _NotTold(f"worker {taken.worker} joins again with {taken.slots} slots, not {len(known.places)}")
-        self._training.join_again(taken.now, known)
+        if len(known.places) != given.slots:
+            raise _NotTold(f"worker {given.worker} joins again with {given.slots} slots, not {len(known.places)}")
+        self._training.join_again(given.seconds, known)
 
-    def _leave(self, now: float, process: Process) -> None:
-        self._training.leave(now, process)
+    def _leave(self, given: Leave) -> None:
+        process = self._process(given.worker, given.incarnation)
+        self._training.leave(given.seconds, process)
         key = (process.name, process.incarnation)
         if self._joins_to_come[key]:  # else its parameters would be kept for nothing
             self._away[key] = process
@@ -117,37 +108,40 @@ class Replay:
             raise _Stray(f"worker {worker} is not there")
         return process
 
-    def _place(self, requester: Requester) -> tuple[Process, Place]:
-        process = self._process(requester.worker, requester.incarnation)
-        place = process.places[requester.slot]
-        place.request = requester.request
+    def _place(self, asks: Request | Push | Refused) -> tuple[Process, Place]:
+        process = self._process(asks.worker, asks.incarnation)
+        place = process.places[asks.slot]
+        place.request = asks.request
         return process, place
 
     # What they computed
 
-    def _push(self, taken: Pushed) -> None:
-        process, place = self._place(taken.requester)
-        if place.ticket is None or place.ticket.key != taken.ticket.key:
-            raise _Stray(f"ticket {taken.ticket.number} is pushed, but {process.name} does not have it")
+    def _request(self, given: Request) -> None:
+        self._training.request(given.seconds, *self._place(given))
+
+    def _push(self, given: Push) -> None:
+        process, place = self._place(given)
+        if place.ticket is None or place.ticket.key != given.ticket_key:
+            raise _Stray(f"ticket {given.ticket} is pushed, but {process.name} does not have it")
         if place.request == place.refused:
             raise _NotTold(f"worker {process.name} pushed again what had been refused, which no worker of ours does")
-        self._training.push(taken.now, process, place, taken.samples)
+        self._training.push(given.seconds, process, place, given.samples)
 
-    def _lose(self, requester: Requester, ticket: TicketKey) -> None:
-        process, place = self._place(requester)
-        if requester.request <= place.refused:
+    def _lose(self, refused: Refused) -> None:
+        process, place = self._place(refused)
+        if refused.request <= place.refused:
             return  # it joined again between two tries
-        if place.ticket is None or place.ticket.key != ticket:
+        if place.ticket is None or place.ticket.key != (refused.ticket_epoch, refused.ticket):
             raise _NotTold(
-                f"a gradient of worker {process.name} for ticket {ticket[1]} was refused, whose parameters are not the "
-                "last that it got"
+                f"a gradient of worker {process.name} for ticket {refused.ticket} was refused, whose parameters are "
+                "not the last that it got"
             )
-        place.refused = requester.request
+        place.refused = refused.request
         self._training.lose(process, place)
 
 
-def _process_of(taken: Joined) -> tuple[str, int]:
-    return (taken.worker, taken.incarnation)
+def _process_of(join: Join) -> tuple[str, int]:
+    return (join.worker, join.incarnation)
 
 
 class _Stray(Exception):

@@ -9,7 +9,7 @@ import torch
 
 from ormo_protos.slow_workers import slow_factors
 from ormo_protos.usage import UsageError
-from ormo_server.core.inputs import Joined
+from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.sim import record
@@ -21,7 +21,7 @@ from ormo_server.sim.replay import Replay
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
 from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
-from ormo_server.trace import Segment, Start, read_trace
+from ormo_server.trace import Recorded, Segment, Start, read_trace
 from ormo_server.trace.rows import digest_of
 from ormo_server.training_settings import TrainingSettings
 
@@ -97,9 +97,10 @@ class Plan:
             said.append(_ANOTHER_MODEL.format(self.settings.task, self._run.seed))
         if not segment.start.refusals:
             said.append(_REFUSALS_ARE_MISSING)
-        for line, taken in enumerate(segment.inputs, start=2):
-            if isinstance(taken, Joined) and taken.slots > 1:
-                said.append(_ORDER_IS_NOT_TOLD.format(taken.worker, taken.slots, line))
+        for line, entry in enumerate(segment.inputs, start=2):
+            join = entry.input if isinstance(entry, Recorded) else None
+            if isinstance(join, Join) and join.slots > 1:
+                said.append(_ORDER_IS_NOT_TOLD.format(join.worker, join.slots, line))
                 break
         return "\n".join(said)
 

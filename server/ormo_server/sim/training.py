@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ormo_server.core.blocks import SquaredNorm
+from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import NormTooLarge
-from ormo_server.core.events import Granted
-from ormo_server.core.inputs import Gradient, Requester
+from ormo_server.core.inputs import Gradient, Input, Join, Leave, Push, Request
 from ormo_server.core.keys import SlotKey
 from ormo_server.core.method import Run
 from ormo_server.core.state import Ticket
@@ -104,6 +104,7 @@ class Training:
         self._evaluate_every = evaluate_every
         self._clipped_at = clipped_at
         self._gradient = torch.empty_like(start.params)
+        self._granted: list[Granted] = []
         self._refused_in_a_row = 0
 
     @property
@@ -114,7 +115,8 @@ class Training:
     def join(self, now: float, name: str, incarnation: int, slots: int) -> Process:
         """A worker joins; it asks for no ticket yet."""
         first_ticket = self.machine.state.next_ticket
-        member = self.machine.join(now, name, incarnation, slots)
+        member = self.take(Join(now, name, incarnation, slots)).member
+        assert member is not None
         worker = self._workload.start_worker(member.data_seed, self._model())
         params = self.machine.state.params
         places = [Place((name, number), torch.empty_like(params)) for number in range(slots)]
@@ -125,31 +127,35 @@ class Training:
         """A process that was taken for dead is there again: it goes on with its data, and gets the model's buffers."""
         process.first_ticket = self.machine.state.next_ticket
         process.joins += 1
-        self.machine.join(now, process.name, process.incarnation, len(process.places))
+        self.take(Join(now, process.name, process.incarnation, len(process.places)))
         for place in process.places:
             place.wants_buffers = True
         self.processes[process.name] = process
 
     def leave(self, now: float, process: Process) -> None:
         """A worker leaves, or is taken for dead."""
-        self.machine.leave(now, process.name, process.incarnation)
+        self.take(Leave(now, process.name, process.incarnation))
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
 
     def request(self, now: float, process: Process, place: Place) -> None:
         """A slot asks for a ticket, with the request number that it has."""
-        self.machine.request_ticket(now, _requester(process, place))
+        self.take(Request(now, process.name, process.incarnation, place.key[1], place.request))
+
+    def take(self, given: Input, gradient: Gradient | None = None) -> Effects:
+        """Give the machine an input; what it grants is handed on by `granted`."""
+        effects = self.machine.step(given, gradient)
+        self._granted += effects.granted
+        return effects
 
     def granted(self) -> list[Place]:
         """The places that have got a ticket, and its parameters, since the last call."""
-        places = []
-        for event in self.machine.take_events():
-            if not isinstance(event, Granted):
-                continue
-            name, number = event.slot
+        granted, self._granted, places = self._granted, [], []
+        for each in granted:
+            name, number = each.slot
             place = self.processes[name].places[number]
-            self.machine.write_delivery(event, place.params)
-            place.ticket = event.ticket
+            self.machine.write_delivery(each, place.params)
+            place.ticket = each.ticket
             asked = place.wants_buffers or place.wants_mended
             if asked:
                 place.buffers, place.joins = self._buffers_sent(place), self.processes[name].joins
@@ -171,15 +177,15 @@ class Training:
         if square is None:
             self._refuse(now, place)
             return
-        count = computed.samples if samples is None else samples
-        gradient = Gradient(
-            place.ticket.key, self._gradient, count, *_buffers_pushed(computed), norm=self._clipped(math.sqrt(square))
-        )
+        count, ticket = computed.samples if samples is None else samples, place.ticket
+        gradient = Gradient(self._gradient, *_buffers_pushed(computed), norm=self._clipped(math.sqrt(square)))
+        who = process.name, process.incarnation, place.key[1], place.request
         try:
-            result = self.machine.push(now, _requester(process, place), gradient)
+            result = self.take(Push(now, *who, ticket.number, ticket.epoch, count), gradient).result
         except NormTooLarge:
             self._refuse(now, place)
             return
+        assert result is not None
         self._refused_in_a_row = 0
         place.ticket, place.buffers_kept = None, result.buffers_kept
         self._record.pushed(result, computed.loss)
@@ -240,10 +246,6 @@ class Training:
     def _model(self) -> Model:
         state = self.machine.state
         return Model(state.params, state.float_buffers, state.int_buffers)
-
-
-def _requester(process: Process, place: Place) -> Requester:
-    return Requester(process.name, process.incarnation, place.key[1], place.request)
 
 
 def _buffers_pushed(computed: Computed) -> tuple[torch.Tensor | None, torch.Tensor | None]:

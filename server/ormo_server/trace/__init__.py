@@ -10,6 +10,6 @@ many readers keep 53 bits of a number. With pandas:
 """
 
 from ormo_server.trace.reader import Segment, read_trace
-from ormo_server.trace.rows import Refused, Start, TracedSettings
+from ormo_server.trace.rows import Recorded, Refused, Start, TracedSettings
 
-__all__ = ["Refused", "Segment", "Start", "TracedSettings", "read_trace"]
+__all__ = ["Recorded", "Refused", "Segment", "Start", "TracedSettings", "read_trace"]

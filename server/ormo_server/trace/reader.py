@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ormo_protos.usage import UsageError
-from ormo_server.trace.rows import FORMAT, AnyRow, Entry, Start
+from ormo_server.trace.rows import EVENTS, FORMAT, ROWS, Entry, Refused, Row, Start, recorded_of
 
-_ROWS: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="event")])
-_EVENTS = ("start", "joined", "left", "requested", "withdrawn", "returned", "refused", "pushed", "learning_rate_set")
 _SHOWN_CHARACTERS = 80
 
 
@@ -35,7 +32,7 @@ def read_trace(path: Path) -> list[Segment]:
         if isinstance(row, Start):
             segments.append(Segment(row, []))
         elif segments:
-            segments[-1].inputs.append(row.input(segments[-1].start.epoch))
+            segments[-1].inputs.append(row if isinstance(row, Refused) else recorded_of(row))
         else:
             raise UsageError(
                 f"{path}, line {number}: a {row.event!r} row came where a 'start' row was expected: the beginning of "
@@ -46,12 +43,12 @@ def read_trace(path: Path) -> list[Segment]:
     return segments
 
 
-def _rows_of(path: Path) -> Iterator[tuple[int, AnyRow]]:
+def _rows_of(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
                 try:
-                    yield number, _ROWS.validate_json(text)
+                    yield number, ROWS.validate_json(text)
                 except ValidationError as error:
                     if _is_torn(text, error):
                         return
@@ -73,7 +70,7 @@ def _problem(error: ValidationError) -> str:
         return f"{_lowered(first['msg'])}: expected a row as `ormo-server serve --trace` writes it"
     if not place:
         came = first["input"].get("event") if isinstance(first["input"], dict) else first["input"]
-        return f"event {_shown(came)} is not known: expected one of {', '.join(_EVENTS)}"
+        return f"event {_shown(came)} is not known: expected one of {', '.join(EVENTS)}"
     if place[1:] == ("format",) and kind != "missing":
         return f"the format is {_shown(first['input'])}, and this program reads {FORMAT}: use the version that wrote it"
     return _of_column(f"a {place[0]!r} row", ".".join(map(str, place[1:])), first)

@@ -1,10 +1,12 @@
 """The rows of a trace: their columns, and the inputs that they stand for."""
 
+import dataclasses
 import hashlib
 import re
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import (
@@ -13,25 +15,16 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     ValidationError,
+    create_model,
     field_validator,
 )
 from pydantic_core import ErrorDetails
 
-from ormo_server.core.inputs import (
-    Input,
-    Joined,
-    LearningRateSet,
-    Left,
-    Pushed,
-    Requested,
-    Requester,
-    Returned,
-    Withdrawn,
-)
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.effects import Redeemed
+from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
 from ormo_server.core.method import Run
-from ormo_server.core.state import PushResult, Ticket
 from ormo_server.training_settings import TrainingSettings
 
 FORMAT = 1
@@ -39,26 +32,6 @@ FORMAT = 1
 OPENING = f'{{"event":"start","format":{FORMAT},'.encode()
 
 _HEXADECIMAL = re.compile(r"0x[0-9a-f]{1,16}")
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A gradient came and was not taken. No input, for it changes nothing; but its worker goes on with its next batch.
-
-    Attributes:
-        now: as of an input.
-        requester: whose it was, with a number above that of the slot's refused gradient before: retries have no row.
-        ticket: that it named.
-        reason: as on the wire.
-    """
-
-    now: float
-    requester: Requester
-    ticket: TicketKey
-    reason: str
-
-
-Entry = Input | Refused
 
 
 class TracedSettings(TrainingSettings):
@@ -98,13 +71,17 @@ Count = Annotated[int, Field(ge=0)]
 Id = Annotated[int, Field(ge=0), BeforeValidator(_number), PlainSerializer(lambda value: f"0x{value:016x}")]
 
 
-class _Row(BaseModel):
-    """What a line holds: its columns, in the order in which they are written."""
-
+class _Columns(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TracedModel(_Row):
+class Row(_Columns):
+    """What a line holds: its columns, in the order in which they are written. `event` is the kind of row."""
+
+    event: Any
+
+
+class TracedModel(_Columns):
     """The model that is trained.
 
     Attributes:
@@ -121,7 +98,7 @@ def digest_of(params: torch.Tensor) -> str:
     return hashlib.sha256(params.numpy().data).hexdigest()
 
 
-class Start(_Row):
+class Start(Row):
     """The server got its model, or had it back.
 
     Attributes:
@@ -166,209 +143,106 @@ def _problem(details: ErrorDetails) -> str:
     return f"{place} is {details['input']!r}: {message}" if place else message
 
 
-class _InputRow(_Row, ABC):
-    @abstractmethod
-    def input(self, epoch: int) -> Input:
-        """What the state machine was given; the epoch is the server's."""
+# The inputs by the names of their rows.
+_INPUTS: dict[str, type[Input]] = {
+    "joined": Join,
+    "left": Leave,
+    "requested": Request,
+    "withdrawn": Withdraw,
+    "returned": Return,
+    "pushed": Push,
+    "learning_rate_set": SetLearningRate,
+}
+_EVENTS = {kind: event for event, kind in _INPUTS.items()}
+# Numbers below 2^64 that stand for nothing but themselves; all other whole numbers count something.
+_IDS = ("incarnation", "ticket_epoch")
 
 
-class _JoinedRow(_InputRow):
-    event: Literal["joined"] = "joined"
-    seconds: float
-    worker: str
-    incarnation: Id
-    slots: Count
+class Recorded(NamedTuple):
+    """An input that took effect, and of a push what became of it."""
 
-    def input(self, epoch: int) -> Joined:  # noqa: ARG002
-        return Joined(self.seconds, self.worker, self.incarnation, self.slots)
+    input: Input
+    redeemed: Redeemed | None = None
 
 
-class _LeftRow(_InputRow):
-    event: Literal["left"] = "left"
-    seconds: float
-    worker: str
-    incarnation: Id
-
-    def input(self, epoch: int) -> Left:  # noqa: ARG002
-        return Left(self.seconds, self.worker, self.incarnation)
+def _columns(*kinds: type[Any]) -> dict[str, Any]:
+    found = (each for kind in kinds for each in dataclasses.fields(kind))
+    return {each.name: (_column_type(each), ...) for each in found}
 
 
-class _RequestedRow(_InputRow):
-    event: Literal["requested"] = "requested"
-    seconds: float
-    worker: str
-    incarnation: Id
-    slot: Count
-    request: Count
-
-    def input(self, epoch: int) -> Requested:  # noqa: ARG002
-        return Requested(self.seconds, Requester(self.worker, self.incarnation, self.slot, self.request))
+def _column_type(column: "dataclasses.Field[Any]") -> Any:
+    return Id if column.name in _IDS else Count if column.type is int else column.type
 
 
-class _WithdrawnRow(_InputRow):
-    event: Literal["withdrawn"] = "withdrawn"
-    worker: str
-    slot: Count
-
-    def input(self, epoch: int) -> Withdrawn:  # noqa: ARG002
-        return Withdrawn((self.worker, self.slot))
-
-
-class _ReturnedRow(_InputRow):
-    event: Literal["returned"] = "returned"
-    seconds: float
-    worker: str
-    incarnation: Id
-    ticket: Count
-    ticket_epoch: Id
-
-    def input(self, epoch: int) -> Returned:  # noqa: ARG002
-        return Returned(self.seconds, self.worker, self.incarnation, (self.ticket_epoch, self.ticket))
+def _row_class(event: str, kind: type[Input]) -> type[Row]:
+    columns = _columns(kind, Redeemed) if kind is Push else _columns(kind)
+    if "buffers_kept" in columns:
+        # Written only where it is true: without it older programs read the row, too.
+        columns["buffers_kept"] = (Literal[True] | None, None)
+    kind_of_row: Any = Literal[event]
+    return create_model(f"_{event}", __base__=Row, event=(kind_of_row, event), **columns)
 
 
-class _LearningRateSetRow(_InputRow):
-    event: Literal["learning_rate_set"] = "learning_rate_set"
-    seconds: float
-    learning_rate: float
-
-    def input(self, epoch: int) -> LearningRateSet:  # noqa: ARG002
-        return LearningRateSet(self.seconds, self.learning_rate)
+_ROW_CLASSES = {event: _row_class(event, kind) for event, kind in _INPUTS.items()}
 
 
-class _PushedRow(_InputRow):
-    # `iteration` is the ticket's, `iteration_after` the run's when the gradient had been counted. `buffers_kept` is
-    # written only where it is true: without it older programs read the row, too.
-    event: Literal["pushed"] = "pushed"
-    seconds: float
-    worker: str
-    incarnation: Id
-    slot: Count
-    request: Count
-    ticket: Count
-    ticket_epoch: Id
-    iteration: Count
-    bucket: Count
-    handed_out_seconds: float
-    delay: Count
-    lag: Count
-    step_size: float
-    discarded: bool
-    samples: Count
-    iteration_after: Count
-    buffers_kept: Literal[True] | None = None
-
-    def input(self, epoch: int) -> Pushed:
-        slot, kept = (self.worker, self.slot), self.buffers_kept is not None
-        return Pushed(
-            self.seconds,
-            Requester(self.worker, self.incarnation, self.slot, self.request),
-            # Nobody can push for a ticket that was not delivered, and retries of a push are no inputs.
-            Ticket(self.ticket_epoch, self.ticket, slot, self.iteration, self.bucket, self.handed_out_seconds, True),
-            self.samples,
-            PushResult(
-                self.request,
-                epoch,
-                self.iteration_after,
-                self.delay,
-                self.lag,
-                self.step_size,
-                self.discarded,
-                buffers_kept=kept,
-            ),
-        )
+def row_of(entry: Recorded) -> Row:
+    """The row of an input."""
+    event = _EVENTS[type(entry.input)]
+    columns = _values(entry.input)
+    if entry.redeemed is not None:
+        columns |= _values(entry.redeemed)
+        columns["buffers_kept"] = columns["buffers_kept"] or None
+    return _ROW_CLASSES[event](**columns)
 
 
-InputRow = Annotated[
-    _JoinedRow | _LeftRow | _RequestedRow | _WithdrawnRow | _ReturnedRow | _PushedRow | _LearningRateSetRow,
-    Field(discriminator="event"),
-]
+def _values(record: Input | Redeemed) -> dict[str, Any]:
+    return {column.name: getattr(record, column.name) for column in dataclasses.fields(record)}
 
 
-class _RefusedRow(_Row):
+def recorded_of(row: Row) -> Recorded:
+    """The input that a row stands for."""
+    kind = _INPUTS[row.event]
+    values = {column: getattr(row, column) for column in type(row).model_fields if column != "event"}
+    redeemed = None
+    if kind is Push:
+        values["buffers_kept"] = bool(values["buffers_kept"])
+        redeemed = Redeemed(**{column.name: values.pop(column.name) for column in dataclasses.fields(Redeemed)})
+    return Recorded(kind(**values), redeemed)
+
+
+class Refused(Row):
+    """A gradient came and was not taken. No input, for it changes nothing; but its worker goes on with its next batch.
+
+    Attributes:
+        event: the kind of row.
+        seconds, worker, incarnation, slot: as of an input.
+        request: a number above that of the slot's refused gradient before: retries have no row.
+        ticket, ticket_epoch: that it named, whatever was sent.
+        reason: as on the wire.
+    """
+
     event: Literal["refused"] = "refused"
     seconds: float
     worker: str
     incarnation: Id
     slot: Count
     request: Count
-    ticket: int  # as it came, whatever was sent
+    ticket: int
     ticket_epoch: Id
     reason: str
 
-    @classmethod
-    def of(cls, refused: Refused) -> Self:
-        who, (epoch, number) = refused.requester, refused.ticket
-        return cls(
-            seconds=refused.now,
-            worker=who.worker,
-            incarnation=who.incarnation,
-            slot=who.slot,
-            request=who.request,
-            ticket=number,
-            ticket_epoch=epoch,
-            reason=refused.reason,
-        )
 
-    def input(self, epoch: int) -> Refused:  # noqa: ARG002
-        """What the state machine was not given."""
-        who = Requester(self.worker, self.incarnation, self.slot, self.request)
-        return Refused(self.seconds, who, (self.ticket_epoch, self.ticket), self.reason)
-
-
-AnyRow = Start | _RefusedRow | InputRow
+Entry = Recorded | Refused
+_input_row: Any = reduce(or_, _ROW_CLASSES.values())
+_any_row: Any = Start | Refused | _input_row
+_BY_EVENT = Field(discriminator="event")
+INPUT_ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[_input_row, _BY_EVENT])
+ROWS: TypeAdapter[Row] = TypeAdapter(Annotated[_any_row, _BY_EVENT])
+EVENTS = ("start", *_INPUTS, "refused")
 
 
 def line_of(entry: Start | Entry) -> bytes:
     """The line that an entry becomes."""
-    match entry:
-        case Start():
-            text = entry.model_dump_json()
-        case Refused():
-            text = _RefusedRow.of(entry).model_dump_json()
-        case _:
-            text = row_of(entry).model_dump_json(exclude_none=True)
-    return text.encode() + b"\n"
-
-
-def row_of(taken: Input) -> InputRow:
-    """The row of an input."""
-    match taken:
-        case Pushed():
-            return _pushed(taken)
-        case Requested(now, who):
-            return _RequestedRow(
-                seconds=now, worker=who.worker, incarnation=who.incarnation, slot=who.slot, request=who.request
-            )
-        case Withdrawn((worker, slot)):
-            return _WithdrawnRow(worker=worker, slot=slot)
-        case Returned(now, worker, incarnation, (epoch, number)):
-            return _ReturnedRow(seconds=now, worker=worker, incarnation=incarnation, ticket=number, ticket_epoch=epoch)
-        case Joined(now, worker, incarnation, slots):
-            return _JoinedRow(seconds=now, worker=worker, incarnation=incarnation, slots=slots)
-        case Left(now, worker, incarnation):
-            return _LeftRow(seconds=now, worker=worker, incarnation=incarnation)
-        case LearningRateSet(now, learning_rate):
-            return _LearningRateSetRow(seconds=now, learning_rate=learning_rate)
-
-
-def _pushed(taken: Pushed) -> _PushedRow:
-    who, ticket, result = taken.requester, taken.ticket, taken.result
-    return _PushedRow(
-        seconds=taken.now,
-        worker=who.worker,
-        incarnation=who.incarnation,
-        slot=who.slot,
-        request=who.request,
-        ticket=ticket.number,
-        ticket_epoch=ticket.epoch,
-        iteration=ticket.iteration,
-        bucket=ticket.bucket,
-        handed_out_seconds=ticket.handed_out_seconds,
-        delay=result.delay,
-        lag=result.lag_buckets,
-        step_size=result.step_size,
-        discarded=result.discarded,
-        samples=taken.samples,
-        iteration_after=result.iteration,
-        buffers_kept=True if result.buffers_kept else None,
-    )
+    row = row_of(entry) if isinstance(entry, Recorded) else entry
+    return row.model_dump_json(exclude_none=isinstance(entry, Recorded)).encode() + b"\n"

@@ -53,11 +53,11 @@ class TraceWriter:
         self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
         self._thread.start()
 
-    def follow(self, machine: StateMachine, settings: ServerSettings, *, fresh: bool) -> None:
-        """Write a machine's inputs from now on.
+    def begin(self, machine: StateMachine, settings: ServerSettings, *, fresh: bool) -> None:
+        """Begin a segment.
 
         Args:
-            machine: at its start, or just restored.
+            machine: whose inputs follow; at its start, or just restored.
             settings: of the server.
             fresh: it is at its start.
         """
@@ -76,13 +76,12 @@ class TraceWriter:
             refusals=True,
         )
         self._waiting.append(start)
-        machine.listener = self.take
 
-    def take(self, taken: Entry) -> None:
-        """Write what happened; the machine gives its inputs by itself, what it refused is given by who asked it."""
+    def append(self, entry: Entry) -> None:
+        """Write what happened: an input that took effect, or a gradient that was refused."""
         # Under the engine's lock: all real work is the thread's.
         if self._complete and len(self._waiting) < INPUTS_HELD:
-            self._waiting.append(taken)
+            self._waiting.append(entry)
         else:
             self._complete = False
 

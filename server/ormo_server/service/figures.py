@@ -1,0 +1,195 @@
+"""What people see of an engine's work: metrics, per-worker figures, log lines. All of it is told after the lock."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ormo_protos.logs import Fields
+from ormo_server.core.effects import NOTHING, Effects, Redeemed
+from ormo_server.core.errors import Finished, OrmoError
+from ormo_server.core.inputs import Requester
+from ormo_server.core.state import Member, PushResult, Ticket
+from ormo_server.metrics import Metrics
+from ormo_server.service.delivery import Waiter
+from ormo_server.service.gradients import ReceivedGradient
+from ormo_server.service.observations import Observations, WorkerObservation
+
+log = logging.getLogger(__name__)
+_bad_gradients = logging.getLogger("ormo_server.bad_gradients")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an exchange led to. Parts that were not asked for are None.
+
+    Attributes:
+        requester: whose it was.
+        received: the gradient that came.
+        result: of the gradient, unless it was refused.
+        refusal: why the gradient was refused; the exchange goes on.
+        waiter: for the ticket that was asked for.
+        finished: instead of a ticket: the run is over.
+        pushed, requested: what followed from the gradient, and from the wish for a ticket.
+        pushed_at: by the run's clock.
+        lock_seconds: how long it waited for the lock; None if it did not get it.
+        apply_seconds: how long the gradient took to be applied.
+    """
+
+    requester: Requester
+    received: ReceivedGradient | None = None
+    result: PushResult | None = None
+    refusal: OrmoError | None = None
+    waiter: Waiter | None = None
+    finished: Finished | None = None
+    pushed: Effects = NOTHING
+    requested: Effects = NOTHING
+    pushed_at: float = 0.0
+    lock_seconds: float | None = None
+    apply_seconds: float = 0.0
+
+
+class Figures:
+    """Counts and tells what happened.
+
+    Args:
+        metrics: what to count in.
+        members: workers that are there already.
+
+    Attributes:
+        observations: of the run and its workers.
+        lock: whoever reads them holds it; never while waiting for the engine's.
+    """
+
+    def __init__(self, metrics: Metrics, members: Iterable[str]) -> None:
+        self.observations = Observations()
+        self.lock = threading.Lock()
+        self._metrics = metrics
+        for worker in members:
+            self.observations.joined(worker)
+
+    def record(self, outcome: Outcome) -> None:
+        """An exchange is over, as far as the core has to do with it."""
+        if outcome.lock_seconds is None:
+            return  # it never came to the core
+        self._metrics.traffic.stage["lock"].observe(outcome.lock_seconds)
+        self.count((outcome.pushed, outcome.requested))
+        if outcome.finished is not None:
+            self._metrics.traffic.pull_refused(outcome.finished.reason)
+        if outcome.received is None:
+            return
+        if outcome.refusal is not None:
+            self._metrics.traffic.push_refused(outcome.refusal.reason)
+        elif outcome.pushed.redeemed is not None:
+            self._count_gradient(outcome, outcome.received, outcome.pushed.redeemed)
+        elif outcome.result is not None:
+            self._metrics.traffic.repeated.inc()
+        if log.isEnabledFor(logging.DEBUG):
+            _tell(outcome, outcome.received)
+
+    def count(self, effects: Iterable[Effects]) -> None:
+        """Slots got what they waited for, or will not."""
+        for each in effects:
+            if each.granted:
+                self._metrics.traffic.ticketed.inc(len(each.granted))
+            for released in each.released:
+                self._metrics.traffic.pull_refused(released.error.reason)
+
+    def _count_gradient(self, outcome: Outcome, received: ReceivedGradient, redeemed: Redeemed) -> None:
+        metrics, worker = self._metrics, outcome.requester.worker
+        metrics.traffic.stage["apply"].observe(outcome.apply_seconds)
+        ticket_seconds = outcome.pushed_at - redeemed.handed_out_seconds
+        metrics.gradients.counted(redeemed.delay, redeemed.lag, outcome.pushed.bucket_size, ticket_seconds)
+        rate, norm = outcome.pushed.learning_rate, received.norm
+        assert norm is not None
+        if redeemed.discarded:
+            metrics.traffic.discarded.inc()
+        else:
+            metrics.traffic.applied.inc()
+            metrics.gradients.applied(received.samples, norm, buffers_kept=redeemed.buffers_kept)
+        scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
+        if scale is not None and not redeemed.discarded:
+            metrics.gradients.scaled(scale)
+        with self.lock:
+            mine = self.observations.workers.get(worker)
+            if mine is not None:  # it may have left meanwhile
+                mine.counted(received, redeemed.delay, outcome.pushed_at, ticket_seconds)
+            if redeemed.discarded:
+                self.observations.discarded += 1
+            else:
+                if mine is not None:
+                    mine.apply(received, norm)
+                self.observations.applied_with(redeemed.delay, scale)
+        if redeemed.buffers_kept:
+            _warn_of_kept_buffers(worker, redeemed.iteration_after)
+
+    # Workers
+
+    def joined(self, member: Member, iteration: int, bucket_size: int, caller: str) -> None:
+        """A process has become a member. Nobody's name is that of a caller in this process."""
+        self._metrics.upkeep.joins.inc()
+        about = Fields(
+            worker=member.worker, incarnation=f"{member.incarnation:016x}", iteration=iteration, caller=caller
+        )
+        said = "worker %s joined (rank %d, %d slots) from %r; K is %d"
+        log.info(said, member.worker, member.rank, len(member.slots), caller or "here", bucket_size, extra=about)
+
+    def left(self, worker: str, incarnation: int, iteration: int) -> None:
+        """A worker has given up its lease."""
+        about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=iteration)
+        log.info("worker %s left", worker, extra=about)
+
+    def lease_lapsed(self, worker: str, lease_seconds: float, iteration: int) -> None:
+        """A worker has lost its lease."""
+        self._metrics.upkeep.expired_workers.inc()
+        about = Fields(worker=worker, iteration=iteration)
+        log.warning("worker %s was silent for %g s and lost its lease", worker, lease_seconds, extra=about)
+
+    def ticket_overdue(self, ticket: Ticket, iteration: int) -> None:
+        """A ticket is void."""
+        self._metrics.upkeep.expired_tickets.inc()
+        worker, slot = ticket.slot
+        about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=iteration)
+        log.warning(
+            "a ticket of worker %s was out for too long and is void; the worker stays a member, and nobody waits for "
+            "it until it asks for another",
+            worker,
+            extra=about,
+        )
+
+    def sent_away(self, requester: Requester, seen: WorkerObservation) -> None:
+        """A worker's gradients are unsound too often."""
+        about = Fields(worker=requester.worker, incarnation=f"{requester.incarnation:016x}")
+        said = "worker %s is sent away: %d of its gradients were refused, %.0f %% of the latest"
+        log.warning(said, requester.worker, seen.refused, 100 * seen.refused_share, extra=about)
+
+
+def _tell(outcome: Outcome, received: ReceivedGradient) -> None:
+    """What became of a gradient, of which there are many."""
+    requester, result = outcome.requester, outcome.result
+    about = Fields(
+        worker=requester.worker,
+        incarnation=f"{requester.incarnation:016x}",
+        slot=requester.slot,
+        request=requester.request,
+        ticket=received.ticket[1],
+        epoch=f"{received.ticket[0]:016x}",
+        samples=received.samples,
+        loss=received.loss,
+    )
+    if outcome.refusal is not None:
+        about["reason"] = outcome.refusal.reason
+        log.debug("refused a gradient of worker %s: %s", requester.worker, outcome.refusal, extra=about)
+    elif result is not None:
+        about["iteration"], about["delay"] = result.iteration, result.delay
+        about["lag_buckets"], about["step_size"] = result.lag_buckets, result.step_size
+        what = "repeated the result of" if result.repeated else "discarded" if result.discarded else "applied"
+        log.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
+
+
+def _warn_of_kept_buffers(worker: str, iteration: int) -> None:
+    said = (
+        "buffers came with NaN or infinity from worker %s, beside a gradient that counts: the server keeps its own and "
+        "tells the worker, whose log names them"
+    )
+    _bad_gradients.warning(said, worker, extra=Fields(worker=worker, iteration=iteration))
