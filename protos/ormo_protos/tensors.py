@@ -185,22 +185,21 @@ class PayloadReceiver:
     """Fills a payload from chunks and refuses what is out of order, missing, doubled or too long.
 
     A context manager is not needed: a payload that was never completed is simply not used.
+
+    Attributes:
+        payload: that is filled.
+        received_bytes: how many are there, from the payload's start.
     """
 
     def __init__(self, payload: Payload) -> None:
         self.payload = payload
-        self._received_bytes = 0
+        self.received_bytes = 0
         self._chunks_left = _FREE_CHUNKS + payload.layout.total_bytes // _BYTES_PER_CHUNK
-
-    @property
-    def received_bytes(self) -> int:
-        """How many bytes are there, from the payload's start."""
-        return self._received_bytes
 
     @property
     def complete(self) -> bool:
         """Whether all bytes are there."""
-        return self._received_bytes == self.payload.layout.total_bytes
+        return self.received_bytes == self.payload.layout.total_bytes
 
     def accept(self, chunk: ChunkLike) -> Self:
         """Copy one chunk to its place.
@@ -210,17 +209,17 @@ class PayloadReceiver:
                 very many.
         """
         size, total = len(chunk.data), self.payload.layout.total_bytes
-        if chunk.offset != self._received_bytes:
+        if chunk.offset != self.received_bytes:
             raise PayloadError(
-                f"a chunk for offset {chunk.offset} came where offset {self._received_bytes} was expected: send the "
+                f"a chunk for offset {chunk.offset} came where offset {self.received_bytes} was expected: send the "
                 "chunks of a payload in order, each once"
             )
-        if self.complete:
+        if self.received_bytes == total:
             raise PayloadError(f"a chunk came after all {total} bytes of the payload: send each byte once")
-        if not 1 <= size <= MAX_CHUNK_BYTES or self._received_bytes + size > total:
+        if not 1 <= size <= MAX_CHUNK_BYTES or self.received_bytes + size > total:
             raise PayloadError(
                 f"a chunk of {size} bytes came at offset {chunk.offset} of a payload of {total} bytes: expected 1 to "
-                f"{min(MAX_CHUNK_BYTES, total - self._received_bytes)} bytes"
+                f"{min(MAX_CHUNK_BYTES, total - self.received_bytes)} bytes"
             )
         if not self._chunks_left:
             raise PayloadError(
@@ -229,11 +228,11 @@ class PayloadReceiver:
             )
         self._chunks_left -= 1
         self.payload.put(chunk.offset, chunk.data)
-        self._received_bytes += size
+        self.received_bytes += size
         return self
 
     def missing(self) -> PayloadError:
         """The error for a stream that ended too early."""
         return PayloadError(
-            f"the payload ended after {self._received_bytes} of {self.payload.layout.total_bytes} bytes: send it whole"
+            f"the payload ended after {self.received_bytes} of {self.payload.layout.total_bytes} bytes: send it whole"
         )

@@ -158,15 +158,14 @@ class StateMachine:
         return Effects(released=self._remove(member, gone), granted=self._hand_out(given.seconds))
 
     def _request_ticket(self, given: Request) -> Effects:
-        slot, key = self.requesting_slot(given), given.slot_key
+        slot = self.requesting_slot(given)
         self._refuse_finished()
         if given.request > slot.request:
             slot.request, slot.result = given.request, None
         slot.idle = False
-        ticket = tickets.held(self.state, key)
-        if ticket is not None and self.scheduler.voids_held_ticket(ticket):
-            tickets.close(self.state, ticket)
-        self.state.waiting[key] = None
+        if slot.ticket is not None and self.scheduler.voids_held_ticket(self.state.tickets[slot.ticket]):
+            tickets.close(self.state, self.state.tickets[slot.ticket])
+        self.state.waiting[given.worker, given.slot] = None
         return Effects(granted=self._hand_out(given.seconds))
 
     def _withdraw_request(self, given: Withdraw) -> Effects:
@@ -204,11 +203,11 @@ class StateMachine:
             self._refuse_other_gradient(slot, given)
             return Effects(changed=False, result=replace(slot.result, repeated=True))
         self._refuse_finished()
-        ticket = tickets.in_flight(self.state, given.slot_key, given.ticket_key)
+        ticket = tickets.in_flight(self.state, slot, given)
         self._assert_sizes(gradient)
         seconds, bucket_size = given.seconds - ticket.handed_out_seconds, self.bucket_size
-        slot.result = result = self._count(given, ticket, gradient, seconds)
-        slot.request, slot.redeemed, slot.ticket_seconds = given.request, ticket.key, seconds
+        slot.result = result = self._count(given, slot, ticket, gradient, seconds, bucket_size)
+        slot.request, slot.redeemed, slot.ticket_seconds = given.request, slot.ticket, seconds
         tickets.close(self.state, ticket)
         return Effects(
             result=result,
@@ -219,21 +218,23 @@ class StateMachine:
             granted=self._hand_out(given.seconds),
         )
 
-    def _count(self, given: Push, ticket: Ticket, gradient: Gradient, seconds: float) -> PushResult:
+    def _count(
+        self, given: Push, slot: Slot, ticket: Ticket, gradient: Gradient, seconds: float, bucket_size: int
+    ) -> PushResult:
         state = self.state
         delay = state.iteration - ticket.iteration
         counted_delay = self.scheduler.counted_delay(delay)
-        limit = self.run.method.discard_limit(self.bucket_size)
+        limit = self.run.method.discard_limit(bucket_size)
         if limit is not None and counted_delay >= limit:
             lag = max(0, state.newest_bucket - ticket.bucket)
             return PushResult(given.request, state.epoch, state.iteration, delay, lag, 0.0, discarded=True)
-        learning_rate, landing = self._land(ticket, counted_delay, seconds)
+        learning_rate, landing = self._land(slot, ticket, counted_delay, seconds, bucket_size)
         if gradient.norm is not None and not state.rule.stays_finite(state.params, gradient.norm, landing):
             raise _too_large(given, gradient.norm, landing)
         state.newest_bucket += landing.opened_buckets
         state.learning_rate = learning_rate
         state.rule.apply(state.params, gradient.values, landing)
-        kept = self._merge_buffers(gradient)
+        kept = gradient.float_buffers is not None and self._merge_buffers(gradient, bucket_size)
         state.iteration += 1
         state.samples += given.samples
         self.scheduler.count_applied(state, landing.bucket_size)
@@ -253,22 +254,22 @@ class StateMachine:
         assert gradient.float_buffers is None or gradient.float_buffers.shape == self.state.float_buffers.shape
         assert gradient.int_buffers is None or gradient.int_buffers.shape == self.state.int_buffers.shape
 
-    def _land(self, ticket: Ticket, counted_delay: int, seconds: float) -> tuple[float, Landing]:
+    def _land(self, slot: Slot, ticket: Ticket, counted_delay: int, seconds: float, size: int) -> tuple[float, Landing]:
         """η from then on, and where the gradient would count."""
-        state, size = self.state, self.bucket_size
+        state = self.state
         opened = max(0, ticket.bucket - state.newest_bucket)
         lag = max(0, state.newest_bucket - ticket.bucket)
         learning_rate = self.learning_rate.at(state.iteration) if opened else state.learning_rate
-        of_slots = partial(state.seconds_of_slots, state.slot(ticket.slot), seconds)
+        of_slots = partial(state.seconds_of_slots, slot, seconds)
         step_size = learning_rate * self._scale(
             Timing(counted_delay, size, self.run.method.delay_threshold, seconds, of_slots)
         )
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
-    def _merge_buffers(self, gradient: Gradient) -> bool:
+    def _merge_buffers(self, gradient: Gradient, bucket_size: int) -> bool:
         """Whether a tensor that came with NaN or infinity was not taken."""
         # Averages of averages: with weight 1/K the last K workers' statistics count about alike.
-        weight, kept = 1.0 / self.bucket_size, False
+        weight, kept = 1.0 / bucket_size, False
         if gradient.float_buffers is not None:
             kept |= self._merging.merge_floats(self.state.float_buffers, gradient.float_buffers, weight)
         if gradient.int_buffers is not None:
@@ -282,8 +283,13 @@ class StateMachine:
 
         Call it before the next input, so that these are the parameters of the ticket's iteration.
         """
-        self.delivery(granted)(out, slice(None))
-        self.state.rule.ticket_delivered(granted.slot, out)
+        if granted.params is None:
+            state = self.state
+            state.rule.write_delivery(state.params, out, state.sending(self.bucket_size))
+        else:
+            out.copy_(granted.params)
+        if self.state.rule.keeps_deliveries:
+            self.state.rule.ticket_delivered(granted.slot, out)
 
     def delivery(self, granted: Granted) -> Callable[[torch.Tensor, slice], object]:
         """As `write_delivery`, for rules that keep no deliveries: writes one part, and may be called until `push` is.
@@ -333,7 +339,9 @@ class StateMachine:
             BadRequest: it joined with fewer slots, or the request number is below 1.
             StaleRequest: the slot has used a higher request number.
         """
-        member = membership.find(self.state, requester.worker, requester.incarnation)
+        member = self.state.members.get(requester.worker)
+        if member is None or member.incarnation != requester.incarnation:
+            member = membership.find(self.state, requester.worker, requester.incarnation)  # says why there is none
         if not 0 <= requester.slot < len(member.slots) or requester.request < 1:
             raise BadRequest(
                 f"slot {requester.slot}, request {requester.request} of worker {requester.worker!r}: it joined with "

@@ -1,8 +1,9 @@
 """Handing tickets out, redeeming them and making them void. These functions never move `issue` or the parameters."""
 
 from ormo_server.core.errors import TicketUnknown
-from ormo_server.core.keys import SlotKey, TicketKey
-from ormo_server.core.state import State, Ticket
+from ormo_server.core.inputs import Push
+from ormo_server.core.keys import SlotKey
+from ormo_server.core.state import Slot, State, Ticket
 
 # So many may be idle, one after the other, and the next who joins waits for none of them still. More would let those
 # who have pushed in a round wait for longer while many workers start.
@@ -13,12 +14,13 @@ def hand_out(
     state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool, iteration: int | None = None
 ) -> Ticket:
     """Give a slot that has none a ticket at this iteration; None for the current one."""
-    assert state.slot(slot).ticket is None, "a slot holds at most one ticket"
+    holder, number = state.slot(slot), state.next_ticket
+    assert holder.ticket is None, "a slot holds at most one ticket"
     ite = state.iteration if iteration is None else iteration
-    ticket = Ticket(state.epoch, state.next_ticket, slot, ite, bucket, now, delivered)
+    ticket = Ticket(state.epoch, number, slot, ite, bucket, now, delivered)
     state.next_ticket += 1
-    state.tickets[ticket.key] = ticket
-    state.slot(slot).ticket = ticket.key
+    holder.ticket = (state.epoch, number)
+    state.tickets[holder.ticket] = ticket
     return ticket
 
 
@@ -28,27 +30,30 @@ def held(state: State, slot: SlotKey) -> Ticket | None:
     return None if key is None else state.tickets[key]
 
 
-def in_flight(state: State, slot: SlotKey, key: TicketKey) -> Ticket:
-    """The ticket with this key, if this slot holds it and got its parameters.
+def in_flight(state: State, slot: Slot, push: Push) -> Ticket:
+    """The ticket that a push names, if this slot of its worker holds it and got its parameters.
 
     Raises:
         TicketUnknown: it was never delivered to the slot, is used up, or is void.
     """
-    ticket = held(state, slot)
-    if ticket is None or ticket.key != key or not ticket.delivered:
+    ticket = None if slot.ticket is None else state.tickets[slot.ticket]
+    if ticket is None or slot.ticket != (push.ticket_epoch, push.ticket) or not ticket.delivered:
         holds = "holds none" if ticket is None else f"holds ticket {ticket.number}"
         raise TicketUnknown(
-            f"ticket {key[1]} of epoch {key[0]:016x} is not in flight: slot {slot[1]} of worker {slot[0]!r} {holds}. "
-            "It was used up, became void or never was; pull again, this gradient is lost"
+            f"ticket {push.ticket} of epoch {push.ticket_epoch:016x} is not in flight: slot {push.slot} of worker "
+            f"{push.worker!r} {holds}. It was used up, became void or never was; pull again, this gradient is lost"
         )
     return ticket
 
 
 def close(state: State, ticket: Ticket) -> None:
     """The ticket is redeemed or void: it is not in flight any more."""
-    del state.tickets[ticket.key]
-    state.slot(ticket.slot).ticket = None
-    drop_delivered_round(state)
+    slot = state.slot(ticket.slot)
+    assert slot.ticket is not None
+    del state.tickets[slot.ticket]
+    slot.ticket = None
+    if state.round_params is not None:
+        drop_delivered_round(state)
 
 
 def to_come_in(state: State) -> Ticket | None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 import torch
 
@@ -252,54 +253,51 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `Push` and `Request`, but for what `Outcome` holds.
         """
-        received, stored = self._admit(received)
+        too_long = received is not None and self._bounds.exceeded_by(received)
+        if too_long and received is not None and self._bounds.clips:
+            received, too_long = self._bounds.clipped(received), False
+            self._metrics.gradients.clipped()
+        # Both walk over the gradient, so before the lock.
+        stored = None
+        if self._journal is not None and received is not None and received.norm is not None and not too_long:
+            stored = self._journal.store(received.payload)
         outcome = Outcome(requester, received)
         try:
             with self._lock:
                 outcome.lock_seconds = self._lock.waited_seconds + (self._copies.finish() if received else 0.0)
                 if not is_current():
                     raise superseded(requester.slot_key)
-                self._refuse_unsound(requester.worker, requester.incarnation)
+                if self._unsound:
+                    self._refuse_unsound(requester.worker, requester.incarnation)
                 if received is not None:
-                    self._push(outcome, received, stored)
+                    self._push(outcome, received, stored, too_long=too_long)
                 if wish is not None:
                     self._request(outcome, wish)
-                position = self.position
+                outcome.position = self.position
         finally:
             # Also if the request raised: the push before it has taken effect.
             if self._journal is not None and stored is not None:
                 self._journal.release(stored)
             self._figures.record(outcome)
         try:
-            self.wait_durable(position)
+            self.wait_durable(outcome.position)
         except OrmoError:
             if outcome.waiter is not None:
                 self.withdraw(outcome.waiter)
             raise
         return outcome
 
-    def _admit(self, received: ReceivedGradient | None) -> tuple[ReceivedGradient | None, StoredGradient | None]:
-        """Scale a gradient down if it is too long, and write it for the journal: walks over it, so before the lock."""
-        if received is None or received.norm is None:
-            return received, None
-        if self._bounds.exceeded_by(received):
-            if not self._bounds.clips:
-                return received, None
-            received = self._bounds.clipped(received)
-            self._metrics.gradients.clipped()
-        return received, None if self._journal is None else self._journal.store(received.payload)
-
-    def _push(self, outcome: Outcome, received: ReceivedGradient, stored: StoredGradient | None) -> None:
-        requester = outcome.requester
-        if received.norm is None or self._bounds.exceeded_by(received):
-            self._machine.requesting_slot(requester)  # whose gradient is refused has a place and a number to be told by
+    def _push(
+        self, outcome: Outcome, received: ReceivedGradient, stored: StoredGradient | None, *, too_long: bool
+    ) -> None:
+        requester, (epoch, number) = outcome.requester, received.ticket
         try:
-            gradient = self._judged(requester, received)
-            epoch, number = received.ticket
-            outcome.pushed_at = self._clock()
-            given = Push(outcome.pushed_at, *requester, number, epoch, received.samples)
+            if received.norm is None or too_long:
+                self._refuse_gradient(requester, received)
+            outcome.pushed_at = now = self._clock()
+            given = Push(now, *requester, number, epoch, received.samples)
             started = time.perf_counter()
-            effects = outcome.pushed = self._take(given, gradient, stored)
+            outcome.pushed = effects = self._take(given, gradient_in(received.payload, received.norm), stored)
             outcome.apply_seconds = time.perf_counter() - started
         except (NonFinite, NormTooLarge, TicketUnknown, Finished) as refusal:
             outcome.refusal = refusal
@@ -308,16 +306,16 @@ class Engine:
             return
         outcome.result = effects.result
         if effects.redeemed is not None:
-            self._ticket_timeout.redeemed(given.seconds - effects.redeemed.handed_out_seconds)
+            # What decides about later inputs, so under the lock.
+            self._ticket_timeout.redeemed(now - effects.redeemed.handed_out_seconds)
             self.observations.of(requester.worker).note_taken()
 
-    def _judged(self, requester: Requester, received: ReceivedGradient) -> Gradient:
+    def _refuse_gradient(self, requester: Requester, received: ReceivedGradient) -> NoReturn:
+        self._machine.requesting_slot(requester)  # whose gradient is refused has a place and a number to be told by
         if received.norm is None:
             self._fail_unless_finite()
             raise non_finite(requester)
-        if self._bounds.exceeded_by(received):
-            raise self._bounds.too_large(requester, received)
-        return gradient_in(received.payload, received.norm)
+        raise self._bounds.too_large(requester, received)
 
     def _fail_unless_finite(self) -> None:
         """Of parameters that are not finite come gradients that are not, so with the first of these it is found out.
@@ -396,7 +394,8 @@ class Engine:
             known = newer_than == (state.epoch, state.iteration)
             if not known:
                 payload.parameters.copy_(state.params)
-                self._copy_buffers(payload)
+                if payload.layout.with_buffers:
+                    self._copy_buffers(payload)
             pulled = Delivery(
                 state.epoch, state.iteration, state.samples, None, None if known else payload, position=position
             )
@@ -425,7 +424,8 @@ class Engine:
     def _deliver(self, granted: Granted) -> None:
         waiter = self._waiters.pop(granted.slot)
         state, ticket, payload = self._machine.state, granted.ticket, waiter.payload
-        self._copy_buffers(payload)
+        if payload.layout.with_buffers:
+            self._copy_buffers(payload)
         copy = None
         if payload.layout.total_bytes > _COPIED_UNDER_LOCK and not state.rule.keeps_deliveries:
             copy = self._copies.begin(payload, self._machine.delivery(granted))
@@ -438,9 +438,8 @@ class Engine:
         waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, self.position))
 
     def _copy_buffers(self, payload: Payload) -> None:
-        if payload.layout.with_buffers:
-            payload.float_buffers.copy_(self._machine.state.float_buffers)
-            payload.int_buffers.copy_(self._machine.state.int_buffers)
+        payload.float_buffers.copy_(self._machine.state.float_buffers)
+        payload.int_buffers.copy_(self._machine.state.int_buffers)
 
     # What is on the disk
 

@@ -34,6 +34,7 @@ class Outcome:
         pushed_at: by the run's clock.
         lock_seconds: how long it waited for the lock; None if it did not get it.
         apply_seconds: how long the gradient took to be applied.
+        position: of the journal, up to which it is as safe as it will be.
     """
 
     requester: Requester
@@ -47,6 +48,7 @@ class Outcome:
     pushed_at: float = 0.0
     lock_seconds: float | None = None
     apply_seconds: float = 0.0
+    position: int = 0
 
 
 class Figures:

@@ -17,13 +17,12 @@ from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, NotAMember, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
-from ormo_server.metrics.traffic import Traffic
 from ormo_server.security.access import Access
 from ormo_server.security.callers import Caller
 from ormo_server.service import messages
 from ormo_server.service.buffers import BufferPool, Loans
 from ormo_server.service.controls import Controls
-from ormo_server.service.delivery import Delivery, Waiter
+from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, log_refusal, named, not_understood, streams_answers
 from ormo_server.service.figures import Outcome
@@ -239,26 +238,32 @@ class Servicer:
     def _exchange(
         self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
     ) -> Answers:
-        chunks, wanted = _chunks(more, data), exchange.HasField("next")
+        chunks, pushes, wants = _chunks(more, data), exchange.HasField("gradient"), exchange.HasField("next")
         with self._buffers.loans(stream.caller.name) as borrowed:
-            with self._refusals_counted(push=exchange.HasField("gradient"), pull=wanted):
+            try:
                 whole = len(data) >= exchange.gradient.payload_bytes
                 engine, requester = self._introduced(stream, exchange.requester, nothing_follows=whole)
-                layout = messages.delivery_layout(engine.manifest, exchange.next) if wanted else None
-                push = None
-                if exchange.HasField("gradient"):
-                    push = self._gradient(borrowed, stream, engine, exchange.gradient, chunks, "PushPull")
+                layout = messages.delivery_layout(engine.manifest, exchange.next) if wants else None
+                push = self._gradient(borrowed, stream, engine, exchange.gradient, chunks) if pushes else None
                 wish = borrowed.place(layout, push.payload if push else None) if layout else None
                 outcome = engine.exchange(requester, push, wish, lambda: stream.current)
-            with _WithdrawnAtEnd(engine, outcome.waiter):
-                result, waiter = self._result(stream, requester, outcome), outcome.waiter
+            except Exception as error:
+                self._count_refused(error, push=pushes, pull=wants)
+                raise
+            waiter = outcome.waiter
+            try:
+                result = self._result(stream, requester, outcome)
                 together = exchange.next.takes_data and waiter is not None and waiter.delivery is not None
                 if result is not None and not together:
                     yield Headed(pb.PushPullResponse(result=result))
                 if waiter is not None:
-                    yield from self._next_ticket(stream, engine, waiter, exchange.next, result if together else None)
+                    yield from self._next_ticket(stream, engine, outcome, exchange.next, result if together else None)
                 elif outcome.finished is not None:
                     yield _finished(engine)
+            finally:
+                # Before its buffer is lent to somebody else, nobody may write to it any more.
+                if waiter is not None:
+                    engine.withdraw(waiter)
 
     def _result(self, stream: OpenStream, requester: Requester, outcome: Outcome) -> pb.PushResult | None:
         if outcome.refusal is not None:
@@ -271,13 +276,13 @@ class Servicer:
         self,
         stream: OpenStream,
         engine: Engine,
-        waiter: Waiter,
+        outcome: Outcome,
         asked: pb.DeliveryRequest,
         result: pb.PushResult | None,
     ) -> Answers:
         """The delivery, with the exchange's result if that was not sent before."""
         try:
-            delivery = _whole(self._waited(stream, engine, waiter), engine, asked)
+            delivery = _whole(self._waited(stream, engine, outcome), engine, asked)
         except Finished:
             engine.wait_durable()
             yield _finished(engine)
@@ -295,11 +300,14 @@ class Servicer:
         with self._streams.open(context, self._access.caller(context)) as stream:
             push = _first(request_iterator, "push").message.push
             chunks = _chunks(request_iterator)
-            loans = self._buffers.loans(stream.caller.name)
-            with stream.exchange(), loans as borrowed, self._refusals_counted(push=True):
-                engine, requester = self._introduced(stream, push.requester)
-                gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
-                outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
+            with stream.exchange(), self._buffers.loans(stream.caller.name) as borrowed:
+                try:
+                    engine, requester = self._introduced(stream, push.requester)
+                    gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
+                    outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
+                except Exception as error:
+                    self._count_refused(error, push=True)
+                    raise
         if outcome.refusal is not None:
             raise outcome.refusal
         assert outcome.result is not None
@@ -322,7 +330,8 @@ class Servicer:
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
         with self._buffers.loans(stream.caller.name) as borrowed:
-            with self._refusals_counted(pull=True):
+            try:
+                outcome = None
                 if request.HasField("requester"):
                     engine, requester = self._introduced(stream, request.requester)
                 else:
@@ -330,7 +339,10 @@ class Servicer:
                 payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
                 if request.HasField("requester"):
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
-            if not request.HasField("requester"):
+            except Exception as error:
+                self._count_refused(error, pull=True)
+                raise
+            if outcome is None:
                 known = request.newer_than if request.HasField("newer_than") else None
                 delivery = engine.pull(payload, (known.epoch, known.number) if known else None)
                 engine.wait_durable(delivery.position)
@@ -338,16 +350,21 @@ class Servicer:
                 return
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")
-            with _WithdrawnAtEnd(engine, outcome.waiter):
-                yield engine, self._waited(stream, engine, outcome.waiter)
+            try:
+                yield engine, self._waited(stream, engine, outcome)
+            finally:
+                engine.withdraw(outcome.waiter)
 
-    def _waited(self, stream: OpenStream, engine: Engine, waiter: Waiter) -> Delivery:
-        started = time.perf_counter()
+    def _waited(self, stream: OpenStream, engine: Engine, outcome: Outcome) -> Delivery:
+        assert outcome.waiter is not None
+        started, at_hand = time.perf_counter(), outcome.waiter.delivery
         try:
-            delivery = stream.wait(waiter) if waiter.delivery is None else waiter.wait()
+            delivery = at_hand or stream.wait(outcome.waiter)
         finally:
             self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
-        engine.wait_durable(delivery.position)
+        if at_hand is None or delivery.position > outcome.position:
+            # Another exchange made it possible: that one's inputs must be safe, too, before anybody hears of it.
+            engine.wait_durable(delivery.position)
         return delivery
 
     # What the methods share
@@ -382,9 +399,13 @@ class Servicer:
             stream.introduce(requester)
         return engine, requester
 
-    def _refusals_counted(self, *, push: bool = False, pull: bool = False) -> "_RefusalsCounted":
-        """Count what ends the call before a gradient is applied, or parameters are sent."""
-        return _RefusalsCounted(self._metrics.traffic, push=push, pull=pull)
+    def _count_refused(self, error: Exception, *, push: bool = False, pull: bool = False) -> None:
+        """Count what ends a call before a gradient is applied, or parameters are sent."""
+        refusal = named(error)
+        if isinstance(refusal, OrmoError) and push:
+            self._metrics.traffic.push_refused(refusal.reason)
+        if isinstance(refusal, OrmoError) and pull:
+            self._metrics.traffic.pull_refused(refusal.reason)
 
     def _gradient(
         self,
@@ -393,7 +414,7 @@ class Servicer:
         engine: Engine,
         header: pb.Gradient,
         chunks: Chunks,
-        method: str,
+        method: str = "PushPull",
     ) -> ReceivedGradient:
         """A gradient, received whole into a buffer that is given back with `borrowed`."""
         started = time.perf_counter()
@@ -437,40 +458,6 @@ class Servicer:
                 engine.heard(stream.requester.worker)
         if delivery.payload is not None:
             self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
-
-
-class _RefusalsCounted:
-    __slots__ = ("_pull", "_push", "_traffic")
-
-    def __init__(self, traffic: Traffic, *, push: bool, pull: bool) -> None:
-        self._traffic = traffic
-        self._push = push
-        self._pull = pull
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        refusal = named(error) if isinstance(error, Exception) else None
-        if isinstance(refusal, OrmoError) and self._push:
-            self._traffic.push_refused(refusal.reason)
-        if isinstance(refusal, OrmoError) and self._pull:
-            self._traffic.pull_refused(refusal.reason)
-
-
-class _WithdrawnAtEnd:
-    """Before its buffer is lent to somebody else, nobody may write to it any more."""
-
-    __slots__ = ("_engine", "_waiter")
-
-    def __init__(self, engine: Engine, waiter: Waiter | None) -> None:
-        self._engine = engine
-        self._waiter = waiter
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        if self._waiter is not None:
-            self._engine.withdraw(self._waiter)
 
 
 def _whole(delivery: Delivery, engine: Engine, asked: pb.DeliveryRequest) -> Delivery:

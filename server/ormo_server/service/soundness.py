@@ -49,6 +49,9 @@ class UnsoundWorkers:
     def __init__(self) -> None:
         self._incarnations: dict[str, int] = {}
 
+    def __len__(self) -> int:
+        return len(self._incarnations)
+
     def add(self, requester: Requester) -> None:
         """Send a process away, from its next call on."""
         self._incarnations[requester.worker] = requester.incarnation
