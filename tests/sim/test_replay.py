@@ -11,8 +11,8 @@ import torch
 
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_protos.usage import UsageError
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Joined, Left, Pushed, Requested, Requester
 from ormo_server.core.method import PRESETS
 from ormo_server.core.state import PushResult, Ticket

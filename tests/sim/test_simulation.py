@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ormo_protos.manifest import AVERAGE, BUFFER, FLOAT32, INT64, LAST, PARAMETER, Manifest, TensorSpec
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Input, Joined, Left, Pushed
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.schedule import LearningRate

@@ -2,7 +2,7 @@
 
 import logging
 
-from ormo_protos.logs import Fields
+from ormo_runtime.logs import Fields
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import Member, Ticket
 from ormo_server.service.exchange import Outcome

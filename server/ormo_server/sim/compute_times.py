@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Pushed
 from ormo_server.trace import read_trace
 

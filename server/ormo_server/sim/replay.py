@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.inputs import (
     Joined,
