@@ -12,7 +12,7 @@ AUDIT_INSTALLED = $(AUDIT_VENV)/.installed
 PROTO = protos/ormo_protos/v1/parameter_server.proto
 GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
     --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
-PACKAGES = ormo_protos ormo_server ormo_worker
+PACKAGES = ormo_protos ormo_runtime ormo_server ormo_worker
 
 .DEFAULT_GOAL := help
 

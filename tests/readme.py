@@ -10,8 +10,8 @@ import torch
 import yaml
 from prometheus_client import CollectorRegistry
 
-from ormo_protos.failure_detection import DESCRIPTIONS, FailureDetection
-from ormo_protos.settings import settings_table
+from ormo_runtime.settings import settings_table
+from ormo_runtime.timeouts import DESCRIPTIONS, FailureDetection
 from ormo_server.core.method import PRESETS
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.metrics import Metrics

@@ -13,11 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from ormo_protos import logs
-from ormo_protos.allocator import keep_freed_memory
-from ormo_protos.patient_stream import patient
-from ormo_protos.process import prepare_process
-from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
+from ormo_runtime import logs
+from ormo_runtime.process import keep_freed_memory, patient, prepare_process
+from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
     from ormo_server.config import ServerSettings
@@ -85,7 +83,7 @@ def serve(settings: "ServerSettings") -> int:
         keep_freed_memory()
     import torch
 
-    from ormo_protos.usage import UsageError
+    from ormo_runtime.settings import UsageError
     from ormo_server.core.errors import OrmoError, SettingsError
     from ormo_server.service.resources import TooFewResources, raise_limit_of_descriptors
     from ormo_server.service.server import AddressInUseError, Server

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
-from ormo_protos.loopback import is_loopback
-from ormo_protos.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.channels import is_loopback
+from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_server.training_settings import TrainingSettings
 
 

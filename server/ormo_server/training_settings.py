@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ormo_protos.settings import MOST, Settings
+from ormo_runtime.settings import MOST, Settings
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES

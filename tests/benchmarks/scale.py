@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, quantiles
 
-from ormo_protos.allocator import keep_freed_memory
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_runtime.process import keep_freed_memory
 from ormo_worker.client import ParameterClient
 from ormo_worker.wire import Gradient
 

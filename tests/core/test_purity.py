@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import ormo_protos
+import ormo_runtime
 import ormo_server
 import ormo_worker
 
-PROTOS, SERVER, WORKER = (Path(package.__path__[0]) for package in (ormo_protos, ormo_server, ormo_worker))
+PACKAGES = (ormo_protos, ormo_runtime, ormo_server, ormo_worker)
+PROTOS, RUNTIME, SERVER, WORKER = (Path(package.__path__[0]) for package in PACKAGES)
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CORE = SERVER / "core"
 
@@ -183,10 +185,11 @@ def test_the_core_opens_no_file_prints_nothing_and_draws_no_random_number() -> N
     assert offenders(CORE, lambda source: [name for name in names(source, called=True) if name in forbidden]) == {}
 
 
-def test_server_and_worker_do_not_import_each_other_and_the_contract_imports_neither() -> None:
+def test_server_and_worker_do_not_import_each_other_and_what_both_stand_on_imports_neither() -> None:
     assert importing(SERVER, "ormo_worker") == {}
     assert importing(WORKER, "ormo_server") == {}
-    assert importing(PROTOS, "ormo_server", "ormo_worker") == {}
+    assert importing(PROTOS, "ormo_runtime", "ormo_server", "ormo_worker") == {}
+    assert importing(RUNTIME, "ormo_server", "ormo_worker") == {}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,6 @@ def test_what_only_looks_like_a_pickle_is_not_found(source: str) -> None:
     assert pickling(source) == []
 
 
-@pytest.mark.parametrize("package", [PROTOS, SERVER, WORKER, DEPLOY], ids=lambda path: path.name)
+@pytest.mark.parametrize("package", [PROTOS, RUNTIME, SERVER, WORKER, DEPLOY], ids=lambda path: path.name)
 def test_nothing_is_pickled_or_unpickled(package: Path) -> None:
     assert offenders(package, pickling) == {}

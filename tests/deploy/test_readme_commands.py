@@ -8,7 +8,7 @@ import yaml
 
 from deploy.docker.tree import ROOT
 from deploy.kubernetes.rendering import overlay
-from ormo_protos.settings import read_settings
+from ormo_runtime.settings import read_settings
 from ormo_server.console.config import StatusSettings, TopSettings
 from readme import README
 

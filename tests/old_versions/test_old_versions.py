@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from old_versions.recorded import WRITTEN
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state_machine import StateMachine

@@ -6,9 +6,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos.credentials import Credentials
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_runtime.tls import Credentials
 from ormo_server.security import access
 from ormo_server.security.access import AccessError, read_list
 from security.authority import ACCESS, TOKEN, Authority, dialled, guarded, line

@@ -7,11 +7,11 @@ from typing import Any
 import grpc
 import pytest
 
-from ormo_protos.credentials import Credentials
-from ormo_protos.dialling import Dialer
 from ormo_protos.manifest import Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_runtime.channels import Dialer
+from ormo_runtime.tls import Credentials
 from security.authority import TOKEN, Authority, line
 from service.wire import Refused, WireWorker, payload, refusals
 from system.programs import Program, Stage

@@ -10,10 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ormo_protos.dialling import Dialer
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_runtime.channels import Dialer
 from ormo_server.security.roles import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ormo_protos.credentials import Credentials
-from ormo_protos.dialling import Dialer
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import Dialer
+from ormo_runtime.tls import Credentials
 from ormo_server.service.open_calls import SILENT_CALLS
 from ormo_server.service.server import Server
 from security.authority import TOKEN, Authority, dialled, guarded, line

@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos.credentials import Credentials, CredentialsError
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.tls import Credentials, CredentialsError
 from ormo_server.security.tls import server_credentials
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded

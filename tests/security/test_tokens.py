@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from ormo_protos.credentials import AUTHORIZATION, BEARER
+from ormo_runtime.tls import AUTHORIZATION, BEARER
 from ormo_server.core.errors import Unauthenticated
 from ormo_server.security import access
 from ormo_server.security.access import ListedAccess

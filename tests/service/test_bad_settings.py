@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ormo_protos.failure_detection import FailureDetection
+from ormo_runtime.timeouts import FailureDetection
 from ormo_server.cli import main
 from ormo_server.config import ServerSettings
 

@@ -40,7 +40,7 @@ def test_log_tells_who_joins_and_leaves_and_warns_of_gradients_that_are_not_fini
 
 def test_refusals_of_whatever_kind_are_few_lines() -> None:
     code = """
-from ormo_protos.logs import set_up
+from ormo_runtime.logs import set_up
 from ormo_server.core.errors import OrmoError
 from ormo_server.service.errors import log_refusal
 
@@ -61,7 +61,7 @@ for kind in OrmoError.__subclasses__():
 def test_failures_of_the_server_s_own_are_few_tracebacks_however_many_calls_cause_them(tmp_path: Path) -> None:
     code = f"""
 import grpc
-from ormo_protos.logs import set_up
+from ormo_runtime.logs import set_up
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.config import ServerSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.workload import Computed, Model, Scores
 
 FEATURES = 8

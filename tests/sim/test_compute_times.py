@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.compute_times import parse
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.method import PRESETS
 from ormo_server.sim import cli
 from ormo_server.sim.finished import read_run

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_protos.settings import read_settings
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError, read_settings
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged

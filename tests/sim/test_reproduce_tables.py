@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.finished import read_run
 from ormo_server.sim.reproduce import readme
 from ormo_server.sim.reproduce.comparison import Comparison, Spread

@@ -9,7 +9,7 @@ import torch
 
 from core.driving import told_by
 from ormo_protos.manifest import AVERAGE, BUFFER, FLOAT32, INT64, LAST, PARAMETER, Manifest, TensorSpec
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Join, Leave, Push
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.schedule import LearningRate

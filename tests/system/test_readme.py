@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ormo_protos.settings import read_settings
+from ormo_runtime.settings import read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.reproduce.config import ReproduceSettings

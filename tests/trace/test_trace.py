@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.config import ServerSettings
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.config import ServerSettings
 from ormo_server.core.inputs import Join
 from ormo_server.core.state_machine import StateMachine

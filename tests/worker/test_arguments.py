@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from ormo_protos.credentials import Credentials
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload
+from ormo_runtime.tls import Credentials
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
 from ormo_worker.errors import OptionRefused, ServerUnreachable
 from ormo_worker.groups import OPTIONS_OF_TORCH

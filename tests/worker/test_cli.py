@@ -12,7 +12,7 @@ import pytest
 
 import ormo_worker
 from ormo_protos.reasons import Reason
-from ormo_protos.settings import settings_table
+from ormo_runtime.settings import settings_table
 from ormo_worker import cli
 from ormo_worker.config import EvaluateSettings, RunSettings
 from worker.fake_server import FakeServer, refuse

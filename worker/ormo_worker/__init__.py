@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ormo_protos.allocator import keep_freed_memory
-    from ormo_protos.credentials import Credentials
+    from ormo_runtime.process import keep_freed_memory
+    from ormo_runtime.tls import Credentials
     from ormo_worker.client import ParameterClient
     from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.module import manifest_of
@@ -36,7 +36,7 @@ __all__ = [
 # Imported when first used: `ormo-worker --help` need not wait for PyTorch.
 _HOMES = {
     "ClassificationTask": "ormo_worker.tasks",
-    "Credentials": "ormo_protos.credentials",
+    "Credentials": "ormo_runtime.tls",
     "OrmoError": "ormo_worker.errors",
     "ParameterClient": "ormo_worker.client",
     "Patience": "ormo_worker.retries",
@@ -45,7 +45,7 @@ _HOMES = {
     "Score": "ormo_worker.tasks",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",
-    "keep_freed_memory": "ormo_protos.allocator",
+    "keep_freed_memory": "ormo_runtime.process",
     "load_task": "ormo_worker.tasks",
     "manifest_of": "ormo_worker.module",
 }

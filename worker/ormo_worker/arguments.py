@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_protos.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_worker.errors import OptionRefused
 
 

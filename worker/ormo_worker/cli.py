@@ -5,12 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ormo_protos import logs
-from ormo_protos.allocator import keep_freed_memory
-from ormo_protos.interruption import leave_on_signals
-from ormo_protos.process import prepare_process
-from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
-from ormo_protos.usage import UsageError
+from ormo_runtime import logs
+from ormo_runtime.process import keep_freed_memory, prepare_process
+from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, UsageError, dispatch, load_settings
+from ormo_runtime.signals import leave_on_signals
 from ormo_worker.config import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
-from ormo_protos.credentials import Credentials
 from ormo_protos.manifest import FLOAT32, FROZEN, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.tls import Credentials
 from ormo_worker.arguments import address, whole_number
 from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.connection import Connection

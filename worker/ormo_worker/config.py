@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ormo_protos.credentials import ClientSettings
-from ormo_protos.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.tls import ClientSettings
 
 # What the protocol allows a worker.
 MOST_IN_FLIGHT = 16

@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from ormo_protos.credentials import Credentials
-from ormo_protos.dialling import Dialer, UnaryStub
-from ormo_protos.failure_detection import FailureDetection
-from ormo_protos.interruption import end_on_signals, leave_if_asked
 from ormo_protos.limits import Malformed
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_runtime.channels import Dialer, UnaryStub
+from ormo_runtime.signals import end_on_signals, leave_if_asked
+from ormo_runtime.timeouts import FailureDetection
+from ormo_runtime.tls import Credentials
 from ormo_worker.errors import ClientClosed, OrmoError
 from ormo_worker.observer import Observer
 from ormo_worker.refusal import ended

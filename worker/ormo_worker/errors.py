@@ -1,6 +1,6 @@
 """What can go wrong for a worker. Each message says what came, what was expected and what to do next."""
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 
 
 class OrmoError(Exception):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ormo_protos.credentials import Credentials
-from ormo_protos.interruption import leave_if_asked
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.signals import leave_if_asked
+from ormo_runtime.tls import Credentials
 from ormo_worker.arguments import real_number
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import EvaluateSettings

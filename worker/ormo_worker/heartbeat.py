@@ -4,8 +4,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.connection import Connection
 from ormo_worker.errors import OrmoError
 from ormo_worker.identity import Identity

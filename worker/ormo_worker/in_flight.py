@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ormo_protos.logs import Fields
 from ormo_protos.tensors import Payload
+from ormo_runtime.logs import Fields
 from ormo_worker.copy_streams import Copies
 from ormo_worker.errors import ClientClosed
 from ormo_worker.observer import Observer, Outcome

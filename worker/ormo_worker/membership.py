@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import grpc
 
-from ormo_protos.logs import Fields
 from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.reasons import Reason
-from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import Fields
+from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.connection import Connection
 from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 from ormo_worker.heartbeat import Heartbeat

@@ -20,8 +20,8 @@ from prometheus_client import (
     values,
 )
 
-from ormo_protos.http_port import HttpPort
-from ormo_protos.process import SHARED_VALUES
+from ormo_runtime.http_port import HttpPort
+from ormo_runtime.process import SHARED_VALUES
 from ormo_worker.arguments import address
 from ormo_worker.errors import OptionRefused
 from ormo_worker.observer import Observer, Outcome, Stage

@@ -11,12 +11,12 @@ from typing import Any, Never, Self, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ormo_protos.credentials import Credentials
 from ormo_protos.limits import MAX_SAMPLES
-from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import Fields
+from ormo_runtime.tls import Credentials
 from ormo_worker.arguments import address, described, one_number, whole_number
 from ormo_worker.client import ParameterClient
 from ormo_worker.config import MOST_IN_FLIGHT

@@ -7,8 +7,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.logs import printable
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
+from ormo_runtime.logs import printable
 from ormo_worker.errors import Refused, Replaced, RunFinished
 from ormo_worker.session import Step, step_after
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from ormo_protos.failure_detection import FailureDetection
+from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.arguments import positive_seconds
 from ormo_worker.errors import ServerUnreachable
 from ormo_worker.observer import Observer

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ormo_protos.framing import Frame
-from ormo_protos.logs import Fields, printable
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import Fields, printable
 from ormo_worker.connection import Connection
 from ormo_worker.errors import ProtocolBroken, RunFinished
 from ormo_worker.identity import Identity

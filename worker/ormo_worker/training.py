@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ormo_protos.interruption import leave_if_asked
-from ormo_protos.logs import Fields
+from ormo_runtime.logs import Fields
+from ormo_runtime.signals import leave_if_asked
 from ormo_worker.config import RunSettings
 from ormo_worker.devices import resolve_device
 from ormo_worker.groups import decay_groups

@@ -8,9 +8,9 @@ from typing import Generic, TypeAlias, TypeVar
 from ormo_protos.framing import Headed
 from ormo_protos.limits import MAX_SAMPLES, Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.arguments import real_number, whole_number
 from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
 from ormo_worker.identity import Identity

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.workload import Computed, Model, Scores
+from ormo_runtime.workload import Computed, Model, Scores
 from ormo_worker.devices import resolve_device
 from ormo_worker.groups import ParameterGroup, decay_groups, decays
 from ormo_worker.tasks import Score, Task, load_task

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ormo_protos.credentials import Credentials, CredentialsError
-from ormo_protos.dialling import Dialer, UnaryStub
-from ormo_protos.interruption import end_on_signals, leave_if_asked
 from ormo_protos.limits import Malformed
-from ormo_protos.logs import printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import Dialer, UnaryStub
+from ormo_runtime.logs import printable
+from ormo_runtime.signals import end_on_signals, leave_if_asked
+from ormo_runtime.tls import Credentials, CredentialsError
 
 A = TypeVar("A", bound=Message)
 

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ormo_protos.credentials import ClientSettings
-from ormo_protos.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.tls import ClientSettings
 
 
 class _Common(ClientSettings):

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 
-from ormo_protos.proxies import through_proxy
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import through_proxy
 from ormo_server.console.as_json import as_plain
 from ormo_server.console.asking import NoAnswerError, asker
 from ormo_server.console.config import StatusSettings

@@ -7,8 +7,8 @@ import time
 from rich.console import Console
 from rich.live import Live
 
-from ormo_protos.interruption import leave_if_asked, leave_on_signals
-from ormo_protos.proxies import through_proxy
+from ormo_runtime.channels import through_proxy
+from ormo_runtime.signals import leave_if_asked, leave_on_signals
 from ormo_server.console.asking import Asker, NoAnswerError, asker
 from ormo_server.console.config import TopSettings
 from ormo_server.console.keys import pressed, single_keys

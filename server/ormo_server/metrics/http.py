@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from ormo_protos.http_port import HttpPort
+from ormo_runtime.http_port import HttpPort
 
 ALIVE, READY = "/alive", "/ready"
 

@@ -23,9 +23,8 @@ from typing import Annotated, Any, Protocol, Self
 import grpc
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from ormo_protos.credentials import AUTHORIZATION, BEARER
-from ormo_protos.loopback import host_of, is_loopback
-from ormo_protos.watched_files import WatchedFiles
+from ormo_runtime.channels import host_of, is_loopback
+from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles
 from ormo_server.core.errors import SettingsError, Unauthenticated
 from ormo_server.security.callers import Caller
 from ormo_server.security.roles import Role

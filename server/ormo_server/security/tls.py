@@ -4,8 +4,7 @@ from pathlib import Path
 
 import grpc
 
-from ormo_protos.credentials import CredentialsError, check_certificates, check_pair, read_bytes
-from ormo_protos.watched_files import WatchedFiles
+from ormo_runtime.tls import CredentialsError, WatchedFiles, check_certificates, check_pair, read_bytes
 
 
 def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

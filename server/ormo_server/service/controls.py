@@ -3,8 +3,8 @@
 import logging
 import threading
 
-from ormo_protos.logs import Fields, printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import Fields, printable
 from ormo_server.core.errors import BadRequest, NotReady
 from ormo_server.service.host import RunHost
 

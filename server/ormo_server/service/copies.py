@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ormo_protos.tensors import Payload
-from ormo_protos.threads import StartedPool
+from ormo_runtime.process import StartedPool
 from ormo_server.core.blocks import blocks
 from ormo_server.metrics.distributions import Distribution
 

@@ -12,10 +12,10 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from ormo_protos.limits import Malformed
-from ormo_protos.logs import Fields, printable
 from ormo_protos.manifest import ManifestError
 from ormo_protos.reasons import ERROR_DOMAIN, Reason
 from ormo_protos.tensors import PayloadError
+from ormo_runtime.logs import Fields, printable
 from ormo_server.core.errors import BadManifest, BadPayload, BadRequest, OrmoError
 from ormo_server.service.delivery import PeerGone
 

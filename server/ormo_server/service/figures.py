@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ormo_protos.logs import Fields
+from ormo_runtime.logs import Fields
 from ormo_server.core.effects import NOTHING, Effects, Redeemed
 from ormo_server.core.errors import Finished, OrmoError
 from ormo_server.core.inputs import Requester

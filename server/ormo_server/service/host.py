@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
-from ormo_protos.failure_detection import FailureDetection
-from ormo_protos.logs import Fields
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_runtime.logs import Fields
+from ormo_runtime.timeouts import FailureDetection
 from ormo_server.config import ServerSettings
 from ormo_server.core import memory, snapshot
 from ormo_server.core.blocks import largest

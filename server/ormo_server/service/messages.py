@@ -5,9 +5,9 @@ import re
 
 from ormo_protos.limits import MAX_SAMPLES
 from ormo_protos.manifest import Manifest
-from ormo_protos.settings import LONGEST_SECONDS
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.keys import TicketKey

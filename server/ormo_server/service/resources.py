@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ormo_protos.threads import StartedPool
+from ormo_runtime.process import StartedPool
 from ormo_server.config import ServerSettings
 
 # Calls that hold no thread for long (Join, heartbeats, health, status) share these.

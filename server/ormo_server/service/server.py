@@ -9,8 +9,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ormo_protos.failure_detection import FailureDetection
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_runtime.timeouts import FailureDetection
 from ormo_server.config import ServerSettings
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics, http

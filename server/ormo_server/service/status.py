@@ -2,8 +2,8 @@
 
 import time
 
-from ormo_protos.logs import printable
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import printable
 from ormo_server.metrics.process import package_version, resident_bytes
 from ormo_server.service.host import RunHost
 from ormo_server.service.observations import Evaluation, Observations

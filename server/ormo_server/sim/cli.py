@@ -8,10 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ormo_protos import logs
-from ormo_protos.process import prepare_process
-from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, load_settings
-from ormo_protos.usage import UsageError
+from ormo_runtime import logs
+from ormo_runtime.process import prepare_process
+from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, UsageError, load_settings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Push
 from ormo_server.trace import Recorded, read_trace
 

@@ -5,8 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ormo_protos.slow_workers import slow_factors
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.sim.compute_times import FORMS, parse
 from ormo_server.sim.machines import Change, changes
 from ormo_server.sim.workload import TASKS_OF_THE_WORKER

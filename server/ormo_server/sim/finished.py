@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.config import TOLD_BY_TRACE, SimSettings
 from ormo_server.sim.record import DELAYS, EVALUATIONS, SETTINGS_BEFORE, SUMMARY, Row
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.compute_times import ComputeTimes
 
 _WHEN = re.compile(r"(\d+(?:\.\d+)?):(\d+)")

@@ -18,8 +18,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from PIL import Image
 from pydantic import Field
 
-from ormo_protos.settings import Settings, load_settings
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import Settings, UsageError, load_settings
 from ormo_server.sim.finished import FinishedRun, read_run
 from ormo_server.sim.record import Row
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.sim.training import Place, Process, Training

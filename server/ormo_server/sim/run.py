@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ormo_protos.slow_workers import slow_factors
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS

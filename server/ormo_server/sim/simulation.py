@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.sim.machines import Change, Machine, MachinePark
 from ormo_server.sim.training import Place, Process, Training
 

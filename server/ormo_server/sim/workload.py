@@ -13,8 +13,8 @@ from typing import Protocol, cast
 
 import torch
 
-from ormo_protos.usage import UsageError
-from ormo_protos.workload import Computed, Model, Scores
+from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Computed, Model, Scores
 
 __all__ = [
     "TASKS_OF_THE_WORKER",

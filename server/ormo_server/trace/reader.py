@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 from ormo_server.trace.rows import EVENTS, FORMAT, ROWS, Entry, Refused, Row, Start, recorded_of
 
 _SHOWN_CHARACTERS = 80

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.round_trips import kernel, report
 from benchmarks.round_trips.contenders import NAMES, ORMO, USUAL
 from benchmarks.round_trips.measure import Case, Row, measured
-from ormo_protos.allocator import keep_freed_memory
+from ormo_runtime.process import keep_freed_memory
 
 MB = 1_000_000
 ONE_WORKER = [Case(4096, 1), Case(1_081_344, 1), Case(45 * MB, 1), Case(400 * MB, 1)]

@@ -8,7 +8,7 @@ import yaml
 
 from deploy.docker import compose
 from deploy.docker.tree import FOLDER, ROOT, tool
-from ormo_protos.settings import Settings, read_settings
+from ormo_runtime.settings import Settings, read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.service.resources import threads_needed
 from ormo_worker.config import EvaluateSettings, RunSettings

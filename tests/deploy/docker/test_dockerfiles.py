@@ -9,7 +9,7 @@ import pytest
 
 from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
-from ormo_protos.settings import Settings, SettingsProblemsError, read_settings
+from ormo_runtime.settings import Settings, SettingsProblemsError, read_settings
 from ormo_server.config import ServerSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, Object, Pod, probes, quantity
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
-from ormo_protos.settings import SettingsProblemsError
+from ormo_runtime.settings import SettingsProblemsError
 from ormo_server.config import ServerSettings
 from ormo_server.core.memory import need
 from ormo_server.metrics.http import ALIVE, READY

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from deploy.kubernetes.rendering import Manifests, Pod
-from ormo_protos.settings import Settings, read_settings
+from ormo_runtime.settings import Settings, read_settings
 from ormo_server.config import ServerSettings
 from ormo_worker.config import EvaluateSettings, RunSettings
 

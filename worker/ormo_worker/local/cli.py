@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ormo_protos.dialling import Dialer, UnaryStub
-from ormo_protos.interruption import leave_if_asked, leave_on_signals
-from ormo_protos.process import prepare_process
-from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import Dialer, UnaryStub
+from ormo_runtime.process import prepare_process
+from ormo_runtime.settings import load_settings
+from ormo_runtime.signals import leave_if_asked, leave_on_signals
 from ormo_worker.local.cluster import Cluster, ClusterError
 from ormo_worker.local.config import LocalSettings
 

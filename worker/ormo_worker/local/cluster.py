@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ormo_protos.settings import variables_of
+from ormo_runtime.settings import variables_of
 from ormo_worker.local.config import LocalSettings
 from ormo_worker.local.processes import Child
 

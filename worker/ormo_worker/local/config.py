@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from ormo_protos.settings import LONGEST_SECONDS, Settings
-from ormo_protos.slow_workers import slow_factors
+from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors
 from ormo_worker.config import MOST_IN_FLIGHT
 
 

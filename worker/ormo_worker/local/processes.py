@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from ormo_protos.logs import printable
+from ormo_runtime.logs import printable
 
 _STOP_SECONDS = 30.0
 _KIB = 1024

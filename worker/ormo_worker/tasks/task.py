@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 
 # Nested tuples, lists and dicts of tensors; only the task that made the data set knows which.
 Batch: TypeAlias = Any

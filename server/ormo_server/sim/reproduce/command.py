@@ -12,9 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ormo_protos.logs import printable
-from ormo_protos.settings import load_settings
-from ormo_protos.usage import UsageError
+from ormo_runtime.logs import printable
+from ormo_runtime.settings import UsageError, load_settings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.finished import FinishedRun, read_run
 from ormo_server.sim.reproduce import readme

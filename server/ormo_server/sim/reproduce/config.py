@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ormo_protos.settings import Settings
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import Settings, UsageError
 from ormo_server.sim.reproduce.suite import Suite, load_suite, packaged, selected
 
 

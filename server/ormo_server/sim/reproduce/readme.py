@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ormo_protos.usage import UsageError
+from ormo_runtime.settings import UsageError
 
 
 def insert(path: Path, name: str, table: str) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 
 from benchmarks.round_trips.place import LEARNING_RATE, MOMENTUM, Place, RoundTrip
-from ormo_protos.credentials import Credentials
+from ormo_runtime.tls import Credentials
 
 
 def serve(place: Place, *more: str) -> None:
@@ -27,9 +27,9 @@ def connect(place: Place, dtype: int | None = None, credentials: Credentials | N
     """A worker that has joined. What it receives into is a payload, which is such an array."""
     import torch
 
-    from ormo_protos.allocator import keep_freed_memory
     from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
     from ormo_protos.tensors import Payload, PayloadLayout
+    from ormo_runtime.process import keep_freed_memory
     from ormo_worker.client import ParameterClient
     from ormo_worker.wire import Gradient
 

@@ -6,7 +6,7 @@ import trustme
 
 from benchmarks.round_trips.contenders import ormo
 from benchmarks.round_trips.place import Place, RoundTrip
-from ormo_protos.credentials import Credentials
+from ormo_runtime.tls import Credentials
 
 _ACCESS = '[[allow]]\nrole = "worker"\ncertificate = "worker"\nworkers = ["worker-*"]\n'
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 
 from benchmarks.round_trips.place import Model, Place, RoundTrip, serving
-from ormo_protos.allocator import keep_freed_memory
+from ormo_runtime.process import keep_freed_memory
 
 
 def serve(place: Place) -> None:

@@ -2,7 +2,7 @@
 
 from benchmarks.round_trips.contenders import torch_rpc
 from benchmarks.round_trips.place import Place, RoundTrip
-from ormo_protos.allocator import keep_freed_memory
+from ormo_runtime.process import keep_freed_memory
 
 
 def serve(place: Place) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import zmq
 
 from benchmarks.round_trips.place import Model, Place, RoundTrip, serving
-from ormo_protos.allocator import keep_freed_memory
+from ormo_runtime.process import keep_freed_memory
 
 
 def serve(place: Place) -> None:

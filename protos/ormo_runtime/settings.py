@@ -27,8 +27,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from ormo_protos.all_settings import ALL_SETTINGS, nearest_variable
-from ormo_protos.logs import first_words, printable
+from ormo_runtime.all_settings import ALL_SETTINGS, nearest_variable
+from ormo_runtime.logs import first_words, printable
 
 BAD_SETTINGS_EXIT_CODE = 2
 # Some thirty years: Python can wait for no more than about ten times as long, and fails if it is told to.
@@ -394,3 +394,31 @@ def _is_sequence(annotation: Any) -> bool:
 
 def _lowered(message: str) -> str:
     return message[:1].lower() + message[1:]
+
+
+class UsageError(Exception):
+    """What was asked for can't be done; the message says in one sentence what came, what was expected, what to do."""
+
+
+_PART = re.compile(r"(\d+):(\d+(?:\.\d+)?)x")
+
+
+def slow_factors(text: str, workers: int) -> list[float]:
+    """How many times as long each worker takes for a gradient: 1 for most, the slow ones last.
+
+    Args:
+        text: COUNT:FACTORx, or several separated by commas; empty for none.
+        workers: how many there are.
+
+    Raises:
+        ValueError: the text has another form, a factor below 1, or more slow workers than there are.
+    """
+    slow: list[float] = []
+    for part in filter(None, text.split(",")):
+        match = _PART.fullmatch(part.strip())
+        if match is None or float(match[2]) < 1:
+            raise ValueError(f"{part!r} came, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
+        slow += [float(match[2])] * int(match[1])
+    if len(slow) > workers:
+        raise ValueError(f"{text} makes {len(slow)} workers slower, but there are only {workers}")
+    return [1.0] * (workers - len(slow)) + slow

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
 
-from ormo_protos.patient_stream import patient
+from ormo_runtime.process import patient
 
 LogFormat = Literal["text", "json"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from ormo_protos.settings import Settings, SettingsProblemsError, load_settings, read_settings, settings_table
+from ormo_runtime.settings import Settings, SettingsProblemsError, load_settings, read_settings, settings_table
 
 
 class Baker(Settings):

@@ -7,13 +7,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ormo_protos import watched_files
-from ormo_protos.credentials import ClientSettings, Credentials, CredentialsError, read_token
-from ormo_protos.dialling import Dialer
-from ormo_protos.settings import SettingsProblemsError, read_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_protos.watched_files import WatchedFiles
+from ormo_runtime import tls
+from ormo_runtime.channels import Dialer
+from ormo_runtime.settings import SettingsProblemsError, read_settings
+from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, WatchedFiles, read_token
 from ormo_worker.connection import Connection
 from ormo_worker.observer import Observer
 from ormo_worker.retries import Patience
@@ -142,7 +141,7 @@ def test_a_file_that_could_not_be_read_for_a_while_is_read_later_though_it_has_n
 ) -> None:
     """There may have been no descriptor for it."""
     number = Number(tmp_path / "n")
-    monkeypatch.setattr(watched_files, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(tls, "RETRY_SECONDS", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(number.watched, "_read", lambda: int("too many open files"))
         number.write("2")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from ormo_protos.logs import FewOf, FewOfEach, Fields, formatter, printable
+from ormo_runtime.logs import FewOf, FewOfEach, Fields, formatter, printable
 
 
 def record(message: str, *values: object, **fields: object) -> logging.LogRecord:
@@ -76,7 +76,9 @@ def test_an_exception_in_the_log_has_lines_of_its_own_that_look_like_no_record()
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_last_words_are_one_line_whatever_they_quote(form: Literal["text", "json"]) -> None:
-    code = f"from ormo_protos import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', {EVIL!r}, {form!r})"
+    code = (
+        f"from ormo_runtime import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', {EVIL!r}, {form!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
     assert done.stderr.count(b"\n") == 1
     assert done.stderr.decode().removesuffix("\n").isprintable()
@@ -85,7 +87,7 @@ def test_last_words_are_one_line_whatever_they_quote(form: Literal["text", "json
 @pytest.mark.parametrize(("form", "starts"), [("text", "ormo-x: no such"), ("json", "{")])
 def test_last_words_are_a_sentence_or_a_record(form: str, starts: str) -> None:
     code = (
-        f"from ormo_protos import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', 'no such', {form!r})"
+        f"from ormo_runtime import logs; logs.set_up('info', {form!r}); logs.last_words('ormo-x', 'no such', {form!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.startswith(starts)
@@ -94,7 +96,7 @@ def test_last_words_are_a_sentence_or_a_record(form: str, starts: str) -> None:
 def test_in_json_warnings_and_uncaught_exceptions_are_records_too() -> None:
     code = """
 import threading, warnings
-from ormo_protos import logs
+from ormo_runtime import logs
 logs.set_up("info", "json", logs.Fields(worker="me"))
 warnings.warn("old")
 thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()
@@ -154,7 +156,7 @@ def test_what_a_full_stderr_did_not_take_is_told_in_a_line_like_any_other(form: 
     reader, writer = os.pipe()
     code = f"""
 import logging, os
-from ormo_protos import logs
+from ormo_runtime import logs
 logs.set_up("info", {form!r})
 for number in range(2000):
     logging.getLogger("x").debug("")  # not shown, so not counted

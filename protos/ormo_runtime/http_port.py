@@ -12,7 +12,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import WSGIApplication
 
-from ormo_protos.threads import StartedPool
+from ormo_runtime.process import StartedPool
 
 _LOG = logging.getLogger(__name__)
 

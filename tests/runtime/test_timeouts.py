@@ -2,7 +2,7 @@
 
 import pytest
 
-from ormo_protos.failure_detection import DESCRIPTIONS, FailureDetection
+from ormo_runtime.timeouts import DESCRIPTIONS, FailureDetection
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 5.0, 15.0, 30.0, 600.0])

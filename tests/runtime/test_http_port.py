@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ormo_protos import http_port
-from ormo_protos.http_port import CONNECTIONS, HttpPort
+from ormo_runtime import http_port
+from ormo_runtime.http_port import CONNECTIONS, HttpPort
 
 BEGUN = b"GET /metrics HTTP/1.1\r\nX: "
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from ormo_protos.threads import StartedPool
+from ormo_runtime.process import StartedPool
 
 
 def named(prefix: str) -> list[threading.Thread]:

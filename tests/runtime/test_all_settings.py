@@ -2,8 +2,8 @@
 
 import pytest
 
-from ormo_protos.all_settings import ALL_SETTINGS
-from ormo_protos.settings import Settings, misspelt_variables, read_settings
+from ormo_runtime.all_settings import ALL_SETTINGS
+from ormo_runtime.settings import Settings, misspelt_variables, read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
 from ormo_server.sim.config import SimSettings

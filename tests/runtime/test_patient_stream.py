@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_protos.patient_stream import PatientStream
+from ormo_runtime.process import PatientStream
 
 LINE = "x" * 99 + "\n"
 
@@ -56,8 +56,8 @@ def test_a_stream_that_fails_stops_nobody_either(broken: str) -> None:
 def test_a_program_without_standard_streams_keeps_its_files_out_of_their_place(tmp_path: Path) -> None:
     code = f"""
 import logging, os
-from ormo_protos import logs
-from ormo_protos.process import prepare_process
+from ormo_runtime import logs
+from ormo_runtime.process import prepare_process
 prepare_process()
 logs.set_up("info", "text")
 file = os.open({str(tmp_path / "state")!r}, os.O_WRONLY | os.O_CREAT)

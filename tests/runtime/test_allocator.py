@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ormo_protos import allocator
+from ormo_runtime import process
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 BLOCK_BYTES = 64 << 20
@@ -16,7 +16,7 @@ BLOCK_BYTES = 64 << 20
 # something small, so that only the next one fits. Says what the last time did to the process.
 PROGRAM = f"""
 import ctypes, json, mmap, resource, sys
-from ormo_protos.allocator import keep_freed_memory
+from ormo_runtime.process import keep_freed_memory
 
 size, pages = {BLOCK_BYTES}, {BLOCK_BYTES} // mmap.PAGESIZE
 libc = ctypes.CDLL(None)
@@ -70,7 +70,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     loaded: list[object] = []
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
-    assert allocator.keep_freed_memory() is False
+    assert process.keep_freed_memory() is False
     assert loaded == []
 
 
@@ -84,5 +84,5 @@ def test_settings_that_are_refused_are_told(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(ctypes, "CDLL", Refusing)
-    assert allocator.keep_freed_memory() is False
+    assert process.keep_freed_memory() is False
     assert "the allocator refused its settings [-8]" in caplog.text

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_protos.patient_stream import PatientStream
-from ormo_protos.process import prepare_process
+from ormo_runtime.process import PatientStream, prepare_process
 from ormo_server.cli import main as server
 from ormo_server.sim.cli import main as sim
 from ormo_worker.cli import main as worker
@@ -101,7 +100,7 @@ def test_a_line_of_the_log_is_in_the_terminal_s_encoding() -> None:
 
 PAGE = """
 import sys
-from ormo_protos.process import prepare_process
+from ormo_runtime.process import prepare_process
 if sys.argv[1] == "a program":
     prepare_process()
 import torch

@@ -1,0 +1,1 @@
+"""What both programs stand on: settings, the log, signals, certificates, channels, timeouts, and their process."""

@@ -1,0 +1,171 @@
+"""The process that a program is: its standard streams, its memory, its threads.
+
+Standard streams may be closed, full, or a pipe that nobody reads. By default glibc gives every large block back to the
+system when it is freed, and the next message of that size is faulted in again, page by page: measured, that is four
+fifths of the time of a plain gRPC server that moves tensors.
+"""
+
+import codecs
+import ctypes
+import io
+import logging
+import os
+import platform
+import select
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
+
+# Images of web services set it. prometheus_client would keep our values in files of that folder, where they outlive us,
+# and find no folder where only the variable was inherited.
+SHARED_VALUES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+# What our own texts have beside ASCII; in what others have said, an escape tells more than a question mark.
+_SPELLED = {"–": "-", "…": "...", "·": "*", "×": "x", "β": "beta", "η": "eta", "λ": "lambda", "τ": "tau"}
+
+
+def prepare_process() -> None:
+    """Let stdout and stderr take every text in whatever encoding they have, and keep metrics in this process.
+
+    Comes before prometheus_client is imported, which looks once.
+    """
+    open_standard_streams()
+    codecs.register_error("spelled", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else somebody has put something of their own there
+            stream.reconfigure(errors="spelled")
+    for variable in SHARED_VALUES:
+        os.environ.pop(variable, None)
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """See `codecs.register_error`: another text for what an encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(letter, ascii(letter)[1:-1]) for letter in letters), error.end
+
+
+# How long a reader that is only slow is waited for, once: whoever logs may hold a lock that everybody waits for.
+_PATIENCE_SECONDS = 1.0
+# What a pipe takes whole, or not at all, once `poll` says that it takes something.
+_PIECE_BYTES = select.PIPE_BUF
+_APOLOGY = "({} lines were left out)\n".format
+
+
+class PatientStream:
+    """Writes to a descriptor what it takes, and leaves the rest out instead of waiting or failing.
+
+    Made for a `logging.StreamHandler`, which writes one line at a time.
+
+    Args:
+        descriptor: to write to.
+        apology: makes a line, to go before the first one after a gap, of how many were left out.
+        encoding: of lines; what it lacks is written as escapes.
+    """
+
+    def __init__(self, descriptor: int, apology: Callable[[int], str] = _APOLOGY, encoding: str = "utf-8") -> None:
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._apology = apology
+        self._left_out = 0
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def write(self, line: str) -> None:
+        """Write a line that has its end, or leave it out; a long one may be cut."""
+        if self._left_out:
+            line = f"\n{self._apology(self._left_out)}{line}"  # what came before may have been cut
+        try:
+            taken = self._taken(line.encode(self._encoding, errors="backslashreplace"))
+        except OSError:  # no room, no reader, or closed
+            taken = False
+        self._left_out = 0 if taken else self._left_out + 1
+
+    def _taken(self, data: bytes) -> bool:
+        while data:
+            # After a line that was left out nothing is waited for: each would cost as long.
+            if not self._poll.poll(0 if self._left_out else 1000 * _PATIENCE_SECONDS):
+                return False
+            data = data[os.write(self._descriptor, data[:_PIECE_BYTES]) :]
+        return True
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def patient(stream: TextIO, apology: Callable[[int], str] = _APOLOGY) -> PatientStream | TextIO:
+    """What writes where the stream does; the stream itself if that is no descriptor, as in a notebook."""
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        return stream
+    return PatientStream(descriptor, apology, stream.encoding)
+
+
+def open_standard_streams() -> None:
+    """Let a program that was started without stdin, stdout or stderr have empty ones.
+
+    Else its next three files come to be in their place, and lines that are meant for people are written into them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115 - until the program ends
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
+
+
+log = logging.getLogger(__name__)
+
+# From glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep freed memory for its next use; call it at a program's start, before it has threads.
+
+    Memory never goes back to the system then: the process keeps the size of its peak. With one arena that peak is half
+    of what it is with one per thread.
+
+    Returns:
+        Whether it was done; False where the C library is another than glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        log.info("freed memory goes back to the system: this C library's allocator can't be told otherwise")
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
+    refused = [option for option, value in wanted if mallopt(option, value) != 1]
+    if refused:
+        log.warning("the allocator refused its settings %s: messages may be slower", refused)
+    else:
+        log.info("freed memory is kept for the next use")
+    return not refused
+
+
+class StartedPool(ThreadPoolExecutor):
+    """A fixed number of threads, which start with the pool.
+
+    By default each starts when it is first needed. Where the system has no more by then, that fails whoever gave the
+    work: gRPC's serving thread would end, and with it the serving.
+
+    Args:
+        count: of threads.
+        name: what theirs begin with.
+        prepare: is called by each at its start.
+
+    Raises:
+        RuntimeError: the system has not so many; none is left behind.
+    """
+
+    def __init__(self, count: int, name: str, prepare: Callable[[], object] | None = None) -> None:
+        super().__init__(count, thread_name_prefix=name, initializer=prepare)
+        begin = threading.Event()
+        try:
+            for _ in range(count):
+                self.submit(begin.wait)  # keeps its thread busy, so that the next one gets another
+        except RuntimeError:
+            begin.set()
+            self.shutdown()
+            raise
+        begin.set()
