@@ -14,9 +14,9 @@ from ormo_protos.settings import SettingsProblemsError, read_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_protos.watched_files import WatchedFiles
-from ormo_worker.connection import Connection
-from ormo_worker.observer import Observer
-from ormo_worker.retries import Patience
+from ormo_worker.client.connection import Connection
+from ormo_worker.client.observer import Observer
+from ormo_worker.client.retries import Patience
 from security.authority import TOKEN, Authority, guarded
 
 

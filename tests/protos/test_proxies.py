@@ -13,7 +13,7 @@ from ormo_protos.proxies import through_proxy
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.cli import main
 from ormo_worker import RemoteOptimizer
-from ormo_worker.errors import ServerUnreachable
+from ormo_worker.client.errors import ServerUnreachable
 from service.wire import served
 from worker.models import line
 

@@ -18,9 +18,9 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker import optimizer as optimizer_module
+from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.config import MOST_IN_FLIGHT, RunSettings
 from ormo_worker.copy_streams import Copies
-from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.in_flight import Gathered, InFlight
 from ormo_worker.local.cluster import Cluster
 from ormo_worker.local.config import LocalSettings

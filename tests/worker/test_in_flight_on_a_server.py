@@ -13,7 +13,7 @@ from core.reference import closed_form, rounding
 from ormo_server.core.inputs import Pushed
 from ormo_server.service.server import Server
 from ormo_worker import optimizer as optimizer_module
-from ormo_worker.errors import Refused
+from ormo_worker.client.errors import Refused
 from service.wire import eventually, served
 from worker.loops import PATIENT_SECONDS, Loop
 

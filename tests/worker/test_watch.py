@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ormo_worker import RemoteOptimizer, watch
-from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
+from ormo_worker.client.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied

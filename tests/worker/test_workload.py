@@ -25,13 +25,13 @@ from ormo_server.sim.workload import (
 )
 from ormo_worker import training
 from ormo_worker import workload as module
+from ormo_worker.client.errors import ModelUnusable, OptionRefused
+from ormo_worker.client.messages import Delivered
 from ormo_worker.config import RunSettings
-from ormo_worker.errors import ModelUnusable, OptionRefused
 from ormo_worker.evaluation import Evaluator
 from ormo_worker.tasks import Task, TaskError, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches
 from ormo_worker.transfer import Staging
-from ormo_worker.wire import Delivered
 from ormo_worker.workload import TaskWorker, TaskWorkload
 from worker.fake_server import LEARNING_RATE, FakeServer
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ormo_worker.errors import OptionRefused
+from ormo_worker.client.errors import OptionRefused
 
 
 def resolve_device(name: str) -> torch.device:

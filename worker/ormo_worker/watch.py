@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
+from ormo_worker.client.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.local_changes import LocalChanges
 from ormo_worker.transfer import Staging, Transfer
 
