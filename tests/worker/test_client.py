@@ -28,7 +28,7 @@ from ormo_worker.client.errors import (
 from ormo_worker.client.messages import Gradient
 from ormo_worker.client.retries import Patience
 from ormo_worker.client.slot import ExchangeOutcome, Slot
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import LOST, FakeServer, refuse
 
 QUICK = Patience(connect_timeout=5.0, failure_timeout=5.0)

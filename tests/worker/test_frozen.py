@@ -19,7 +19,7 @@ from ormo_worker.client.errors import (
     Refused,
 )
 from ormo_worker.evaluation import Evaluator, evaluations
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
 from worker.lines import Lines

@@ -15,7 +15,7 @@ from ormo_worker.client.errors import ModelUnusable, ProtocolBroken, Refused
 from ormo_worker.client.messages import Gradient
 from ormo_worker.client.observer import Observer
 from ormo_worker.client.retries import Patience
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import FakeServer, refuse
 
 EVIL = "\x1b]0;owned\x07\x1b[31mEVIL\x1b[2J\r\nFAKE LINE\u202e"

@@ -17,14 +17,14 @@ from torch import nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker import optimizer as optimizer_module
 from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.config import MOST_IN_FLIGHT, RunSettings
-from ormo_worker.copy_streams import Copies
-from ormo_worker.in_flight import Gathered, InFlight
 from ormo_worker.local.cluster import Cluster
 from ormo_worker.local.config import LocalSettings
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch import optimizer as optimizer_module
+from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.pytorch.pipeline import Gathered, InFlight
+from ormo_worker.pytorch.transfer import Staging
 from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
 from worker.loops import PATIENT_SECONDS, Loop

@@ -29,9 +29,9 @@ from ormo_worker.client.errors import ModelUnusable, OptionRefused
 from ormo_worker.client.messages import Delivered
 from ormo_worker.config import RunSettings
 from ormo_worker.evaluation import Evaluator
+from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.tasks import Task, TaskError, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches
-from ormo_worker.transfer import Staging
 from ormo_worker.workload import TaskWorker, TaskWorkload
 from worker.fake_server import LEARNING_RATE, FakeServer
 

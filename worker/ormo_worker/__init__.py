@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ormo_worker.client.api import ParameterClient
     from ormo_worker.client.errors import OrmoError, RunFinished
     from ormo_worker.client.retries import Patience
-    from ormo_worker.module import manifest_of
-    from ormo_worker.optimizer import RemoteOptimizer
+    from ormo_worker.pytorch.module import manifest_of
+    from ormo_worker.pytorch.optimizer import RemoteOptimizer
     from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
 
 __all__ = [
@@ -40,14 +40,14 @@ _HOMES = {
     "OrmoError": "ormo_worker.client.errors",
     "ParameterClient": "ormo_worker.client.api",
     "Patience": "ormo_worker.client.retries",
-    "RemoteOptimizer": "ormo_worker.optimizer",
+    "RemoteOptimizer": "ormo_worker.pytorch.optimizer",
     "RunFinished": "ormo_worker.client.errors",
     "Score": "ormo_worker.tasks",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",
     "keep_freed_memory": "ormo_protos.allocator",
     "load_task": "ormo_worker.tasks",
-    "manifest_of": "ormo_worker.module",
+    "manifest_of": "ormo_worker.pytorch.module",
 }
 
 

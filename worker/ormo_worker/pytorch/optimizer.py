@@ -32,13 +32,13 @@ from ormo_worker.client.errors import (
 from ormo_worker.client.messages import Delivered, Identity
 from ormo_worker.client.retries import Patience
 from ormo_worker.config import MOST_IN_FLIGHT
-from ormo_worker.copy_streams import Arriving, Copies
-from ormo_worker.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
-from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.module import frozen_in, unwrapped
-from ormo_worker.transfer import Staging, Transfer
-from ormo_worker.watch import OnLocalChange, Watch, listed
+from ormo_worker.pytorch.copy_streams import Arriving, Copies
+from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
+from ormo_worker.pytorch.module import frozen_in, unwrapped
+from ormo_worker.pytorch.pipeline import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
+from ormo_worker.pytorch.transfer import Staging, Transfer
+from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
