@@ -11,7 +11,7 @@ from PIL import Image
 
 from ormo_worker.tasks import Score, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches
-from ormo_worker.tasks.small_cnn import SmallCnn
+from ormo_worker.tasks.models import SmallCnn
 from ormo_worker.workload import TaskWorkload
 
 needs_torchvision = pytest.mark.skipif(
