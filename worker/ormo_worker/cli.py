@@ -11,7 +11,7 @@ from ormo_protos.interruption import leave_on_signals
 from ormo_protos.process import prepare_process
 from ormo_protos.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_protos.usage import UsageError
-from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
 

@@ -19,10 +19,10 @@ from ormo_worker.client.errors import ModelMismatch, OrmoError
 from ormo_worker.client.messages import Delivered
 from ormo_worker.client.observer import Observer
 from ormo_worker.client.retries import Patience
-from ormo_worker.config import EvaluateSettings
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
 from ormo_worker.pytorch.module import resolve_device
 from ormo_worker.pytorch.transfer import Staging
+from ormo_worker.settings import EvaluateSettings
 from ormo_worker.tasks import Score, Task, load_task
 from ormo_worker.tasks.batches import evaluation_batches, to_device
 

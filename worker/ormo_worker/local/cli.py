@@ -17,7 +17,7 @@ from ormo_protos.process import prepare_process
 from ormo_protos.settings import load_settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.local.cluster import Cluster, ClusterError
-from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.settings import LocalSettings
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 2.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ormo_protos.credentials import Credentials
-from ormo_protos.limits import MAX_SAMPLES
+from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
@@ -31,7 +31,6 @@ from ormo_worker.client.errors import (
 )
 from ormo_worker.client.messages import Delivered, Identity
 from ormo_worker.client.retries import Patience
-from ormo_worker.config import MOST_IN_FLIGHT
 from ormo_worker.metrics import Exporter, WorkerMetrics
 from ormo_worker.pytorch.copy_streams import Arriving, Copies
 from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
@@ -148,7 +147,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
         self._gathered: Copies | None = None
-        self._in_flight = whole_number("in_flight", in_flight, 1, MOST_IN_FLIGHT)
+        self._in_flight = whole_number("in_flight", in_flight, 1, MAX_SLOTS)
         self._dtype = _wire_dtype(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)

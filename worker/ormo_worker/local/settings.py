@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.settings import LONGEST_SECONDS, Settings
 from ormo_protos.slow_workers import slow_factors
-from ormo_worker.config import MOST_IN_FLIGHT
 
 
 class LocalSettings(Settings):
@@ -24,7 +24,7 @@ class LocalSettings(Settings):
     in_flight: int = Field(
         1,
         ge=1,
-        le=MOST_IN_FLIGHT,
+        le=MAX_SLOTS,
         description="gradients of each worker that may be on their way, as for `ormo-worker`",
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
