@@ -16,6 +16,8 @@ M = TypeVar("M", bound=Message)
 
 # Of one gradient, so that the run's count of them stays far below what an int64 holds.
 MAX_SAMPLES = 2**31 - 1
+# Of one worker: gradients that it may have in flight.
+MAX_SLOTS = 16
 
 # Every repeated field and every map of the contract is here, or the programs don't start.
 LONGEST_LISTS = {

@@ -21,8 +21,8 @@ from statistics import mean, quantiles
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_runtime.process import keep_freed_memory
-from ormo_worker.client import ParameterClient
-from ormo_worker.wire import Gradient
+from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.messages import Gradient
 
 MODEL = Manifest.laid_out([TensorSpec("weight", (1000,), FLOAT32, PARAMETER)])
 _CLIENTS_PER_PROCESS = 32

@@ -9,8 +9,8 @@ from ormo_server.console.config import ControlSettings, StatusSettings, TopSetti
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.plots import PlotSettings
 from ormo_server.sim.reproduce.config import ReproduceSettings
-from ormo_worker.config import EvaluateSettings, RunSettings
-from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.settings import LocalSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 
 SERVER = (ServerSettings, StatusSettings, TopSettings, ControlSettings, SimSettings, PlotSettings, ReproduceSettings)
 CLASSES: tuple[type[Settings], ...] = (*SERVER, RunSettings, EvaluateSettings, LocalSettings)

@@ -12,9 +12,9 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.service.server import Server
-from ormo_worker.client import ParameterClient
-from ormo_worker.errors import OrmoError
-from ormo_worker.wire import Gradient
+from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.errors import OrmoError
+from ormo_worker.client.messages import Gradient
 from service.test_metrics import value
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served, state_of
 

@@ -10,8 +10,8 @@ from ormo_runtime.settings import read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.reproduce.config import ReproduceSettings
-from ormo_worker.config import EvaluateSettings, RunSettings
-from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.settings import LocalSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 from readme import README, example, with_tables
 from system.programs import ENVIRONMENT, Stage
 

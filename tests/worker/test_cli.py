@@ -14,7 +14,7 @@ import ormo_worker
 from ormo_protos.reasons import Reason
 from ormo_runtime.settings import settings_table
 from ormo_worker import cli
-from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 from worker.fake_server import FakeServer, refuse
 
 

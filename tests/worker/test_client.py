@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves: each rule of `session.py`, over a real connection."""
+"""The client against a server that misbehaves: each rule of `protocol.py`, over a real connection."""
 
 import logging
 import math
@@ -13,8 +13,8 @@ from torch import nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.client import ParameterClient
-from ormo_worker.errors import (
+from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.errors import (
     ClientClosed,
     ModelMismatch,
     OptionRefused,
@@ -25,10 +25,10 @@ from ormo_worker.errors import (
     RunFinished,
     ServerUnreachable,
 )
-from ormo_worker.retries import Patience
-from ormo_worker.slot import ExchangeOutcome, Slot
-from ormo_worker.transfer import Staging
-from ormo_worker.wire import Gradient
+from ormo_worker.client.messages import Gradient
+from ormo_worker.client.retries import Patience
+from ormo_worker.client.slot import ExchangeOutcome, Slot
+from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import LOST, FakeServer, refuse
 
 QUICK = Patience(connect_timeout=5.0, failure_timeout=5.0)
@@ -105,7 +105,7 @@ def test_a_lease_that_nobody_can_keep_is_an_error(server: FakeServer, seconds: f
 def test_a_server_that_asks_to_wait_for_ever_is_asked_again(
     server: FakeServer, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ormo_worker.retries._LONGEST_ASKED_SECONDS", 0.01)
+    monkeypatch.setattr("ormo_worker.client.retries._LONGEST_ASKED_SECONDS", 0.01)
     server.answers_to_join.append(pb.JoinResponse(wait=pb.Wait(retry_seconds=seconds)))
     with Worker(server).client as client:
         client.join()

@@ -18,7 +18,7 @@ from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan
 from ormo_server.trace import Refused, read_trace
 from ormo_worker import training
-from ormo_worker.config import RunSettings
+from ormo_worker.settings import RunSettings
 from service.wire import connected, eventually, served
 from worker.interrupted import Interrupted
 

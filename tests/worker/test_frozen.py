@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OptionRefused, ParametersChanged, Refused
+from ormo_worker.client.errors import (
+    ModelMismatch,
+    ModelUnusable,
+    OlderServer,
+    OptionRefused,
+    ParametersChanged,
+    Refused,
+)
 from ormo_worker.evaluation import Evaluator, evaluations
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch.transfer import Staging
 from service.wire import received_bytes, served
 from worker.fake_server import FakeServer
 from worker.lines import Lines

@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch import nn
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.reasons import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker import optimizer as optimizer_module
-from ormo_worker.config import MOST_IN_FLIGHT, RunSettings
-from ormo_worker.copy_streams import Copies
-from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
-from ormo_worker.in_flight import Gathered, InFlight
+from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster
-from ormo_worker.local.config import LocalSettings
-from ormo_worker.transfer import Staging
+from ormo_worker.local.settings import LocalSettings
+from ormo_worker.pytorch import optimizer as optimizer_module
+from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.pytorch.pipeline import Gathered, InFlight
+from ormo_worker.pytorch.transfer import Staging
+from ormo_worker.settings import RunSettings
 from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
 from worker.loops import PATIENT_SECONDS, Loop
@@ -509,7 +510,7 @@ def test_each_gradient_knows_the_copies_of_the_one_before(loop: Loop, monkeypatc
 # Options.
 
 
-@pytest.mark.parametrize("in_flight", [0, -1, MOST_IN_FLIGHT + 1])
+@pytest.mark.parametrize("in_flight", [0, -1, MAX_SLOTS + 1])
 def test_numbers_that_make_no_sense_are_an_error_before_the_server_is_asked(server: FakeServer, in_flight: int) -> None:
     with pytest.raises(OptionRefused, match=f"in_flight is {in_flight}: expected a whole number from 1 to 16"):
         Loop(server.address, in_flight)

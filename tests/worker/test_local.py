@@ -10,7 +10,7 @@ import pytest
 
 from ormo_worker.local import cluster
 from ormo_worker.local.cluster import Cluster, ClusterError
-from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.settings import LocalSettings
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN])

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from ormo_worker.local import cli
-from ormo_worker.local.cluster import Cluster, ClusterError
-from ormo_worker.local.processes import Child
+from ormo_worker.local.cluster import Child, Cluster, ClusterError
 
 
 def test_last_words_are_shown_with_escapes(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from ormo_protos.manifest import (
     PARAMETER,
     UNSPECIFIED,
 )
-from ormo_worker.errors import ModelUnusable
-from ormo_worker.module import ModelTensors, manifest_of
+from ormo_worker.client.errors import ModelUnusable
+from ormo_worker.pytorch.module import ModelTensors, manifest_of
 from worker.models import Tied
 
 Wrap = Callable[[nn.Module], nn.Module]

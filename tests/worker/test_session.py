@@ -4,7 +4,7 @@ import pytest
 
 from ormo_protos.reasons import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.session import AFTER_REASON, SlotSession, Step, step_after
+from ormo_worker.client.protocol import AFTER_REASON, SlotSession, Step, step_after
 
 TICKET = pb.Ticket(epoch=1, number=5)
 NEXT = pb.Ticket(epoch=1, number=6)

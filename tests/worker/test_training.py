@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ormo_worker import training
-from ormo_worker.config import RunSettings
-from ormo_worker.groups import decay_groups
+from ormo_worker.pytorch.groups import decay_groups
+from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches
 from ormo_worker.training import run

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_worker.transfer import Staging
+from ormo_worker.pytorch.transfer import Staging
 from worker.models import Tied, line
 from worker.streams import LateStreams
 

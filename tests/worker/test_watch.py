@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ormo_worker import RemoteOptimizer, watch
-from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
-from ormo_worker.watch import Notice
+from ormo_worker import RemoteOptimizer
+from ormo_worker.client.errors import ModelUnusable, OptionRefused, ParametersChanged
+from ormo_worker.pytorch import watch
+from ormo_worker.pytorch.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied
 

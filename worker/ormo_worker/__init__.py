@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ormo_runtime.process import keep_freed_memory
     from ormo_runtime.tls import Credentials
-    from ormo_worker.client import ParameterClient
-    from ormo_worker.errors import OrmoError, RunFinished
-    from ormo_worker.module import manifest_of
-    from ormo_worker.optimizer import RemoteOptimizer
-    from ormo_worker.retries import Patience
+    from ormo_worker.client.api import ParameterClient
+    from ormo_worker.client.errors import OrmoError, RunFinished
+    from ormo_worker.client.retries import Patience
+    from ormo_worker.pytorch.module import manifest_of
+    from ormo_worker.pytorch.optimizer import RemoteOptimizer
     from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
 
 __all__ = [
@@ -37,17 +37,17 @@ __all__ = [
 _HOMES = {
     "ClassificationTask": "ormo_worker.tasks",
     "Credentials": "ormo_runtime.tls",
-    "OrmoError": "ormo_worker.errors",
-    "ParameterClient": "ormo_worker.client",
-    "Patience": "ormo_worker.retries",
-    "RemoteOptimizer": "ormo_worker.optimizer",
-    "RunFinished": "ormo_worker.errors",
+    "OrmoError": "ormo_worker.client.errors",
+    "ParameterClient": "ormo_worker.client.api",
+    "Patience": "ormo_worker.client.retries",
+    "RemoteOptimizer": "ormo_worker.pytorch.optimizer",
+    "RunFinished": "ormo_worker.client.errors",
     "Score": "ormo_worker.tasks",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",
     "keep_freed_memory": "ormo_runtime.process",
     "load_task": "ormo_worker.tasks",
-    "manifest_of": "ormo_worker.module",
+    "manifest_of": "ormo_worker.pytorch.module",
 }
 
 

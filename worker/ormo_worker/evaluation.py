@@ -13,18 +13,18 @@ from torch import nn
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.signals import leave_if_asked
 from ormo_runtime.tls import Credentials
-from ormo_worker.arguments import real_number
-from ormo_worker.client import ParameterClient
-from ormo_worker.config import EvaluateSettings
-from ormo_worker.devices import resolve_device
-from ormo_worker.errors import ModelMismatch, OrmoError
+from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.arguments import real_number
+from ormo_worker.client.errors import ModelMismatch, OrmoError
+from ormo_worker.client.messages import Delivered
+from ormo_worker.client.observer import Observer
+from ormo_worker.client.retries import Patience
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
-from ormo_worker.observer import Observer
-from ormo_worker.retries import Patience
+from ormo_worker.pytorch.module import resolve_device
+from ormo_worker.pytorch.transfer import Staging
+from ormo_worker.settings import EvaluateSettings
 from ormo_worker.tasks import Score, Task, load_task
 from ormo_worker.tasks.batches import evaluation_batches, to_device
-from ormo_worker.transfer import Staging
-from ormo_worker.wire import Delivered
 
 _LOG = logging.getLogger(__name__)
 _REPORT_SECONDS = 5.0  # the next evaluation is worth more than a report of this one

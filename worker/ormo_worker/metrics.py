@@ -22,9 +22,9 @@ from prometheus_client import (
 
 from ormo_runtime.http_port import HttpPort
 from ormo_runtime.process import SHARED_VALUES
-from ormo_worker.arguments import address
-from ormo_worker.errors import OptionRefused
-from ormo_worker.observer import Observer, Outcome, Stage
+from ormo_worker.client.arguments import address
+from ormo_worker.client.errors import OptionRefused
+from ormo_worker.client.observer import Observer, Outcome, Stage
 
 _LOG = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ __all__ = [
     "load_workload",
 ]
 
-TASKS_OF_THE_WORKER = "ormo_worker.workload:TaskWorkload"
+TASKS_OF_THE_WORKER = "ormo_worker.simulated:TaskWorkload"
 
 
 class SimulatedWorker(Protocol):

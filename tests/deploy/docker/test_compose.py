@@ -11,7 +11,7 @@ from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_runtime.settings import Settings, read_settings
 from ormo_server.config import ServerSettings
 from ormo_server.service.resources import threads_needed
-from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 
 OURS: dict[tuple[str, str], type[Settings]] = {
     ("ormo-server", "serve"): ServerSettings,

@@ -11,7 +11,7 @@ from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_runtime.settings import Settings, SettingsProblemsError, read_settings
 from ormo_server.config import ServerSettings
-from ormo_worker.config import EvaluateSettings, RunSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 
 IMAGES = [("server.Dockerfile", "server"), ("worker.Dockerfile", "cpu"), ("worker.Dockerfile", "cuda")]
 FILES = ["server.Dockerfile", "worker.Dockerfile"]

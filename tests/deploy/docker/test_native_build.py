@@ -200,7 +200,7 @@ def test_programs_of_both_images_are_compiled_when_they_are_built(
 
 def test_worker_image_can_load_every_task(worker_image: Container) -> None:
     code = (
-        "from ormo_worker.tasks.vision import import_torchvision; print(import_torchvision().__version__)\n"
+        "from ormo_worker.tasks.images import import_torchvision; print(import_torchvision().__version__)\n"
         "import ormo_worker.tasks.cifar10, ormo_worker.tasks.image_folder, ormo_worker.tasks.digits"
     )
     assert worker_image.run(["python", "-c", code]).startswith("0.")

@@ -13,7 +13,7 @@ from ormo_server.security.access import by_name, parsed_list
 from ormo_server.security.roles import Role
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_worker.cli import FAILED_EXIT_CODE, REPLACED_EXIT_CODE
-from ormo_worker.config import RunSettings
+from ormo_worker.settings import RunSettings
 
 Check = Callable[[Manifests], Iterator[str]]
 

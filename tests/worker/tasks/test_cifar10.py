@@ -13,7 +13,7 @@ import torch
 from ormo_worker.tasks import Task, TaskError, load_task
 from ormo_worker.tasks.batches import batches
 from ormo_worker.tasks.cifar10 import FOLDER
-from ormo_worker.tasks.vision import import_torchvision
+from ormo_worker.tasks.images import import_torchvision
 
 
 def write_cifar10(data_dir: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ormo_worker.tasks import TaskError
-from ormo_worker.tasks.resnet import Block, ResNet
+from ormo_worker.tasks.models import Block, ResNet
 
 
 # The paper rounds these to 0.27, 0.46 and 0.66 million.

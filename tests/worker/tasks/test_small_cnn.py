@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ormo_worker.simulated import TaskWorkload
 from ormo_worker.tasks import Score, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches
-from ormo_worker.tasks.small_cnn import SmallCnn
-from ormo_worker.workload import TaskWorkload
+from ormo_worker.tasks.models import SmallCnn
 
 needs_torchvision = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="class folders are read with torchvision"

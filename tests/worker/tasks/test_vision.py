@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from ormo_worker.tasks import TaskError
-from ormo_worker.tasks.vision import import_torchvision
+from ormo_worker.tasks.images import import_torchvision
 
 
 def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:

@@ -17,7 +17,7 @@ from ormo_runtime.process import prepare_process
 from ormo_runtime.settings import load_settings
 from ormo_runtime.signals import leave_if_asked, leave_on_signals
 from ormo_worker.local.cluster import Cluster, ClusterError
-from ormo_worker.local.config import LocalSettings
+from ormo_worker.local.settings import LocalSettings
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""The task `image-folder`: ResNet-20 on any tree of class folders with small images."""
+"""The tasks `image-folder` and `image-folder-cnn`: two networks on any tree of class folders with small images."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,10 +11,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ormo_worker.tasks.images import Colours, Images, ImageTensors
-from ormo_worker.tasks.resnet import ResNet
+from ormo_worker.tasks.images import Colours, Images, ImageTensors, import_torchvision
+from ormo_worker.tasks.models import ResNet, SmallCnn
 from ormo_worker.tasks.task import ClassificationTask, TaskError
-from ormo_worker.tasks.vision import import_torchvision
 
 # ImageNet's, the customary ones. The folder's own would differ between workers with data of their own.
 COLOURS = Colours(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -96,6 +95,22 @@ class ImageFolder(ClassificationTask):
             return self._torchvision.datasets.ImageFolder(folder)
         except FileNotFoundError as error:  # no class folder, or one without images
             raise TaskError(f"{folder} cannot be used as a data set ({error}): {LAYOUT}.") from error
+
+
+class SmallCnnFolder(ImageFolder):
+    """The images of `image-folder`, neither cropped nor flipped for training, and a network that is fast on one core.
+
+    On CIFAR-10, 10,000 gradients of 32 images (β = 0.9) reach 55 to 57 % with η = 0.02 and 62 % with 0.01. Each takes
+    about 3 ms of one core; with ResNet-20 it is 110 ms.
+    """
+
+    name = "image-folder-cnn"
+    # It would take half as long as the gradient again: 1.4 ms for 32 images.
+    augmented = False
+
+    def build_model(self) -> nn.Module:
+        """Make a `SmallCnn` with one output for each class folder of the training set."""
+        return SmallCnn(self.image_size, self.num_classes)
 
 
 class ImageFiles(Images):

@@ -1,12 +1,17 @@
 """Data sets of coloured images: uint8 at rest, normalised when read, cropped and flipped for training."""
 
+import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from ormo_worker.tasks.task import TaskError
 
 CROP_PADDING_PIXELS = 4  # of the ResNet paper, for 32 x 32 images
 
@@ -95,3 +100,37 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
         rows.view(count, 1, height, 1),
         columns.view(count, 1, 1, width),
     ]
+
+
+_MISSING_OPERATOR = "operator torchvision::nms does not exist"
+_OPERATOR_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def import_torchvision() -> ModuleType:
+    """Return torchvision, also beside a CPU build of PyTorch, where a plain import of 0.28 fails.
+
+    The wheel on PyPI is a CUDA build: its compiled operators do not load there, and registering their
+    shapes raises. Data sets need none of them, so declaring the two operators without code is enough.
+
+    Raises:
+        TaskError: torchvision is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        raise TaskError(
+            f"This task needs torchvision, which cannot be imported ({error}): run "
+            "pip install 'ormo-parameter-server[vision]'."
+        ) from error
+    except RuntimeError as error:
+        if _MISSING_OPERATOR not in str(error):
+            raise
+    _declare_operators()
+    return importlib.import_module("torchvision")
+
+
+def _declare_operators() -> None:
+    for operator in ("torchvision::nms", "torchvision::qnms"):
+        torch.library.define(operator, _OPERATOR_SCHEMA)  # PyTorch keeps it for as long as the process lives
+    for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+        del sys.modules[module]  # left half-loaded by the failed import

@@ -4,6 +4,7 @@ import os
 import sys
 
 from benchmarks.round_trips.place import LEARNING_RATE, MOMENTUM, Place, RoundTrip
+from ormo_runtime.process import keep_freed_memory
 from ormo_runtime.tls import Credentials
 
 
@@ -29,9 +30,8 @@ def connect(place: Place, dtype: int | None = None, credentials: Credentials | N
 
     from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
     from ormo_protos.tensors import Payload, PayloadLayout
-    from ormo_runtime.process import keep_freed_memory
-    from ormo_worker.client import ParameterClient
-    from ormo_worker.wire import Gradient
+    from ormo_worker.client.api import ParameterClient
+    from ormo_worker.client.messages import Gradient
 
     keep_freed_memory()
     torch.set_num_threads(1)

@@ -6,11 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_runtime.tls import ClientSettings
-
-# What the protocol allows a worker.
-MOST_IN_FLIGHT = 16
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -92,7 +90,7 @@ class RunSettings(_Common):
     in_flight: int = Field(
         1,
         ge=1,
-        le=MOST_IN_FLIGHT,
+        le=MAX_SLOTS,
         description="gradients that may be on their way: with `2` the next one is computed while the last one travels; "
         "the server allows as many as its `--slots-per-worker`",
     )

@@ -11,17 +11,15 @@ from typing import Any, Never, Self, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ormo_protos.limits import MAX_SAMPLES
+from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
-from ormo_worker.arguments import address, described, one_number, whole_number
-from ormo_worker.client import ParameterClient
-from ormo_worker.config import MOST_IN_FLIGHT
-from ormo_worker.copy_streams import Arriving, Copies
-from ormo_worker.errors import (
+from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.arguments import address, described, one_number, whole_number
+from ormo_worker.client.errors import (
     ModelMismatch,
     ModelUnusable,
     OlderServer,
@@ -31,15 +29,15 @@ from ormo_worker.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
-from ormo_worker.identity import Identity
-from ormo_worker.in_flight import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
+from ormo_worker.client.messages import Delivered, Identity
+from ormo_worker.client.retries import Patience
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.module import frozen_in, unwrapped
-from ormo_worker.retries import Patience
-from ormo_worker.transfer import Staging, Transfer
-from ormo_worker.watch import OnLocalChange, Watch, listed
-from ormo_worker.wire import Delivered
+from ormo_worker.pytorch.copy_streams import Arriving, Copies
+from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
+from ormo_worker.pytorch.module import frozen_in, unwrapped
+from ormo_worker.pytorch.pipeline import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
+from ormo_worker.pytorch.transfer import Staging, Transfer
+from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
@@ -149,7 +147,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
         self._gathered: Copies | None = None
-        self._in_flight = whole_number("in_flight", in_flight, 1, MOST_IN_FLIGHT)
+        self._in_flight = whole_number("in_flight", in_flight, 1, MAX_SLOTS)
         self._dtype = _wire_dtype(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)

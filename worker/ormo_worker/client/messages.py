@@ -1,7 +1,11 @@
-"""From tensors to messages and back."""
+"""From tensors to messages and back, and who a worker is in them."""
 
+import os
+import re
+import secrets
+import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
@@ -11,14 +15,49 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
-from ormo_worker.arguments import real_number, whole_number
-from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
-from ormo_worker.identity import Identity
-from ormo_worker.session import Ask
+from ormo_worker.client.arguments import real_number, whole_number
+from ormo_worker.client.errors import ModelMismatch, OptionRefused, ProtocolBroken
+from ormo_worker.client.protocol import Ask
 
 A = TypeVar("A")
 PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk
 OfferFrame: TypeAlias = Headed[pb.OfferModelRequest] | Chunk
+
+
+_ALLOWED = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_HOST_CHARACTERS = 80  # so that the rest fits into 128
+
+
+def default_worker_id() -> str:
+    """HOSTNAME-PID-HEX: readable, and unique also where containers share host names and process ids."""
+    host = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:_HOST_CHARACTERS]
+    return f"{host or 'worker'}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A worker in its messages.
+
+    Attributes:
+        worker: 1 to 128 of the characters A-Z a-z 0-9 . _ -
+        incarnation: drawn at random; a newer process with the same id has another.
+
+    Raises:
+        OptionRefused: the id has other characters, or too many.
+    """
+
+    worker: str = field(default_factory=default_worker_id)
+    incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
+            raise OptionRefused(
+                f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
+            )
+
+    def requester(self, slot: int, request: int) -> pb.Requester:
+        """The worker as the sender of one request."""
+        return pb.Requester(worker=self.worker, incarnation=self.incarnation, slot=slot, request=request)
 
 
 @dataclass(frozen=True, slots=True)

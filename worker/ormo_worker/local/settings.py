@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors
-from ormo_worker.config import MOST_IN_FLIGHT
 
 
 class LocalSettings(Settings):
@@ -23,7 +23,7 @@ class LocalSettings(Settings):
     in_flight: int = Field(
         1,
         ge=1,
-        le=MOST_IN_FLIGHT,
+        le=MAX_SLOTS,
         description="gradients of each worker that may be on their way, as for `ormo-worker`",
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")

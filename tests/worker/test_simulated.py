@@ -23,16 +23,16 @@ from ormo_server.sim.workload import (
     WorkloadSettings,
     load_workload,
 )
+from ormo_worker import simulated as module
 from ormo_worker import training
-from ormo_worker import workload as module
-from ormo_worker.config import RunSettings
-from ormo_worker.errors import ModelUnusable, OptionRefused
+from ormo_worker.client.errors import ModelUnusable, OptionRefused
+from ormo_worker.client.messages import Delivered
 from ormo_worker.evaluation import Evaluator
+from ormo_worker.pytorch.transfer import Staging
+from ormo_worker.settings import RunSettings
+from ormo_worker.simulated import TaskWorker, TaskWorkload
 from ormo_worker.tasks import Task, TaskError, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches
-from ormo_worker.transfer import Staging
-from ormo_worker.wire import Delivered
-from ormo_worker.workload import TaskWorker, TaskWorkload
 from worker.fake_server import LEARNING_RATE, FakeServer
 
 PECULIAR = "worker.peculiar:Peculiar"
@@ -381,6 +381,6 @@ def test_the_simulator_finds_it_and_trains_with_it() -> None:
 
 
 def test_it_needs_no_network() -> None:
-    check = "import sys, ormo_worker.workload; print(*sys.modules)"
+    check = "import sys, ormo_worker.simulated; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "grpc" not in done.stdout.split()

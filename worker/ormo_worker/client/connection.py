@@ -9,18 +9,18 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from ormo_protos.limits import Malformed
+from ormo_protos.framing import Framing
+from ormo_protos.limits import Malformed, Parser
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.signals import end_on_signals, leave_if_asked
 from ormo_runtime.timeouts import FailureDetection
 from ormo_runtime.tls import Credentials
-from ormo_worker.errors import ClientClosed, OrmoError
-from ormo_worker.observer import Observer
-from ormo_worker.refusal import ended
-from ormo_worker.retries import Patience, RetryLoop, SignsOfLife
-from ormo_worker.stub import TensorStub
-from ormo_worker.wire import understood
+from ormo_worker.client.errors import ClientClosed, OrmoError
+from ormo_worker.client.messages import understood
+from ormo_worker.client.observer import Observer
+from ormo_worker.client.retries import Patience, RetryLoop, SignsOfLife, ended
 
 T = TypeVar("T")
 
@@ -236,3 +236,37 @@ def _channel_options(patience: Patience) -> list[tuple[str, int]]:
         # Else clients of one process share a connection, and one's backoff holds up another.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+
+
+class TensorStub:
+    """Starts calls on a channel.
+
+    Attributes:
+        push_pull, describe_model, pull_params, offer_model: the methods, as `parameter_server.proto` documents them.
+            Messages with tensors are `Headed` or `Chunk`; what comes in may be `Malformed`.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.push_pull = channel.stream_stream(
+            f"/{_SERVICE}/PushPull",
+            request_serializer=Framing(pb.PushPullRequest).encode,
+            response_deserializer=Framing(pb.PushPullResponse).decode,
+        )
+        self.describe_model = channel.unary_stream(
+            f"/{_SERVICE}/DescribeModel",
+            request_serializer=pb.DescribeModelRequest.SerializeToString,
+            response_deserializer=Parser(pb.DescribeModelResponse).parse,
+        )
+        self.pull_params = channel.unary_stream(
+            f"/{_SERVICE}/PullParams",
+            request_serializer=pb.PullParamsRequest.SerializeToString,
+            response_deserializer=Framing(pb.PullParamsResponse).decode,
+        )
+        self.offer_model = channel.stream_unary(
+            f"/{_SERVICE}/OfferModel",
+            request_serializer=Framing(pb.OfferModelRequest).encode,
+            response_deserializer=pb.OfferModelResponse.FromString,
+        )

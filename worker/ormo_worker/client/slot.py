@@ -10,15 +10,22 @@ from ormo_protos.framing import Frame
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
-from ormo_worker.connection import Connection
-from ormo_worker.errors import ProtocolBroken, RunFinished
-from ormo_worker.identity import Identity
-from ormo_worker.membership import Membership
-from ormo_worker.observer import Stage
-from ormo_worker.refusal import CallEnded
-from ormo_worker.retries import TryAgain
-from ormo_worker.session import SlotSession, Step
-from ormo_worker.wire import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, understood
+from ormo_worker.client.connection import Connection
+from ormo_worker.client.errors import ProtocolBroken, RunFinished
+from ormo_worker.client.membership import Membership
+from ormo_worker.client.messages import (
+    Delivered,
+    DeliveryReceiver,
+    Gradient,
+    Identity,
+    Outgoing,
+    PushPullFrame,
+    Wire,
+    understood,
+)
+from ormo_worker.client.observer import Stage
+from ormo_worker.client.protocol import SlotSession, Step
+from ormo_worker.client.retries import CallEnded, TryAgain
 
 _LOG = logging.getLogger(__name__)
 

@@ -4,20 +4,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.manifest import FLOAT32, FROZEN, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
-from ormo_worker.arguments import address, whole_number
-from ormo_worker.config import MOST_IN_FLIGHT
-from ormo_worker.connection import Connection
-from ormo_worker.errors import OrmoError
-from ormo_worker.identity import Identity
-from ormo_worker.membership import Membership, described
-from ormo_worker.observer import Observer
-from ormo_worker.retries import Patience, TryAgain
-from ormo_worker.slot import Slot
-from ormo_worker.wire import Delivered, DeliveryReceiver, Wire, understood
+from ormo_worker.client.arguments import address, whole_number
+from ormo_worker.client.connection import Connection
+from ormo_worker.client.errors import OrmoError
+from ormo_worker.client.membership import Membership, described
+from ormo_worker.client.messages import Delivered, DeliveryReceiver, Identity, Wire, understood
+from ormo_worker.client.observer import Observer
+from ormo_worker.client.retries import Patience, TryAgain
+from ormo_worker.client.slot import Slot
 
 
 class ParameterClient:
@@ -64,7 +63,7 @@ class ParameterClient:
         self.identity = named if isinstance(named, Identity) else Identity(named)
         self._wire = Wire(manifest, wire_dtype, pin_memory)
         self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
-        slots = whole_number("slots", slots, 1, MOST_IN_FLIGHT)
+        slots = whole_number("slots", slots, 1, MAX_SLOTS)
         self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
         self.slots = tuple(
             Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)

@@ -10,11 +10,11 @@ from typing import Protocol
 
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
-from ormo_worker.copy_streams import Copies
-from ormo_worker.errors import ClientClosed
-from ormo_worker.observer import Observer, Outcome
-from ormo_worker.slot import ExchangeOutcome, Slot
-from ormo_worker.wire import Gradient
+from ormo_worker.client.errors import ClientClosed
+from ormo_worker.client.messages import Gradient
+from ormo_worker.client.observer import Observer, Outcome
+from ormo_worker.client.slot import ExchangeOutcome, Slot
+from ormo_worker.pytorch.copy_streams import Copies
 
 _LOG = logging.getLogger(__name__)
 _JOIN_SECONDS = 5.0  # the connection is closed by then, so nothing keeps a thread
