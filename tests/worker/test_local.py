@@ -1,15 +1,16 @@
-"""What `ormo-local` says when the system starts no more programs."""
+"""What `ormo-local` finds out before it starts programs, and says when the system starts no more of them."""
 
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from ormo_worker.local import cluster
-from ormo_worker.local.cluster import Cluster, ClusterError
+from ormo_worker.local import cli, cluster
+from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
 from ormo_worker.local.config import LocalSettings
 
 
@@ -47,3 +48,45 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
     assert ours.items() >= {("ORMO_JOURNAL", "true")}
     assert not ours.keys() & {"ORMO_METRICS_LISTEN", "ORMO_CONFIG"}
     assert environment["PATH"] == os.environ["PATH"]
+
+
+UNUSABLE = {
+    "an unknown task": (["--task", "mnist"], r"There is no task named 'mnist': use one of digits"),
+    "a data folder that is not there": (["--task", "image-folder", "--data-dir", "gone"], r"folder gone has no folder"),
+    "a module that fails": (["--task", "broken.py:Task"], r"(?s)Traceback.*RuntimeError: no data today"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_task_that_can_not_be_used_is_said_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no data today')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # signals are the test runner's
+    monkeypatch.setattr(cluster, "Child", lambda *_: pytest.fail("a program was started"))
+    flags, sentence = UNUSABLE[what]
+    assert cli.main(flags) == 1
+    assert re.search(sentence, capsys.readouterr().out)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py") in ([], ["__pycache__"])
+
+
+def test_a_task_that_can_be_used_is_looked_at_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom ormo_worker.tasks.digits import Digits\n"
+        "def task(*, data_dir):\n    Path('seen').write_text(f'{data_dir} {os.getpid()}')\n    return Digits()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    refuse_unusable_task(LocalSettings(task="mine.py:task", data_dir=Path("here")))
+    folder, pid = (tmp_path / "seen").read_text().split()
+    assert folder == "here"
+    assert int(pid) != os.getpid()
+
+
+def test_a_task_that_ends_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_LOOK", "import sys; sys.exit(3)")
+    with pytest.raises(ClusterError, match=r"the task 'mine:Task' ended Python with code 3"):
+        refuse_unusable_task(LocalSettings(task="mine:Task"))
