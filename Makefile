@@ -114,14 +114,19 @@ $(AUDIT_INSTALLED):
 audit: $(AUDIT_INSTALLED)  ## look all pinned dependencies up in the database of advisories
 	$(AUDIT_VENV)/bin/python tests/audit.py constraints.txt
 
-# What checks deploy/ is tested as pinned; the rest at both ends of what pyproject.toml allows.
+# What stands on others' versions: the wire, files, PyTorch, and real trainings. All else is tested as pinned.
+VERSIONED = $(addprefix tests/,protos service security journal store old_versions worker console sim/test_plots.py \
+    system/test_training.py system/test_readme.py)
+# PyTorch's version is the same in all, so that it need not be unpacked again: a link takes no time and no room.
+LINKED = $(foreach name,torch* functorch*,$(VENV)/lib/python3*/site-packages/$(name))
 .PHONY: test-lowest test-newest
-test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newest, versions that are allowed
+test-lowest test-newest: test-%: $(TOOLS_INSTALLED)  ## test what stands on others' versions with the lowest, or newest, that are allowed
 	rm -rf .venv-$*
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e '.[server,worker,vision,sim,dev,deploy]'
+	$(BIN)/python -m venv .venv-$*
+	cp --archive --link $(LINKED) .venv-$*/lib/python3*/site-packages/
+	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e '.[$(RUNNING),dev]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --dist worksteal --ignore=tests/deploy
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
 
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60

@@ -79,3 +79,13 @@ def test_an_old_word_says_the_new_one_and_does_the_same(tmp_path: Path, word: st
     assert rf"make {word}\` goes with the next release: type \`make bench WHAT={now[0]}\`" in commands
     for what in now:
         assert re.search(rf"{re.escape(BENCHES[what])} --some 1$", commands, re.MULTILINE)
+
+
+@pytest.mark.parametrize("end", ["lowest", "newest"])
+def test_what_stands_on_others_versions_is_tested_with_both_ends_of_them(tmp_path: Path, end: str) -> None:
+    commands = would(f"test-{end}", folder=tmp_path).stdout
+    assert f"-c constraints-{end}.txt -e '.[{RUNNING},dev]'" in commands
+    tested = commands.splitlines()[-1].split("worksteal ")[1].split()
+    assert [path for path in tested if not (ROOT / path).exists()] == []
+    assert {f"tests/{part}" for part in ("protos", "service", "journal", "store", "worker")} <= set(tested)
+    assert "tests/system/test_training.py" in tested
