@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+TOOLS_INSTALLED = $(VENV)/.tools-installed
 PROTO_TOOLS = .venv-protos
 PROTO_TOOLS_INSTALLED = $(PROTO_TOOLS)/.installed
 CHECKOV_VENV = .venv-checkov
@@ -20,13 +21,25 @@ PACKAGES = ormo_protos ormo_runtime ormo_server ormo_worker
 help:  ## list these words
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
+RUNNING = server,worker,vision,sim
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what training needs: a few minutes, for PyTorch is large."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker,vision,sim,dev,deploy]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[$(RUNNING)]'
+	touch $@
+
+$(TOOLS_INSTALLED): $(INSTALLED)
+	@echo "Installing into $(VENV) what tests and deploy/ need besides: about a minute."
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[$(RUNNING),dev,deploy]'
 	touch $@
 
 .PHONY: install
-install: $(INSTALLED)  ## make the virtual environment
+install: $(INSTALLED)  ## make the virtual environment, with what training needs
+
+.PHONY: tools
+tools: $(TOOLS_INSTALLED)  ## install besides what tests and deploy/ need, as `make test` does
 
 .PHONY: train
 train: $(INSTALLED)  ## train a small model with a server and four workers on this machine
@@ -39,44 +52,54 @@ INTO ?= README.md
 reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into the README (SUITE=, DATA=)
 	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
 
-.PHONY: benchmark
-benchmark: $(INSTALLED)  ## measure what a simulated push costs besides its gradient, and what metrics cost
-	$(BIN)/python tests/benchmarks/sim_overhead.py
-	$(BIN)/python tests/benchmarks/metrics_cost.py
+# From the root, all but `trips`, which compares with other libraries and therefore installs them.
+TRIPS_INSTALL = $(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[bench]'
+BENCH_trips = $(TRIPS_INSTALL) && cd tests && $(abspath $(BIN))/python -m benchmarks.round_trips --into ../build/bench
+BENCH_scale = $(BIN)/python tests/benchmarks/scale.py
+BENCH_links = $(BIN)/python tests/benchmarks/links.py
+BENCH_soak = $(BIN)/python tests/benchmarks/soak.py
+BENCH_sim = $(BIN)/python tests/benchmarks/sim_overhead.py
+BENCH_metrics = $(BIN)/python tests/benchmarks/metrics_cost.py
+BENCHES = trips scale links soak sim metrics
 
+# trips: how fast tensors travel, next to what one would use instead (FLAGS=--quick). scale: how evenly many small
+# workers are served. links: what `--in-flight 2` and bfloat16 gain on a slow link. soak: 20,000 gradients of 1 MB, and
+# the server's memory stays as it is. sim: what a simulated push costs besides its gradient. metrics: what they cost.
+WHAT ?= trips
 .PHONY: bench
-bench: $(INSTALLED)  ## measure how fast tensors travel, next to what one would use instead (FLAGS=--quick)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	cd tests && $(abspath $(BIN))/python -m benchmarks.round_trips --into ../build/bench $(FLAGS)
+bench: $(TOOLS_INSTALLED)  ## measure WHAT=trips (the default), scale, links, soak, sim or metrics (FLAGS=, see --help)
+	$(if $(filter $(WHAT),$(BENCHES)),,$(error there is no WHAT=$(WHAT): use one of $(BENCHES)))
+	$(BENCH_$(WHAT)) $(FLAGS)
 
-.PHONY: soak
-soak: $(INSTALLED)  ## push 20,000 gradients of a 1 MB model and check that the server's memory stays as it is
-	$(BIN)/python tests/benchmarks/soak.py
-
-.PHONY: scale
-scale: $(INSTALLED)  ## measure how evenly many small workers are served (FLAGS=, see --help)
-	$(BIN)/python tests/benchmarks/scale.py $(FLAGS)
-
-.PHONY: links
-links: $(INSTALLED)  ## measure what `--in-flight 2` and bfloat16 gain on a slow link
-	$(BIN)/python tests/benchmarks/links.py
+# Until the next release.
+.PHONY: scale links soak benchmark
+scale links soak:
+	@echo "\`make $@\` goes with the next release: type \`make bench WHAT=$@\`." >&2
+	@$(MAKE) bench WHAT=$@
+benchmark:
+	@echo "\`make benchmark\` goes with the next release: type \`make bench WHAT=sim\`, or WHAT=metrics." >&2
+	@$(MAKE) bench WHAT=sim
+	@$(MAKE) bench WHAT=metrics
 
 # What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
 TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
     $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: test
-test: $(INSTALLED)  ## run the tests
+test: $(TOOLS_INSTALLED)  ## run the tests
 	$(TEST) -n logical
 
+.PHONY: check
+check: lint drift types test  ## all that a change must pass before it is shown to others
+
 .PHONY: test-images
-test-images: $(INSTALLED)  ## run the images' build steps and what they install, without a container engine
+test-images: $(TOOLS_INSTALLED)  ## run the images' build steps and what they install, without a container engine
 	CHECK_IMAGES=1 $(TEST) tests/deploy/docker
 
 # A linter with so many dependencies that it has an environment of its own.
 $(CHECKOV_INSTALLED):
 	$(PYTHON) -m venv $(CHECKOV_VENV)
-	$(CHECKOV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	$(CHECKOV_VENV)/bin/python $(PIP_INSTALL) checkov==3.3.30
 	touch $@
 
 .PHONY: checkov
@@ -84,28 +107,33 @@ checkov: $(CHECKOV_INSTALLED)  ## install the linter of manifests and images, fo
 
 $(AUDIT_INSTALLED):
 	$(PYTHON) -m venv $(AUDIT_VENV)
-	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(AUDIT_VENV)/bin/python $(PIP_INSTALL) pip-audit==2.10.1
 	touch $@
 
 .PHONY: audit
 audit: $(AUDIT_INSTALLED)  ## look all pinned dependencies up in the database of advisories
 	$(AUDIT_VENV)/bin/python tests/audit.py constraints.txt
 
-# What checks deploy/ is tested as pinned; the rest at both ends of what pyproject.toml allows.
+# What stands on others' versions: the wire, files, PyTorch, and real trainings. All else is tested as pinned.
+VERSIONED = $(addprefix tests/,protos service security journal store old_versions worker console sim/test_plots.py \
+    system/test_training.py system/test_readme.py)
+# PyTorch's version is the same in all, so that it need not be unpacked again: a link takes no time and no room.
+LINKED = $(foreach name,torch* functorch*,$(VENV)/lib/python3*/site-packages/$(name))
 .PHONY: test-lowest test-newest
-test-lowest test-newest: test-%:  ## run the tests with the lowest, or the newest, versions that are allowed
+test-lowest test-newest: test-%: $(TOOLS_INSTALLED)  ## test what stands on others' versions with the lowest, or newest, that are allowed
 	rm -rf .venv-$*
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[server,worker,vision,sim,dev,deploy]'
+	$(BIN)/python -m venv .venv-$*
+	cp --archive --link $(LINKED) .venv-$*/lib/python3*/site-packages/
+	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e '.[$(RUNNING),dev]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --dist worksteal --ignore=tests/deploy
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
 
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60
 HOSTILE ?= 60
 .PHONY: fuzz
-fuzz: $(INSTALLED)  ## search, guided by coverage, for bytes that the server misreads, and send it some (SECONDS=, HOSTILE=)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+fuzz: $(TOOLS_INSTALLED)  ## search, guided by coverage, for bytes that the server misreads, and send it some (SECONDS=, HOSTILE=)
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/run.py fuzz_framing $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_exchange $(SECONDS)
 	$(BIN)/python tests/fuzz/run.py fuzz_journal $(SECONDS)
@@ -113,11 +141,11 @@ fuzz: $(INSTALLED)  ## search, guided by coverage, for bytes that the server mis
 	HOSTILE_SECONDS=$(HOSTILE) $(BIN)/pytest -q -s --timeout 0 tests/system/test_hostile_traffic.py
 
 .PHONY: chaos
-chaos: $(INSTALLED)  ## kill and cut off servers and workers under load, and prove that nothing is lost or doubled (FLAGS=)
+chaos: $(TOOLS_INSTALLED)  ## kill and cut off servers and workers under load, and prove that nothing is lost or doubled (FLAGS=)
 	cd tests && $(abspath $(BIN))/python -m chaos $(FLAGS)
 
 .PHONY: lint
-lint: $(INSTALLED)  ## check style, and that the contract only grew since its release
+lint: $(TOOLS_INSTALLED)  ## check style, and that the contract only grew since its release
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint
@@ -125,13 +153,13 @@ lint: $(INSTALLED)  ## check style, and that the contract only grew since its re
 	$(BIN)/buf breaking --against protos/released.binpb
 
 .PHONY: format
-format: $(INSTALLED)  ## put code and contract in shape
+format: $(TOOLS_INSTALLED)  ## put code and contract in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write
 
 .PHONY: types
-types: $(INSTALLED)  ## check types
+types: $(TOOLS_INSTALLED)  ## check types
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	cd deploy/grafana && $(abspath $(BIN))/mypy --strict generate.py
 	$(BIN)/mypy --strict deploy/prometheus/generate.py
@@ -140,7 +168,7 @@ types: $(INSTALLED)  ## check types
 # An old generator on purpose: what it writes runs with every gRPC and protobuf since, newer ones refuse older runtimes.
 $(PROTO_TOOLS_INSTALLED): protos/generator.txt
 	$(PYTHON) -m venv $(PROTO_TOOLS)
-	$(PROTO_TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -r protos/generator.txt
+	$(PROTO_TOOLS)/bin/python $(PIP_INSTALL) -r protos/generator.txt
 	touch $@
 
 .PHONY: protos
@@ -154,20 +182,20 @@ drift: $(PROTO_TOOLS_INSTALLED)  ## check that the generated code is the contrac
 	cd build/protos && for file in $$(find . -type f); do diff "$$file" "$(CURDIR)/protos/$$file" || exit 1; done
 
 .PHONY: release-protos
-release-protos: $(INSTALLED)  ## take the contract as it is for released: from now on it may only grow
+release-protos: $(TOOLS_INSTALLED)  ## take the contract as it is for released: from now on it may only grow
 	$(BIN)/buf build -o protos/released.binpb
 
 .PHONY: dashboards
-dashboards: $(INSTALLED)  ## write Grafana's dashboards and the operator's rules anew
+dashboards: $(TOOLS_INSTALLED)  ## write Grafana's dashboards and the operator's rules anew
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python deploy/prometheus/generate.py
 
 .PHONY: readme
-readme: $(INSTALLED)  ## write the README's tables anew
+readme: $(TOOLS_INSTALLED)  ## write the README's tables anew
 	$(BIN)/python tests/readme.py
 
 .PHONY: picture
-picture: $(INSTALLED)  ## train for some seconds and draw the README's picture of `ormo-server top`
+picture: $(TOOLS_INSTALLED)  ## train for some seconds and draw the README's picture of `ormo-server top`
 	cd tests && $(abspath $(BIN))/python readme_top.py
 
 .PHONY: clean

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,18 +31,40 @@ _OVERLAPPING = 0.25  # share of the faults in the midst of which there is anothe
 
 
 def main() -> None:
-    """Run, check, and say what was found."""
-    options = _options()
+    """Run each method in its share of the time, check, and say what was found."""
+    options = parsed(sys.argv[1:])
     own = enter_own([sys.executable, "-m", "chaos", *sys.argv[1:]])
-    options.faults = _possible(options, lossy=own and prepare())
+    lossy = own and prepare()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     say(f"seed {seed}")
+    dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="ormo-chaos-", dir=options.into))
+    runs = shares(options)
+    for each in runs:
+        each.faults = _possible(each, lossy=lossy)
+        (folder / each.method).mkdir()
+    wanted = list(dict.fromkeys(name for each in runs for name in each.faults))
+    unseen = dice.sample(wanted, len(wanted))
+    found: list[str] = []
+    for each in runs:
+        found += [f"{each.method}: {violation}" for violation in _ran(each, dice, folder / each.method, own, unseen)]
+    if unseen:
+        say(f"never came: {', '.join(unseen)}")
+    for violation in found[:20]:
+        say(f"VIOLATION: {violation}")
+    say(f"{len(found)} violations; the evidence is in {folder}" if found else "0 violations")
+    if not found and options.into is None:
+        shutil.rmtree(folder)
+    raise SystemExit(1 if found else 0)
+
+
+def _ran(options: argparse.Namespace, dice: random.Random, folder: Path, own: bool, unseen: list[str]) -> list[str]:
+    """Run one method; returns what is wrong, and leaves the evidence in the folder if anything is, or it is wanted."""
     disk = Disk(folder, mounting=own)
     say(f"the disk is {'a real one, in memory' if disk.is_real else 'a layer: only the journal finds it full'}")
     done: list[tuple[str, bool]] = []
     try:
-        found = _acted(options, random.Random(seed), folder, disk, done)
+        found = _acted(options, dice, folder, disk, done, unseen)
     except Broken as broken:
         disk.rescue(folder / "rescued")
         raise SystemExit(f"VIOLATION: {broken}; what there is of the evidence is in {folder}") from None
@@ -54,15 +77,10 @@ def main() -> None:
     report(options, evidence, done, folder)
     if disk.is_real:
         say(f"the disk held {disk.used_bytes / 1e6:.0f} MB at the end")
-    for violation in found[:20]:
-        say(f"VIOLATION: {violation}")
-    say(f"{len(found)} violations; the evidence is in {folder}" if found else "0 violations")
     if found or options.into is not None:
         disk.rescue(folder / "rescued")
-    else:
-        disk.remove()
-        shutil.rmtree(folder)
-    raise SystemExit(1 if found else 0)
+    disk.remove()
+    return found
 
 
 def _judged(options: argparse.Namespace, evidence: Evidence, folder: Path, disk: Disk) -> list[str]:
@@ -87,13 +105,17 @@ def _closed_form(options: argparse.Namespace, archive: Path) -> list[str]:
 
 
 def _acted(
-    options: argparse.Namespace, dice: random.Random, folder: Path, disk: Disk, done: list[tuple[str, bool]]
+    options: argparse.Namespace,
+    dice: random.Random,
+    folder: Path,
+    disk: Disk,
+    done: list[tuple[str, bool]],
+    unseen: list[str],
 ) -> list[str]:
-    """Let it all happen, and note in `done` what did; returns what was wrong at the end."""
+    """Let it all happen, take what did from `unseen` and note it in `done`; returns what was wrong at the end."""
     load = Load(options.workers, options.elements, options.pause, _LEASE_SECONDS)
     stage = Stage(folder, disk, _flags(options), load)
     names = options.faults
-    unseen = dice.sample(names, len(names))  # each kind comes once before any comes twice
     try:
         stage.start_server()
         for column in range(options.workers):
@@ -105,7 +127,7 @@ def _acted(
                 say("the disk is used up: the run ends early")
                 break
             time.sleep(dice.uniform(0.05, 1.0))
-            now = [unseen.pop()] if unseen else _chosen(names, dice)
+            now = _next(names, unseen, dice, first=not done)
             done += _happen(now, stage, dice)
             stage.until_answered(10, f"after {' during '.join(now)}")
         return stage.finish()
@@ -132,6 +154,16 @@ def _possible(options: argparse.Namespace, *, lossy: bool) -> list[str]:
     return [name for name in wanted if name not in missing]
 
 
+def _next(names: list[str], unseen: list[str], dice: random.Random, *, first: bool) -> list[str]:
+    """Each method begins with a kill of the server; each kind comes once before any twice, with whichever method."""
+    kills = [name for name in names if name in KILLS] if first else []
+    for name in unseen:
+        if name in (kills or names):
+            unseen.remove(name)
+            return [name]
+    return [dice.choice(kills)] if kills else _chosen(names, dice)
+
+
 def _chosen(names: list[str], dice: random.Random) -> list[str]:
     """One fault, or a sudden one in the midst of one that lasts."""
     lasting, sudden = [name for name in names if name in LASTING], [name for name in names if name in SUDDEN]
@@ -154,13 +186,21 @@ def _happen(names: list[str], stage: Stage, dice: random.Random) -> list[tuple[s
     return list(zip(names, effects, strict=True))
 
 
-def _options() -> argparse.Namespace:
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, help="of the faults; by default a new one, which is printed")
-    parser.add_argument("--seconds", type=float, default=600.0, help="how long at most")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long at most, for all methods together")
     parser.add_argument("--kills", type=int, default=200, help="stop after so many kills of the server")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, help="by default all")
-    parser.add_argument("--method", default="asgd", help="with asgd the parameters themselves count the gradients")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        type=_method,
+        default=[_method("asgd")],
+        metavar="METHOD[:ELEMENTS]",
+        help="one after the other, with a model of that size; with asgd the parameters themselves count the gradients",
+    )
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument(
         "--elements", type=int, default=80_000, help="of the model; above 524,288 a gradient has several chunks"
@@ -172,7 +212,34 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--into", type=Path, help="folder for the evidence; by default the system's, and none is kept of a sound run"
     )
-    return parser.parse_args()
+    options = parser.parse_args(words)
+    names = [name for name, _ in options.method]
+    if len(set(names)) != len(names):
+        parser.error(f"a method may be named once, and these were: {', '.join(names)}")
+    return options
+
+
+def _method(word: str) -> tuple[str, int | None]:
+    name, _, elements = word.partition(":")
+    if name not in PRESETS or not (elements.isdecimal() or word == name):
+        expected = f"one of {', '.join(PRESETS)}, and perhaps a colon and a number of elements"
+        raise argparse.ArgumentTypeError(f"{word!r} came, and expected was {expected}")
+    return name, int(elements) if elements else None
+
+
+def shares(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each method's own part of the run."""
+    return [
+        argparse.Namespace(
+            **vars(options)
+            | {
+                "method": name,
+                "elements": elements or options.elements,
+                "seconds": options.seconds / len(options.method),
+            }
+        )
+        for name, elements in options.method
+    ]
 
 
 if __name__ == "__main__":

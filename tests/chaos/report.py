@@ -36,11 +36,8 @@ def report(options: argparse.Namespace, evidence: Evidence, done: list[tuple[str
             f"{statistics.median(recovered):.2f}, 90 % {recovered[int(0.9 * len(recovered))]:.2f}, "
             f"most {recovered[-1]:.2f} ({len(recovered)} starts)"
         )
-    never = [name for name in options.faults if not faults[name]]
     if idle:
         say("without effect: " + ", ".join(f"{count} × {name}" for name, count in idle.most_common()))
-    if never:
-        say(f"never came: {', '.join(never)}")
     _say_memory(evidence.memory)
 
 

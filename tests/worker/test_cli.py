@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from ormo_protos.reasons import Reason
 from ormo_runtime.settings import settings_table
 from ormo_worker import cli
 from ormo_worker.settings import EvaluateSettings, RunSettings
+from service.wire import eventually
+from system.programs import staged
 from worker.fake_server import FakeServer, refuse
 
 
@@ -109,18 +110,16 @@ def test_every_setting_has_a_meaning(settings: type[RunSettings]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_makes_a_worker_leave_and_exit_with_0(server: FakeServer, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "ormo_worker", "run", "--server", server.address, "--task", "worker.lines:Lines"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
-    with subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 60.0
-        while server.iteration < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=30.0)
-    assert process.returncode == 0, error
+def test_a_signal_makes_a_worker_leave_and_exit_with_0(
+    server: FakeServer, tmp_path: Path, number: signal.Signals
+) -> None:
+    with staged(tmp_path) as stage:
+        flags = ["--server", server.address, "--task", "worker.lines:Lines"]
+        worker = stage.program("worker", "run", *flags, module="ormo_worker")
+        eventually(lambda: server.iteration >= 3, 60.0)
+        os.kill(worker.process.pid, number)
+        code, error = worker.wait(30.0), worker.log.read_text()
+    assert code == 0, error
     assert "interrupted: left the run" in error
     assert "Traceback" not in error
     assert server.asked[-1] == "leave"

@@ -1,8 +1,6 @@
 """A server that lies: whatever it says, the worker shows it as text, or ends with one sentence."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from ormo_worker.client.messages import Gradient
 from ormo_worker.client.observer import Observer
 from ormo_worker.client.retries import Patience
 from ormo_worker.pytorch.transfer import Staging
+from system.programs import staged
 from worker.fake_server import FakeServer, refuse
 
 EVIL = "\x1b]0;owned\x07\x1b[31mEVIL\x1b[2J\r\nFAKE LINE\u202e"
@@ -48,24 +47,21 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("command", "form"), [*((name, "text") for name in COMMANDS), ("run, tried again", "json")])
-def test_what_a_server_says_is_one_line_with_escapes(server: FakeServer, command: str, form: str) -> None:
+def test_what_a_server_says_is_one_line_with_escapes(
+    server: FakeServer, tmp_path: Path, command: str, form: str
+) -> None:
     argv, fault = COMMANDS[command]
     server.told(fault)
     flags = ["--server", server.address, "--task", "worker.lines:Lines", "--log-format", form]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ormo_worker", *argv, *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == ("again" not in command)
-    lines = (done.stdout + done.stderr).split("\n")
+    with staged(tmp_path) as stage:
+        worker = stage.program("worker", *argv, *flags, module="ormo_worker")
+        code, printed = worker.printed()
+        said = worker.log.read_text()
+    assert code == ("again" not in command)
+    lines = (printed + said).split("\n")
     assert all(line.isprintable() for line in lines)
     assert not any(line.startswith("FAKE") for line in lines)
-    assert (SHOWN if form == "text" else SHOWN.replace("\\", "\\\\")) in done.stderr
+    assert (SHOWN if form == "text" else SHOWN.replace("\\", "\\\\")) in said
 
 
 class Causes(Observer):

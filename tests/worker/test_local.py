@@ -1,15 +1,16 @@
-"""What `ormo-local` says when the system starts no more programs."""
+"""What `ormo-local` finds out before it starts programs, and says when the system starts no more of them."""
 
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from ormo_worker.local import cluster
-from ormo_worker.local.cluster import Cluster, ClusterError
+from ormo_worker.local import cli, cluster
+from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
 from ormo_worker.local.settings import LocalSettings
 
 
@@ -47,3 +48,53 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
     assert ours.items() >= {("ORMO_JOURNAL", "true")}
     assert not ours.keys() & {"ORMO_METRICS_LISTEN", "ORMO_CONFIG"}
     assert environment["PATH"] == os.environ["PATH"]
+
+
+UNUSABLE = {
+    "an unknown task": (["--task", "mnist"], r"There is no task named 'mnist': use one of digits"),
+    "a data folder that is not there": (["--task", "image-folder", "--data-dir", "gone"], r"folder gone has no folder"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_task_that_can_not_be_used_is_said_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # signals are the test runner's
+    monkeypatch.setattr(cluster, "Child", lambda *_: pytest.fail("a program was started"))
+    flags, sentence = UNUSABLE[what]
+    assert cli.main(flags) == 1
+    assert re.search(sentence, capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_can_be_used_is_looked_at_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom ormo_worker.tasks.digits import Digits\n"
+        "def task(*, data_dir):\n    Path('seen').write_text(f'{data_dir} {os.getpid()}')\n    return Digits()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    refuse_unusable_task(LocalSettings(task="mine.py:task", data_dir=Path("here")))
+    folder, pid = (tmp_path / "seen").read_text().split()
+    assert folder == "here"
+    assert int(pid) != os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        ("raise RuntimeError('no data today')", r"(?s)Traceback.*RuntimeError: no data today"),
+        ("import sys; sys.exit(3)", r"the task 'mine:Task' ended Python with code 3"),
+    ],
+    ids=["fails", "ends without a word"],
+)
+def test_what_a_task_does_instead_of_being_made_is_said(
+    monkeypatch: pytest.MonkeyPatch, program: str, sentence: str
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK", program)
+    with pytest.raises(ClusterError, match=sentence):
+        refuse_unusable_task(LocalSettings(task="mine:Task"))

@@ -33,6 +33,7 @@ def test_last_words_are_no_markup(
         raise ClusterError("the server said [/red] [bold]loudly")
 
     monkeypatch.setattr("signal.signal", lambda *_: None)  # signals are the test runner's
+    monkeypatch.setattr(cli, "refuse_unusable_task", lambda _: None)
     monkeypatch.setattr(Cluster, "start", fails)
     directory = tmp_path / "[b]run"
     assert cli.main(["--directory", str(directory)]) == 1

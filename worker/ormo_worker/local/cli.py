@@ -16,7 +16,7 @@ from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.process import prepare_process
 from ormo_runtime.settings import load_settings
 from ormo_runtime.signals import leave_if_asked, leave_on_signals
-from ormo_worker.local.cluster import Cluster, ClusterError
+from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
 from ormo_worker.local.settings import LocalSettings
 
 _POLL_SECONDS = 0.25
@@ -65,8 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     settings = load_settings(LocalSettings, sys.argv[1:] if argv is None else argv, program="ormo-local")
     console = Console()
-    cluster, progress = Cluster(settings), Progress()
     leave_on_signals()
+    try:
+        refuse_unusable_task(settings)
+    except ClusterError as error:
+        _say_error(error, console)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED_EXIT_CODE
+    return _train(settings, console)
+
+
+def _train(settings: LocalSettings, console: Console) -> int:
+    cluster, progress = Cluster(settings), Progress()
     code = 0
     try:
         cluster.start(progress.evaluation.update)
@@ -74,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"training {settings.task} by {settings.method} with {settings.workers} workers", markup=False)
         _watch(cluster, progress, console)
     except ClusterError as error:
-        console.print(Text(f"ormo-local: {error}", style="red"))
+        _say_error(error, console)
         code = 1
     except KeyboardInterrupt:
         code = _INTERRUPTED_EXIT_CODE
@@ -83,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _INTERRUPTED_EXIT_CODE
     _summarize(cluster, progress, console)
     return code
+
+
+def _say_error(error: ClusterError, console: Console) -> None:
+    console.print(Text(f"ormo-local: {error}", style="red"))
 
 
 def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:

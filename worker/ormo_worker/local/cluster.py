@@ -100,8 +100,42 @@ class Child:
         return "\n".join(map(printable, self.log_path.read_text(errors="replace").splitlines()[-lines:]))
 
 
+# Looked at by a process of its own: PyTorch, and what the task's module does, would stay in this one for the whole run.
+_LOOK = """
+import sys
+from pathlib import Path
+from ormo_worker.tasks import TaskError, load_task
+try:
+    load_task(sys.argv[1], *map(Path, sys.argv[2:]))
+except TaskError as error:
+    sys.exit(str(error))
+"""
+
+
 class ClusterError(RuntimeError):
     """A process that the run can't do without has ended; the sentence says which and what it last said."""
+
+
+def refuse_unusable_task(settings: LocalSettings) -> None:
+    """Make the task as workers will, before anything is started that would have to be stopped again.
+
+    Raises:
+        ClusterError: there is no such task, or it can't be used: something is missing, or its data folder is.
+    """
+    words = [settings.task, *([] if settings.data_dir is None else [str(settings.data_dir)])]
+    command = [sys.executable, "-c", _LOOK, *words]
+    looked = subprocess.run(  # noqa: S603
+        command,
+        env=_environment_of_children(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",  # as of all children
+        check=False,
+    )
+    if looked.returncode:
+        said = "\n".join(map(printable, looked.stderr.strip().splitlines()))
+        raise ClusterError(said or f"the task {settings.task!r} ended Python with code {looked.returncode}")
 
 
 class Cluster:
