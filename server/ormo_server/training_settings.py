@@ -9,9 +9,8 @@ from ormo_runtime.settings import MOST, Settings
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
-from ormo_server.core.scales import STEP_SCALES
-from ormo_server.core.schedule import KINDS, LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
 
 
 def _choices(names: object) -> str:

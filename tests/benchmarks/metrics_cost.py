@@ -29,7 +29,7 @@ from prometheus_client import Counter
 from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.blocks import all_finite
+from ormo_server.core.vectors import all_finite
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, gradients, servicer

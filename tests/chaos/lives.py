@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from chaos.evidence import Applied, Evidence
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Push
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
 from ormo_server.store import StoreError, buffers_of

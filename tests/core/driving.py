@@ -9,6 +9,7 @@ import torch
 
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import OrmoError
+from ormo_server.core.ids import SlotKey, TicketKey
 from ormo_server.core.inputs import (
     Gradient,
     Input,
@@ -21,12 +22,11 @@ from ormo_server.core.inputs import (
     SetLearningRate,
     Withdraw,
 )
-from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Method, Run
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.snapshot import take
 from ormo_server.core.state import Member, PushResult
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import LearningRate
 from ormo_server.trace import Recorded
 
 

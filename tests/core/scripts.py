@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from core.driving import Driver
 from ormo_server.core.errors import TicketUnknown
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.method import Method, Run
-from ormo_server.core.scales import STEP_SCALES
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
 SIZE = 3
 START = torch.tensor([0.5, -3.0, 100.0])

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 
 from core.driving import Driver, driver_of, run_of, told_by
 from core.scripts import START, Command, carry_out, runs, stories
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Join, Leave, Push, Request, Return, Withdraw
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.trace import Recorded
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from core.driving import Driver, driver_of, rows, run_of
 from core.scripts import START, Command, carry_out, gradient, stories
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 
 TURNS = st.lists(
     st.tuples(st.integers(0, 5), st.sampled_from(["exchange", "exchange", "request", "return"])),

@@ -10,13 +10,13 @@ from core.driving import Applied, Driver, driver_of, run_of
 from core.reference import closed_form, rounding, step_sizes
 from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
 from ormo_server.core import snapshot
-from ormo_server.core.blocks import BLOCK_ELEMENTS
 from ormo_server.core.inputs import Gradient, Push
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import Coefficients, Landing
 from ormo_server.core.rules.ormo import Ormo
 from ormo_server.core.state import State
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.vectors import BLOCK_ELEMENTS
 
 
 def assert_closed_form(driver: Driver, start: torch.Tensor) -> None:

@@ -20,11 +20,10 @@ from core.reference import (
     torch_sgd,
 )
 from core.scripts import BETAS, START, Command, carry_out, gradient, runs, stories
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
-from ormo_server.core.scales import STEP_SCALES
-from ormo_server.core.schedule import LearningRate
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
 
 def told(run: Run, story: list[Command], wire: torch.dtype = torch.float32) -> Driver:

@@ -10,9 +10,9 @@ from ormo_server.core import snapshot
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import BadRequest, Finished, NotAMember, OrmoError, Replaced, StaleRequest, TicketUnknown
 from ormo_server.core.inputs import Gradient, Input, Join, Leave, Push, Request, Return, Withdraw
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.trace import Recorded
 
 

@@ -9,7 +9,7 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core import snapshot
 from ormo_server.core.errors import BadRequest, Finished
 from ormo_server.core.method import Run
-from ormo_server.core.schedule import LearningRate
+from ormo_server.core.step_size import LearningRate
 
 
 def rates(driver: Driver, gradients: int) -> list[float]:

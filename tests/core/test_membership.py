@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from core.driving import driver_of, fingerprint, run_of
-from ormo_server.core import membership
+from ormo_server.core import members
 from ormo_server.core.errors import BadRequest, NotAMember, Replaced, TicketUnknown, TooManyWorkers
 from ormo_server.core.inputs import Join, Leave, Request
-from ormo_server.core.membership import data_seed
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
+from ormo_server.core.members import data_seed
 
 
 def test_k_is_the_number_of_slots_of_the_live_workers_and_at_least_one() -> None:
@@ -79,7 +79,7 @@ def test_a_replaced_process_is_remembered_and_refused_in_all_that_it_asks() -> N
 
 
 def test_only_so_many_replaced_processes_are_remembered_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "PROCESSES_REMEMBERED", 2)
+    monkeypatch.setattr(members, "PROCESSES_REMEMBERED", 2)
     driver = driver_of(run_of(), "a")
     for incarnation in range(2, 6):
         driver.join("a", incarnation=incarnation)

@@ -7,8 +7,7 @@ from core.driving import Driver, driver_of, run_of
 from ormo_server.core import snapshot
 from ormo_server.core.effects import Effects
 from ormo_server.core.inputs import Gradient, Input
-from ormo_server.core.memory import need
-from ormo_server.core.method import Run
+from ormo_server.core.method import Run, memory_need
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 
@@ -33,13 +32,13 @@ from ormo_server.core.schedulers import SCHEDULERS
 def test_need_is_the_state_one_buffer_for_each_slot_and_the_copy_for_the_checkpoint(
     rule: str, scheduler: str, slots: int, vectors: int
 ) -> None:
-    got = need(_run(rule, scheduler), elements=1000, slots=slots)
+    got = memory_need(_run(rule, scheduler), elements=1000, slots=slots)
     assert (got.state_bytes, got.exchange_bytes, got.checkpoint_bytes) == (4000 * vectors, 4000 * slots, 4000 * vectors)
     assert got.total_bytes == 4000 * (2 * vectors + slots)
 
 
 def test_buffers_are_held_once_sent_with_each_slots_gradient_and_copied_for_the_checkpoint() -> None:
-    got, without = (need(run_of(), elements=1000, slots=8, buffer_bytes=extra) for extra in (24, 0))
+    got, without = (memory_need(run_of(), elements=1000, slots=8, buffer_bytes=extra) for extra in (24, 0))
     assert got.state_bytes == without.state_bytes + 24
     assert got.exchange_bytes == without.exchange_bytes + 8 * 24
     assert got.checkpoint_bytes == without.checkpoint_bytes + 24
@@ -76,7 +75,7 @@ def test_a_busy_run_holds_what_was_stated_for_its_live_slots_and_never_more(rule
     def note(given: Input, gradient: Gradient | None = None) -> Effects:
         effects = step(given, gradient)
         held.append(bytes_held(driver))
-        stated.append(need(driver.machine.run, 1000, driver.machine.state.live_slots).state_bytes)
+        stated.append(memory_need(driver.machine.run, 1000, driver.machine.state.live_slots).state_bytes)
         return effects
 
     driver.machine.step = note  # type: ignore[method-assign]

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from core.scripts import BETAS, BOUNDS
-from ormo_server.core.blocks import BLOCK_ELEMENTS, SquaredNorm, largest
 from ormo_server.core.errors import NormTooLarge
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.rules import LARGEST, UPDATE_RULES, Coefficients, Landing, Sending, UpdateRule
-from ormo_server.core.scales import STEP_SCALES
-from ormo_server.core.schedule import HIGHEST, LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import HIGHEST, STEP_SCALES, LearningRate
+from ormo_server.core.vectors import BLOCK_ELEMENTS, SquaredNorm, largest
 
 SLOT = ("a", 0)
 VALUES = [0.0, 1e-40, -1.0, 1e3, 1e10, -1e15, 1e20, 1e22, -1e30, 1e36, 3e38, -3e38]

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from core.driving import Driver, driver_of, fingerprint, replay, run_of, told_by
 from ormo_server.core.errors import Finished, NotAMember, Replaced, StaleRequest, TicketUnknown, TooManyWorkers
+from ormo_server.core.ids import SlotKey, TicketKey
 from ormo_server.core.inputs import Gradient, Join, Leave, Push, Request, Requester
-from ormo_server.core.keys import SlotKey, TicketKey
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 WHICH = st.integers(0, 20)  # taken modulo the number of what there is to choose from

@@ -7,12 +7,12 @@ import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core import snapshot
-from ormo_server.core.blocks import BLOCK_ELEMENTS, SquaredNorm, all_finite, blocks
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.rules import UPDATE_RULES, geometric_sum
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.state import PushResult
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import LearningRate
+from ormo_server.core.vectors import BLOCK_ELEMENTS, SquaredNorm, all_finite, blocks
 
 
 def one_worker(**settings: object) -> Driver:

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from core.driving import Driver, driver_of, rows, run_of
 from core.scripts import START, Command, carry_out, stories
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
-from ormo_server.core.scales import STEP_SCALES, Timing, rescaled
-from ormo_server.core.schedule import LearningRate
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import STEP_SCALES, LearningRate, Timing, rescaled
 
 # By the delay
 

@@ -6,7 +6,7 @@ import pytest
 
 from core.driving import driver_of, run_of
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.schedule import LearningRate
+from ormo_server.core.step_size import LearningRate
 
 TABLES = [
     (LearningRate(0.5), {0: 0.5, 1: 0.5, 1_000_000: 0.5}),

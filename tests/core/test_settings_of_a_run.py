@@ -10,9 +10,8 @@ from core.driving import driver_of
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES, Coefficients
-from ormo_server.core.scales import STEP_SCALES
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.core.step_size import STEP_SCALES, LearningRate
 from ormo_server.training_settings import TrainingSettings
 
 RATE = LearningRate(0.5)

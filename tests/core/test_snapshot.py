@@ -12,11 +12,11 @@ from core.scripts import START, Command, carry_out, runs, stories
 from ormo_server.core import snapshot
 from ormo_server.core.errors import Replaced, SettingsError, TicketUnknown
 from ormo_server.core.inputs import Join, Request
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.core.state import Slot
-from ormo_server.core.state_machine import StateMachine
 
 
 def through_json(taken: Snapshot) -> Snapshot:

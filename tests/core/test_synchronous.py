@@ -10,9 +10,9 @@ from core.reference import closed_form, round_sums, rounding, torch_sgd
 from core.scripts import BETAS, START, Command, carry_out, learning_rates, stories
 from ormo_server.core import snapshot
 from ormo_server.core.errors import BadRequest, SettingsError, TicketUnknown
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Method, Run
-from ormo_server.core.schedule import LearningRate
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import LearningRate
 
 SSGDM = Method(rule="ormo", scheduler="synchronous")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.driving import Driver, driver_of, rows, run_of
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.state import State
+from ormo_server.core.step_size import LearningRate
 
 # Every gradient is 1. Ticket by ticket: u ages by 1/2 when a bucket opens, a gradient one bucket late counts 1/2 in u
 # and has already moved w by 1 + 1/2.

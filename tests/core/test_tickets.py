@@ -9,8 +9,8 @@ from core.driving import Driver, driver_of, fingerprint, run_of
 from ormo_server.core.effects import superseded
 from ormo_server.core.errors import BadRequest, OrmoError, StaleRequest, TicketUnknown
 from ormo_server.core.inputs import Gradient, Join, Push, Request, Requester, Return
-from ormo_server.core.membership import PROCESSES_REMEMBERED
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
+from ormo_server.core.members import PROCESSES_REMEMBERED
 
 
 def one_worker(slots: int = 1) -> Driver:

@@ -12,7 +12,7 @@ from fuzz.fuzz_exchange import World
 from fuzz.fuzz_framing import message
 from ormo_protos.framing import Framing
 from ormo_protos.tensors import Chunk, PayloadReceiver
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 
 
 @pytest.fixture

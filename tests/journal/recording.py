@@ -13,9 +13,9 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core import snapshot
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.inputs import Gradient, Input
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Fsync, Journal, Reading, replay
 from ormo_server.store import buffers_of
 

@@ -17,12 +17,12 @@ from core.scripts import SIZE
 from journal.recording import MANIFEST, RecordedMachine, fresh_copy, journal_in
 from ormo_server.core import snapshot
 from ormo_server.core.errors import NotAMember, OrmoError, Replaced, StaleRequest, TicketUnknown
+from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Gradient, Join, Leave, Push, Request, Requester
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
-from ormo_server.core.schedule import LearningRate
 from ormo_server.core.state import PushResult
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import LearningRate
 from ormo_server.journal import Journal, Reading, replay
 
 RUN = Run(LearningRate(1.0), PRESETS["asgd"], momentum=0.0)

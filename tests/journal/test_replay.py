@@ -29,10 +29,10 @@ from ormo_protos.manifest import (
     TensorSpec,
 )
 from ormo_server.core import snapshot
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state import PushResult
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.chain import Place
 from ormo_server.journal.mark import Mark

@@ -12,8 +12,8 @@ import pytest
 from old_versions.recorded import WRITTEN
 from ormo_runtime.settings import UsageError
 from ormo_server.core import snapshot
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.service.server import Server
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan

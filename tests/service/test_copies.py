@@ -10,8 +10,8 @@ import torch
 
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import CHUNK_BYTES, Payload, PayloadLayout
-from ormo_server.core.blocks import BLOCK_ELEMENTS
 from ormo_server.core.rules.sgd import Sgd
+from ormo_server.core.vectors import BLOCK_ELEMENTS
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.service.copies import Copies
 from service.wire import LARGE, Refused, WireWorker, connected, eventually, payload, served

@@ -11,8 +11,8 @@ import pytest
 from ormo_server.core.effects import Effects
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.inputs import Gradient, Input, Push
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.rules import UpdateRule
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal.records import log_path
 from ormo_server.service.server import Server
 from ormo_server.store import StoreError
@@ -431,7 +431,7 @@ def test_a_learning_rate_that_no_operator_may_set_today_is_where_a_replay_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: str
 ) -> None:
     with crashing(tmp_path, **HUGE) as server, connected(server) as stub, monkeypatch.context() as earlier:
-        earlier.setattr("ormo_server.core.schedule.HIGHEST", 1e300)
+        earlier.setattr("ormo_server.core.step_size.HIGHEST", 1e300)
         earlier.setattr(UpdateRule, "stays_finite", lambda *_: True)
         anna = WireWorker(stub, "anna", start=1.0)
         anna.join()

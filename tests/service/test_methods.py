@@ -10,11 +10,11 @@ import torch
 
 from ormo_protos.tensors import Payload
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Gradient, Push
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS
 from ormo_server.core.snapshot import Snapshot, take
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.service.server import Server
 from ormo_server.trace import Recorded, Segment, read_trace
 from service.wire import SMALL, WireWorker, connected, payload, served

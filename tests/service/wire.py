@@ -19,7 +19,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.config import ServerSettings
 from ormo_server.core import snapshot
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.ids import TicketKey
 from ormo_server.service.server import Server
 
 SMALL = Manifest.laid_out(

@@ -9,9 +9,9 @@ from torch import nn
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FLOAT64, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Gradient, Join, Push, Request
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
-from ormo_server.core.schedule import LearningRate
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import LearningRate
 from ormo_server.store import Checkpoint, CheckpointStore, FlatModel
 from ormo_server.store.files import SUMS_FILE, write_sums
 

@@ -21,7 +21,7 @@ from ormo_protos.manifest import (
 )
 from ormo_server.core import snapshot
 from ormo_server.core.buffers import Buffer, Buffers, Merge
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 from ormo_server.store import Checkpoint, CheckpointStore, StoreError, buffers_of
 from store.building import run
 

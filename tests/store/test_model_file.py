@@ -12,7 +12,7 @@ from torch import nn
 
 from ormo_protos.manifest import FLOAT32, MAX_NAME_BYTES, MAX_TENSORS, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
 from store.building import Net, checkpoint_of, flat_of, manifest_of, run
 

@@ -12,7 +12,7 @@ import torch
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core import snapshot
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 from ormo_server.service.server import Server
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan

@@ -10,7 +10,7 @@ from enum import Enum
 
 import torch
 
-from ormo_server.core.blocks import all_finite, has_nan
+from ormo_server.core.vectors import all_finite, has_nan
 
 # All elements of some buffers in their section.
 _Where = slice | torch.Tensor

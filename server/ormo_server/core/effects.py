@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ormo_server.core.errors import OrmoError, Superseded
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.state import Member, PushResult, Ticket
 
 

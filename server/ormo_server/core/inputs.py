@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.ids import SlotKey, TicketKey
 
 
 class Requester(NamedTuple):

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ormo_server.core import membership, tickets
+from ormo_server.core import members
 from ormo_server.core.buffers import Buffers
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.ids import TicketKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
-from ormo_server.core.schedule import HIGHEST, LOWEST, Tuning
 from ormo_server.core.state import Departed, Member, PushResult, Slot, State, Ticket
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.step_size import HIGHEST, LOWEST, Tuning
 
 _COUNTERS = (
     "epoch",
@@ -203,14 +203,14 @@ def _change_scheduler(state: State) -> None:
     """Members joined under another scheduler's terms: they join again. Buckets go on after the newest."""
     _void_everything(state)
     for member in list(state.members.values()):
-        membership.remove(state, member)
+        members.remove(state, member)
     if state.iteration:
         state.issue, state.filled = state.newest_bucket + 1, 0
 
 
 def _void_everything(state: State) -> None:
     for ticket in list(state.tickets.values()):
-        tickets.close(state, ticket)
+        members.close(state, ticket)
     present = [member.slots for member in state.members.values()]
     for slots in present + [process.slots for process in state.departed.values()]:
         for slot in slots:

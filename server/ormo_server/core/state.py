@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.ids import SlotKey, TicketKey
 from ormo_server.core.rules import Sending, UpdateRule
-from ormo_server.core.schedule import Tuning
+from ormo_server.core.step_size import Tuning
 
 
 @dataclass(slots=True)

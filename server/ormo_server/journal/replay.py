@@ -7,9 +7,9 @@ import torch
 from ormo_protos.tensors import Payload, torch_dtype
 from ormo_server.core.effects import Granted
 from ormo_server.core.errors import NonFinite, NormTooLarge, SettingsError
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Gradient
-from ormo_server.core.keys import SlotKey
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 from ormo_server.journal.records import Delivered, Record
 from ormo_server.store import StoreError
 

@@ -12,8 +12,8 @@ from typing import Literal
 from ormo_protos.tensors import Payload
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import DiskFull, NotReady
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Input
-from ormo_server.core.keys import SlotKey
 from ormo_server.journal.chain import End, chained, opening
 from ormo_server.journal.gradient_files import GradientFiles
 from ormo_server.journal.log_file import LogFile

@@ -9,7 +9,7 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
 
-from ormo_server.core.memory import MemoryNeed
+from ormo_server.core.method import MemoryNeed
 from ormo_server.metrics.families import PREFIX, Families
 
 PACKAGE = "ormo-parameter-server"

@@ -12,7 +12,7 @@ import torch
 
 from ormo_protos.tensors import Payload
 from ormo_runtime.process import StartedPool
-from ormo_server.core.blocks import blocks
+from ormo_server.core.vectors import blocks
 from ormo_server.metrics.distributions import Distribution
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ormo_protos.tensors import Chunk, Payload, frozen_chunks
 from ormo_server.core.errors import OrmoError
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.state import Ticket
 from ormo_server.service.copies import Copy
 

@@ -20,11 +20,11 @@ import torch
 
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import CHUNK_BYTES, Payload
-from ormo_server.core import membership
-from ormo_server.core.blocks import all_finite
+from ormo_server.core import members
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.effects import Effects, Granted, superseded
 from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.ids import SlotKey, TicketKey
 from ormo_server.core.inputs import (
     Gradient,
     Input,
@@ -37,10 +37,10 @@ from ormo_server.core.inputs import (
     SetLearningRate,
     Withdraw,
 )
-from ormo_server.core.keys import SlotKey, TicketKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.vectors import all_finite
 from ormo_server.journal import Journal, StoredGradient, gradient_in
 from ormo_server.metrics import Metrics
 from ormo_server.service.copies import Copies
@@ -168,7 +168,7 @@ class Engine:
         """Keep a lease, and take back tickets that will not be used."""
         with self._lock as machine:
             self._refuse_unsound(worker, incarnation)
-            membership.find(machine.state, worker, incarnation)
+            members.find(machine.state, worker, incarnation)
             self._leases.heard(worker, self._clock())
             returns = (Return(self._clock(), worker, incarnation, number, epoch) for epoch, number in returned)
             effects = [self._take(each) for each in returns]

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass
 
 from ormo_protos.tensors import Payload
-from ormo_server.core.blocks import SquaredNorm
 from ormo_server.core.errors import NonFinite
+from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
-from ormo_server.core.keys import TicketKey
+from ormo_server.core.vectors import SquaredNorm
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_runtime.logs import Fields
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.config import ServerSettings
-from ormo_server.core import memory, snapshot
-from ormo_server.core.blocks import largest
+from ormo_server.core import snapshot
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.machine import StateMachine
+from ormo_server.core.method import memory_need
 from ormo_server.core.rules import LARGEST, UPDATE_RULES
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.vectors import largest
 from ormo_server.journal import Journal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
 from ormo_server.service.copies import Copies
@@ -487,7 +488,7 @@ class RunHost:
         elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
         slots = self.settings.max_workers * self.settings.slots_per_worker
         buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
-        need = memory.need(self._run, elements, slots, buffer_bytes)
+        need = memory_need(self._run, elements, slots, buffer_bytes)
         # Once: they are sent, and written to the disk, from where they are.
         need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
         self.metrics.process.needs(need)

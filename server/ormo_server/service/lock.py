@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from ormo_server.core.errors import NotReady, OrmoError
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.machine import StateMachine
 from ormo_server.metrics.upkeep import Upkeep
 from ormo_server.service.streams import draining
 

@@ -9,8 +9,8 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError
+from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
-from ormo_server.core.keys import TicketKey
 from ormo_server.core.state import PushResult
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.gradients import ReceivedGradient

@@ -12,8 +12,8 @@ from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Push, SetLearningRate
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.journal import Reading, Record, UnsoundRecord, is_chained, is_journal, replay, told_since
 from ormo_server.store import Checkpoint, buffers_of, unsound
 from ormo_server.trace.rows import TracedSettings

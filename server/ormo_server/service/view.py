@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ormo_server.core.deadlines import Leases
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import State
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.service.observations import Evaluation, Observations, WorkerObservation
 
 

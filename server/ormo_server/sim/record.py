@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import PushResult, State
-from ormo_server.core.state_machine import StateMachine
 from ormo_server.sim.workload import Scores
 
 # What settings were that older summaries do not name.

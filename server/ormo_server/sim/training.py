@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.core.blocks import SquaredNorm
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import NormTooLarge
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Gradient, Input, Join, Leave, Push, Request
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.state import Ticket
-from ormo_server.core.state_machine import StateMachine
+from ormo_server.core.vectors import SquaredNorm
 from ormo_server.sim.record import Record
 from ormo_server.sim.workload import Computed, Model, SimulatedWorker, Workload
 from ormo_server.store import buffers_of

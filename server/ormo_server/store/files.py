@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ormo_server.core.blocks import all_finite, has_nan
+from ormo_server.core.vectors import all_finite, has_nan
 from ormo_server.store.errors import StoreError, listed
 
 SUMS_FILE = "SHA256SUMS"

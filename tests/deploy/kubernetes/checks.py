@@ -7,7 +7,7 @@ from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, O
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
 from ormo_runtime.settings import SettingsProblemsError
 from ormo_server.config import ServerSettings
-from ormo_server.core.memory import need
+from ormo_server.core.method import memory_need
 from ormo_server.metrics.http import ALIVE, READY
 from ormo_server.security.access import by_name, parsed_list
 from ormo_server.security.roles import Role
@@ -257,7 +257,7 @@ def memory(manifests: Manifests) -> Iterator[str]:
         yield "a model of any size is taken"
         return
     exchanges = told.max_workers * told.slots_per_worker + told.max_readers
-    wanted = need(told.run(), _largest_model(manifests), exchanges).total_bytes
+    wanted = memory_need(told.run(), _largest_model(manifests), exchanges).total_bytes
     if told.memory_limit < wanted:
         yield f"the largest model needs {wanted:,} bytes, ORMO_MEMORY_LIMIT is {int(told.memory_limit):,}"
     requested = quantity(container["resources"]["requests"]["memory"])
@@ -276,7 +276,7 @@ def memory(manifests: Manifests) -> Iterator[str]:
 def _checkpoint_bytes(manifests: Manifests) -> int:
     """The state, and the model once more in a file of its own."""
     elements = _largest_model(manifests)
-    return need(_server_settings(manifests).run(), elements, slots=0).checkpoint_bytes + 4 * elements
+    return memory_need(_server_settings(manifests).run(), elements, slots=0).checkpoint_bytes + 4 * elements
 
 
 def _largest_model(manifests: Manifests) -> int:

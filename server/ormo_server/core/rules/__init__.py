@@ -3,8 +3,7 @@
 from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, Sending, UpdateRule, geometric_sum
 from ormo_server.core.rules.dc import DelayCompensated
 from ormo_server.core.rules.naive import Naive
-from ormo_server.core.rules.ormo import Ormo
-from ormo_server.core.rules.ormo_vanilla import OrmoVanilla
+from ormo_server.core.rules.ormo import Ormo, OrmoVanilla
 from ormo_server.core.rules.sgd import Sgd
 from ormo_server.core.rules.shifted import Shifted
 from ormo_server.core.rules.smega2 import Smega2

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ormo_server.core.blocks import largest
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
+from ormo_server.core.vectors import largest
 
 # Why no gradient that is taken can make the state infinite, however many come.
 #

@@ -2,9 +2,9 @@
 
 import torch
 
-from ormo_server.core.blocks import largest, walk
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import LARGEST, LARGEST_STEP, Landing, UpdateRule
+from ormo_server.core.vectors import largest, walk
 
 
 class DelayCompensated(UpdateRule):

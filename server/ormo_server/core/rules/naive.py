@@ -2,8 +2,8 @@
 
 import torch
 
-from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Landing, UpdateRule
+from ormo_server.core.vectors import walk
 
 
 class Naive(UpdateRule):

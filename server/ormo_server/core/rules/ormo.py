@@ -2,8 +2,8 @@
 
 import torch
 
-from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
+from ormo_server.core.vectors import walk
 
 
 class Ormo(UpdateRule):
@@ -53,3 +53,13 @@ class Ormo(UpdateRule):
     def moves_of_late_gradient(self, lag: int) -> float:
         """How many times its own length a gradient would have moved w by now, had it come in time."""
         return geometric_sum(self.coefficients.momentum, lag + 1)
+
+
+class OrmoVanilla(Ormo):
+    """OrMo whose last line is w ← w − ηg: a late gradient has its ordered share of the momentum from now on, but the
+    parameters never get the moves that the momentum made before it came. Keeps one vector, u.
+    """
+
+    def moves_of_late_gradient(self, lag: int) -> float:  # noqa: ARG002
+        """See `Ormo.moves_of_late_gradient`."""
+        return 1.0

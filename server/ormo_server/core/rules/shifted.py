@@ -2,9 +2,9 @@
 
 import torch
 
-from ormo_server.core.blocks import walk
-from ormo_server.core.keys import SlotKey
+from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Landing, UpdateRule
+from ormo_server.core.vectors import walk
 
 
 class Shifted(UpdateRule):

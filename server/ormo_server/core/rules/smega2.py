@@ -4,8 +4,8 @@ Momentum Buffer, ICPP 2022).
 
 import torch
 
-from ormo_server.core.blocks import walk
 from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
+from ormo_server.core.vectors import walk
 
 # v holds gradients without η, and is multiplied by an η of later. It is a sum of means of gradients, βv + G/s, so by
 # the argument of `LARGEST` it stays below 2^27 times the largest norm (|G|/s is at most e times that, for any s). With

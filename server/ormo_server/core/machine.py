@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ormo_server.core import membership, tickets
+from ormo_server.core import members
 from ormo_server.core.buffers import Buffers, Merging
 from ormo_server.core.effects import NOTHING, Effects, Granted, Redeemed, Released
 from ormo_server.core.errors import (
@@ -38,10 +38,9 @@ from ormo_server.core.inputs import (
 )
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES, Landing
-from ormo_server.core.scales import STEP_SCALES, Timing
-from ormo_server.core.schedule import LearningRate, Tuning
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.state import Member, PushResult, Slot, State, Ticket
+from ormo_server.core.step_size import STEP_SCALES, LearningRate, Timing, Tuning
 
 
 class StateMachine:
@@ -138,19 +137,19 @@ class StateMachine:
     def _join(self, given: Join) -> Effects:
         state, worker = self.state, given.worker
         known = state.members.get(worker)
-        membership.refuse_replaced(state, worker, given.incarnation)
+        members.refuse_replaced(state, worker, given.incarnation)
         if known is not None and known.incarnation == given.incarnation:
             self._refuse_other_slots(known, given.slots)
             return Effects(changed=False, member=known)
         self._refuse_newcomer(worker, given.slots)
         replaced = Replaced(f"a newer process joined as worker {worker!r}")
         released = self._remove(known, replaced) if known is not None else ()
-        member = membership.add(state, worker, given.incarnation, given.slots, run_seed=self.run.seed)
+        member = members.add(state, worker, given.incarnation, given.slots, run_seed=self.run.seed)
         state.started = state.started or len(state.members) >= self.run.min_workers
         return Effects(member=member, released=released, granted=self._hand_out(given.seconds))
 
     def _leave(self, given: Leave) -> Effects:
-        membership.refuse_replaced(self.state, given.worker, given.incarnation)
+        members.refuse_replaced(self.state, given.worker, given.incarnation)
         member = self.state.members.get(given.worker)
         if member is None or member.incarnation != given.incarnation:
             return NOTHING
@@ -164,7 +163,7 @@ class StateMachine:
             slot.request, slot.result = given.request, None
         slot.idle = False
         if slot.ticket is not None and self.scheduler.voids_held_ticket(self.state.tickets[slot.ticket]):
-            tickets.close(self.state, self.state.tickets[slot.ticket])
+            members.close(self.state, self.state.tickets[slot.ticket])
         self.state.waiting[given.worker, given.slot] = None
         return Effects(granted=self._hand_out(given.seconds))
 
@@ -182,7 +181,7 @@ class StateMachine:
             return NOTHING
         if member.incarnation != given.incarnation:
             return NOTHING
-        tickets.close(self.state, ticket)
+        members.close(self.state, ticket)
         self.state.slot(ticket.slot).idle = True
         return Effects(granted=self._hand_out(given.seconds))
 
@@ -203,12 +202,12 @@ class StateMachine:
             self._refuse_other_gradient(slot, given)
             return Effects(changed=False, result=replace(slot.result, repeated=True))
         self._refuse_finished()
-        ticket = tickets.in_flight(self.state, slot, given)
+        ticket = members.in_flight(self.state, slot, given)
         self._assert_sizes(gradient)
         seconds, bucket_size = given.seconds - ticket.handed_out_seconds, self.bucket_size
         slot.result = result = self._count(given, slot, ticket, gradient, seconds, bucket_size)
         slot.request, slot.redeemed, slot.ticket_seconds = given.request, slot.ticket, seconds
-        tickets.close(self.state, ticket)
+        members.close(self.state, ticket)
         return Effects(
             result=result,
             redeemed=_redeemed(ticket, result),
@@ -320,13 +319,13 @@ class StateMachine:
         state = self.state
         state.finished = True
         for ticket in list(state.tickets.values()):
-            tickets.close(state, ticket)
+            members.close(state, ticket)
         released = [Released(slot, self._over()) for slot in state.waiting]
         state.waiting.clear()
         return released
 
     def _remove(self, member: Member, why: OrmoError) -> Sequence[Released]:
-        return [Released(slot, why) for slot in membership.remove(self.state, member)]
+        return [Released(slot, why) for slot in members.remove(self.state, member)]
 
     # Checks
 
@@ -341,7 +340,7 @@ class StateMachine:
         """
         member = self.state.members.get(requester.worker)
         if member is None or member.incarnation != requester.incarnation:
-            member = membership.find(self.state, requester.worker, requester.incarnation)  # says why there is none
+            member = members.find(self.state, requester.worker, requester.incarnation)  # says why there is none
         if not 0 <= requester.slot < len(member.slots) or requester.request < 1:
             raise BadRequest(
                 f"slot {requester.slot}, request {requester.request} of worker {requester.worker!r}: it joined with "
