@@ -33,13 +33,13 @@ from ormo_server.core.vectors import all_finite
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, gradients, servicer
-from ormo_server.service.controls import Controls
+from ormo_server.service.admin import Controls
 from ormo_server.service.figures import Figures
-from ormo_server.service.gradients import FiniteNorm
 from ormo_server.service.lock import MachineLock
 from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
+from ormo_server.service.transfers import FiniteNorm
 from service.wire import SMALL, WireWorker, connected, payload, served
 
 MODEL = Manifest.laid_out([TensorSpec("weight", (1000,), FLOAT32, PARAMETER)])

@@ -16,9 +16,9 @@ from ormo_protos.tensors import MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.errors import MemoryLimit, TooMuchInFlight
-from ormo_server.service.in_flight import BytesInFlight
 from ormo_server.service.resources import calls_per_connection
 from ormo_server.service.server import Server
+from ormo_server.service.transfers import BytesInFlight
 from security.authority import Authority, dialled, guarded
 from service.wire import (
     LARGE,

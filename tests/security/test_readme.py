@@ -16,7 +16,7 @@ from ormo_runtime.channels import Dialer
 from ormo_runtime.tls import Credentials
 from ormo_server.config import ServerSettings
 from ormo_server.security.roles import ALLOWED, Role
-from ormo_server.service.handlers import SERVICE
+from ormo_server.service.server import SERVICE
 from readme import README, ROOT
 from system.programs import Stage
 

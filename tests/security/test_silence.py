@@ -12,8 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer
 from ormo_runtime.tls import Credentials
-from ormo_server.service.open_calls import SILENT_CALLS
 from ormo_server.service.server import Server
+from ormo_server.service.streams import SILENT_CALLS
 from security.authority import TOKEN, Authority, dialled, guarded, line
 from service.wire import SMALL, WireWorker, eventually, payload, served, state_of
 

@@ -6,8 +6,7 @@ import torch
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import PayloadLayout
 from ormo_server.core.errors import TooMuchInFlight
-from ormo_server.service.buffers import BufferPool
-from ormo_server.service.in_flight import BytesInFlight
+from ormo_server.service.transfers import BufferPool, BytesInFlight
 
 MODEL = Manifest.laid_out(
     [TensorSpec("weight", (3,), FLOAT32, PARAMETER), TensorSpec("running_mean", (5,), FLOAT32, BUFFER)]

@@ -12,8 +12,8 @@ import pytest
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import CHUNK_BYTES, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.service.buffers import BufferPool
 from ormo_server.service.server import Server
+from ormo_server.service.transfers import BufferPool
 from service.wire import (
     Exchanges,
     WireWorker,

@@ -269,7 +269,7 @@ def test_what_is_damaged_is_kept_before_a_checkpoint_makes_it_needless(
     with monkeypatch.context() as patched:
         if not links:
             patched.setattr("os.link", _refuse)
-        patched.setattr("ormo_server.service.host.RunHost._forget_older_journal", _killed)
+        patched.setattr("ormo_server.service.run.RunHost._forget_older_journal", _killed)
         with pytest.raises(KeyboardInterrupt):
             Server(settings(tmp_path, **JOURNALED))
     caplog.clear()

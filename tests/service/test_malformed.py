@@ -19,8 +19,7 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.service.handlers import SERVICE
-from ormo_server.service.server import Server
+from ormo_server.service.server import SERVICE, Server
 from protos.test_limits import lists, with_elements
 from service.wire import SMALL, Refused, WireWorker, payload, refusals, served, state_of
 

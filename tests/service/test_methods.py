@@ -41,7 +41,7 @@ class TickingClock:
 
 @pytest.fixture(autouse=True)
 def _time_is_virtual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ormo_server.service.host.RunClock", TickingClock)
+    monkeypatch.setattr("ormo_server.service.run.RunClock", TickingClock)
 
 
 def gradient_at(params: torch.Tensor) -> Payload:

@@ -20,8 +20,7 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.vectors import all_finite
-from ormo_server.service.handlers import SERVICE
-from ormo_server.service.server import Server
+from ormo_server.service.server import SERVICE, Server
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served, tensor_chunks
 
 Path_ = tuple[str | int, ...]

@@ -1,16 +1,120 @@
-"""Parameters on their way to a worker, and the wait for them."""
+"""Parameters on their way to a worker, and the wait for them.
+
+A delivery is exactly the parameters at its ticket's iteration. For a large model the copy of these into its payload
+goes on after the lock is free, while the first of them are sent already: only the next gradient has to wait for its
+end.
+"""
 
 import queue
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ormo_protos.tensors import Chunk, Payload, frozen_chunks
+from ormo_runtime.process import StartedPool
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.state import Ticket
-from ormo_server.service.copies import Copy
+from ormo_server.core.vectors import blocks
+from ormo_server.metrics.distributions import Distribution
+
+
+class Copy:
+    """One payload being filled."""
+
+    def __init__(self) -> None:
+        self._there = threading.Condition()
+        self._bytes = 0
+        self._error: Exception | None = None
+        self._over = False
+
+    def wait_for(self, size: int) -> None:
+        """Block until the payload's first so many bytes are there.
+
+        Raises:
+            Exception: what the copy failed with.
+        """
+        with self._there:
+            self._there.wait_for(lambda: self._over or self._bytes >= size)
+            if self._error is not None:
+                raise self._error
+
+    def wait(self) -> None:
+        """Block until nothing more is written."""
+        with self._there:
+            self._there.wait_for(lambda: self._over)
+
+    def reached(self, size: int) -> None:
+        """So many bytes are there."""
+        with self._there:
+            self._bytes = size
+            self._there.notify_all()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing more will be written."""
+        with self._there:
+            self._over, self._error = True, error
+            self._there.notify_all()
+
+
+class Copies:
+    """Fills payloads one after the other, in a thread of its own.
+
+    Args:
+        seconds: where the time of each copy is counted.
+
+    Raises:
+        RuntimeError: the system has no thread for it.
+    """
+
+    def __init__(self, seconds: Distribution) -> None:
+        self._seconds = seconds
+        self._thread = StartedPool(1, "copies")
+        self._last: Copy | None = None
+
+    def begin(self, payload: Payload, write: Callable[[torch.Tensor, slice], object]) -> Copy:
+        """Start to fill the parameters of a payload, whose other sections are there already.
+
+        Args:
+            payload: to be filled.
+            write: writes a part of the parameters into a tensor of the same shape.
+        """
+        self._last = copy = Copy()
+        self._thread.submit(self._fill, payload, write, copy)
+        return copy
+
+    def finish(self) -> float:
+        """Block until all that were begun have ended: from now on the parameters may change.
+
+        Returns:
+            The seconds that this took.
+        """
+        if self._last is None:
+            return 0.0
+        started = time.perf_counter()
+        self._last.wait()
+        self._last = None
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def _fill(self, payload: Payload, write: Callable[[torch.Tensor, slice], object], copy: Copy) -> None:
+        started, parameters = time.perf_counter(), payload.parameters
+        try:
+            for part in blocks(parameters.numel()):
+                write(parameters, part)
+                copy.reached(part.stop * parameters.element_size())
+            self._seconds.observe(time.perf_counter() - started)
+            copy.reached(payload.layout.total_bytes)
+        except Exception as error:  # noqa: BLE001 - whoever sends the payload raises it
+            copy.end(error)
+        else:
+            copy.end()
 
 
 @dataclass(frozen=True, slots=True)

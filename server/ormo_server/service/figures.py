@@ -12,8 +12,8 @@ from ormo_server.core.inputs import Requester
 from ormo_server.core.state import Member, PushResult, Ticket
 from ormo_server.metrics import Metrics
 from ormo_server.service.delivery import Waiter
-from ormo_server.service.gradients import ReceivedGradient
 from ormo_server.service.observations import Observations, WorkerObservation
+from ormo_server.service.transfers import ReceivedGradient
 
 log = logging.getLogger(__name__)
 _bad_gradients = logging.getLogger("ormo_server.bad_gradients")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ormo_server.service.gradients import ReceivedGradient
+from ormo_server.service.transfers import ReceivedGradient
 
 _SMOOTHING = 0.1
 # Of the share of refused gradients: from 0, some 22 refused ones in a row make a half.

@@ -1,14 +1,20 @@
 """The gRPC server round a run: its threads, its port, its upkeep, and how it starts and ends."""
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import grpc
+from google.protobuf.descriptor import Descriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ormo_protos.framing import Framing
+from ormo_protos.limits import Parser
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.config import ServerSettings
@@ -17,17 +23,13 @@ from ormo_server.metrics import Metrics, http
 from ormo_server.security.access import Access, ListedAccess, OpenAccess
 from ormo_server.security.roles import HEALTH, REFLECTION, SERVICE
 from ormo_server.security.tls import server_credentials
-from ormo_server.service.call_counter import CallCounter, methods
-from ormo_server.service.controls import Controls
-from ormo_server.service.guard import Guard
-from ormo_server.service.handlers import handlers
+from ormo_server.service.admin import Controls, phase_of
 from ormo_server.service.health import Health
-from ormo_server.service.host import RunHost
-from ormo_server.service.open_calls import OpenCalls
+from ormo_server.service.interceptors import CallCounter, Guard, methods
 from ormo_server.service.resources import calls_per_connection, most_connections, pool_of_threads, worker_streams
+from ormo_server.service.run import RunHost
 from ormo_server.service.servicer import Servicer
-from ormo_server.service.status import phase_of
-from ormo_server.service.streams import StreamRegistry
+from ormo_server.service.streams import OpenCalls, StreamRegistry
 
 log = logging.getLogger(__name__)
 
@@ -294,3 +296,34 @@ class Server:
             self._grpc.stop(grace=0).wait(_GRPC_STOP_SECONDS)
         self._health.close()
         self._pool.shutdown(wait=False)
+
+
+def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """The table of the contract's methods. Generated code would copy tensors through protobuf objects."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE.full_name, {method.name: _handler(method, getattr(servicer, method.name)) for method in SERVICE.methods}
+    )
+
+
+def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> "grpc.RpcMethodHandler[Any, Any]":
+    words = {True: "stream", False: "unary"}
+    make = getattr(grpc, f"{words[method.client_streaming]}_{words[method.server_streaming]}_rpc_method_handler")
+    decode = _reader(method.input_type)
+
+    # Not as a deserializer: gRPC has one thread for these and all news of calls, and a large message would hold it.
+    @functools.wraps(behaviour)
+    def decoded(request: Any, context: grpc.ServicerContext) -> Any:
+        return behaviour(map(decode, request) if method.client_streaming else decode(request), context)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = make(decoded, response_serializer=_writer(method.output_type))
+    return handler
+
+
+def _reader(kind: Descriptor) -> Callable[[bytes], Any]:
+    made = GetMessageClass(kind)
+    return Framing(made).decode if "chunk" in kind.fields_by_name else Parser(made).parse
+
+
+def _writer(kind: Descriptor) -> Callable[[Any], bytes]:
+    made = GetMessageClass(kind)
+    return Framing(made).encode if "chunk" in kind.fields_by_name else made.SerializeToString

@@ -20,18 +20,14 @@ from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access
 from ormo_server.security.callers import Caller
 from ormo_server.service import messages
-from ormo_server.service.buffers import BufferPool, Loans
-from ormo_server.service.controls import Controls
+from ormo_server.service.admin import Controls, run_settings, status_of
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.errors import answers, log_refusal, named, not_understood, streams_answers
 from ormo_server.service.figures import Outcome
-from ormo_server.service.gradients import FiniteNorm, ReceivedGradient
-from ormo_server.service.host import RunHost
-from ormo_server.service.in_flight import BytesInFlight
-from ormo_server.service.model_offers import WAIT_SECONDS
-from ormo_server.service.status import run_settings, status_of
+from ormo_server.service.run import WAIT_SECONDS, RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry
+from ormo_server.service.transfers import BufferPool, BytesInFlight, FiniteNorm, Loans, ReceivedGradient
 
 M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)

@@ -1,14 +1,76 @@
-"""Payload buffers that are used again: memory that is already mapped costs a fifth of fresh memory to fill."""
+"""Tensors between the wire and the core: bytes under way, buffers that are used again, gradients as they come.
 
+Buffers are used again because memory that is already mapped costs a fifth of fresh memory to fill.
+"""
+
+import contextlib
+import math
 import mmap
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_server.core.errors import TooMuchInFlight
-from ormo_server.service.in_flight import RETRY_SECONDS, BytesInFlight
+from ormo_server.core.errors import NonFinite, TooMuchInFlight
+from ormo_server.core.ids import TicketKey
+from ormo_server.core.inputs import Requester
+from ormo_server.core.vectors import SquaredNorm
+
+RETRY_SECONDS = 1.0
+
+
+class BytesInFlight:
+    """Keeps one caller from taking all of the server's memory.
+
+    Args:
+        limit: bytes that each may have under way at a time; None for no limit.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._bytes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def begin(self, caller: str, size: int) -> None:
+        """So many bytes are about to come from, or go to, a caller.
+
+        Raises:
+            TooMuchInFlight: with those that are under way they are too many.
+        """
+        if self._limit is None:
+            return
+        with self._lock:
+            under_way = self._bytes[caller]
+            if under_way + size > self._limit:
+                raise TooMuchInFlight(
+                    f"{caller!r} has {under_way:,} bytes under way and wants {size:,} more, and max_bytes_in_flight is "
+                    f"{self._limit:,}: end an exchange first, or raise it",
+                    retry_seconds=RETRY_SECONDS,
+                )
+            self._bytes[caller] += size
+
+    def end(self, caller: str, size: int) -> None:
+        """They have arrived, or never will."""
+        if self._limit is None:
+            return
+        with self._lock:
+            self._bytes[caller] -= size
+            if not self._bytes[caller]:
+                del self._bytes[caller]
+
+    @contextlib.contextmanager
+    def during(self, caller: str, size: int) -> Iterator[None]:
+        """As `begin`, and `end` afterwards."""
+        self.begin(caller, size)
+        try:
+            yield
+        finally:
+            self.end(caller, size)
 
 
 def _page_aligned(size: int) -> torch.Tensor:
@@ -141,3 +203,60 @@ class Loans:
         """Where parameters can go: the memory of a gradient that will be used before, if they fit there."""
         again = self._pool.again(used, layout) if used is not None else None
         return again if again is not None else self.take(layout)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedGradient:
+    """A gradient that has arrived whole.
+
+    Attributes:
+        ticket: that it redeems.
+        payload: its tensors.
+        samples: in the mini-batch.
+        loss: of the mini-batch, NaN if it is not finite; None if not told.
+        compute_seconds: as the worker measured; 0 if not told.
+        norm: Euclidean, of the gradient; None if it has NaN or infinity. Buffers are the core's to judge.
+    """
+
+    ticket: TicketKey
+    payload: Payload
+    samples: int
+    loss: float | None
+    compute_seconds: float
+    norm: float | None
+
+
+class FiniteNorm:
+    """The gradient's Euclidean norm, in one walk with the search for NaN and infinity, as its bytes arrive.
+
+    Attributes:
+        seconds: that it took so far.
+    """
+
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
+        self._square = SquaredNorm(payload.parameters)
+        self.seconds = 0.0
+
+    def arrived(self, size: int) -> None:
+        """The payload's first so many bytes are there."""
+        started = time.perf_counter()
+        self._square.count(size // self._payload.parameters.element_size())
+        self.seconds += time.perf_counter() - started
+
+    def norm(self) -> float | None:
+        """None if there is NaN or infinity."""
+        started = time.perf_counter()
+        square = self._square.total()
+        self.seconds += time.perf_counter() - started
+        return None if square is None else math.sqrt(square)
+
+
+def non_finite(requester: Requester) -> NonFinite:
+    """The refusal of a gradient that is not finite."""
+    return NonFinite(
+        f"the gradient of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
+        "not applied; its ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or "
+        "clip or rescale the gradient",
+        worker=requester.worker,
+    )

@@ -17,19 +17,18 @@ from ormo_runtime.logs import Fields
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.config import ServerSettings
 from ormo_server.core import snapshot
-from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady
+from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady, NotWanted
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import memory_need
 from ormo_server.core.rules import LARGEST, UPDATE_RULES
 from ormo_server.core.vectors import largest
 from ormo_server.journal import Journal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
-from ormo_server.service.copies import Copies
+from ormo_server.service.admission import Bounds
+from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.lock import RunClock
-from ormo_server.service.model_offers import ModelOffers
-from ormo_server.service.recovery import Recovered, is_sound, recovered
-from ormo_server.service.soundness import Bounds
+from ormo_server.service.restore import Recovered, is_sound, recovered
 from ormo_server.store import (
     Checkpoint,
     CheckpointStore,
@@ -594,3 +593,48 @@ def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:
             *written,
             *here,
         )
+
+
+# How long the others wait before they ask again.
+WAIT_SECONDS = 0.5
+
+
+class ModelOffers:
+    """Remembers who is asked for the model, on a lease that its bytes renew. Time is an argument.
+
+    Args:
+        lease_seconds: how long the asked worker may be silent.
+    """
+
+    def __init__(self, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._asked: tuple[str, int] | None = None
+        self._until = 0.0
+        self._lock = threading.Lock()
+
+    def ask(self, worker: str, incarnation: int, now: float) -> bool:
+        """Whether this worker is the one to send its model. Asking again renews nothing: its bytes must come."""
+        with self._lock:
+            if now >= self._until:
+                self._asked, self._until = (worker, incarnation), now + self.lease_seconds
+            return self._asked == (worker, incarnation)
+
+    def renew(self, worker: str, incarnation: int, now: float) -> None:
+        """Bytes came.
+
+        Raises:
+            NotWanted: this worker was not asked, or was silent for so long that another one was.
+        """
+        with self._lock:
+            if self._asked != (worker, incarnation):
+                raise NotWanted(
+                    f"worker {worker!r} is not the one that was asked for the model, or was silent for more than "
+                    f"{self.lease_seconds:g} s: join again"
+                )
+            self._until = now + self.lease_seconds
+
+    def give_up(self, worker: str, incarnation: int) -> None:
+        """The worker's offer failed: whoever asks next is asked, unless another one is asked already."""
+        with self._lock:
+            if self._asked == (worker, incarnation):
+                self._until = 0.0

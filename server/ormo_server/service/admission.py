@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ormo_server.core.errors import NormTooLarge, UnsoundWorker
 from ormo_server.core.inputs import Requester
-from ormo_server.service.gradients import ReceivedGradient
+from ormo_server.service.transfers import ReceivedGradient
 
 
 @dataclass(frozen=True, slots=True)
