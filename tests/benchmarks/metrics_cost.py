@@ -32,7 +32,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.vectors import all_finite
 from ormo_server.metrics.distributions import Distribution
 from ormo_server.security.access import OpenAccess
-from ormo_server.service import engine, gradients, servicer
+from ormo_server.service import engine, servicer, transfers
 from ormo_server.service.admin import Controls
 from ormo_server.service.figures import Figures
 from ormo_server.service.lock import MachineLock
@@ -61,7 +61,7 @@ def without_metrics() -> Iterator[None]:
             (Figures, "record", nothing),
             (FiniteNorm, "arrived", nothing),
             (FiniteNorm, "norm", lambda gradient: 1.0 if all_finite(gradient._payload.parameters) else None),
-            (gradients, "time", STOPPED),
+            (transfers, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),
             (MachineLock, "_acquire", lambda lock: lock._lock.acquire()),

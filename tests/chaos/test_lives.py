@@ -17,7 +17,7 @@ from chaos.lives import read_lives
 from chaos.loads import MARKS, manifest_of
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_server.journal.chain import End, chained, opening, parsed
+from ormo_server.journal.records import End, chained, opening, parsed
 from ormo_server.service.server import Server
 from service.wire import WireWorker, connected, served
 from store.building import reseal

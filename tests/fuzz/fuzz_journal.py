@@ -14,8 +14,7 @@ from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, reco
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, replay
-from ormo_server.journal.chain import End, chained, opening
-from ormo_server.journal.records import gradients_path, log_path
+from ormo_server.journal.records import End, chained, gradients_path, log_path, opening
 from ormo_server.store import StoreError
 
 LONGEST_BYTES = 1 << 14  # all of the recording

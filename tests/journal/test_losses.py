@@ -19,8 +19,7 @@ from journal.recording import MANIFEST, checkpoint, journal_in, recorded, replay
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Journal, Reading, is_chained, is_journal, replay, told_since
-from ormo_server.journal.chain import End, Line, opening, parsed
-from ormo_server.journal.records import gradients_path, log_path, record_of, sealed
+from ormo_server.journal.records import End, Line, gradients_path, log_path, opening, parsed, record_of, sealed
 from ormo_server.store import StoreError
 
 RUN = run_of()
@@ -238,7 +237,7 @@ def test_a_journal_says_what_would_be_lost_with_it(tmp_path: Path) -> None:
     assert is_journal(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["reader", "mark"])
+@pytest.mark.parametrize("part", ["replay", "files"])
 def test_a_directory_that_cant_be_read_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ormo_server.journal import placed_writer
-from ormo_server.journal.placed_writer import PlacedWriter, place_after
+from ormo_server.journal import files
+from ormo_server.journal.files import PlacedWriter, place_after
 
 PAGE = mmap.PAGESIZE
 
@@ -94,4 +94,4 @@ def test_where_it_cant_be_done_the_page_cache_does_it(
     writer, data = PlacedWriter(tmp_path / "a"), random_bytes(500_000)
     writer.write(aligned(data), 0)
     assert (tmp_path / "a").read_bytes() == data
-    assert placed_writer._DIRECT == os.O_DIRECT
+    assert files._DIRECT == os.O_DIRECT

@@ -34,9 +34,8 @@ from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state import PushResult
 from ormo_server.journal import Reading, replay
-from ormo_server.journal.chain import Place
-from ormo_server.journal.mark import Mark
-from ormo_server.journal.records import gradients_path, log_path
+from ormo_server.journal.files import Mark
+from ormo_server.journal.records import Place, gradients_path, log_path
 from ormo_server.store import StoreError, unsound
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, FROZEN, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import MemoryLimit
-from ormo_server.service import buffers
+from ormo_server.service import transfers
 from ormo_server.service.server import Server
 from ormo_server.store import StoreError
 from service.crashing import crashing
@@ -63,7 +63,7 @@ def test_readers_get_them_when_they_ask(tmp_path: Path) -> None:
 def test_a_large_base_is_sent_whole_and_copied_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(
-        buffers, "_page_aligned", lambda size: sizes.append(size) or torch.empty(size, dtype=torch.uint8)
+        transfers, "_page_aligned", lambda size: sizes.append(size) or torch.empty(size, dtype=torch.uint8)
     )
     with served(tmp_path) as server, connected(server) as stub:
         worker = WireWorker(stub, "a", LARGE)

@@ -10,9 +10,8 @@ after it, and the worker hears of its result after that: one write, and one fsyn
 was told of may be missing at the end, and after a crash often is. Whatever else is missing shows in the files.
 """
 
-from ormo_server.journal.reader import Reading, is_chained, is_journal, told_since
 from ormo_server.journal.records import Record, StoredGradient, next_log
-from ormo_server.journal.replay import UnsoundRecord, gradient_in, replay
+from ormo_server.journal.replay import Reading, UnsoundRecord, gradient_in, is_chained, is_journal, replay, told_since
 from ormo_server.journal.writer import Fsync, Journal
 
 __all__ = [

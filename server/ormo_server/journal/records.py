@@ -1,9 +1,22 @@
-"""The lines of the journal."""
+"""The lines of the journal, and how they hang together, so that one that is missing, or in another place, shows.
+
+    checksum before number acknowledged text
+
+All but the text are numbers: the CRC-32 of the rest of the line; that of the line before; the line's place in its log,
+from 1; and how many of the log's lines had been acknowledged when it was written, 0 and below for lines of the log
+before. So a line that is lost is missed by the next one, and what it says was told to somebody is known for sure.
+
+A log begins with an opening, which says how the log before it ends. An older server reads it as a delivery that never
+was, and refuses to go on, instead of taking all lines for a torn end. Its own logs have no opening, and lines of a
+checksum and a text.
+"""
 
 import re
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
@@ -125,3 +138,107 @@ def numbered(directory: Path, name: re.Pattern[str]) -> dict[int, Path]:
     """The files in a directory with names of this kind, by number, rising; none if there is no directory."""
     found = ((name.fullmatch(path.name), path) for path in directory.iterdir()) if directory.is_dir() else ()
     return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+_LINE = re.compile(rb"([0-9a-f]{8}) (([0-9a-f]{8}) (\d{1,18}) (-?\d{1,18}) (\{.*\}))\n")
+_OPENING = "behind log {}: a newer server wrote this journal, start that one"
+_OPENED = re.compile(r"behind log (\d{1,18}): .*")
+
+
+class Place(NamedTuple):
+    """A line of a journal: the number of its log, and its own in there, from 1; 0 stands for before the first."""
+
+    log: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a log ends.
+
+    Attributes:
+        log: its number.
+        lines: how many it has, its opening not counted.
+        link: checksum of the last line of the chain, for the next one to name.
+        unheard: how many of the last lines, in this log and before, nobody was told of.
+    """
+
+    log: int
+    lines: int
+    link: int
+    unheard: int = 0
+
+    @classmethod
+    def before_all(cls, log: int) -> "End":
+        """What the first log of a server follows if it has this number: nothing that another one follows."""
+        return cls(log - 1, 0, zlib.crc32(b"%d" % log))
+
+    @property
+    def place(self) -> Place:
+        """Of the last line."""
+        return Place(self.log, self.lines)
+
+    def heard(self) -> "End":
+        """The same, once all of it was told."""
+        return End(self.log, self.lines, self.link)
+
+    def turned_over(self) -> "End":
+        """Where the next log ends as long as it has no lines."""
+        return End(self.log + 1, 0, self.link, self.unheard)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line that is whole.
+
+    Attributes:
+        record: what it says.
+        number: its place in its log.
+        acknowledged: how many lines of its log had been, when it was written.
+        link: its checksum.
+        before: that of the line before it; None in a log without a chain.
+    """
+
+    record: Record
+    number: int
+    acknowledged: int
+    link: int
+    before: int | None
+
+
+def opening(before: End) -> bytes:
+    """The first line of a log that follows another."""
+    return sealed(Record(delivered=Delivered(worker=_OPENING.format(before.log), slot=before.lines, dtype=before.link)))
+
+
+def chained(end: End, texts: Iterable[bytes]) -> tuple[bytes, End]:
+    """The lines of these texts behind the end of a log, and its end behind them."""
+    lines, number, link = [], end.lines, end.link
+    for number, text in enumerate(texts, start=end.lines + 1):
+        rest = b"%08x %d %d %s" % (link, number, end.lines - end.unheard, text)
+        link = zlib.crc32(rest)
+        lines.append(b"%08x %s\n" % (link, rest))
+    return b"".join(lines), End(end.log, number, link, end.unheard + number - end.lines)
+
+
+def parsed(line: bytes, number: int) -> Line | End | None:
+    """A line, or the end of the log before that an opening tells of; None if it is not whole.
+
+    Args:
+        line: with its end.
+        number: where it stands, for a line that does not say it. What was acknowledged it does not say either: all
+            that stands before a whole line is taken for it.
+    """
+    match = _LINE.fullmatch(line)
+    if match is not None:
+        checksum, rest, before, at, acknowledged, text = match.groups()
+        record = Record.read(text) if int(checksum, 16) == zlib.crc32(rest) else None
+        if record is None:
+            return None
+        return Line(record, int(at), int(acknowledged), int(checksum, 16), int(before, 16))
+    record = record_of(line)
+    if record is None:
+        return None
+    if record.delivered is not None and (opened := _OPENED.fullmatch(record.delivered.worker)):
+        return End(int(opened[1]), record.delivered.slot, record.delivered.dtype)
+    return Line(record, number, number - 1, 0, None)

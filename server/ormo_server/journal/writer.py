@@ -14,20 +14,19 @@ from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Input
-from ormo_server.journal.chain import End, chained, opening
-from ormo_server.journal.gradient_files import GradientFiles
-from ormo_server.journal.log_file import LogFile
-from ormo_server.journal.mark import Mark
-from ormo_server.journal.no_room import disk_full, kept_back, may_pass
+from ormo_server.journal.files import GradientFiles, LogFile, Mark, disk_full, kept_back, may_pass
 from ormo_server.journal.records import (
     LOG_NAME,
     MARK_NAME,
     Delivered,
+    End,
     Record,
     StoredGradient,
+    chained,
     log_path,
     next_log,
     numbered,
+    opening,
 )
 from ormo_server.store.files import make_directory, sync
 from ormo_server.trace.rows import Recorded
