@@ -6,6 +6,7 @@ the files and says how many lines had been acknowledged.
 
 import errno
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from itertools import islice
@@ -247,7 +248,7 @@ def test_a_directory_that_cant_be_read_is_told_in_a_sentence(
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(f"ormo_server.journal.{part}.numbered", refuse)
+    monkeypatch.setattr(sys.modules[f"ormo_server.journal.{part}"], "numbered", refuse)
     with pytest.raises(StoreError, match=re.escape(f"{tmp_path} can't be read (Permission denied)")):
         told_since(tmp_path)
 
