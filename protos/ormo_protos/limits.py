@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from ormo_protos.manifest import MAX_DIMENSIONS, MAX_TENSORS
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 
 M = TypeVar("M", bound=Message)
 

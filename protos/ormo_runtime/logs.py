@@ -49,7 +49,7 @@ class Fields(TypedDict, total=False):
         loss: as reported.
         accuracy: as evaluated, 0 to 1.
         seconds: that the thing took.
-        reason: of a refusal, as in `ormo_protos.reasons`.
+        reason: of a refusal, as in `ormo_protos.refusals`.
         path: of a file.
         peer: the address that a call came from.
         caller: name of whoever called.

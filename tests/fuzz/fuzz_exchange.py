@@ -17,19 +17,18 @@ from typing import Any
 
 import grpc
 import torch
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from fuzz.fuzz_framing import meaning
 from fuzz.script import Script
 from ormo_protos.framing import Framing
 from ormo_protos.manifest import BFLOAT16, FLOAT32
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics import Metrics
 from ormo_server.security.access import OpenAccess
 from ormo_server.service.admin import Controls
-from ormo_server.service.errors import STATUS_CODES
 from ormo_server.service.run import RunHost
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.streams import StreamRegistry
@@ -264,7 +263,7 @@ class Call:
         ((_, packed),) = self.context.ended.trailing_metadata
         status, info = status_pb2.Status.FromString(packed), error_details_pb2.ErrorInfo()
         assert status.details[0].Unpack(info)
-        assert status.code == STATUS_CODES[Reason(info.reason)]
+        assert status.code == code_pb2.Code.Value(Reason(info.reason).status)
         assert info.reason != Reason.INTERNAL, status.message
         return info.reason
 

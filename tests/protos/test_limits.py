@@ -13,7 +13,7 @@ from fuzz.script import Script
 from fuzz.wire_format import assembled, field, varint
 from ormo_protos import limits
 from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES, Malformed, Parser
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 KINDS: list[type[Message]] = [GetMessageClass(kind) for kind in pb.DESCRIPTOR.message_types_by_name.values()]

@@ -9,10 +9,9 @@ import pytest
 from google.rpc import code_pb2
 
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.config import ServerSettings
-from ormo_server.service.errors import STATUS_CODES
 from service.wire import SMALL, Exchanges, Refused, WireWorker, connected, payload, refusals, served, state_of
 
 PROTO = Path(__file__).parents[2] / "protos/ormo_protos/v1/parameter_server.proto"
@@ -266,7 +265,7 @@ def test_a_process_that_was_sent_away_may_not_pull_either(tmp_path: Path) -> Non
 def test_each_reason_is_listed_beside_the_status_that_it_comes_with() -> None:
     comments = re.sub(r"\n\s*//\s{8,}", " ", PROTO.read_text())  # lists' lines go on further in
     listed = re.findall(r"//   ([A-Z_]{6,}) +(.*)", comments)
-    reasons = {reason.value: STATUS_CODES[reason] for reason in Reason}
+    reasons = {reason.value: code_pb2.Code.Value(reason.status) for reason in Reason}
     pairs = {(code, word) for code, text in listed for word in re.findall(r"[A-Z_]{6,}", text) if word in reasons}
     assert {reason for _, reason in pairs} == set(reasons)
     assert [(code, reason) for code, reason in pairs if reasons[reason] != code_pb2.Code.Value(code)] == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import ormo_worker
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_runtime.settings import settings_table
 from ormo_worker import cli
 from ormo_worker.settings import EvaluateSettings, RunSettings

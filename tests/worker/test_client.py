@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client.api import ParameterClient
 from ormo_worker.client.errors import (

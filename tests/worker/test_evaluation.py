@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker import evaluation
 from ormo_worker.client.errors import ModelMismatch, OptionRefused

@@ -16,7 +16,7 @@ from torch import nn
 
 from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster

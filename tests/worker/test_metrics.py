@@ -9,7 +9,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.client.errors import OptionRefused
 from ormo_worker.metrics import Exporter, WorkerMetrics

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ormo_protos.manifest import BFLOAT16
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.client.errors import ModelUnusable, OptionRefused, RunFinished, ServerUnreachable
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client.protocol import AFTER_REASON, SlotSession, Step, step_after
 

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 
 
 class OrmoError(Exception):
@@ -16,6 +16,11 @@ class OrmoError(Exception):
 
     reason: ClassVar[Reason]
 
+    def __init_subclass__(cls, reason: Reason) -> None:
+        """Take the row of the contract's table: what the class means stands there."""
+        cls.reason = reason
+        cls.__doc__ = reason.meaning
+
     def __init__(self, message: str, *, retry_seconds: float | None = None, worker: str = "") -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
@@ -26,151 +31,76 @@ class SettingsError(ValueError):
     """Settings that contradict each other; raised before anything starts."""
 
 
-class BadManifest(OrmoError):
-    """A model description that contradicts itself or the contract."""
+class BadManifest(OrmoError, reason=Reason.BAD_MANIFEST): ...
 
-    reason = Reason.BAD_MANIFEST
 
+class BadPayload(OrmoError, reason=Reason.BAD_PAYLOAD): ...
 
-class BadPayload(OrmoError):
-    """Tensor bytes of the wrong length, in the wrong order, doubled or missing."""
 
-    reason = Reason.BAD_PAYLOAD
+class BadRequest(OrmoError, reason=Reason.BAD_REQUEST): ...
 
 
-class BadRequest(OrmoError):
-    """A field outside its documented limits."""
+class DiskFull(OrmoError, reason=Reason.DISK_FULL): ...
 
-    reason = Reason.BAD_REQUEST
 
+class Draining(OrmoError, reason=Reason.DRAINING): ...
 
-class DiskFull(OrmoError):
-    """There is no room to keep what came: the same again later."""
 
-    reason = Reason.DISK_FULL
+class Finished(OrmoError, reason=Reason.FINISHED): ...
 
 
-class Draining(OrmoError):
-    """The server is about to stop."""
+class ManifestDigest(OrmoError, reason=Reason.MANIFEST_DIGEST): ...
 
-    reason = Reason.DRAINING
 
+class MemoryLimit(OrmoError, reason=Reason.MEMORY_LIMIT): ...
 
-class Finished(OrmoError):
-    """The run has reached its set number of gradients or samples."""
 
-    reason = Reason.FINISHED
+class ModelExists(OrmoError, reason=Reason.MODEL_EXISTS): ...
 
 
-class ManifestDigest(OrmoError):
-    """A gradient for another model than the server's."""
+class NonFinite(OrmoError, reason=Reason.NON_FINITE): ...
 
-    reason = Reason.MANIFEST_DIGEST
 
+class NormTooLarge(OrmoError, reason=Reason.NORM_TOO_LARGE): ...
 
-class MemoryLimit(OrmoError):
-    """The model needs more memory than the server may use."""
 
-    reason = Reason.MEMORY_LIMIT
+class NotAMember(OrmoError, reason=Reason.NOT_A_MEMBER): ...
 
 
-class ModelExists(OrmoError):
-    """A model was offered, but there is one already."""
+class NotReady(OrmoError, reason=Reason.NOT_READY): ...
 
-    reason = Reason.MODEL_EXISTS
 
+class NotWanted(OrmoError, reason=Reason.NOT_WANTED): ...
 
-class NonFinite(OrmoError):
-    """NaN or infinity in a gradient, a buffer or an offered model."""
 
-    reason = Reason.NON_FINITE
+class PermissionDenied(OrmoError, reason=Reason.PERMISSION_DENIED): ...
 
 
-class NormTooLarge(OrmoError):
-    """A gradient whose norm is above the set bound, or so large that the model might become infinite."""
+class ProtocolVersion(OrmoError, reason=Reason.PROTOCOL_VERSION): ...
 
-    reason = Reason.NORM_TOO_LARGE
 
+class Replaced(OrmoError, reason=Reason.REPLACED): ...
 
-class NotAMember(OrmoError):
-    """The worker never joined, has left, or its lease ran out: join again."""
 
-    reason = Reason.NOT_A_MEMBER
+class StaleRequest(OrmoError, reason=Reason.STALE_REQUEST): ...
 
 
-class NotReady(OrmoError):
-    """The server has no model yet."""
+class Superseded(OrmoError, reason=Reason.SUPERSEDED): ...
 
-    reason = Reason.NOT_READY
 
+class TicketUnknown(OrmoError, reason=Reason.TICKET_UNKNOWN): ...
 
-class NotWanted(OrmoError):
-    """A model from a worker that was not asked for it, or was too slow."""
 
-    reason = Reason.NOT_WANTED
+class TooManyStreams(OrmoError, reason=Reason.TOO_MANY_STREAMS): ...
 
 
-class PermissionDenied(OrmoError):
-    """The caller is known, and may not do this."""
+class TooManyWorkers(OrmoError, reason=Reason.TOO_MANY_WORKERS): ...
 
-    reason = Reason.PERMISSION_DENIED
 
+class TooMuchInFlight(OrmoError, reason=Reason.TOO_MUCH_IN_FLIGHT): ...
 
-class ProtocolVersion(OrmoError):
-    """The worker speaks another version of the protocol."""
 
-    reason = Reason.PROTOCOL_VERSION
+class Unauthenticated(OrmoError, reason=Reason.UNAUTHENTICATED): ...
 
 
-class Replaced(OrmoError):
-    """A newer incarnation of the same worker id has joined."""
-
-    reason = Reason.REPLACED
-
-
-class StaleRequest(OrmoError):
-    """A request number below one that the slot has used already."""
-
-    reason = Reason.STALE_REQUEST
-
-
-class Superseded(OrmoError):
-    """A newer stream of the same slot took over."""
-
-    reason = Reason.SUPERSEDED
-
-
-class TicketUnknown(OrmoError):
-    """The ticket was never handed out to this slot, is used up, or is void: pull again."""
-
-    reason = Reason.TICKET_UNKNOWN
-
-
-class TooManyStreams(OrmoError):
-    """As many streams are open as there are threads for."""
-
-    reason = Reason.TOO_MANY_STREAMS
-
-
-class TooManyWorkers(OrmoError):
-    """As many workers as allowed are members already."""
-
-    reason = Reason.TOO_MANY_WORKERS
-
-
-class TooMuchInFlight(OrmoError):
-    """One caller has as many bytes of tensors under way as it may, or all together as the machine has memory for."""
-
-    reason = Reason.TOO_MUCH_IN_FLIGHT
-
-
-class Unauthenticated(OrmoError):
-    """The caller is not known."""
-
-    reason = Reason.UNAUTHENTICATED
-
-
-class UnsoundWorker(OrmoError):
-    """Too many of the worker's gradients were refused: this process must stop."""
-
-    reason = Reason.UNSOUND_WORKER
+class UnsoundWorker(OrmoError, reason=Reason.UNSOUND_WORKER): ...

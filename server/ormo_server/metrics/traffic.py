@@ -1,6 +1,6 @@
 """What comes and what goes: gradients, parameters, refusals, bytes, and where an exchange's time goes."""
 
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_server.metrics.families import SECONDS, Families
 
 STAGES = ("receive", "check", "lock", "apply", "wait", "copy", "send")

@@ -1,4 +1,4 @@
-"""The one table from our exceptions to gRPC's status codes, and the two wrappers that apply it."""
+"""From our exceptions to gRPC's statuses, as `ormo_protos.refusals` has them, and the two wrappers that apply it."""
 
 import functools
 import logging
@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from ormo_protos.limits import Malformed
 from ormo_protos.manifest import ManifestError
-from ormo_protos.reasons import ERROR_DOMAIN, Reason
+from ormo_protos.refusals import ERROR_DOMAIN, UNSOUND_GRADIENT, Reason
 from ormo_protos.tensors import PayloadError
 from ormo_runtime.logs import Fields, printable
 from ormo_server.core.errors import BadManifest, BadPayload, BadRequest, OrmoError
@@ -24,36 +24,6 @@ _refused, _denied = logging.getLogger("ormo_server.refused"), logging.getLogger(
 _bad_gradients, _failed = logging.getLogger("ormo_server.bad_gradients"), logging.getLogger("ormo_server.failed")
 _SENTENCE_CHARACTERS = 1000
 _DENIALS = frozenset({Reason.PERMISSION_DENIED, Reason.UNAUTHENTICATED})
-_BAD_GRADIENTS = frozenset({Reason.NON_FINITE, Reason.NORM_TOO_LARGE})
-
-STATUS_CODES: dict[Reason, int] = {
-    Reason.BAD_MANIFEST: code_pb2.INVALID_ARGUMENT,
-    Reason.BAD_PAYLOAD: code_pb2.INVALID_ARGUMENT,
-    Reason.BAD_REQUEST: code_pb2.INVALID_ARGUMENT,
-    Reason.DISK_FULL: code_pb2.RESOURCE_EXHAUSTED,
-    Reason.DRAINING: code_pb2.UNAVAILABLE,
-    Reason.FINISHED: code_pb2.FAILED_PRECONDITION,
-    Reason.INTERNAL: code_pb2.INTERNAL,
-    Reason.MANIFEST_DIGEST: code_pb2.INVALID_ARGUMENT,
-    Reason.MEMORY_LIMIT: code_pb2.RESOURCE_EXHAUSTED,
-    Reason.MODEL_EXISTS: code_pb2.ALREADY_EXISTS,
-    Reason.NON_FINITE: code_pb2.INVALID_ARGUMENT,
-    Reason.NORM_TOO_LARGE: code_pb2.INVALID_ARGUMENT,
-    Reason.NOT_A_MEMBER: code_pb2.FAILED_PRECONDITION,
-    Reason.NOT_READY: code_pb2.UNAVAILABLE,
-    Reason.NOT_WANTED: code_pb2.FAILED_PRECONDITION,
-    Reason.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
-    Reason.PROTOCOL_VERSION: code_pb2.FAILED_PRECONDITION,
-    Reason.REPLACED: code_pb2.FAILED_PRECONDITION,
-    Reason.STALE_REQUEST: code_pb2.FAILED_PRECONDITION,
-    Reason.SUPERSEDED: code_pb2.ABORTED,
-    Reason.TICKET_UNKNOWN: code_pb2.FAILED_PRECONDITION,
-    Reason.TOO_MANY_STREAMS: code_pb2.RESOURCE_EXHAUSTED,
-    Reason.TOO_MANY_WORKERS: code_pb2.RESOURCE_EXHAUSTED,
-    Reason.TOO_MUCH_IN_FLIGHT: code_pb2.RESOURCE_EXHAUSTED,
-    Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
-    Reason.UNSOUND_WORKER: code_pb2.FAILED_PRECONDITION,
-}
 
 
 class Refuser(Protocol):
@@ -158,7 +128,7 @@ def log_refusal(error: OrmoError, peer: str, caller: str) -> None:
     who = f"{caller!r} at {about['peer']}" if caller else about["peer"]
     if error.reason in _DENIALS:
         _denied.warning("denied %s: %s", who, error, extra=about)
-    elif error.reason in _BAD_GRADIENTS:
+    elif error.reason in UNSOUND_GRADIENT:
         _bad_gradients.warning("refused %s (%s): %s", who, error.reason, error, extra=about)
     else:
         _refused.info("refused %s (%s): %s", who, error.reason, error, extra=about)
@@ -173,7 +143,7 @@ def _abort(context: grpc.ServicerContext, reason: Reason, message: str, retry_se
     # It may quote what came, and travels twice, escaped; clients take 8 KiB of trailers for certain.
     shown = message if len(message) <= _SENTENCE_CHARACTERS else f"{message[:_SENTENCE_CHARACTERS]}…"
     # A folder's name may be bytes that are no text, which no message can have.
-    status = status_pb2.Status(code=STATUS_CODES[reason], message=printable(shown), details=details)
+    status = status_pb2.Status(code=code_pb2.Code.Value(reason.status), message=printable(shown), details=details)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")
 

@@ -11,7 +11,7 @@ import grpc
 from ormo_protos.framing import NOTHING, Frame, Headed
 from ormo_protos.limits import Malformed
 from ormo_protos.manifest import Manifest
-from ormo_protos.reasons import Reason
+from ormo_protos.refusals import Reason
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Chunk, PayloadReceiver
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -62,7 +62,7 @@ class Servicer:
     # Members
 
     @answers
-    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:  # noqa: N802, D102
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         caller = self._access.caller(context)
         worker = _own(caller, request.worker)
         _check_version(request.protocol_version)
@@ -129,7 +129,7 @@ class Servicer:
         return manifest
 
     @answers
-    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:  # noqa: N802, D102
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
         worker = _own(self._access.caller(context), request.worker)
         engine = self._members_engine()
         returned = [messages.ticket_key(ticket) for ticket in request.returned]
@@ -137,7 +137,7 @@ class Servicer:
         return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
 
     @answers
-    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:  # noqa: N802, D102
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         worker = _own(self._access.caller(context), request.worker)
         try:
             if self._host.has_model:
@@ -147,7 +147,7 @@ class Servicer:
         return pb.LeaveResponse()
 
     @answers
-    def ReportEvaluation(  # noqa: N802, D102
+    def ReportEvaluation(
         self,
         request: pb.ReportEvaluationRequest,
         context: grpc.ServicerContext,  # noqa: ARG002
@@ -156,17 +156,17 @@ class Servicer:
         return pb.ReportEvaluationResponse()
 
     @answers
-    def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002, N802, D102
+    def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002
         return status_of(self._host, draining=self._streams.draining)
 
     @answers
-    def Control(self, request: pb.ControlRequest, context: grpc.ServicerContext) -> pb.ControlResponse:  # noqa: N802, D102
+    def Control(self, request: pb.ControlRequest, context: grpc.ServicerContext) -> pb.ControlResponse:
         return self._controls.act(request, self._access.caller(context).name)
 
     # The model
 
     @answers
-    def OfferModel(  # noqa: N802, D102
+    def OfferModel(
         self, request_iterator: Iterator[Frame[pb.OfferModelRequest]], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
@@ -207,7 +207,7 @@ class Servicer:
             yield part
 
     @streams_answers
-    def DescribeModel(  # noqa: N802, D102
+    def DescribeModel(
         self,
         request: pb.DescribeModelRequest,  # noqa: ARG002
         context: grpc.ServicerContext,
@@ -220,9 +220,7 @@ class Servicer:
     # Exchanges
 
     @streams_answers
-    def PushPull(  # noqa: N802, D102
-        self, request_iterator: Iterator[Frame[pb.PushPullRequest]], context: grpc.ServicerContext
-    ) -> Answers:
+    def PushPull(self, request_iterator: Iterator[Frame[pb.PushPullRequest]], context: grpc.ServicerContext) -> Answers:
         with self._streams.open(context, self._access.caller(context)) as stream:
             for frame in request_iterator:
                 with stream.exchange():
@@ -290,7 +288,7 @@ class Servicer:
         yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=asked.takes_data)
 
     @answers
-    def PushGradient(  # noqa: N802, D102
+    def PushGradient(
         self, request_iterator: Iterator[Frame[pb.PushGradientRequest]], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
@@ -310,7 +308,7 @@ class Servicer:
         return pb.PushGradientResponse(result=messages.push_result(outcome.result))
 
     @streams_answers
-    def PullParams(  # noqa: N802, D102
+    def PullParams(
         self, request: pb.PullParamsRequest, context: grpc.ServicerContext
     ) -> Iterator[Frame[pb.PullParamsResponse]]:
         reader = not request.HasField("requester")

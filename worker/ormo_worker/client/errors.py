@@ -31,7 +31,7 @@ class Refused(OrmoError):
     """The server won't have this call, and asking again would not help.
 
     Attributes:
-        reason: the word that the server gave, as in `ormo_protos.reasons`; empty where it gave none.
+        reason: the word that the server gave, as in `ormo_protos.refusals`; empty where it gave none.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:

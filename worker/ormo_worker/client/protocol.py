@@ -7,7 +7,7 @@ the `Step` that it is told. Gradients and parameters pass by outside.
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_protos.reasons import UNSOUND_GRADIENT, Reason
+from ormo_protos.refusals import UNSOUND_GRADIENT, Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 
@@ -44,34 +44,7 @@ class Ask:
 
 
 # By reason, for calls that the server ended; its words are exact, so they go before the status code.
-AFTER_REASON = {
-    Reason.BAD_MANIFEST: Step.FAIL,
-    Reason.BAD_PAYLOAD: Step.FAIL,
-    Reason.BAD_REQUEST: Step.FAIL,
-    Reason.DISK_FULL: Step.SEND_AGAIN,
-    Reason.DRAINING: Step.SEND_AGAIN,
-    Reason.FINISHED: Step.FINISHED,
-    Reason.INTERNAL: Step.SEND_AGAIN,  # what stopped on a bug or a full disk restores itself and answers again
-    Reason.MANIFEST_DIGEST: Step.FAIL,
-    Reason.MEMORY_LIMIT: Step.FAIL,
-    Reason.MODEL_EXISTS: Step.JOIN,
-    Reason.NON_FINITE: Step.FAIL,  # only of an offered model: a gradient's comes as a result
-    Reason.NORM_TOO_LARGE: Step.FAIL,  # of a gradient it comes as a result
-    Reason.NOT_A_MEMBER: Step.JOIN,
-    Reason.NOT_READY: Step.SEND_AGAIN,
-    Reason.NOT_WANTED: Step.JOIN,
-    Reason.PERMISSION_DENIED: Step.FAIL,
-    Reason.PROTOCOL_VERSION: Step.FAIL,
-    Reason.REPLACED: Step.REPLACED,
-    Reason.STALE_REQUEST: Step.FAIL,
-    Reason.SUPERSEDED: Step.SEND_AGAIN,
-    Reason.TICKET_UNKNOWN: Step.PULL,
-    Reason.TOO_MANY_STREAMS: Step.SEND_AGAIN,
-    Reason.TOO_MANY_WORKERS: Step.SEND_AGAIN,
-    Reason.TOO_MUCH_IN_FLIGHT: Step.SEND_AGAIN,
-    Reason.UNAUTHENTICATED: Step.FAIL,
-    Reason.UNSOUND_WORKER: Step.FAIL,
-}
+AFTER_REASON: dict[str, Step] = {reason: Step[reason.then.name] for reason in Reason}
 
 # Without a reason the connection, a proxy or gRPC itself ended the call. These would do so every time.
 HOPELESS_CODES = frozenset(
@@ -93,7 +66,7 @@ HOPELESS_CODES = frozenset(
 def step_after(code: str, reason: str) -> Step:
     """What a call that ended with this status code and reason (empty for none) leads to, in any RPC."""
     if reason in AFTER_REASON:
-        return AFTER_REASON[Reason(reason)]
+        return AFTER_REASON[reason]
     return Step.FAIL if code in HOPELESS_CODES else Step.SEND_AGAIN
 
 
@@ -168,7 +141,7 @@ class SlotSession:
 
         Args:
             code: the status code's name; "OK" for a stream that the server ended in mid-exchange.
-            reason: as in `ormo_protos.reasons`; empty for none.
+            reason: as in `ormo_protos.refusals`; empty for none.
         """
         step = step_after(code, reason)
         if step is Step.FINISHED:

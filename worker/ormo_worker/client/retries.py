@@ -13,7 +13,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.reasons import ERROR_DOMAIN, Reason
+from ormo_protos.refusals import ERROR_DOMAIN, Reason
 from ormo_runtime.logs import printable
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import positive_seconds
@@ -36,7 +36,7 @@ class CallEnded(Exception):
 
     Attributes:
         code: the status code's name; "OK" for a stream that the server ended too early.
-        reason: as in `ormo_protos.reasons`; empty if the status carries none, as with a lost connection.
+        reason: as in `ormo_protos.refusals`; empty if the status carries none, as with a lost connection.
         message: what the server or gRPC said, for people.
         retry_seconds: how long the server asks to wait; 0 if it does not say.
     """

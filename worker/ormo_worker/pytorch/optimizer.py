@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.manifest import BFLOAT16, FLOAT32
-from ormo_protos.reasons import UNSOUND_GRADIENT
+from ormo_protos.refusals import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
