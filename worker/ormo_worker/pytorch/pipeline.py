@@ -301,14 +301,10 @@ def _exchange(slot: Slot, gathered: Gathered | None, observer: Observer) -> Exch
     if gathered is None:
         return Exchanged(slot.number, None, slot.exchange(None))
     gradient = gathered.arrived()
-    observer.stage("compute", gradient.compute_seconds)
+    observer.stages([("compute", gradient.compute_seconds)])
     outcome = slot.exchange(gradient)
-    observer.stepped(_became(outcome))
-    return Exchanged(slot.number, gathered, outcome)
-
-
-def _became(outcome: ExchangeOutcome) -> Outcome:
-    """Of the gradient."""
+    became: Outcome = "lost" if outcome.refusal is None else "refused"
     if outcome.result is not None:
-        return "discarded" if outcome.result.discarded else "applied"
-    return "lost" if outcome.refusal is None else "refused"
+        became = "discarded" if outcome.result.discarded else "applied"
+    observer.stepped(became)
+    return Exchanged(slot.number, gathered, outcome)
