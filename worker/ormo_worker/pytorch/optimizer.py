@@ -18,7 +18,7 @@ from ormo_protos.logs import Fields
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.reasons import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.client.api import ParameterClient
+from ormo_worker.client import Delivered, Identity, ParameterClient, Patience
 from ormo_worker.client.arguments import address, described, one_number, whole_number
 from ormo_worker.client.errors import (
     ModelMismatch,
@@ -30,8 +30,6 @@ from ormo_worker.client.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.client.messages import Delivered, Identity
-from ormo_worker.client.retries import Patience
 from ormo_worker.metrics import Exporter, WorkerMetrics
 from ormo_worker.pytorch.copy_streams import Copies
 from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option

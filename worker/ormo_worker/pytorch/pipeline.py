@@ -10,10 +10,9 @@ from typing import Protocol
 
 from ormo_protos.logs import Fields
 from ormo_protos.tensors import Payload
+from ormo_worker.client import ExchangeOutcome, Gradient, Slot
 from ormo_worker.client.errors import ClientClosed
-from ormo_worker.client.messages import Gradient
 from ormo_worker.client.observer import Observer, Outcome
-from ormo_worker.client.slot import ExchangeOutcome, Slot
 from ormo_worker.pytorch.copy_streams import Copies
 
 _LOG = logging.getLogger(__name__)
