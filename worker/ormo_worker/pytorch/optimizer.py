@@ -56,6 +56,15 @@ _made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimiz
 class RemoteOptimizer(torch.optim.Optimizer):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
 
+    For example::
+
+        with RemoteOptimizer(model, "server.example:50051", batch_size=32) as optimizer:
+            while not optimizer.finished:
+                optimizer.zero_grad()
+                loss = loss_of(model, next(batches))
+                loss.backward()
+                optimizer.step(loss=loss)
+
     It takes the place of the optimizer in a training loop. Making it joins the run and loads the server's
     parameters, frozen ones too, and buffers into the model (or hands the server this model, if it has none);
     `step` pushes the gradients and loads newer parameters. Learning rate, momentum and weight decay are the
