@@ -3,34 +3,34 @@
 from ormo_protos.usage import UsageError
 
 
-class WorkerError(Exception):
+class OrmoError(Exception):
     """Anything that this package raises on purpose, but for `RunFinished`."""
 
 
-OrmoError = WorkerError  # the name that it had, for a release
+WorkerError = OrmoError  # beside the server's, which has the same name
 
 
-class ModelUnusable(WorkerError, UsageError, ValueError):
+class ModelUnusable(OrmoError, UsageError, ValueError):
     """A model that can't be trained through a parameter server."""
 
 
-class ModelMismatch(WorkerError):
+class ModelMismatch(OrmoError):
     """The server trains another model than this worker has."""
 
 
-class ParametersChanged(WorkerError):
+class ParametersChanged(OrmoError):
     """The program changed parameters between two steps, which the next delivery would overwrite."""
 
 
-class OlderServer(WorkerError):
+class OlderServer(OrmoError):
     """The server is of a version that does not know what this worker's model has."""
 
 
-class ServerUnreachable(WorkerError, ConnectionError):
+class ServerUnreachable(OrmoError, ConnectionError):
     """Nobody answered for as long as the caller was ready to wait."""
 
 
-class Refused(WorkerError):
+class Refused(OrmoError):
     """The server won't have this call, and asking again would not help.
 
     Attributes:
@@ -46,17 +46,17 @@ class Replaced(Refused):
     """A newer process with this worker's id has joined: this one has to stop."""
 
 
-class ProtocolBroken(WorkerError):
+class ProtocolBroken(OrmoError):
     """The server sent what the contract does not allow."""
 
 
-class ClientClosed(WorkerError):
+class ClientClosed(OrmoError):
     """The client was closed, by this thread or another."""
 
 
-class OptionRefused(WorkerError, UsageError, ValueError):
+class OptionRefused(OrmoError, UsageError, ValueError):
     """An option that can't be had: the server decides it, or it does not exist, or not on this machine."""
 
 
 class RunFinished(Exception):
-    """The run is over: there is nothing left to push to. Not a mistake, hence no `WorkerError`."""
+    """The run is over: there is nothing left to push to. Not a mistake, hence no `OrmoError`."""
