@@ -13,6 +13,7 @@ from ormo_worker.client.errors import (
     Replaced,
     RunFinished,
     ServerUnreachable,
+    WorkerError,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "Replaced",
     "RunFinished",
     "ServerUnreachable",
+    "WorkerError",
 ]

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,9 +97,10 @@ class WorkerMetrics(Observer):
         for kind, read in _GPU_MEMORY.items():
             memory.labels(kind).set_function(functools.partial(read, device))
 
-    def stage(self, stage: Stage, seconds: float) -> None:
+    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
         """See `Observer`."""
-        self._stages[stage].observe(seconds)
+        for stage, seconds in times:
+            self._stages[stage].observe(seconds)
 
     def blocked(self, seconds: float) -> None:
         """See `Observer`."""

@@ -19,6 +19,8 @@ def plain(value: Any) -> Any:
 
 def one_number(value: Any) -> float | Tensor | None:
     """The number, NaN or infinity; a tensor's only element as it is, for it may be far away; None for all else."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         return value if value.numel() == 1 and not value.is_complex() and not value.is_meta else None
     number = plain(value)
@@ -39,6 +41,8 @@ def whole_number(name: str, value: Any, least: int, most: int) -> int:
     Raises:
         OptionRefused: it is not, or is out of these bounds.
     """
+    if type(value) is int and least <= value <= most:  # as nearly all are: no need to look for what else it may be
+        return value
     number = plain(value)
     if isinstance(number, float) and number.is_integer():
         number = int(number)

@@ -20,7 +20,7 @@ from ormo_runtime.tls import Credentials
 from ormo_worker.client.errors import ClientClosed, OrmoError
 from ormo_worker.client.messages import understood
 from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import Patience, RetryLoop, SignsOfLife, ended
+from ormo_worker.client.retries import CallEnded, Patience, RetryLoop, SignsOfLife, ended
 
 T = TypeVar("T")
 
@@ -44,6 +44,8 @@ class Connection:
         observer: is told what happens.
         stub: the server's methods, but for those that carry tensors.
         tensors: those.
+        heard: notes that the server is alive.
+        retrying: calls an attempt until it succeeds; arguments and errors as for `RetryLoop.run`.
 
     Raises:
         CredentialsError: a certificate, key or token can't be used.
@@ -65,7 +67,8 @@ class Connection:
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
         end_on_signals(self)
-        self._loop = RetryLoop(self._dialer.place, patience, self._signs, self._closed, self.check, observer)
+        self.heard = self._signs.heard
+        self.retrying = RetryLoop(self._dialer.place, patience, self._signs, self._closed, self.check, observer).run
 
     @property
     def inherited(self) -> bool:
@@ -82,10 +85,6 @@ class Connection:
         """Seconds since anything came from the server."""
         return self._signs.silent_seconds
 
-    def heard(self) -> None:
-        """Note that the server is alive."""
-        self._signs.heard()
-
     def check(self) -> None:
         """Raise what stands against any further call.
 
@@ -95,19 +94,15 @@ class Connection:
             KeyboardInterrupt: a signal has come, and could not be raised where it came.
         """
         leave_if_asked()
-        if self.inherited:
+        if os.getpid() != self._process:
             raise OrmoError(
                 f"process {os.getpid()} is a fork of the worker's process {self._process}, which alone is in the run: "
                 "make a RemoteOptimizer or client in the process that uses it"
             )
         if self._fatal is not None:
             raise self._fatal
-        if self.closed:
+        if self._closed.is_set():
             raise ClientClosed("this client was closed: make a new one to go on")
-
-    def retrying(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
-        """Call `attempt` until it succeeds; arguments and errors as for `RetryLoop.run`."""
-        return self._loop.run(attempt, what, within=within)
 
     def unary(self, method: Callable[..., T | Malformed], request: Any, seconds: float | None = None) -> T:
         """Make one call with one answer, without retries.
@@ -140,15 +135,19 @@ class Connection:
         try:
             yield
         except grpc.RpcError as error:
-            end = ended(error)
-            if end.reason:
-                self.heard()
-            elif self._dialer.outdated:
-                self._dial()
-            raise end from None
+            raise self.end_of(error) from None
         except ValueError:
             self.check()  # gRPC's way to say that the channel is closed
             raise
+
+    def end_of(self, error: grpc.RpcError) -> CallEnded:
+        """What gRPC's error says of the call that raised it, which is also what is now known of the connection."""
+        end = ended(error)
+        if end.reason:
+            self.heard()
+        elif self._dialer.outdated:
+            self._dial()
+        return end
 
     def _dial(self) -> None:
         """From now on calls go through a new channel; those that are under way go on, through the one before."""

@@ -7,6 +7,9 @@ class OrmoError(Exception):
     """Anything that this package raises on purpose, but for `RunFinished`."""
 
 
+WorkerError = OrmoError  # beside the server's, which has the same name
+
+
 class ModelUnusable(OrmoError, UsageError, ValueError):
     """A model that can't be trained through a parameter server."""
 

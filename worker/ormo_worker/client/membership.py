@@ -48,6 +48,8 @@ class Membership:
         welcome: the server's answer to the last join; None before the first.
         joins: how often the worker has joined.
         finished: whether the server has said that the run is over.
+        digest: what the server that was joined knows this model by.
+        server_takes_data: whether a gradient may begin in the message that announces it.
         frozen_epoch: of the server whose frozen tensors the model has; None before they came.
     """
 
@@ -57,6 +59,8 @@ class Membership:
         self.welcome: pb.Welcome | None = None
         self.joins = 0
         self.finished = False
+        self.digest = wire.manifest.model_digest
+        self.server_takes_data = False
         self.frozen_epoch: int | None = None
         self._connection = connection
         self._identity = identity
@@ -90,6 +94,8 @@ class Membership:
         with self._lock:
             if not self._is_member:
                 self.welcome = self._connection.retrying(self._join, "joining the run")
+                self.digest = self.welcome.manifest.digest or self._wire.manifest.model_digest
+                self.server_takes_data = self.welcome.takes_data
                 self.joins += 1
                 self._is_member, self._asked = True, False
                 if self.joins > 1:
@@ -99,20 +105,9 @@ class Membership:
             return self.joins
 
     @property
-    def server_takes_data(self) -> bool:
-        """Whether a gradient may begin in the message that announces it."""
-        return self.welcome is not None and self.welcome.takes_data
-
-    @property
     def wants_frozen(self) -> bool:
         """Whether the frozen tensors of the server that was joined did not come yet."""
         return self.welcome is not None and self.welcome.iteration.epoch != self.frozen_epoch
-
-    @property
-    def digest(self) -> bytes:
-        """What the server knows this model by."""
-        assert self.welcome is not None
-        return self.welcome.manifest.digest or self._wire.manifest.model_digest
 
     def lose(self, joins: int) -> None:
         """Note that the membership of that join is void, so that `ensure` joins again."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
-from ormo_protos.framing import Headed
+from ormo_protos.framing import NOTHING, Headed
 from ormo_protos.limits import MAX_SAMPLES, Malformed
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import real_number, whole_number
@@ -55,10 +55,6 @@ class Identity:
                 f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
             )
 
-    def requester(self, slot: int, request: int) -> pb.Requester:
-        """The worker as the sender of one request."""
-        return pb.Requester(worker=self.worker, incarnation=self.incarnation, slot=slot, request=request)
-
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
@@ -82,8 +78,10 @@ class Gradient:
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the plain numbers of tensors and of NumPy
         set_(self, "samples", whole_number("samples", self.samples, 0, MAX_SAMPLES))
-        set_(self, "loss", None if self.loss is None else real_number("loss", self.loss))
-        set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
+        if self.loss is not None and type(self.loss) is not float:
+            set_(self, "loss", real_number("loss", self.loss))
+        if type(self.compute_seconds) is not float:
+            set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
         if not 0 <= self.compute_seconds <= LONGEST_SECONDS:
             raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {LONGEST_SECONDS:g}")
 
@@ -139,40 +137,55 @@ class Wire:
             with_frozen=with_frozen and self.has_frozen,
         )
 
-    def wanted(self, ask: Ask) -> pb.DeliveryRequest:
-        """How the next parameters of a slot are wanted."""
-        return self.delivery_request(with_buffers=ask.wants_buffers, with_frozen=ask.wants_frozen)
-
     def exchange(
         self,
         identity: Identity,
         slot: int,
         ask: Ask,
+        wanted: pb.DeliveryRequest,
         gradient: Gradient | None,
         *,
         digest: bytes = b"",
         with_data: bool = False,
-    ) -> Iterator[PushPullFrame]:
+    ) -> Iterable[PushPullFrame]:
         """The messages of an exchange; the head is made at once, where the caller sees what is wrong with it.
 
         Args:
             identity: of the worker.
             slot: its number.
             ask: what to send; the gradient goes along only if it names a ticket.
+            wanted: how the next parameters are wanted, if they are.
             gradient: must not change until the exchange is over.
             digest: what the server knows the model by; by default the model's own.
             with_data: whether its first bytes may go with the first message.
         """
-        exchange = pb.Exchange(requester=identity.requester(slot, ask.request))
+        requester = pb.Requester(
+            worker=identity.worker, incarnation=identity.incarnation, slot=slot, request=ask.request
+        )
+        exchange = pb.Exchange(requester=requester)
         if ask.wants_next:
-            exchange.next.CopyFrom(self.wanted(ask))
+            exchange.next.CopyFrom(wanted)
             exchange.next.takes_data = True
         if ask.ticket is None or gradient is None:
-            return iter([Headed(pb.PushPullRequest(exchange=exchange))])
-        exchange.gradient.CopyFrom(_announced(gradient, ask.ticket, digest or self.manifest.model_digest))
-        head, chunks = pb.PushPullRequest(exchange=exchange), gradient.payload.chunks()
-        first = next(chunks, None) if with_data else None
-        return chain([Headed(head) if first is None else Headed(head, first.data)], chunks)
+            return (Headed(pb.PushPullRequest(exchange=exchange)),)
+        payload = gradient.payload
+        layout = payload.layout
+        exchange.gradient.CopyFrom(
+            pb.Gradient(
+                ticket=ask.ticket,
+                manifest_digest=digest or self.manifest.model_digest,
+                dtype=layout.dtype,
+                with_buffers=layout.with_buffers,
+                payload_bytes=layout.total_bytes,
+                samples=gradient.samples,
+                loss=gradient.loss,
+                compute_seconds=gradient.compute_seconds,
+            )
+        )
+        data = payload.memory[:CHUNK_BYTES] if with_data else NOTHING
+        head = Headed(pb.PushPullRequest(exchange=exchange), data)
+        # A small gradient, which is all in the head, is one message: each hand-off to gRPC's thread costs more than it.
+        return (head,) if len(data) == layout.total_bytes else chain((head,), payload.chunks(len(data)))
 
 
 def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
@@ -183,20 +196,6 @@ def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[
     for part in parts:
         yield Headed(pb.OfferModelRequest(more=part))
     yield from payload.chunks()
-
-
-def _announced(gradient: Gradient, ticket: pb.Ticket, digest: bytes) -> pb.Gradient:
-    layout = gradient.payload.layout
-    return pb.Gradient(
-        ticket=ticket,
-        manifest_digest=digest,
-        dtype=layout.dtype,
-        with_buffers=layout.with_buffers,
-        payload_bytes=layout.total_bytes,
-        samples=gradient.samples,
-        loss=gradient.loss,
-        compute_seconds=gradient.compute_seconds,
-    )
 
 
 class Outgoing(Generic[A]):
@@ -233,9 +232,14 @@ def understood(answer: A | Malformed) -> A:
 
 
 class DeliveryReceiver:
-    """Takes deliveries in, one after the other, into memory that is used again."""
+    """Takes deliveries in, one after the other, into memory that is used again.
+
+    Attributes:
+        ticket: of the delivery that has begun; None for one without.
+    """
 
     def __init__(self, wire: Wire) -> None:
+        self.ticket: pb.Ticket | None = None
         self._wire = wire
         self._payload: Payload | None = None
         self._delivery = pb.Delivery()
@@ -265,7 +269,13 @@ class DeliveryReceiver:
                 f"model's are {wanted}: give the server and this program the same model"
             )
         self._delivery = delivery
-        self._receiver = PayloadReceiver(self._reused(layout))
+        self.ticket = delivery.ticket if delivery.HasField("ticket") else None
+        # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.
+        if self._payload is None or self._payload.layout != layout:
+            self._payload = None
+            # Page-locked memory is kept by PyTorch once it is free: what comes once must not stay for ever.
+            self._payload = Payload(layout, pin_memory=self._wire.pin_memory and not layout.frozen)
+        self._receiver = PayloadReceiver(self._payload)
 
     def accept(self, chunk: Chunk) -> bool:
         """Take a piece; True if it was the last one.
@@ -280,22 +290,8 @@ class DeliveryReceiver:
         except PayloadError as error:
             raise ProtocolBroken(f"the server sent parameters that can't be used: {error}") from None
 
-    @property
-    def ticket(self) -> pb.Ticket | None:
-        """Of the delivery that has begun; None for one without."""
-        return self._delivery.ticket if self._delivery.HasField("ticket") else None
-
     def delivered(self, joins: int | None = None) -> Delivered:
         """What has arrived, once `accept` has said that it is complete; `joins` is passed on."""
         receiver, self._receiver = self._receiver, None
         assert receiver is not None
-        assert receiver.complete
         return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples, joins)
-
-    def _reused(self, layout: PayloadLayout) -> Payload:
-        # The first delivery after a join has buffers and the others do not: two kinds are never kept at once.
-        if self._payload is None or self._payload.layout != layout:
-            self._payload = None
-            # Page-locked memory is kept by PyTorch once it is free: what comes once must not stay for ever.
-            self._payload = Payload(layout, pin_memory=self._wire.pin_memory and not layout.frozen)
-        return self._payload

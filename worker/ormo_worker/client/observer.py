@@ -1,5 +1,6 @@
 """What a worker or reader tells of itself while it works; who wants to know overrides a method."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 Stage = Literal["compute", "push", "wait", "pull"]
@@ -9,9 +10,13 @@ Outcome = Literal["applied", "discarded", "refused", "lost"]
 class Observer:
     """Takes no notice. Methods are called from any thread."""
 
-    def stage(self, stage: Stage, seconds: float) -> None:
-        """A part of a step is over: computing the gradient; pushing it, up to its result; waiting for the next
-        parameters, up to their first byte; pulling them."""
+    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
+        """Parts of a step are over: computing the gradient; pushing it, up to its result; waiting for the next
+        parameters, up to their first byte; pulling them.
+
+        Args:
+            times: each of them with its seconds; those of an exchange come together, when that is over.
+        """
 
     def blocked(self, seconds: float) -> None:
         """A step has waited so long for parameters; less than its exchange took, where others are in flight."""

@@ -74,6 +74,7 @@ class SlotSession:
     """One slot's side of the protocol: request numbers, the ticket it holds and the exchange in hand.
 
     Attributes:
+        ask: what to send now: the exchange in hand, or what became of it.
         ticket: of the parameters last delivered; None if the next exchange can have no gradient.
         result: of this exchange's gradient, once it came; None if there was none, or it was refused.
         refusal: the refused result, once it came.
@@ -83,13 +84,8 @@ class SlotSession:
         self.ticket: pb.Ticket | None = None
         self.result: pb.PushResult | None = None
         self.refusal: pb.PushResult | None = None
-        self._ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False, wants_frozen=False)
+        self.ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False, wants_frozen=False)
         self._wants_buffers = self._wants_frozen = True
-
-    @property
-    def ask(self) -> Ask:
-        """What to send now: the exchange in hand, or what became of it."""
-        return self._ask
 
     def begin(self, *, with_gradient: bool, wants_next: bool) -> Ask:
         """Start an exchange; one that was given up earlier is forgotten.
@@ -102,12 +98,12 @@ class SlotSession:
         if not with_gradient and not wants_next:
             raise ValueError("an exchange without a gradient must want a ticket")
         self.result = self.refusal = None
-        self._next_request(self.ticket if with_gradient else None, wants_next=wants_next)
-        return self._ask
+        self.ask = self._asking(self.ask.request + 1, self.ticket if with_gradient else None, wants_next=wants_next)
+        return self.ask
 
     def on_result(self, result: pb.PushResult) -> Step:
         """The gradient was applied or refused; parameters follow if they were wanted."""
-        if result.request != self._ask.request or self._settled:
+        if result.request != self.ask.request or self._settled:
             return Step.FAIL
         if result.refusal:
             self.refusal = result
@@ -116,19 +112,19 @@ class SlotSession:
         else:
             self.result = result
             self._wants_buffers |= result.buffers_kept
-        if not self._ask.wants_next:
+        if not self.ask.wants_next:
             self.ticket = self.ticket if result.refusal in UNSOUND_GRADIENT else None
             return Step.DONE
         return Step.READ
 
     def on_delivery(self, ticket: pb.Ticket | None) -> Step:
         """The next ticket is here and all bytes of its parameters."""
-        if ticket is None or not self._ask.wants_next or not self._settled:
+        if ticket is None or not self.ask.wants_next or not self._settled:
             return Step.FAIL
         self.ticket = ticket
         # From now on the worker keeps its own, but for those that the server did not take. It may have said so after
         # it was asked for these parameters, which then came without.
-        self._wants_buffers, self._wants_frozen = self._wants_buffers and not self._ask.wants_buffers, False
+        self._wants_buffers, self._wants_frozen = self._wants_buffers and not self.ask.wants_buffers, False
         return Step.DONE
 
     def on_finished(self) -> Step:
@@ -146,9 +142,9 @@ class SlotSession:
         step = step_after(code, reason)
         if step is Step.FINISHED:
             return self.on_finished()
-        if step is Step.PULL or (self._settled and self._ask.ticket and step in (Step.SEND_AGAIN, Step.JOIN)):
+        if step is Step.PULL or (self._settled and self.ask.ticket and step in (Step.SEND_AGAIN, Step.JOIN)):
             # The gradient is applied or lost; what is missing are the parameters.
-            self._next_request(None, wants_next=True)
+            self.ask = self._asking(self.ask.request + 1, None, wants_next=True)
             return Step.JOIN if step is Step.JOIN else Step.PULL
         return step
 
@@ -159,15 +155,12 @@ class SlotSession:
             wants_frozen: no other slot has got the frozen tensors of this server.
         """
         self._wants_buffers, self._wants_frozen = True, wants_frozen
-        self._ask = self._asking(self._ask.request, self._ask.ticket, wants_next=self._ask.wants_next)
+        self.ask = self._asking(self.ask.request, self.ask.ticket, wants_next=self.ask.wants_next)
 
     @property
     def _settled(self) -> bool:
         """Whether the exchange has no gradient whose result is still to come."""
-        return self._ask.ticket is None or self.result is not None or self.refusal is not None
-
-    def _next_request(self, ticket: pb.Ticket | None, *, wants_next: bool) -> None:
-        self._ask = self._asking(self._ask.request + 1, ticket, wants_next=wants_next)
+        return self.ask.ticket is None or self.result is not None or self.refusal is not None
 
     def _asking(self, request: int, ticket: pb.Ticket | None, *, wants_next: bool) -> Ask:
         return Ask(request, ticket, wants_next, wants_next and self._wants_buffers, wants_next and self._wants_frozen)

@@ -1,14 +1,15 @@
 """How a call ended, and the loop in which calls are tried again: how often, how long, and what is said about it."""
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, cast
+from itertools import count
+from typing import Self, TypeVar, cast
 
 import grpc
-import tenacity
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -25,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
+_MOST_DOUBLINGS = 20  # the longest pause is reached long before
 _LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 _SECONDS_BETWEEN_LOGS = 15.0
 # A server asks for some seconds; one that asks for years must not be waited for.
@@ -207,9 +209,7 @@ class RetryLoop:
         failures = FailureDetection(patience.failure_timeout)
         self._server = server
         self._patience = patience
-        self._backoff = tenacity.wait_random_exponential(
-            multiplier=_FIRST_PAUSE_SECONDS, min=failures.shortest_pause_seconds, max=failures.longest_pause_seconds
-        )
+        self._shortest, self._longest = failures.shortest_pause_seconds, failures.longest_pause_seconds
         self._signs = signs
         self._closed = closed
         self._check = check
@@ -235,92 +235,70 @@ class RetryLoop:
         began = time.monotonic()
         if within is not None:
             within = positive_seconds("within", within)
-        try:
+        for failures in count(1):
             self._check()
-            return attempt()
-        except (TryAgain, CallEnded) as error:
-            failed: list[TryAgain | CallEnded] = [error]
+            try:
+                outcome = attempt()
+            except (TryAgain, CallEnded) as failure:
+                self._pause(failure, what, failures, began, within)
+                continue
+            # Who has read that something failed is told that it went well after all; the others never heard of it.
+            if failures > 1 and self._logged_at.get(logging.WARNING, float("-inf")) >= began:
+                _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
+            return outcome
+        raise AssertionError("counting has no end")
 
-        def checked() -> T:
-            if failed:  # the loop, which costs more than an exchange of a small model, begins with a failure
-                raise failed.pop()
+    def _pause(
+        self, failure: TryAgain | CallEnded, what: str, failures: int, began: float, within: float | None
+    ) -> None:
+        """Wait before the next attempt, or raise if there is none."""
+        if isinstance(failure, CallEnded) and failure.step is not Step.SEND_AGAIN:
+            raise failure.error(what) from None
+        if self._is_over(began, within):
             self._check()
-            return attempt()
-
-        def count_from_first(state: tenacity.RetryCallState) -> None:
-            state.start_time = began
-
-        loop = tenacity.Retrying(
-            before=count_from_first,
-            retry=tenacity.retry_if_exception(_helps),
-            stop=self._out_of_patience if within is None else tenacity.stop_after_delay(within),
-            wait=self._pause,
-            sleep=self._sleep,
-            before_sleep=lambda state: self._note(what, state),
-            retry_error_callback=lambda state: self._give_up(what, state, within),
+            raise self._given_up(failure, what, within) from None
+        if not isinstance(failure, Waiting):
+            self._observer.retried(failure.cause)
+        self._log(failure, what)
+        # At random, so that the workers of a server that is back do not all come in the same moment.
+        longest = max(
+            self._shortest, min(self._longest, _FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, _MOST_DOUBLINGS))
         )
-        try:
-            outcome = loop(checked)
-        except CallEnded as end:
-            raise end.error(what) from None
-        if self._logged_at.get(logging.WARNING, float("-inf")) >= began:
-            _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
-        return outcome
+        backoff = random.uniform(self._shortest, longest)  # noqa: S311 - nobody gains by guessing it
+        # `close`, in another thread, ends the pause.
+        self._closed.wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
 
-    def _pause(self, state: tenacity.RetryCallState) -> float:
-        """Seconds before the next attempt: the backoff, or longer where the server asks for it."""
-        error = state.outcome.exception() if state.outcome is not None else None
-        asked_for = error.retry_seconds if isinstance(error, TryAgain | CallEnded) else 0.0
-        return max(self._backoff(state), min(asked_for, _LONGEST_ASKED_SECONDS))
-
-    def _sleep(self, seconds: float) -> None:
-        self._closed.wait(seconds)
+    def _is_over(self, began: float, within: float | None) -> bool:
+        passed = time.monotonic() - began
+        if within is not None:
+            return passed >= within
+        # A client that has just begun to ask can't blame the server for the silence before.
+        return self._closed.is_set() or min(self._signs.silent_seconds, passed) >= self._patience_seconds()
 
     def _patience_seconds(self) -> float:
         if not self._signs.any:
             return self._patience.connect_timeout
         return float("inf") if self._patience.give_up_after is None else self._patience.give_up_after
 
-    def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
-        # A client that has just begun to ask can't blame the server for the silence before.
-        silent = min(self._signs.silent_seconds, time.monotonic() - state.start_time)
-        return self._closed.is_set() or silent >= self._patience_seconds()
-
-    def _note(self, what: str, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, TryAgain | CallEnded) and not isinstance(error, Waiting):
-            self._observer.retried(error.cause)
-        self._log(what, state)
-
-    def _log(self, what: str, state: tenacity.RetryCallState) -> None:
+    def _log(self, failure: TryAgain | CallEnded, what: str) -> None:
         """Say why another attempt follows, but not for each of them."""
-        waiting = state.outcome is not None and isinstance(state.outcome.exception(), Waiting)
+        waiting = isinstance(failure, Waiting)
         level = logging.INFO if waiting else logging.WARNING
         now = time.monotonic()
         if not self._closed.is_set() and now - self._logged_at.get(level, float("-inf")) >= _SECONDS_BETWEEN_LOGS:
             self._logged_at[level] = now
             sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
-            _LOG.log(level, sentence, what, self._server, _cause(state))
+            _LOG.log(level, sentence, what, self._server, failure)
 
-    def _give_up(self, what: str, state: tenacity.RetryCallState, within: float | None) -> Any:
-        self._check()
+    def _given_up(self, failure: TryAgain | CallEnded, what: str, within: float | None) -> ServerUnreachable:
         seconds = f"{self._patience_seconds() if within is None else within:g} seconds"
         if not self._signs.any:
-            raise ServerUnreachable(
-                f"no parameter server answered at {self._server} within {seconds} ({_cause(state)}): start "
+            return ServerUnreachable(
+                f"no parameter server answered at {self._server} within {seconds} ({failure}): start "
                 "ormo-server there, or correct the address; if it asks for certificates, check --tls-ca, --tls-cert "
                 "and their dates"
             )
-        raise ServerUnreachable(
-            f"{what} at {self._server} did not succeed for {seconds} ({_cause(state)}): look at the server's log "
+        return ServerUnreachable(
+            f"{what} at {self._server} did not succeed for {seconds} ({failure}): look at the server's log "
             "and at the network, then start this program again"
         )
-
-
-def _helps(error: BaseException) -> bool:
-    """Whether the attempt that raised this may succeed later."""
-    return isinstance(error, TryAgain) or (isinstance(error, CallEnded) and error.step is Step.SEND_AGAIN)
-
-
-def _cause(state: tenacity.RetryCallState) -> str:
-    return str(state.outcome.exception()) if state.outcome is not None else "no attempt was made"

@@ -91,20 +91,25 @@ class Arriving:
 
     Args:
         tensor: on the CPU, complete once the copies are done.
-        copies: of it.
+        copies: of it; None if none are under way.
     """
 
-    def __init__(self, tensor: Tensor, copies: Copies) -> None:
+    def __init__(self, tensor: Tensor, copies: Copies | None = None) -> None:
         self._tensor = tensor
         self._copies = copies
 
     def here(self) -> bool:
         """Whether it is there, so that nobody has to wait; for the thread that would."""
-        return self._copies.done()
+        return self._copies is None or self._copies.done()
+
+    def number(self) -> float:
+        """Its only element, once it is there; in any thread."""
+        return float(self.arrived())
 
     def arrived(self) -> Tensor:
         """The tensor, once it is there; in any thread."""
-        self._copies.wait()
+        if self._copies is not None:
+            self._copies.wait()
         return self._tensor
 
 

@@ -81,8 +81,10 @@ def decays(
         parameters: in the order that the decays are wanted in.
         weight_decay: the server's λ, which the groups scale.
     """
-    scaled = {parameter: group[SCALE] * weight_decay for group in groups for parameter in group["params"]}
-    return [scaled.get(parameter) for parameter in parameters]
+    scaled: dict[Tensor, float] = {}
+    for group in groups:
+        scaled.update(dict.fromkeys(group["params"], group[SCALE] * weight_decay))
+    return list(map(scaled.get, parameters))
 
 
 def refused_option(option: str) -> OptionRefused:

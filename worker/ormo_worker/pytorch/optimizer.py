@@ -1,6 +1,7 @@
 """A `torch.optim.Optimizer` whose parameters live on a parameter server."""
 
 import logging
+import os
 import time
 import weakref
 from collections import Counter
@@ -17,7 +18,7 @@ from ormo_protos.refusals import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
-from ormo_worker.client.api import ParameterClient
+from ormo_worker.client import Delivered, Identity, ParameterClient, Patience
 from ormo_worker.client.arguments import address, described, one_number, whole_number
 from ormo_worker.client.errors import (
     ModelMismatch,
@@ -29,10 +30,8 @@ from ormo_worker.client.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.client.messages import Delivered, Identity
-from ormo_worker.client.retries import Patience
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.pytorch.copy_streams import Arriving, Copies
+from ormo_worker.pytorch.copy_streams import Copies
 from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
 from ormo_worker.pytorch.module import frozen_in, unwrapped
 from ormo_worker.pytorch.pipeline import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
@@ -56,6 +55,15 @@ _made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimiz
 
 class RemoteOptimizer(torch.optim.Optimizer):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
+
+    For example::
+
+        with RemoteOptimizer(model, "server.example:50051", batch_size=32) as optimizer:
+            while not optimizer.finished:
+                optimizer.zero_grad()
+                loss = loss_of(model, next(batches))
+                loss.backward()
+                optimizer.step(loss=loss)
 
     It takes the place of the optimizer in a training loop. Making it joins the run and loads the server's
     parameters, frozen ones too, and buffers into the model (or hands the server this model, if it has none);
@@ -133,6 +141,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not self._own:
             raise ModelUnusable("the model has no parameters: there is nothing to train")
         self._began = False
+        self._process = os.getpid()
         super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
         self._began = True
         self._given = {parameter for group in self.param_groups for parameter in group["params"]}
@@ -247,7 +256,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             OptionRefused: samples or loss are no such numbers; nothing was pushed.
             OrmoError: what waiting and trying again can't mend.
         """
-        if self._client.inherited:
+        if os.getpid() != self._process:
             self._client.check()  # raises: in a fork there is no thread that would exchange anything
         if self.finished:
             raise RunFinished(
@@ -263,7 +272,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 returned = closure()
             if loss is None:  # a closure may return anything: other optimizers hand it on and look at none of it
                 shown = one_number(returned)
-        self._refuse_unfrozen()
+        if self._resting:
+            self._refuse_unfrozen()
         slot = self._exchanges.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
             self._take(self._exchanges.next())
@@ -344,16 +354,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
     def _gather(self, slot: int, samples: int, loss: float | Tensor | None) -> Gathered:
-        outgoing, decays = self._outgoing[slot], self._decays()
+        outgoing = self._outgoing[slot]
+        weight_decay = self._client.welcome.settings.weight_decay
+        scaled = decays(self.param_groups, self._staging.tensors.parameters, weight_decay)
         self._watch.parameters()
-        self._watch.gradients(decays)
-        before, self._gathered = self._gathered, outgoing.begin_gradients(decays)
+        self._watch.gradients(scaled)
+        before, self._gathered = self._gathered, outgoing.begin_gradients(scaled)
         self._watch.given()
         return Gathered(
             payload=outgoing.payload,
             copies=self._gathered,
             samples=samples,
-            loss=_number(self._staging.fetch(loss)) if isinstance(loss, Tensor) else _known(loss),
+            loss=self._staging.fetch(loss).number if isinstance(loss, Tensor) else _known(loss),
             loaded_at=self._loaded_at,
             before=before,
         )
@@ -369,9 +381,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad or (given and _moves(parameter.grad)):
                 what = "requires a gradient" if parameter.requires_grad else "has a gradient"
                 raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {_FIXED}")
-
-    def _decays(self) -> list[float | None]:
-        return decays(self.param_groups, self._staging.tensors.parameters, self.settings.weight_decay)
 
     def _take(self, exchanged: Exchanged) -> None:
         self._note(exchanged)
@@ -398,7 +407,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         # Once a join: other slots bring the buffers, too, when the program has gone on with its own, and so does a
         # slot some of whose own the server did not take.
         mends = delivered.joins is not None and delivered.joins <= self._joins
-        self._note_mended(incoming.load(mends=mends))
+        mended = incoming.load(mends=mends)
+        if mended:
+            self._note_mended(mended)
         self._joins = self._joins if delivered.joins is None else delivered.joins
         self._watch.loaded(incoming)
         self.iteration = delivered.iteration.number
@@ -437,7 +448,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             _LOG.warning(said, count, refusal.refusal_message, extra=about)
 
     def _note_mended(self, buffers: list[str]) -> None:
-        if buffers and self._may_warn():
+        if self._may_warn():
             said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
             _LOG.warning(
                 said, listed(buffers), extra=Fields(worker=self._client.identity.worker, iteration=self.iteration)
@@ -474,10 +485,6 @@ def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) ->
         client.close()
         exchanges.stop()
         exporter.close()
-
-
-def _number(arriving: Arriving) -> Callable[[], float]:
-    return lambda: float(arriving.arrived())
 
 
 def _check_first(model: object, server: object, others: Iterable[str]) -> None:

@@ -10,10 +10,9 @@ from typing import Protocol
 
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
+from ormo_worker.client import ExchangeOutcome, Gradient, Slot
 from ormo_worker.client.errors import ClientClosed
-from ormo_worker.client.messages import Gradient
 from ormo_worker.client.observer import Observer, Outcome
-from ormo_worker.client.slot import ExchangeOutcome, Slot
 from ormo_worker.pytorch.copy_streams import Copies
 
 _LOG = logging.getLogger(__name__)
@@ -301,14 +300,10 @@ def _exchange(slot: Slot, gathered: Gathered | None, observer: Observer) -> Exch
     if gathered is None:
         return Exchanged(slot.number, None, slot.exchange(None))
     gradient = gathered.arrived()
-    observer.stage("compute", gradient.compute_seconds)
+    observer.stages([("compute", gradient.compute_seconds)])
     outcome = slot.exchange(gradient)
-    observer.stepped(_became(outcome))
-    return Exchanged(slot.number, gathered, outcome)
-
-
-def _became(outcome: ExchangeOutcome) -> Outcome:
-    """Of the gradient."""
+    became: Outcome = "lost" if outcome.refusal is None else "refused"
     if outcome.result is not None:
-        return "discarded" if outcome.result.discarded else "applied"
-    return "lost" if outcome.refusal is None else "refused"
+        became = "discarded" if outcome.result.discarded else "applied"
+    observer.stepped(became)
+    return Exchanged(slot.number, gathered, outcome)

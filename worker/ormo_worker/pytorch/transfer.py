@@ -1,10 +1,8 @@
 """Tensors on the way between a model and the payload in which they travel."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,8 @@ from ormo_worker.pytorch.copy_streams import Arriving, Copies, Event, Streams, q
 from ormo_worker.pytorch.module import ModelTensors
 
 Tensors = list[Tensor]
+# Payload's views, gradients and weights that belong together, as `torch._foreach` functions want them.
+_Rows = tuple[Tensors, Tensors, Tensors]
 
 
 class Staging:
@@ -63,7 +63,7 @@ class Staging:
                 has left it: what comes in while a gradient is still being computed needs another.
         """
         if self.device is None:
-            return Transfer(self.tensors, payload, _Direct(payload), self._loading)
+            return Transfer(self.tensors, payload, None, self._loading)
         if self.streams is None:
             self.streams = Streams(self.device)
         key = (payload.layout.dtype, mirror)
@@ -81,13 +81,13 @@ class Staging:
         with self._loading:
             if self.device is not None and self.pinned:
                 torch.cuda.synchronize(self.device)  # another thread's current stream need not be this one's
-            Transfer(self.tensors, payload, _Direct(payload), self._loading).gather_parameters()
+            Transfer(self.tensors, payload, None, self._loading).gather_parameters()
         return payload
 
     def fetch(self, value: Tensor) -> Arriving:
         """Get a tensor from the device without waiting for what is queued after it."""
         if self.streams is None or value.device != self.device:
-            return Arriving(value.detach().to("cpu", copy=True), Copies())
+            return Arriving(value.detach().to("cpu", copy=True))
         source = torch.empty_like(value.detach()).copy_(value.detach())  # the caller may overwrite its own
         here = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=self.pinned)
         self.streams.keep(source)
@@ -114,25 +114,25 @@ class Transfer:
 
     Attributes:
         payload: where the tensors go or come from.
+        values: one for each of the model's distinct parameters: what `load` gave them, until the payload has new bytes.
     """
 
-    def __init__(self, tensors: ModelTensors, payload: Payload, way: "_Way", loading: threading.Lock) -> None:
+    def __init__(
+        self, tensors: ModelTensors, payload: Payload, device: "_ThroughDevice | None", loading: threading.Lock
+    ) -> None:
         self.payload = payload
         self._tensors = tensors
-        self._way = way
+        # None where tensors are copied to and from the payload itself: on the CPU, and for models on several devices.
+        self._device = device
         self._loading = loading
-        self._parameters = _cut(way.flat.parameters, tensors.parameters)
+        flat = payload if device is None else device.flat
+        self.values = _cut(flat.parameters, tensors.parameters)
         self._float_buffers: Tensors = []
         self._int_buffers: Tensors = []
         if payload.layout.with_buffers:
-            self._float_buffers = _cut(way.flat.float_buffers, tensors.float_buffers)
-            self._int_buffers = _cut(way.flat.int_buffers, tensors.int_buffers)
+            self._float_buffers = _cut(flat.float_buffers, tensors.float_buffers)
+            self._int_buffers = _cut(flat.int_buffers, tensors.int_buffers)
         self._frozen = _cut(payload.frozen, tensors.frozen) if payload.layout.frozen else []
-
-    @property
-    def values(self) -> Tensors:
-        """One for each of the model's distinct parameters: what `load` gave them, until the payload has new bytes."""
-        return self._parameters
 
     def gather_gradients(self, decays: Sequence[float | None]) -> None:
         """Write `g + decay * w` for each parameter, and the buffers if the payload has them.
@@ -146,31 +146,34 @@ class Transfer:
     @torch.no_grad()
     def begin_gradients(self, decays: Sequence[float | None]) -> Copies:
         """As `gather_gradients`; the payload may be read once these copies are done, the model changed at once."""
-        self._way.claim()
+        if self._device is not None:
+            self._device.claim()
         idle: Tensors = []
-        active: defaultdict[float, _Rows] = defaultdict(_Rows)  # by decay
-        for decay, view, weight in zip(decays, self._parameters, self._tensors.parameters, strict=True):
+        active: dict[float, _Rows] = {}  # by decay
+        for decay, view, weight in zip(decays, self.values, self._tensors.parameters, strict=True):
             gradient = weight.grad
             if decay is None or gradient is None:
                 idle.append(view)
             else:
-                active[decay].add(view, gradient.to_dense() if gradient.is_sparse else gradient, weight)
+                views, gradients, weights = active.setdefault(decay, ([], [], []))
+                views.append(view)
+                gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
+                weights.append(weight)
         if idle:
             torch._foreach_zero_(idle)
         for decay, rows in active.items():
             _write_decayed(rows, decay)
-        self._gather_buffers()
-        return self._way.to_payload()
+        return self._gather_rest()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
         """Write the parameters, and the buffers and frozen tensors if the payload has them."""
-        self._way.claim()
-        torch._foreach_copy_(self._parameters, self._tensors.parameters)
-        self._gather_buffers()
+        if self._device is not None:
+            self._device.claim()
+        torch._foreach_copy_(self.values, self._tensors.parameters)
         if self._frozen:
             torch._foreach_copy_(self._frozen, self._tensors.frozen)
-        self._way.to_payload().wait()
+        self._gather_rest().wait()
 
     @torch.no_grad()
     def load(self, *, mends: bool = False) -> list[str]:
@@ -184,17 +187,19 @@ class Transfer:
             The names of the buffers that were mended.
         """
         mended: list[str] = []
-        with self._loading:
-            copies = self._way.from_payload()
-            torch._foreach_copy_(self._tensors.parameters, self._parameters)
+        with self._loading:  # `snapshot`, in a thread that joins again, must not read half of the old and of the new
+            copies = None if self._device is None else self._device.from_payload()
+            torch._foreach_copy_(self._tensors.parameters, self.values)
             if self._frozen:
                 torch._foreach_copy_(self._tensors.frozen, self._frozen)
             if mends and self.payload.layout.with_buffers:
                 mended = self._tensors.mend(self._float_buffers, self._int_buffers)
-            else:
+            elif self.payload.layout.with_buffers:
                 self._load_buffers()
-            self._way.release()
-        copies.wait()
+            if self._device is not None:
+                self._device.release()
+        if copies is not None:
+            copies.wait()
         return mended
 
     def _load_buffers(self) -> None:
@@ -203,52 +208,13 @@ class Transfer:
         if self._int_buffers:
             torch._foreach_copy_(self._tensors.int_buffers, self._int_buffers)
 
-    def _gather_buffers(self) -> None:
+    def _gather_rest(self) -> Copies:
+        """Write the buffers, if the payload has them, and send all of it on its way."""
         if self._float_buffers:
             torch._foreach_copy_(self._float_buffers, self._tensors.float_buffers)
         if self._int_buffers:
             torch._foreach_copy_(self._int_buffers, self._tensors.int_buffers)
-
-
-class _Flat(Protocol):
-    """Three flat tensors, one for each section of a payload."""
-
-    @property
-    def parameters(self) -> Tensor: ...
-    @property
-    def float_buffers(self) -> Tensor: ...
-    @property
-    def int_buffers(self) -> Tensor: ...
-
-
-class _Way(Protocol):
-    """Where single tensors are packed to sections (`flat`), and how these become the payload's."""
-
-    @property
-    def flat(self) -> _Flat: ...
-    def claim(self) -> None: ...
-    def to_payload(self) -> Copies: ...
-    def from_payload(self) -> Copies: ...
-    def release(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Direct:
-    """Tensors are copied to and from the payload itself: on the CPU, and for models on several devices."""
-
-    flat: Payload
-
-    def claim(self) -> None:
-        """Nothing else uses the payload."""
-
-    def to_payload(self) -> Copies:
-        return Copies()
-
-    def from_payload(self) -> Copies:
-        return Copies()
-
-    def release(self) -> None:
-        """Copies between host and device wait by themselves."""
+        return Copies() if self._device is None else self._device.to_payload()
 
 
 @dataclass(slots=True)
@@ -301,20 +267,6 @@ class _ThroughDevice:
         return pairs
 
 
-class _Rows:
-    """Tensors that belong together, as `torch._foreach` functions want them: in three lists."""
-
-    def __init__(self) -> None:
-        self.views: Tensors = []
-        self.gradients: Tensors = []
-        self.weights: Tensors = []
-
-    def add(self, view: Tensor, gradient: Tensor, weight: Tensor) -> None:
-        self.views.append(view)
-        self.gradients.append(gradient)
-        self.weights.append(weight)
-
-
 def _cut(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """Views in `flat`, one after the other, of the shapes of these tensors."""
     parts = torch.split(flat, [tensor.numel() for tensor in like])
@@ -322,7 +274,7 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
 
 
 def _write_decayed(rows: _Rows, decay: float) -> None:
-    views, gradients, weights = rows.views, rows.gradients, rows.weights
+    views, gradients, weights = rows
     if decay == 0:
         torch._foreach_copy_(views, gradients)
     elif views[0].dtype == torch.float32 and all(g.device == views[0].device for g in gradients):

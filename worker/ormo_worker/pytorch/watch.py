@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -59,6 +60,7 @@ class Watch:
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
         self._loaded: Transfer | None = None
+        self._has_frozen = bool(staging.tensors.frozen)
         self._frozen_changes = LocalChanges(*_columns(staging.tensors.named_frozen()), staging.fetch)
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
         self._frozen_changed = Notice(_FROZEN_CHANGED)
@@ -82,7 +84,8 @@ class Watch:
                 self._had_gradient.add(name)
             elif decay is not None and name in self._had_gradient:
                 missing.append(name)
-        self._missing.of(missing)
+        if missing or self._missing.unsaid:
+            self._missing.of(missing)
 
     def parameters(self) -> None:
         """Look for those that the program has changed.
@@ -99,8 +102,11 @@ class Watch:
                     f"the parameter {name!r} has got the shape {tuple(parameter.shape)}, and the run has it as "
                     f"{tuple(value.shape)}: begin a new run, in another --directory, with a model of other shapes"
                 )
-        self._say(self._changed, self._changes.found(self._loaded.values, self._changed.named))
-        self._say(self._frozen_changed, self._frozen_changes.found(None, self._frozen_changed.named))
+        changed = self._changes.found(self._loaded.values, self._changed.named)
+        if changed or self._changed.unsaid:
+            self._say(self._changed, changed)
+        if self._has_frozen:
+            self._say(self._frozen_changed, self._frozen_changes.found(None, self._frozen_changed.named))
 
     def _say(self, notice: "Notice", changed: list[str]) -> None:
         if changed and self._raises:
@@ -127,27 +133,28 @@ class Notice:
     Attributes:
         sentence: as given.
         named: the tensors of which it was, or is about to be, said.
+        unsaid: those of which it is about to be.
     """
 
     def __init__(self, sentence: str) -> None:
         self.named: set[str] = set()
         self.sentence = sentence
-        self._unsaid: list[str] = []
+        self.unsaid: list[str] = []
         self._said_at = float("-inf")
 
     def of(self, names: Iterable[str]) -> None:
         """Say it of those that it was not said of, at once or together with the next few."""
         new = [name for name in names if name not in self.named]
         self.named.update(new)
-        self._unsaid += new
+        self.unsaid += new
         if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_LINES:
             self.end()
 
     def end(self) -> None:
         """Say what was put off."""
-        if self._unsaid:
-            _LOG.warning(self.sentence, listed(self._unsaid))
-            self._unsaid.clear()
+        if self.unsaid:
+            _LOG.warning(self.sentence, listed(self.unsaid))
+            self.unsaid.clear()
             self._said_at = time.monotonic()
 
 
@@ -162,6 +169,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
+# What changes, with the address, if a tensor does, by all ways but `.data`; it has no public name.
+_VERSION = attrgetter("_version")
 _SAMPLE = 64  # elements of each tensor: they find all but small changes, and cost little beside loading the tensor
 
 
@@ -184,16 +193,18 @@ class LocalChanges:
         self._names = names
         self._parameters = parameters
         self._fetch = fetch
-        self._marks: list[tuple[int, int]] = []
+        self._versions: list[int] = []
+        self._addresses: list[int] = []
         self._samples: list[_Samples] = []
         self._asked: deque[tuple[_Samples, Arriving]] = deque()
 
     @torch.no_grad()
     def loaded(self) -> None:
         """The parameters are now as they are meant to be."""
-        addresses = [address for _, address in self._marks]
-        self._marks = [_mark(parameter) for parameter in self._parameters]
-        if addresses != [address for _, address in self._marks]:
+        addresses = list(map(Tensor.data_ptr, self._parameters))
+        self._versions = list(map(_VERSION, self._parameters))
+        if addresses != self._addresses:
+            self._addresses = addresses
             self._samples = list(self._drawn())
         for samples in self._samples:
             samples.note()
@@ -211,14 +222,19 @@ class LocalChanges:
             differing = samples.differing()
             if differing is not None:
                 self._asked.append((samples, self._fetch(differing)))
-        found = set(self._answers())
-        rows = list(zip(self._names, self._parameters, self._marks, strict=False))  # no marks before the first loading
+        found = set(self._answers()) if self._asked else set()
+        # There are no marks before the first loading.
+        rows = zip(self._names, self._parameters, self._versions, self._addresses, strict=False)
         if loaded is None:
-            found |= {name for name, parameter, (_, address) in rows if parameter.data_ptr() != address}
-        for (name, parameter, mark), value in zip(rows, loaded or (), strict=False):
-            if _mark(parameter) != mark and name not in known and name not in found:
-                found |= set() if torch.equal(parameter, value.to(parameter)) else {name}
-        return [name for name in self._names if name in found and name not in known]
+            found.update(name for name, parameter, _, address in rows if parameter.data_ptr() != address)
+        else:
+            for (name, parameter, version, address), value in zip(rows, loaded, strict=False):
+                unmarked = parameter._version == version and parameter.data_ptr() == address  # noqa: SLF001
+                if unmarked or name in known or name in found:
+                    continue
+                if not torch.equal(parameter, value.to(parameter)):
+                    found.add(name)
+        return [name for name in self._names if name in found and name not in known] if found else []
 
     def _answers(self) -> Iterator[str]:
         while self._asked and self._asked[0][1].here():
@@ -260,11 +276,6 @@ class _Samples:
     def names(self, differing: Tensor) -> Iterator[str]:
         """Of the tensors that have such elements, once for each."""
         return (self._names[bisect_right(self._ends, at)] for at in differing.nonzero().flatten().tolist())
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """What changes if the tensor does, by all ways but `.data`."""
-    return tensor._version, tensor.data_ptr()  # noqa: SLF001 (it has no public name)
 
 
 def _sample(tensor: Tensor) -> Tensor:
