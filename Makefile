@@ -32,11 +32,11 @@ install: $(INSTALLED)  ## make the virtual environment
 train: $(INSTALLED)  ## train a small model with a server and four workers on this machine
 	$(BIN)/ormo-local --task digits --workers 4 --slow 1:4x
 
-# Goes on where it was interrupted. DATA is the data's folder; INTO= leaves the README as it is.
+# Goes on where it was interrupted. DATA is the data's folder; INTO= leaves the page as it is.
 SUITE ?= digits
-INTO ?= README.md
+INTO ?= docs/results.md
 .PHONY: reproduce
-reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into the README (SUITE=, DATA=)
+reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into docs/results.md (SUITE=, DATA=)
 	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
 
 .PHONY: benchmark
@@ -162,14 +162,22 @@ dashboards: $(INSTALLED)  ## write Grafana's dashboards and the operator's rules
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python deploy/prometheus/generate.py
 
-.PHONY: readme
-readme: $(INSTALLED)  ## write the README's tables anew
-	$(BIN)/python tests/readme.py
+.PHONY: reference readme
+reference readme: $(INSTALLED)  ## write docs/reference/ and the pages' generated tables anew
+	$(BIN)/python docs/reference_pages.py
 
 .PHONY: picture
-picture: $(INSTALLED)  ## train for some seconds and draw the README's picture of `ormo-server top`
-	cd tests && $(abspath $(BIN))/python readme_top.py
+picture: $(INSTALLED)  ## train for some seconds and draw the pages' picture of `ormo-server top`
+	cd tests && $(abspath $(BIN))/python picture_of_top.py
 
 .PHONY: clean
 clean:  ## remove what the other words made
 	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) $(AUDIT_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: docs docs-serve
+docs docs-serve: $(INSTALLED)  ## build the pages into build/docs, every link checked; or show them while you write
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(filter docs-serve,$@),serve,build --strict)
+
+.PHONY: check
+check: lint drift types test  ## what a change must pass
