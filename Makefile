@@ -45,11 +45,11 @@ tools: $(TOOLS_INSTALLED)  ## install besides what tests and deploy/ need, as `m
 train: $(INSTALLED)  ## train a small model with a server and four workers on this machine
 	$(BIN)/ormo-local --task digits --workers 4 --slow 1:4x
 
-# Goes on where it was interrupted. DATA is the data's folder; INTO= leaves the README as it is.
+# Goes on where it was interrupted. DATA is the data's folder; INTO= leaves the page as it is.
 SUITE ?= digits
-INTO ?= README.md
+INTO ?= docs/results.md
 .PHONY: reproduce
-reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into the README (SUITE=, DATA=)
+reproduce: $(INSTALLED)  ## compare the methods in virtual time and write the table into docs/results.md (SUITE=, DATA=)
 	$(BIN)/ormo-sim reproduce --suite $(SUITE) $(if $(DATA),--data-dir $(DATA)) $(if $(INTO),--into $(INTO)) $(FLAGS)
 
 # From the root, all but `trips`, which compares with other libraries and therefore installs them.
@@ -190,14 +190,19 @@ dashboards: $(TOOLS_INSTALLED)  ## write Grafana's dashboards and the operator's
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python deploy/prometheus/generate.py
 
-.PHONY: readme
-readme: $(TOOLS_INSTALLED)  ## write the README's tables anew
-	$(BIN)/python tests/readme.py
+.PHONY: reference readme
+reference readme: $(TOOLS_INSTALLED)  ## write docs/reference/ and the pages' generated tables anew
+	$(BIN)/python docs/reference_pages.py
 
 .PHONY: picture
-picture: $(TOOLS_INSTALLED)  ## train for some seconds and draw the README's picture of `ormo-server top`
-	cd tests && $(abspath $(BIN))/python readme_top.py
+picture: $(TOOLS_INSTALLED)  ## train for some seconds and draw the pages' picture of `ormo-server top`
+	cd tests && $(abspath $(BIN))/python picture_of_top.py
 
 .PHONY: clean
 clean:  ## remove what the other words made
 	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) $(AUDIT_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: docs docs-serve
+docs docs-serve: $(TOOLS_INSTALLED)  ## build the pages into build/docs, every link checked; or show them while you write
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(filter docs-serve,$@),serve,build --strict)

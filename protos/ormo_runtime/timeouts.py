@@ -72,7 +72,7 @@ class FailureDetection:
         return min(_LONGEST_PAUSE_SECONDS, self.failure_timeout / 4)
 
 
-# What the README shows: each value, and what it is.
+# What docs/failures.md shows: each value, and what it is.
 DESCRIPTIONS = {
     "lease_seconds": "a worker's lease",
     "heartbeat_seconds": "between heartbeats, and the limit of each",

@@ -13,6 +13,9 @@ from ormo_server.training_settings import TrainingSettings
 class ServerSettings(TrainingSettings):
     """Serve the parameters of one model and train them with what workers push."""
 
+    # In the environment of a container that restarts it would begin anew each time.
+    flags_only = frozenset({"fresh"})
+
     # Where
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT to serve gRPC on; port 0 picks a free one")
     metrics_listen: str = Field(
@@ -20,6 +23,10 @@ class ServerSettings(TrainingSettings):
     )
     directory: Path = Field(
         Path("runs/default"), description="where the run's checkpoints are written and restored from"
+    )
+    fresh: bool = Field(
+        False,
+        description="begin a new run: what an earlier one left in the directory is moved into `before-DATE-TIME` there",
     )
     model: Path | None = Field(
         None,

@@ -1,6 +1,6 @@
 """The parameters of every checkpoint, computed anew from the text of the journal's lines.
 
-Nothing of the server is used, and nothing is done again in order: section 3 of the design says in one sum what the
+Nothing of the server is used, and nothing is done again in order: docs/algorithm.md says in one sum what the
 parameters are. For gradients i that were applied, in buckets j with step sizes η, while b is the newest bucket:
 
     w = - Σ weight_i η_i g_i        weight = 1 with plain SGD, (1 - β^(b-j+1)) / (1 - β) with ordered momentum

@@ -1,4 +1,4 @@
-"""What the state has to be, computed from the formulas of the design in float64, by none of the core's code."""
+"""What the state has to be, computed from the formulas of docs/algorithm.md in float64, by none of the core's code."""
 
 import itertools
 import statistics

@@ -17,7 +17,7 @@ from ormo_server.training_settings import TrainingSettings
 RATE = LearningRate(0.5)
 
 
-# The table of section 3 of the design.
+# The table of methods in docs/algorithm.md.
 DESIGN = """
     ormo          ormo          constant        asynchronous
     ormo-da       ormo          delay-adaptive  asynchronous
@@ -36,7 +36,7 @@ DESIGN = """
 """
 
 
-def test_the_presets_are_the_rows_of_the_designs_table() -> None:
+def test_the_presets_are_the_rows_of_the_documented_table() -> None:
     rows = [line.split() for line in DESIGN.strip().splitlines()]
     assert sorted(row[0] for row in rows) == sorted(PRESETS)
     for name, rule, scale, scheduler in rows:

@@ -21,7 +21,7 @@ from service.wire import SMALL, Refused, WireWorker, connected, payload, refusal
 
 WHO = {Role.WORKER: "gpu-1", Role.READER: "evaluator", Role.ADMIN: "operator"}
 WORKERS, READERS, ADMINS = {Role.WORKER}, set(Role), {Role.ADMIN}
-# As README and contract say it; kept apart from the table that the server goes by.
+# As docs/security.md and the contract say it; kept apart from the table that the server goes by.
 MAY = {
     "Join": WORKERS,
     "OfferModel": WORKERS,

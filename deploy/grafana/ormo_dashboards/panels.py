@@ -35,7 +35,7 @@ class Text:
 
     Attributes:
         title: of the panel.
-        shows: one sentence; it stands in the README's table too.
+        shows: one sentence; it stands in docs/reference/metrics.md too.
         normal: what it looks like when all is well.
         bad: what is not well, and what to do then.
     """

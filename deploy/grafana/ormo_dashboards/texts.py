@@ -1,4 +1,4 @@
-"""What is made of the dashboards: the text of each one's file, and the table of panels in the README."""
+"""What is made of the dashboards: the text of each one's file, and the table of panels in docs/reference/metrics.md."""
 
 import json
 from collections.abc import Iterator, Mapping

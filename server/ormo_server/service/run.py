@@ -111,7 +111,10 @@ class RunHost:
         try:
             if settings.trace is not None:
                 self._trace = TraceWriter(settings.trace, metrics.upkeep.failures.labels("trace").inc)
-            self._restore_or_load()
+            if settings.fresh:
+                self._begin_anew()
+            else:
+                self._restore_or_load()
         except BaseException:
             self.close()
             raise
@@ -166,6 +169,15 @@ class RunHost:
 
     # At the start
 
+    def _begin_anew(self) -> None:
+        model = self.settings.model
+        weights = None if model is None else ModelFile.load(model)  # before the move: it may be that run's
+        aside = self._directory_lock.move_run_aside(time.strftime("before-%Y%m%d-%H%M%S"))
+        if aside is not None:
+            log.info("a new run begins: the one that was in %s is kept in %s", self.settings.directory, aside)
+        if weights is not None:
+            self._load(weights)
+
     def _restore_or_load(self) -> None:
         checkpoint = self._store.newest(self._refuse_overflowing)
         if checkpoint is not None:
@@ -175,11 +187,11 @@ class RunHost:
         if told or is_journal(self._journal_directory):
             raise StoreError(
                 f"{self.settings.directory} has a journal of {told or 'a run'}, and the checkpoint that it follows is "
-                "missing: bring that one back from a backup, or choose another --directory for a new run; nothing was "
-                "changed"
+                "missing: bring that one back from a backup, or begin anew, with --fresh or in another --directory; "
+                "nothing was changed"
             )
         if self.settings.model is not None:
-            self._load(self.settings.model)
+            self._load(ModelFile.load(self.settings.model))
 
     def _refuse_overflowing(self, checkpoint: Checkpoint) -> None:
         # Of another update rule it can't be told, and `restore` refuses that.
@@ -339,8 +351,7 @@ class RunHost:
         """
         return not self._journal_is_full or self.checkpoint()
 
-    def _load(self, path: Path) -> None:
-        weights = ModelFile.load(path)
+    def _load(self, weights: ModelFile) -> None:
         if weights.manifest is None:
             # A plain state_dict does not say in which order the model has its tensors: the first worker will.
             self._weights = weights

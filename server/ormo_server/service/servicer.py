@@ -116,7 +116,8 @@ class Servicer:
             if model_digest not in held.digests:
                 raise ManifestDigest(
                     f"the worker's model is not that of the run in {self._host.settings.directory}: start the "
-                    "worker with the server's task, name another server, or begin a run in an empty --directory"
+                    "worker with the server's task, name another server, or begin a new run: start the server with "
+                    "another --directory, or with --fresh, which moves the run in this one aside"
                 )
             return None
         manifest = held.without_merges.to_message()

@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ormo_server.store.errors import StoreError
-from ormo_server.store.files import identity, is_at, make_directory
+from ormo_server.store.files import identity, is_at, make_directory, sync
+
+_OF_A_RUN = ("checkpoint-*", ".writing-checkpoint-*", "journal-damaged-*", "journal", "latest")
 
 
 class DirectoryLock:
@@ -48,6 +51,39 @@ class DirectoryLock:
     def holds(self) -> bool:
         """Whether no other program can have the directory: not if its file was removed, or the directory with it."""
         return is_at(self._path, self._identity)
+
+    def move_run_aside(self, to: str) -> Path | None:
+        """Move what a run has left in the directory into a new folder there; nothing is removed.
+
+        Args:
+            to: the folder's name.
+
+        Returns:
+            The folder; None if no run had left anything.
+
+        Raises:
+            StoreError: something can't be moved. What was moved stays there.
+        """
+        directory = self._path.parent
+        # Checkpoints first and `latest` last: after a crash in between, a start misses a checkpoint that these name and
+        # says so, instead of going on with half a run.
+        there = sorted(directory.iterdir())  # no glob: it leaves out a `latest` that points to nothing
+        left = [path for pattern in _OF_A_RUN for path in there if fnmatch(path.name, pattern)]
+        if not left:
+            return None
+        aside = directory / to
+        try:
+            aside.mkdir()
+            for path in left:
+                path.rename(aside / path.name)
+            sync(aside)
+            sync(directory)
+        except OSError as error:
+            raise StoreError(
+                f"the run in {directory} can't be moved to {aside} ({error}): make room there, or choose another "
+                "--directory for a new run"
+            ) from error
+        return aside
 
     def release(self) -> None:
         """Let another program have the directory."""

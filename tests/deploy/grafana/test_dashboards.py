@@ -14,7 +14,7 @@ from promql_parser import parse
 
 from deploy.grafana.dashboards import FILES, GRAFANA, filled_in, load, panels, queries
 from deploy.kubernetes.rendering import overlay
-from readme import exported_names
+from reference_pages import exported_names
 
 DEPLOY = GRAFANA.parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}

@@ -1,4 +1,4 @@
-"""What the API server refuses of one overlay where another runs, which the README says how to go about."""
+"""What the API server refuses of one overlay where another runs, which docs/deployment.md says how to go about."""
 
 import pytest
 

@@ -17,7 +17,7 @@ from deploy.prometheus.prometheus import program
 from deploy.prometheus.shortening import DEPLOYED, configured, shortened, shortened_duration, shortened_expression
 from ormo_server.service.server import Server
 from ormo_worker.metrics import EvaluatorMetrics, WorkerMetrics
-from readme import exported_names
+from reference_pages import exported_names
 from service.test_metrics import race
 from service.wire import connected, served
 

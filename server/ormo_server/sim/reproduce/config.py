@@ -18,7 +18,9 @@ class ReproduceSettings(Settings):
     suite: str = Field(description=f"what to compare: {', '.join(f'`{name}`' for name in packaged())}, or a TOML file")
     processes: int = Field(0, ge=0, description="simulations at a time, one thread each; 0: as many as there are cores")
     directory: Path | None = Field(None, description="for all results; none: `runs/reproduce-SUITE`")
-    into: Path | None = Field(None, description="a file such as README.md that shows the table between two markers")
+    into: Path | None = Field(
+        None, description="a file such as docs/results.md that shows the table between two markers"
+    )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
     device: str | None = Field(None, description="instead of the suite's: cpu, cuda or cuda:N")
     methods: tuple[str, ...] = Field((), description="only these of the suite's")

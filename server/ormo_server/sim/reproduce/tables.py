@@ -81,7 +81,7 @@ def full_report(comparison: Comparison, origin: Origin) -> str:
 
 
 def compact_report(comparison: Comparison, origin: Origin) -> str:
-    """What the README shows: a table for each number of workers."""
+    """What docs/results.md shows: a table for each number of workers."""
     suite, entries = comparison.suite, comparison.entries()
     parts = _preamble(comparison, origin)
     for _, clusters in groupby(suite.clusters, key=lambda cluster: cluster.workers):

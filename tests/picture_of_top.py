@@ -1,4 +1,4 @@
-"""The README's picture of `ormo-server top`: run as a program it trains for some seconds and draws what top shows."""
+"""The pages' picture of `ormo-server top`: run as a program it trains for some seconds and draws what top shows."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from ormo_server.console.rates import History
 from ormo_server.console.view import View
 from system.programs import Stage, staged
 
-PICTURE = Path(__file__).parents[1] / ".readme" / "top.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "top.svg"
 _SHOWN_ADDRESS = "127.0.0.1:50051"  # the real port is chance
 _WIDTH = 118
 _SLOWER = {"worker-1": 4, "worker-2": 4, "worker-3": 25, "worker-4": 60}

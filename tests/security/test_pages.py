@@ -1,12 +1,14 @@
-"""What README and SECURITY.md say of security is so: the commands run, the tables are those of the code."""
+"""What docs/security.md and SECURITY.md say of security is so: the commands run, the tables are those of the code."""
 
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 
 from grpc_health.v1 import health_pb2
 
+from docs.pages import EXAMPLES, ROOT, example, text_of
 from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import MAX_ELEMENTS, MAX_NAME_BYTES
 from ormo_protos.refusals import Reason
@@ -17,17 +19,10 @@ from ormo_runtime.tls import Credentials
 from ormo_server.config import ServerSettings
 from ormo_server.security.roles import ALLOWED, Role
 from ormo_server.service.server import SERVICE
-from readme import README, ROOT
 from system.programs import Stage
 
-TEXT = README.read_text(encoding="utf-8")
+TEXT = text_of("security.md")
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-
-
-def example(name: str) -> str:
-    match = re.search(rf"<!-- {name} example -->\n```sh\n(.*?)```", TEXT, re.DOTALL)
-    assert match is not None
-    return match[1]
 
 
 def rows(name: str) -> list[list[str]]:
@@ -43,9 +38,10 @@ def free_port() -> int:
 
 
 def test_certificates_are_made_and_a_guarded_run_is_started_as_it_is_written(stage: Stage) -> None:
-    subprocess.run(["bash", "-eu", "-c", example("certificates")], cwd=stage.folder, check=True, capture_output=True)
+    subprocess.run([EXAMPLES / "tls" / "certificates.sh"], cwd=stage.folder, check=True, capture_output=True)
+    shutil.copy(EXAMPLES / "tls" / "access.toml", stage.folder)
     stage.address = f"localhost:{free_port()}"
-    commands = [shlex.split(line) for line in example("guarded").splitlines()]
+    commands = [shlex.split(line) for line in example("security.md", "guarded").splitlines()]
     assert [words[:2] for words in commands] == [
         ["ormo-server", "serve"],
         ["ormo-worker", "run"],
@@ -118,10 +114,6 @@ def test_limits_on_lists_are_those_of_the_code() -> None:
 
 
 def test_what_security_md_names_is_there() -> None:
-    titles = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
-    for anchor in re.findall(r"\(README\.md#([\w-]+)\)", SECURITY):
-        assert anchor in anchors
     makefile = (ROOT / "Makefile").read_text()
     for word in re.findall(r"`make (\w+)`", SECURITY):
         assert re.search(rf"^{word}:", makefile, re.MULTILINE), word

@@ -1,4 +1,4 @@
-"""What the README tells operators to type is about files and services that are there."""
+"""What the pages tell operators to type is about files and services that are there."""
 
 import json
 import re
@@ -8,11 +8,12 @@ import yaml
 
 from deploy.docker.tree import ROOT
 from deploy.kubernetes.rendering import overlay
+from docs.pages import DOCS, README
 from ormo_runtime.settings import read_settings
 from ormo_server.console.config import StatusSettings, TopSettings
-from readme import README
 
-TEXT = README.read_text(encoding="utf-8")
+DEPLOY = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in (README, *sorted(DOCS.rglob("*.md")))) + DEPLOY
 RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text(encoding="utf-8")
 
 
@@ -59,13 +60,13 @@ def test_the_operators_command_in_a_guarded_pod_uses_what_is_mounted_there() -> 
     assert told.server.partition(":")[0] in manifests.one("Certificate", "ormo-server")["spec"]["dnsNames"]
 
 
-def test_paths_in_the_readme_and_the_runbook_exist() -> None:
+def test_paths_in_the_pages_and_the_runbook_exist() -> None:
     named = set(re.findall(r"\bdeploy/[\w./*-]*[\w*]", TEXT + RUNBOOK))
     assert len(named) > 5
     assert [path for path in named if not list(ROOT.glob(path))] == []
-    pictures = re.findall(r"\]\((\.readme/[^)]+)\)", TEXT)
-    assert ".readme/top.svg" in pictures
-    assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
+    pictures = re.findall(r"\]\((pictures/[^)]+)\)", TEXT)
+    assert "pictures/top.svg" in pictures
+    assert [picture for picture in pictures if not (DOCS / picture).is_file()] == []
 
 
 def test_jobs_that_are_deleted_or_scaled_are_those_of_the_overlays() -> None:
