@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT / "deploy" / "grafana"))
 _GENERATED = "<!-- Written by `make reference`: change the code that it comes from instead. -->"
 # Heading, class, and whether to leave out what the first table has already.
 SETTINGS = (
-    ("How to train: `ormo-server serve` and `ormo-sim`", "ormo_server.training_settings:TrainingSettings", False),
-    ("`ormo-server serve`, besides those of training", "ormo_server.config:ServerSettings", True),
+    ("How to train: `ormo-server serve` and `ormo-sim`", "ormo_server.settings:TrainingSettings", False),
+    ("`ormo-server serve`, besides those of training", "ormo_server.settings:ServerSettings", True),
     ("`ormo-server status`", "ormo_server.console.config:StatusSettings", False),
     ("`ormo-server top`", "ormo_server.console.config:TopSettings", False),
     ("`ormo-server control`", "ormo_server.console.config:ControlSettings", False),

@@ -18,8 +18,8 @@ from ormo_runtime.process import keep_freed_memory, patient, prepare_process
 from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
-    from ormo_server.config import ServerSettings
     from ormo_server.service.server import Server
+    from ormo_server.settings import ServerSettings
 
 log = logging.getLogger("ormo_server")
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(argv: Sequence[str]) -> int:
-    from ormo_server.config import ServerSettings
+    from ormo_server.settings import ServerSettings
 
     return serve(load_settings(ServerSettings, argv, program="ormo-server serve"))
 

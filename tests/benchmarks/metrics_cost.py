@@ -30,13 +30,13 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.vectors import all_finite
-from ormo_server.metrics.distributions import Distribution
+from ormo_server.metrics.histograms import Distribution
+from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.security.access import OpenAccess
 from ormo_server.service import engine, servicer, transfers
 from ormo_server.service.admin import Controls
 from ormo_server.service.figures import Figures
 from ormo_server.service.lock import MachineLock
-from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.transfers import FiniteNorm

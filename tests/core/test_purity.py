@@ -39,7 +39,7 @@ ACTS = (
     "time",
     "uuid",
 )
-SHELLS = ("ormo_server.service", "ormo_server.store", "ormo_server.sim", "ormo_server.metrics", "ormo_server.config")
+SHELLS = ("ormo_server.service", "ormo_server.store", "ormo_server.sim", "ormo_server.metrics", "ormo_server.settings")
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 # What runs code that it finds in a file, or writes such files, whoever it is imported by and whatever it is called.
 UNPICKLING = (

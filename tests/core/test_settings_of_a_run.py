@@ -12,7 +12,7 @@ from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES, Coefficients
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import STEP_SCALES, LearningRate
-from ormo_server.training_settings import TrainingSettings
+from ormo_server.settings import TrainingSettings
 
 RATE = LearningRate(0.5)
 

@@ -8,8 +8,8 @@ import pytest
 
 from docs.pages import PAGES, ROOT, all_text, blocks
 from ormo_runtime.settings import read_settings
-from ormo_server.config import ServerSettings
 from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
+from ormo_server.settings import ServerSettings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.reproduce.config import ReproduceSettings
 from ormo_worker.local.settings import LocalSettings

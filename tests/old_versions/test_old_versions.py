@@ -15,11 +15,11 @@ from ormo_server.core import snapshot
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.service.server import Server
+from ormo_server.settings import TrainingSettings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.run import Plan
 from ormo_server.store import StoreError
-from ormo_server.store.checkpoint import Checkpoint, read_files
-from ormo_server.training_settings import TrainingSettings
+from ormo_server.store.checkpoints import Checkpoint, read_files
 from service.wire import served
 from store.building import reseal
 

@@ -4,8 +4,8 @@ import pytest
 
 from ormo_runtime.all_settings import ALL_SETTINGS
 from ormo_runtime.settings import Settings, misspelt_variables, read_settings
-from ormo_server.config import ServerSettings
 from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
+from ormo_server.settings import ServerSettings
 from ormo_server.sim.config import SimSettings
 from ormo_server.sim.plots import PlotSettings
 from ormo_server.sim.reproduce.config import ReproduceSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ormo_runtime.settings import SettingsProblemsError, read_settings
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 from system.programs import Stage
 
 LOOPBACK = ["localhost", "127.0.0.1", "127.0.0.2", "[::1]"]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.cli import main
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 
 SAID = [
     ("--update-rule adam", "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, sgd, naive, shifted"),

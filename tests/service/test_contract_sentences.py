@@ -11,7 +11,7 @@ from google.rpc import code_pb2
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 from service.wire import SMALL, Exchanges, Refused, WireWorker, connected, payload, refusals, served, state_of
 
 PROTO = Path(__file__).parents[2] / "protos/ormo_protos/v1/parameter_server.proto"

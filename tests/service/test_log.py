@@ -42,7 +42,7 @@ def test_refusals_of_whatever_kind_are_few_lines() -> None:
     code = """
 from ormo_runtime.logs import set_up
 from ormo_server.core.errors import OrmoError
-from ormo_server.service.errors import log_refusal
+from ormo_server.service.refusals import log_refusal
 
 set_up("info", "text")
 for kind in OrmoError.__subclasses__():
@@ -64,7 +64,7 @@ import grpc
 from ormo_runtime.logs import set_up
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 from ormo_server.service.engine import Engine
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer

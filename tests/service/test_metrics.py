@@ -17,8 +17,8 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.metrics.families import STAGES
 from ormo_server.metrics.process import memory_limit_bytes, resident_bytes
-from ormo_server.metrics.traffic import STAGES
 from ormo_server.service.server import Server
 from service.wire import SMALL, Refused, WireWorker, connected, eventually, payload, refusals, served
 

@@ -17,10 +17,10 @@ from ormo_protos.manifest import BUFFER, FLOAT32, INT64, PARAMETER, Manifest, Te
 from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_server.config import ServerSettings
 from ormo_server.core import snapshot
 from ormo_server.core.ids import TicketKey
 from ormo_server.service.server import Server
+from ormo_server.settings import ServerSettings
 
 SMALL = Manifest.laid_out(
     [

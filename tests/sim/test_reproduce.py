@@ -19,7 +19,7 @@ from ormo_server.sim.finished import read_run
 from ormo_server.sim.reproduce.cells import is_done, run_cell
 from ormo_server.sim.reproduce.suite import load_suite
 from ormo_server.sim.run import Plan
-from ormo_server.store.directory_lock import DirectoryLock
+from ormo_server.store.files import DirectoryLock
 from sim.analytic import BROKEN_SEED
 from system.programs import ENVIRONMENT
 

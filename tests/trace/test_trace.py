@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ormo_runtime.settings import UsageError
-from ormo_server.config import ServerSettings
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
+from ormo_server.settings import ServerSettings
 from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import TracedSettings, line_of
 

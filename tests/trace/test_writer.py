@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ormo_runtime.settings import UsageError
-from ormo_server.config import ServerSettings
 from ormo_server.core.inputs import Join
 from ormo_server.core.machine import StateMachine
+from ormo_server.settings import ServerSettings
 from ormo_server.store import StoreError
 from ormo_server.trace import Recorded, read_trace, writer
 from ormo_server.trace.writer import TraceWriter

@@ -2,14 +2,18 @@
 
 from prometheus_client import CollectorRegistry
 
-from ormo_server.metrics.calls import Calls
-from ormo_server.metrics.families import Families
-from ormo_server.metrics.gradients import Gradients
-from ormo_server.metrics.journal import JournalMetrics
+from ormo_server.metrics.collector import RunCollector
+from ormo_server.metrics.families import (
+    Calls,
+    Checkpoints,
+    Families,
+    Gradients,
+    JournalMetrics,
+    Streams,
+    Traffic,
+    Upkeep,
+)
 from ormo_server.metrics.process import Process
-from ormo_server.metrics.run import RunCollector
-from ormo_server.metrics.traffic import Traffic
-from ormo_server.metrics.upkeep import Checkpoints, Streams, Upkeep
 
 __all__ = ["Metrics"]
 

@@ -8,9 +8,8 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
 from ormo_server.core.errors import BadRequest, NotReady
 from ormo_server.metrics.process import package_version, resident_bytes
-from ormo_server.service.observations import Evaluation, Observations
+from ormo_server.metrics.view import Evaluation, Observations, RunView, WorkerView
 from ormo_server.service.run import RunHost
-from ormo_server.service.view import RunView, WorkerView
 
 
 def run_settings(host: RunHost) -> pb.RunSettings:

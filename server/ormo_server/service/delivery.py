@@ -19,7 +19,7 @@ from ormo_server.core.errors import OrmoError
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import blocks
-from ormo_server.metrics.distributions import Distribution
+from ormo_server.metrics.histograms import Distribution
 
 
 class Copy:

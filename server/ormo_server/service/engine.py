@@ -43,13 +43,12 @@ from ormo_server.core.state import Member
 from ormo_server.core.vectors import all_finite
 from ormo_server.journal import Journal, StoredGradient, gradient_in
 from ormo_server.metrics import Metrics
+from ormo_server.metrics.view import Evaluation, RunView
 from ormo_server.service.admission import Bounds, UnsoundWorkers
 from ormo_server.service.delivery import Copies, Delivery, Waiter
 from ormo_server.service.figures import Figures, Outcome
 from ormo_server.service.lock import MachineLock
-from ormo_server.service.observations import Evaluation
 from ormo_server.service.transfers import ReceivedGradient, non_finite
-from ormo_server.service.view import RunView
 from ormo_server.trace.rows import Recorded, Refused
 from ormo_server.trace.writer import TraceWriter
 

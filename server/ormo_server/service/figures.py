@@ -11,8 +11,8 @@ from ormo_server.core.errors import Finished, OrmoError
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import Member, PushResult, Ticket
 from ormo_server.metrics import Metrics
+from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.service.delivery import Waiter
-from ormo_server.service.observations import Observations, WorkerObservation
 from ormo_server.service.transfers import ReceivedGradient
 
 log = logging.getLogger(__name__)
@@ -115,12 +115,12 @@ class Figures:
         with self.lock:
             mine = self.observations.workers.get(worker)
             if mine is not None:  # it may have left meanwhile
-                mine.counted(received, redeemed.delay, outcome.pushed_at, ticket_seconds)
+                mine.counted(redeemed.delay, outcome.pushed_at, ticket_seconds, received.compute_seconds)
             if redeemed.discarded:
                 self.observations.discarded += 1
             else:
                 if mine is not None:
-                    mine.apply(received, norm)
+                    mine.apply(received.samples, received.loss, norm)
                 self.observations.applied_with(redeemed.delay, scale)
         if redeemed.buffers_kept:
             _warn_of_kept_buffers(worker, redeemed.iteration_after)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ormo_server.core.errors import NotReady, OrmoError
 from ormo_server.core.machine import StateMachine
-from ormo_server.metrics.upkeep import Upkeep
+from ormo_server.metrics.families import Upkeep
 from ormo_server.service.streams import draining
 
 _RETRY_SECONDS = 2.0

@@ -12,8 +12,8 @@ from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, Ormo
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult
+from ormo_server.metrics.view import Evaluation
 from ormo_server.service.delivery import Delivery
-from ormo_server.service.observations import Evaluation
 from ormo_server.service.transfers import ReceivedGradient
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ormo_runtime.process import StartedPool
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 
 # Calls that hold no thread for long (Join, heartbeats, health, status) share these.
 _RESERVE_THREADS = 32

@@ -15,7 +15,6 @@ from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_runtime.logs import Fields
 from ormo_runtime.timeouts import FailureDetection
-from ormo_server.config import ServerSettings
 from ormo_server.core import snapshot
 from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady, NotWanted
 from ormo_server.core.machine import StateMachine
@@ -29,6 +28,7 @@ from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.lock import RunClock
 from ormo_server.service.restore import Recovered, is_sound, recovered
+from ormo_server.settings import ServerSettings
 from ormo_server.store import (
     Checkpoint,
     CheckpointStore,
@@ -41,8 +41,7 @@ from ormo_server.store import (
     size_bytes,
     unsound_tensors,
 )
-from ormo_server.store.errors import listed
-from ormo_server.store.files import copy_of_directory, sync
+from ormo_server.store.files import copy_of_directory, listed, sync
 from ormo_server.trace.rows import TracedSettings
 from ormo_server.trace.writer import TraceWriter
 

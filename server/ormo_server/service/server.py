@@ -17,7 +17,6 @@ from ormo_protos.framing import Framing
 from ormo_protos.limits import Parser
 from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_runtime.timeouts import FailureDetection
-from ormo_server.config import ServerSettings
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics, http
 from ormo_server.security.access import Access, ListedAccess, OpenAccess
@@ -30,6 +29,7 @@ from ormo_server.service.resources import calls_per_connection, most_connections
 from ormo_server.service.run import RunHost
 from ormo_server.service.servicer import Servicer
 from ormo_server.service.streams import OpenCalls, StreamRegistry
+from ormo_server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from ormo_server.service import messages
 from ormo_server.service.admin import Controls, run_settings, status_of
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
-from ormo_server.service.errors import answers, log_refusal, named, not_understood, streams_answers
 from ormo_server.service.figures import Outcome
+from ormo_server.service.refusals import answers, log_refusal, named, not_understood, streams_answers
 from ormo_server.service.run import WAIT_SECONDS, RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry
 from ormo_server.service.transfers import BufferPool, BytesInFlight, FiniteNorm, Loans, ReceivedGradient

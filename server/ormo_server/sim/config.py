@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from ormo_runtime.settings import UsageError, slow_factors
+from ormo_server.settings import TrainingSettings
 from ormo_server.sim.compute_times import FORMS, parse
 from ormo_server.sim.machines import Change, changes
 from ormo_server.sim.workload import TASKS_OF_THE_WORKER
-from ormo_server.training_settings import TrainingSettings
 
 # What a trace decides, where one is followed.
 TOLD_BY_TRACE = ("workers", "slow", "slots", "compute_time", "latency", "bandwidth", "join", "leave", "crash")

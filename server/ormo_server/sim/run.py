@@ -11,6 +11,7 @@ from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
+from ormo_server.settings import TrainingSettings
 from ormo_server.sim import record
 from ormo_server.sim.compute_times import parse
 from ormo_server.sim.config import SimSettings
@@ -22,7 +23,6 @@ from ormo_server.sim.training import Training
 from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
 from ormo_server.trace import Recorded, Segment, Start, read_trace
 from ormo_server.trace.rows import digest_of
-from ormo_server.training_settings import TrainingSettings
 
 DEFAULT_EPOCHS = 10.0
 _REFUSALS_ARE_MISSING = (

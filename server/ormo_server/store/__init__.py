@@ -9,13 +9,9 @@ directory/
     latest -> checkpoint-00000007-iteration-1200
 """
 
-from ormo_server.store.buffers import buffers_of
-from ormo_server.store.checkpoint import Checkpoint, unsound, unsound_tensors
-from ormo_server.store.checkpoints import CheckpointStore
-from ormo_server.store.directory_lock import DirectoryLock
-from ormo_server.store.errors import NotFinite, StoreError
-from ormo_server.store.files import size_bytes
-from ormo_server.store.flat_model import FlatModel
+from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, unsound, unsound_tensors
+from ormo_server.store.files import DirectoryLock, NotFinite, StoreError, size_bytes
+from ormo_server.store.flat_model import FlatModel, buffers_of
 from ormo_server.store.model_file import ModelFile
 
 __all__ = [

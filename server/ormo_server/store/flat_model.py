@@ -1,11 +1,22 @@
-"""A model as four vectors, and its tensors by name."""
+"""A model as four vectors, its tensors by name, and how its buffers are merged, as its manifest says."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from ormo_protos.manifest import BFLOAT16, FLOAT32, FLOAT64, INT64, Manifest, TensorSpec
+from ormo_protos.manifest import (
+    AVERAGE,
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    LAST,
+    MAXIMUM,
+    Manifest,
+    TensorSpec,
+)
+from ormo_server.core.buffers import Buffer, Buffers, Merge
 
 _TORCH_DTYPES: dict[int, torch.dtype] = {
     FLOAT32: torch.float32,
@@ -74,3 +85,22 @@ class FlatModel:
     def named(self, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
         """As `state_dict`, some of its tensors."""
         return {spec.name: self.view(spec).to(_TORCH_DTYPES[spec.dtype], copy=bool(spec.alias_of)) for spec in specs}
+
+
+_MERGES = {AVERAGE: Merge.AVERAGE, MAXIMUM: Merge.MAXIMUM, LAST: Merge.LAST}
+
+
+def buffers_of(manifest: Manifest) -> Buffers:
+    """The buffers of a model, for its state machine."""
+    return Buffers(tuple(_section(manifest, "float_buffers")), tuple(_section(manifest, "int_buffers")))
+
+
+def _section(manifest: Manifest, section: str) -> Iterator[Buffer]:
+    for spec in manifest.tensors:
+        if spec.section == section and not spec.alias_of:
+            yield Buffer(spec.offset, spec.offset + spec.elements, _merge(spec), spec.dtype == FLOAT64)
+
+
+def _merge(spec: TensorSpec) -> Merge:
+    # Workers and files that say nothing: as it was when there was no choice.
+    return _MERGES.get(spec.merge, Merge.MAXIMUM if spec.dtype == INT64 else Merge.AVERAGE)

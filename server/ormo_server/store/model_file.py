@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from ormo_protos.manifest import FLOAT64, INT64, Manifest, TensorSpec
-from ormo_server.store.checkpoint import MANIFEST_KEY, model_of, unsound_tensors
-from ormo_server.store.errors import StoreError, listed
-from ormo_server.store.files import load_tensors, non_finite, reading
+from ormo_server.store.checkpoints import MANIFEST_KEY, model_of, unsound_tensors
+from ormo_server.store.files import StoreError, listed, load_tensors, non_finite, reading
 from ormo_server.store.flat_model import FlatModel
 
 _SERVED = (torch.float32, torch.bfloat16, torch.int64, torch.float64)

@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
 from ormo_server.core.method import Run
-from ormo_server.training_settings import TrainingSettings
+from ormo_server.settings import TrainingSettings
 
 FORMAT = 1
 # What every trace begins with, as it is written.

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
-from ormo_server.config import ServerSettings
 from ormo_server.core.machine import StateMachine
+from ormo_server.settings import ServerSettings
 from ormo_server.store import StoreError
 from ormo_server.trace.rows import OPENING, Entry, Start, TracedModel, TracedSettings, digest_of, line_of
 

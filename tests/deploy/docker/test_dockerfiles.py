@@ -10,7 +10,7 @@ import pytest
 from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
 from ormo_runtime.settings import Settings, SettingsProblemsError, read_settings
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 IMAGES = [("server.Dockerfile", "server"), ("worker.Dockerfile", "cpu"), ("worker.Dockerfile", "cuda")]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from deploy.kubernetes.rendering import Manifests, Pod
 from ormo_runtime.settings import Settings, read_settings
-from ormo_server.config import ServerSettings
+from ormo_server.settings import ServerSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 PROGRAMS: dict[tuple[str, str], type[Settings]] = {

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.kubernetes.rendering import Manifests, overlay, probes
 from deploy.kubernetes.settings import environment, settings
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.config import ServerSettings
 from ormo_server.service.server import Server
+from ormo_server.settings import ServerSettings
 from security.authority import Authority, dialled
 from service.wire import SMALL as MODEL
 from service.wire import Refused, WireWorker, payload

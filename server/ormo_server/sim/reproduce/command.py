@@ -23,8 +23,7 @@ from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.figures import draw_clusters
 from ormo_server.sim.reproduce.suite import Cell, Suite
 from ormo_server.sim.reproduce.tables import Origin, compact_report, full_report, results_csv
-from ormo_server.store.directory_lock import DirectoryLock
-from ormo_server.store.errors import StoreError
+from ormo_server.store.files import DirectoryLock, StoreError
 
 CELLS, RESULTS, TABLE, FIGURES, FAILURES = "cells", "results.csv", "table.md", "figures", "failures.txt"
 _SOME_FAILED_EXIT_CODE = 1

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from ormo_server.metrics.families import PREFIX
-from ormo_server.service.view import RunView, WorkerView
+from ormo_server.metrics.view import RunView, WorkerView
 
 PHASES = ("waiting_for_model", "waiting_for_workers", "training", "finished", "draining")
 
