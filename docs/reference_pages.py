@@ -38,14 +38,14 @@ _GENERATED = "<!-- Written by `make reference`: change the code that it comes fr
 SETTINGS = (
     ("How to train: `ormo-server serve` and `ormo-sim`", "ormo_server.settings:TrainingSettings", False),
     ("`ormo-server serve`, besides those of training", "ormo_server.settings:ServerSettings", True),
-    ("`ormo-server status`", "ormo_server.console.config:StatusSettings", False),
-    ("`ormo-server top`", "ormo_server.console.config:TopSettings", False),
-    ("`ormo-server control`", "ormo_server.console.config:ControlSettings", False),
+    ("`ormo-server status`", "ormo_server.console.settings:StatusSettings", False),
+    ("`ormo-server top`", "ormo_server.console.settings:TopSettings", False),
+    ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
     ("`ormo-local`", "ormo_worker.local.settings:LocalSettings", False),
-    ("`ormo-sim`, besides those of training", "ormo_server.sim.config:SimSettings", True),
-    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.config:ReproduceSettings", False),
+    ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
+    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.settings:ReproduceSettings", False),
 )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from ormo_server.console.asking import asker
-from ormo_server.console.rates import History
-from ormo_server.console.view import View
+from ormo_server.console.client import asker
+from ormo_server.console.figures import History
+from ormo_server.console.top import View
 from system.programs import Stage, staged
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "top.svg"

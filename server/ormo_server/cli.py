@@ -51,22 +51,22 @@ def _serve(argv: Sequence[str]) -> int:
 
 
 def _status(argv: Sequence[str]) -> int:
-    from ormo_server.console.config import StatusSettings
+    from ormo_server.console.settings import StatusSettings
     from ormo_server.console.status import show
 
     return show(load_settings(StatusSettings, argv, program="ormo-server status"))
 
 
 def _top(argv: Sequence[str]) -> int:
-    from ormo_server.console.config import TopSettings
+    from ormo_server.console.settings import TopSettings
     from ormo_server.console.top import watch
 
     return watch(load_settings(TopSettings, argv, program="ormo-server top"))
 
 
 def _control(argv: Sequence[str]) -> int:
-    from ormo_server.console.config import ControlSettings
     from ormo_server.console.control import act
+    from ormo_server.console.settings import ControlSettings
 
     return act(load_settings(ControlSettings, argv, program="ormo-server control"))
 

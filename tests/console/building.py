@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.console.rates import History
-from ormo_server.console.view import View
+from ormo_server.console.figures import History
+from ormo_server.console.top import View
 
 
 def worker(name: str, **fields: Any) -> pb.WorkerStatus:

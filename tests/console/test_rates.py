@@ -3,7 +3,7 @@
 import pytest
 
 from console.building import history, status, worker
-from ormo_server.console.rates import rates_between
+from ormo_server.console.figures import rates_between
 
 
 def test_rates_are_what_was_counted_over_the_server_s_own_time() -> None:

@@ -12,7 +12,7 @@ import pytest
 from console.building import status, worker
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.cli import main
-from ormo_server.console.as_json import as_plain
+from ormo_server.console.status import as_plain
 from service.wire import SMALL, WireWorker, connected, payload, served
 
 
@@ -108,7 +108,7 @@ def test_a_server_that_does_not_answer_makes_it_exit_with_1(
 def test_a_phase_that_only_a_newer_server_knows_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ormo_server.console.asking.Asker.ask", lambda _: status(phase=99))
+    monkeypatch.setattr("ormo_server.console.client.Asker.ask", lambda _: status(phase=99))
     assert main(["status"]) == 0
     assert "progress  phase 99, iteration 0" in capsys.readouterr().out
 

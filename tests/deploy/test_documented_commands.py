@@ -10,7 +10,7 @@ from deploy.docker.tree import ROOT
 from deploy.kubernetes.rendering import overlay
 from docs.pages import DOCS, README
 from ormo_runtime.settings import read_settings
-from ormo_server.console.config import StatusSettings, TopSettings
+from ormo_server.console.settings import StatusSettings, TopSettings
 
 DEPLOY = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in (README, *sorted(DOCS.rglob("*.md")))) + DEPLOY

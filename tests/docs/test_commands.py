@@ -8,10 +8,10 @@ import pytest
 
 from docs.pages import PAGES, ROOT, all_text, blocks
 from ormo_runtime.settings import read_settings
-from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
+from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
 from ormo_server.settings import ServerSettings
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.reproduce.config import ReproduceSettings
+from ormo_server.sim.reproduce.settings import ReproduceSettings
+from ormo_server.sim.settings import SimSettings
 from ormo_worker.local.settings import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 

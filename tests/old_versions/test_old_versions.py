@@ -16,8 +16,8 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.service.server import Server
 from ormo_server.settings import TrainingSettings
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.run import Plan
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_server.store import StoreError
 from ormo_server.store.checkpoints import Checkpoint, read_files
 from service.wire import served

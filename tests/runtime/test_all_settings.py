@@ -4,11 +4,11 @@ import pytest
 
 from ormo_runtime.all_settings import ALL_SETTINGS
 from ormo_runtime.settings import Settings, misspelt_variables, read_settings
-from ormo_server.console.config import ControlSettings, StatusSettings, TopSettings
+from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
 from ormo_server.settings import ServerSettings
-from ormo_server.sim.config import SimSettings
 from ormo_server.sim.plots import PlotSettings
-from ormo_server.sim.reproduce.config import ReproduceSettings
+from ormo_server.sim.reproduce.settings import ReproduceSettings
+from ormo_server.sim.settings import SimSettings
 from ormo_worker.local.settings import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 

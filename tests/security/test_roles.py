@@ -14,7 +14,7 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime.channels import Dialer
-from ormo_server.security.roles import ALLOWED, SERVICE, Role
+from ormo_server.security.access import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import SMALL, Refused, WireWorker, connected, payload, refusals, served, state_of, tensor_chunks

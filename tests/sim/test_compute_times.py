@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import pytest
 
 from ormo_runtime.settings import UsageError
-from ormo_server.sim.compute_times import parse
+from ormo_server.sim.machines import parse
 
 
 def drawn(text: str, count: int = 4000, worker: int = 0, seed: int = 0) -> list[float]:

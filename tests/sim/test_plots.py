@@ -12,8 +12,8 @@ from PIL import Image
 from ormo_runtime.settings import UsageError
 from ormo_server.core.method import PRESETS
 from ormo_server.sim import cli
-from ormo_server.sim.finished import read_run
 from ormo_server.sim.plots import STYLES, average, draw, lines_of
+from ormo_server.sim.record import read_run
 from sim.written_runs import write_run
 
 SCORES = [(100, 2.0, 0.2), (200, 1.0, 0.6), (300, 0.5, 0.9)]

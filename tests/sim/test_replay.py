@@ -17,9 +17,9 @@ from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.cli import main
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.finished import read_run
-from ormo_server.sim.run import Plan, Result
+from ormo_server.sim.plan import Plan, Result
+from ormo_server.sim.record import read_run
+from ormo_server.sim.settings import SimSettings
 from ormo_server.sim.workload import Computed, Model
 from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import line_of

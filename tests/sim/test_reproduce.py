@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from ormo_server.sim import cli
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.finished import read_run
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.record import read_run
 from ormo_server.sim.reproduce.cells import is_done, run_cell
 from ormo_server.sim.reproduce.suite import load_suite
-from ormo_server.sim.run import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_server.store.files import DirectoryLock
 from sim.analytic import BROKEN_SEED
 from system.programs import ENVIRONMENT

@@ -6,7 +6,7 @@ import pytest
 
 from ormo_runtime.settings import UsageError, read_settings
 from ormo_server.core.method import PRESETS
-from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
+from ormo_server.sim.reproduce.settings import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged
 
 SUITE = """

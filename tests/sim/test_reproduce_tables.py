@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from ormo_runtime.settings import UsageError
-from ormo_server.sim.finished import read_run
-from ormo_server.sim.reproduce import readme
+from ormo_server.sim.record import read_run
+from ormo_server.sim.reproduce import report
 from ormo_server.sim.reproduce.comparison import Comparison, Spread
-from ormo_server.sim.reproduce.figures import draw_clusters
+from ormo_server.sim.reproduce.report import Origin, compact_report, draw_clusters, full_report, results_csv
 from ormo_server.sim.reproduce.suite import Cell, Suite
-from ormo_server.sim.reproduce.tables import Origin, compact_report, full_report, results_csv
 from sim.written_runs import Scored, write_run
 
 CLUSTER = "K4-homogeneous"
@@ -213,7 +212,7 @@ def test_the_table_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> 
     path.write_text(f"# Title\n{other}<!-- results: hand -->\nold\n\nolder\n<!-- end of results: hand -->\nend\n")
     path.chmod(0o640)
     for new in ("| a |", "| b |\n"):
-        readme.insert(path, "hand", new)
+        report.insert(path, "hand", new)
     wanted = f"# Title\n{other}<!-- results: hand -->\n| b |\n<!-- end of results: hand -->\nend\n"
     assert path.read_text() == wanted
     assert path.stat().st_mode & 0o777 == 0o640
@@ -228,9 +227,9 @@ def test_a_file_without_markers_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(UsageError, match=r"README\.md does not say where the results go: put the lines <!-- results: "):
-        readme.check(path, "hand")
+        report.check(path, "hand")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"README\.md can't be read"):
-        readme.check(tmp_path / "README.md", "hand")
+        report.check(tmp_path / "README.md", "hand")

@@ -7,7 +7,7 @@ import pytest
 
 from ormo_runtime.settings import SettingsProblemsError, read_settings
 from ormo_server.sim import cli
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim.settings import SimSettings
 
 
 def settings(*flags: str) -> SimSettings:

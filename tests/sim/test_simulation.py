@@ -13,8 +13,7 @@ from ormo_runtime.settings import UsageError
 from ormo_server.core.inputs import Join, Leave, Push
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.step_size import LearningRate
-from ormo_server.sim.compute_times import parse
-from ormo_server.sim.machines import Change, MachinePark
+from ormo_server.sim.machines import Change, MachinePark, parse
 from ormo_server.sim.record import Record
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training

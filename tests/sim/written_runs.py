@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ormo_server.sim.config import SimSettings
 from ormo_server.sim.record import Directory, Record, Row, summary
+from ormo_server.sim.settings import SimSettings
 
 BATCH = 4
 EPOCH_SAMPLES = 256

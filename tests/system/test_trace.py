@@ -5,8 +5,8 @@ import signal
 
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Push
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.run import Plan
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_server.store.checkpoints import read_files
 from ormo_server.trace import Recorded, Segment, read_trace
 from system.programs import Stage

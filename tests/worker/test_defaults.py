@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from ormo_server.sim import run
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim import plan
+from ormo_server.sim.settings import SimSettings
 from ormo_worker import RemoteOptimizer
 from ormo_worker.tasks import digits
 from ormo_worker.tasks.batches import batches, evaluation_batches
@@ -87,11 +87,11 @@ def test_a_worker_and_its_server_train_as_without_them(tmp_path: Path, in_flight
 
 
 def simulated(method: str) -> Tensor:
-    run._workload.cache_clear()
+    plan._workload.cache_clear()
     settings = SimSettings(
         method=method, task="worker.test_defaults:Named", workers=3, batch_size=8, stop_after_gradients=12
     )
-    return run.Plan(settings).run().training.machine.state.params
+    return plan.Plan(settings).run().training.machine.state.params
 
 
 @pytest.mark.parametrize("method", ["ormo", "asgdm", "shifted", "smega2", "dc-asgd", "ssgdm"])

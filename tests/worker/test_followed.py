@@ -14,8 +14,8 @@ from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core import snapshot
 from ormo_server.core.machine import StateMachine
 from ormo_server.service.server import Server
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.run import Plan
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_server.trace import Refused, read_trace
 from ormo_worker import training
 from ormo_worker.settings import RunSettings

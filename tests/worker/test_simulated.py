@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
 from ormo_runtime.workload import Computed, Model
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.run import Plan
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_server.sim.workload import (
     TASKS_OF_THE_WORKER,
     SimulatedWorker,

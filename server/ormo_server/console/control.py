@@ -3,8 +3,8 @@
 import sys
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.console.asking import NoAnswerError, asker
-from ormo_server.console.config import ControlSettings
+from ormo_server.console.client import NoAnswerError, asker
+from ormo_server.console.settings import ControlSettings
 from ormo_server.console.status import no_answer
 
 

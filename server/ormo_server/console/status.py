@@ -1,15 +1,55 @@
-"""`ormo-server status`: one look, for people and programs; also what a container's health check runs."""
+"""`ormo-server status`: once, as text, or as JSON that every reader takes."""
 
 import json
+import math
 import os
 import sys
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import through_proxy
-from ormo_server.console.as_json import as_plain
-from ormo_server.console.asking import NoAnswerError, asker
-from ormo_server.console.config import StatusSettings
-from ormo_server.console.words import duration, phase_word
+from ormo_server.console.client import NoAnswerError, asker
+from ormo_server.console.settings import StatusSettings
+from ormo_server.console.text import duration, phase_word
+
+
+def as_plain(message: Message) -> dict[str, Any]:
+    """All fields under their names in the contract, whether set or not.
+
+    Protobuf's own JSON has 64-bit integers and NaN as text, which `jq` can't count with, and leaves fields out. Here
+    numbers are numbers; what is not set, NaN or infinite is None; random 64-bit numbers are 16 hexadecimal digits.
+    """
+    return {
+        field.name: _field(field, getattr(message, field.name))
+        if not field.has_presence or message.HasField(field.name)
+        else None
+        for field in message.DESCRIPTOR.fields
+    }
+
+
+def _field(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        of_values = field.message_type.fields_by_name["value"]
+        return {str(key): _value(of_values, value[key]) for key in sorted(value)}
+    if field.is_repeated:
+        return [_value(field, item) for item in value]
+    return _value(field, value)
+
+
+def _value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return as_plain(value)
+    if field.enum_type is not None:  # a status has no other
+        return phase_word(value)
+    if field.type == FieldDescriptor.TYPE_FIXED64:
+        return f"{value:016x}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
 
 WIDE = 200  # columns of the table where nothing is cut: files and pipes
 
@@ -39,7 +79,7 @@ def no_answer(program: str, server: str, error: NoAnswerError) -> str:
 def _print(server: str, status: pb.GetStatusResponse) -> None:
     from rich.console import Console  # which JSON can do without
 
-    from ormo_server.console.facts import mean_throughput, of_the_method, of_the_moment, position, refusals
+    from ormo_server.console.figures import mean_throughput, of_the_method, of_the_moment, position, refusals
     from ormo_server.console.workers import rows, workers_table
 
     terminal = sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""The list of who may call, and what as: a TOML file that is read again when it changes.
+"""Who may call what: the table of roles, and the list of callers, a TOML file that is read again when it changes.
 
 [[allow]]
 role = "worker"
@@ -16,18 +16,105 @@ import hashlib
 import hmac
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import host_of, is_loopback
 from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles
-from ormo_server.core.errors import SettingsError, Unauthenticated
-from ormo_server.security.callers import Caller
-from ormo_server.security.roles import Role
+from ormo_server.core.errors import PermissionDenied, SettingsError, Unauthenticated
+
+
+class Role(StrEnum):
+    """What a caller is to a run."""
+
+    WORKER = "worker"
+    READER = "reader"
+    ADMIN = "admin"
+
+
+_WORKERS = frozenset({Role.WORKER})
+_ALL = frozenset(Role)
+_ADMINS = frozenset({Role.ADMIN})
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
+HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]  # type: ignore[assignment] # its class in C
+REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]  # type: ignore[assignment]
+
+# Where a message names a worker, that it is the caller's own is checked besides.
+ALLOWED: dict[str, frozenset[Role]] = {
+    f"/{SERVICE.full_name}/Join": _WORKERS,
+    f"/{SERVICE.full_name}/OfferModel": _WORKERS,
+    f"/{SERVICE.full_name}/DescribeModel": _ALL,
+    f"/{SERVICE.full_name}/PullParams": _ALL,
+    f"/{SERVICE.full_name}/PushGradient": _WORKERS,
+    f"/{SERVICE.full_name}/PushPull": _WORKERS,
+    f"/{SERVICE.full_name}/Heartbeat": _WORKERS,
+    f"/{SERVICE.full_name}/Leave": _WORKERS,
+    f"/{SERVICE.full_name}/ReportEvaluation": _ALL,
+    f"/{SERVICE.full_name}/GetStatus": _ALL,
+    f"/{SERVICE.full_name}/Control": _ADMINS,
+    f"/{HEALTH.full_name}/Check": _ALL,
+    f"/{HEALTH.full_name}/List": _ALL,
+    f"/{HEALTH.full_name}/Watch": _ALL,
+    f"/{REFLECTION.full_name}/ServerReflectionInfo": _ALL,  # served with `--reflection` only
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody who is known, as far as the server asks.
+
+    Attributes:
+        name: of the certificate or token; where nobody is asked for one, the host's address.
+        roles: what the caller is to the run.
+        workers: patterns of the worker ids that are the caller's own, `*` for any characters; None: the one that is
+            its name. A name is no pattern: certificates may have a `*` in theirs.
+        proof: digest of the token that was brought; empty without one.
+    """
+
+    name: str
+    roles: frozenset[Role]
+    workers: Sequence[str] | None = ("*",)
+    proof: bytes = field(default=b"", repr=False)
+
+    def check_may_call(self, method: str, allowed: frozenset[Role]) -> None:
+        """Nothing, if one of the roles is allowed.
+
+        Raises:
+            PermissionDenied: none is.
+        """
+        if not self.roles & allowed:
+            has, needed = " or ".join(sorted(self.roles)), " or ".join(sorted(allowed)) or "no role"
+            raise PermissionDenied(f"{self.name!r} has the role {has}, and {method} is for {needed}")
+
+    def owns(self, worker: str) -> bool:
+        """Whether this worker id is the caller's own."""
+        if self.workers is None:
+            return worker == self.name
+        return any(fnmatchcase(worker, pattern) for pattern in self.workers)
+
+    def check_owns(self, worker: str) -> None:
+        """Nothing, if this worker id is the caller's own.
+
+        Raises:
+            PermissionDenied: it is somebody else's.
+        """
+        if Role.WORKER not in self.roles:
+            raise PermissionDenied(f"{self.name!r} has not the role worker, and asked as worker {worker!r}")
+        if not self.owns(worker):
+            own = ", ".join(map(repr, self.workers or (self.name,)))
+            raise PermissionDenied(f"worker id {worker!r} is not one of {self.name!r}, who may use {own}")
+
 
 SHORTEST_TOKEN = 32
 _Pattern = Annotated[str, Field(min_length=1, max_length=256)]

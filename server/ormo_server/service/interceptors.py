@@ -15,9 +15,7 @@ from google.protobuf.message import Message
 from ormo_protos.limits import SMALL_MESSAGE_BYTES
 from ormo_server.core.errors import BadRequest, OrmoError
 from ormo_server.metrics.families import Calls, Method
-from ormo_server.security.access import Access
-from ormo_server.security.callers import Caller
-from ormo_server.security.roles import ALLOWED
+from ormo_server.security.access import ALLOWED, Access, Caller
 from ormo_server.service.refusals import Refuser, refuse
 from ormo_server.service.streams import OpenCalls
 

@@ -19,8 +19,7 @@ from ormo_protos.tensors import MAX_MESSAGE_BYTES
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics, http
-from ormo_server.security.access import Access, ListedAccess, OpenAccess
-from ormo_server.security.roles import HEALTH, REFLECTION, SERVICE
+from ormo_server.security.access import HEALTH, REFLECTION, SERVICE, Access, ListedAccess, OpenAccess
 from ormo_server.security.tls import server_credentials
 from ormo_server.service.admin import Controls, phase_of
 from ormo_server.service.health import Health

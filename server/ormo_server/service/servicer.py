@@ -17,8 +17,7 @@ from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, NotAMember, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
-from ormo_server.security.access import Access
-from ormo_server.security.callers import Caller
+from ormo_server.security.access import Access, Caller
 from ormo_server.service import messages
 from ormo_server.service.admin import Controls, run_settings, status_of
 from ormo_server.service.delivery import Delivery

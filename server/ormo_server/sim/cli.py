@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ormo_runtime import logs
 from ormo_runtime.process import prepare_process
 from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, UsageError, load_settings
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim.plan import Plan, Result
 from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row
 from ormo_server.sim.reproduce.command import reproduce
-from ormo_server.sim.run import Plan, Result
+from ormo_server.sim.settings import SimSettings
 
 _INTERRUPTED_EXIT_CODE = 130
 # An update of the bar takes as long as a push of a small model.

@@ -19,8 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from ormo_runtime.settings import Settings, UsageError, load_settings
-from ormo_server.sim.finished import FinishedRun, read_run
-from ormo_server.sim.record import Row
+from ormo_server.sim.record import FinishedRun, Row, read_run
 
 Numbers = npt.NDArray[np.float64]
 

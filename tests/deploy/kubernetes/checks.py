@@ -8,8 +8,7 @@ from deploy.kubernetes.settings import command, environment, program_settings, s
 from ormo_runtime.settings import SettingsProblemsError
 from ormo_server.core.method import memory_need
 from ormo_server.metrics.http import ALIVE, READY
-from ormo_server.security.access import by_name, parsed_list
-from ormo_server.security.roles import Role
+from ormo_server.security.access import Role, by_name, parsed_list
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_server.settings import ServerSettings
 from ormo_worker.cli import FAILED_EXIT_CODE, REPLACED_EXIT_CODE

@@ -15,9 +15,9 @@ from typing import Self
 
 import torch
 
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim.plan import Plan
 from ormo_server.sim.record import SETTINGS_BEFORE, SUMMARY, Directory
-from ormo_server.sim.run import Plan
+from ormo_server.sim.settings import SimSettings
 
 Jobs = Mapping[Path, SimSettings]
 

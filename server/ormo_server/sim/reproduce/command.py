@@ -14,15 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ormo_runtime.logs import printable
 from ormo_runtime.settings import UsageError, load_settings
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.finished import FinishedRun, read_run
-from ormo_server.sim.reproduce import readme
+from ormo_server.sim.record import FinishedRun, read_run
+from ormo_server.sim.reproduce import report
 from ormo_server.sim.reproduce.cells import Jobs, Processes, interrupted_by_sigterm, is_done
 from ormo_server.sim.reproduce.comparison import Comparison
-from ormo_server.sim.reproduce.config import ReproduceSettings, chosen
-from ormo_server.sim.reproduce.figures import draw_clusters
+from ormo_server.sim.reproduce.report import Origin, compact_report, draw_clusters, full_report, results_csv
+from ormo_server.sim.reproduce.settings import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.suite import Cell, Suite
-from ormo_server.sim.reproduce.tables import Origin, compact_report, full_report, results_csv
+from ormo_server.sim.settings import SimSettings
 from ormo_server.store.files import DirectoryLock, StoreError
 
 CELLS, RESULTS, TABLE, FIGURES, FAILURES = "cells", "results.csv", "table.md", "figures", "failures.txt"
@@ -45,7 +44,7 @@ def reproduce(argv: Sequence[str]) -> int:
     settings = load_settings(ReproduceSettings, argv, program=_PROGRAM)
     suite = chosen(settings)
     if settings.into is not None:
-        readme.check(settings.into, suite.name)
+        report.check(settings.into, suite.name)
     directory = settings.directory or Path("runs", f"reproduce-{suite.name}")
     processes = settings.processes or os.cpu_count() or 1
     with _held(directory), interrupted_by_sigterm():
@@ -139,7 +138,7 @@ class Reproduction:
         _write(directory / TABLE, full_report(comparison, origin))
         draw_clusters(comparison, directory / FIGURES)
         if into is not None:
-            readme.insert(into, self._suite.name, compact_report(comparison, origin))
+            report.insert(into, self._suite.name, compact_report(comparison, origin))
         self._report_failures()
         for entry in comparison.entries():
             if entry.at_edge:

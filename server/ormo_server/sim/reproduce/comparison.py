@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ormo_server.sim.finished import FinishedRun
+from ormo_server.sim.record import FinishedRun
 from ormo_server.sim.reproduce.suite import Cell, Cluster, Suite
 
 Runs = Mapping[Cell, FinishedRun]

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ormo_runtime.settings import UsageError
 from ormo_server.core.method import PRESETS
-from ormo_server.sim.config import SimSettings
+from ormo_server.sim.settings import SimSettings
 
 # The comparison decides these for each cell.
 _DECIDED = ("method", "workers", "learning_rate", "seed", "directory", "plots", "trace")

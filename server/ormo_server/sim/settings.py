@@ -7,8 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.settings import TrainingSettings
-from ormo_server.sim.compute_times import FORMS, parse
-from ormo_server.sim.machines import Change, changes
+from ormo_server.sim.machines import FORMS, Change, changes, parse
 from ormo_server.sim.workload import TASKS_OF_THE_WORKER
 
 # What a trace decides, where one is followed.

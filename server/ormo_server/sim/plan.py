@@ -13,11 +13,10 @@ from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim import record
-from ormo_server.sim.compute_times import parse
-from ormo_server.sim.config import SimSettings
-from ormo_server.sim.machines import MachinePark
+from ormo_server.sim.follow import Replay
+from ormo_server.sim.machines import MachinePark, parse
 from ormo_server.sim.record import Record, Row
-from ormo_server.sim.replay import Replay
+from ormo_server.sim.settings import SimSettings
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
 from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload

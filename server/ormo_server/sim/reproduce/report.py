@@ -1,4 +1,4 @@
-"""The results of a comparison as Markdown, and every cell as CSV."""
+"""The results of a comparison: as Markdown between two markers of a text file, as pictures, and every cell as CSV."""
 
 import csv
 import io
@@ -6,10 +6,37 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
-from ormo_server.sim.finished import FinishedRun
+from ormo_runtime.settings import UsageError
+from ormo_server.sim.plots import STYLES, Line, draw_curves, draw_delays
+from ormo_server.sim.record import FinishedRun
 from ormo_server.sim.reproduce.comparison import Comparison, Entry, Group, Spread
 from ormo_server.sim.reproduce.suite import Cell, Cluster, Suite
+
+
+def draw_clusters(comparison: Comparison, into: Path) -> list[Path]:
+    """Draw every cluster; returns the pictures' paths."""
+    suite, entries = comparison.suite, comparison.entries()
+    pictures = []
+    for cluster in suite.clusters:
+        lines = _lines([entry for entry in entries if entry.cluster is cluster])
+        drawn = [line for line in lines if line.method in (suite.drawn_methods or suite.methods)]
+        title = f"{suite.title}: {cluster.workers} workers, {cluster.setting}"
+        if drawn:
+            pictures.append(draw_curves(drawn, into / f"curves-{cluster.name}.png", title))
+        if lines:
+            pictures.append(draw_delays(lines, into / f"delays-{cluster.name}.png", title))
+    return pictures
+
+
+def _lines(entries: Sequence[Entry]) -> list[Line]:
+    return [
+        Line(f"{entry.method}, η {entry.rate:g}", STYLES[entry.method], entry.best.runs)
+        for entry in entries
+        if entry.best.runs
+    ]
+
 
 _NOTHING = "–"
 _EDGE = "†"
@@ -259,3 +286,38 @@ def _markdown(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     heads = list(heads)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def insert(path: Path, name: str, table: str) -> None:
+    """Put a table between the markers of that name, instead of what is there.
+
+    Raises:
+        UsageError: the file or the markers are missing.
+    """
+    before, after = _around(path, name)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(f"{before}\n{table.strip()}\n{after}", encoding="utf-8")
+    aside.chmod(path.stat().st_mode)
+    aside.replace(path)
+
+
+def check(path: Path, name: str) -> None:
+    """See before hours of work that the markers are there.
+
+    Raises:
+        UsageError: the file or the markers are missing.
+    """
+    _around(path, name)
+
+
+def _around(path: Path, name: str) -> tuple[str, str]:
+    start, end = f"<!-- results: {name} -->", f"<!-- end of results: {name} -->"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    before, found_start, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise UsageError(f"{path} does not say where the results go: put the lines {start} and {end} into it")
+    return before + start, end + after
