@@ -2,19 +2,27 @@
 
 import math
 import re
+from collections.abc import Iterator
+from typing import NoReturn, TypeVar
 
-from ormo_protos.limits import MAX_SAMPLES
+from ormo_protos.framing import NOTHING, Frame, Headed
+from ormo_protos.limits import MAX_SAMPLES, Malformed
 from ormo_protos.manifest import Manifest
-from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_protos.tensors import Chunk, Payload, PayloadLayout
+from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
-from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError
+from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult
 from ormo_server.metrics.view import Evaluation
 from ormo_server.service.delivery import Delivery
+from ormo_server.service.refusals import not_understood
 from ormo_server.service.transfers import ReceivedGradient
+
+M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
+R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -143,3 +151,85 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
         message.payload_bytes = whole.total_bytes
         # Older workers and readers compare the first one with what they compute, who know nothing of merges.
         message.manifest_digest, message.model_digest = manifest.without_merges.digest, manifest.model_digest
+
+
+# Frames
+
+
+def frames_of(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
+    """A delivery as it travels: its head, with the first chunk in it if the peer takes that, and the other chunks."""
+    chunks = delivery.chunks()
+    first = next(chunks, None) if with_data else None
+    yield Headed(head) if first is None else Headed(head, first.data)
+    yield from chunks
+
+
+def require_head(frame: Frame[M], wanted: str) -> Headed[M]:
+    """The frame, which must be a message with this part.
+
+    Raises:
+        BadRequest, BadManifest: it is another, or bytes that are no message.
+    """
+    if isinstance(frame, Malformed):
+        raise not_understood(frame)
+    got = "chunk" if isinstance(frame, Chunk) else frame.message.WhichOneof("part")
+    if isinstance(frame, Chunk) or got != wanted:
+        raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
+    return frame
+
+
+def check_exchange(exchange: pb.Exchange, data: memoryview) -> None:
+    """Refuse an exchange that asks for nothing, or brings bytes of nothing.
+
+    Raises:
+        BadRequest: it does.
+    """
+    if exchange.HasField("gradient"):
+        return
+    if data:
+        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+    if not exchange.HasField("next"):
+        # There would be no answer, and whoever waits for one would wait for ever.
+        raise BadRequest(
+            "an exchange with neither a gradient nor a wish for the next ticket came: expected one or both"
+        )
+
+
+def first_of(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
+    """The first frame, as `require_head`."""
+    frame = next(frames, None)
+    if frame is None:
+        raise BadRequest(f"the stream ended before its first message, which holds {wanted!r}")
+    return require_head(frame, wanted)
+
+
+def chunks_of(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Iterator[Chunk]:
+    """The chunks that come, after what came within the head; anything else is refused."""
+    if first:
+        yield Chunk(0, first)
+    for frame in frames:
+        yield frame if isinstance(frame, Chunk) else _refuse_head(frame)
+
+
+def _refuse_head(frame: Headed[M] | Malformed) -> NoReturn:
+    if isinstance(frame, Malformed):
+        raise not_understood(frame)
+    got = frame.message.WhichOneof("part")
+    raise BadRequest(f"a message with {got or 'nothing'!r} came where 'chunk' was expected")
+
+
+def check_version(version: int) -> None:
+    """Refuse a worker of another version of the protocol.
+
+    Raises:
+        ProtocolVersion: it is.
+    """
+    if not version:
+        raise ProtocolVersion(
+            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, which is this server's"
+        )
+    if version != PROTOCOL_VERSION:
+        raise ProtocolVersion(
+            f"the worker speaks version {version} of the protocol, this server version {PROTOCOL_VERSION}: install the "
+            "same version of this package on both"
+        )

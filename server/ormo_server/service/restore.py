@@ -2,20 +2,28 @@
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
+from torch.backends.cpu import get_cpu_capability as cpu_capability
+
 from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Payload
 from ormo_server.core import snapshot
 from ormo_server.core.inputs import Push, SetLearningRate
 from ormo_server.core.machine import StateMachine
+from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, Record, UnsoundRecord, is_chained, is_journal, replay, told_since
+from ormo_server.settings import ServerSettings
 from ormo_server.store import Checkpoint, buffers_of, unsound
+from ormo_server.store.checkpoints import CheckpointStore
+from ormo_server.store.files import StoreError, copy_of_directory, sync
 from ormo_server.trace.rows import TracedSettings
 
 log = logging.getLogger(__name__)
@@ -141,3 +149,78 @@ def _named(record: Record) -> str:
     if isinstance(given, SetLearningRate):
         return f"the learning rate {given.learning_rate:g}"
     return repr(record)
+
+
+# Before and after
+
+
+def settings_of_run(settings: ServerSettings, checkpoint: Checkpoint) -> ServerSettings:
+    """With the delay threshold that the run began with, which older versions did not write, unless one is set."""
+    begun = checkpoint.settings
+    if settings.delay_threshold is not None or begun.get("method") != settings.method:
+        return settings
+    kept = begun.get("delay_threshold", TracedSettings.model_fields["delay_threshold"].default)
+    return settings.model_copy(update={"delay_threshold": kept})
+
+
+def refuse_overflowing(run: Run, checkpoint: Checkpoint) -> None:
+    """Turn down a checkpoint that any gradient may make infinite: an older one may be sound.
+
+    Raises:
+        StoreError: it is not sound.
+    """
+    # Of another update rule it can't be told, and `restore` refuses that.
+    taken = checkpoint.snapshot
+    if taken.fields["rule"] != run.method.rule:
+        return
+    if not is_sound(snapshot.resume(run, taken, buffers_of(checkpoint.manifest)), checkpoint.manifest):
+        raise StoreError(
+            f"the checkpoint of iteration {taken.fields['iteration']} has values so large that any gradient may "
+            "make them infinite"
+        )
+
+
+def warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:
+    """Say so if a checkpoint is of another PyTorch, or of a processor of another kind."""
+    written, here = (checkpoint.torch_version, checkpoint.cpu_capability), (torch.__version__, cpu_capability())
+    if written != here:
+        log.warning(
+            "the checkpoint was written by torch %s on %s, this is torch %s on %s: results may differ in the last bits",
+            *written,
+            *here,
+        )
+
+
+def keep_aside(journal: Path, epoch: int) -> Path:
+    """Copy all that a damaged journal has into a directory beside it, for people; it is on the disk when this returns.
+
+    Raises:
+        StoreError: it can't be made.
+    """
+    aside = journal.with_name(f"journal-damaged-{epoch:016x}")
+    try:
+        if journal.is_dir():
+            copy_of_directory(journal, aside)
+        else:
+            aside.mkdir()
+        sync(journal.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StoreError(
+            f"the damaged journal can't be kept in {aside} ({error}): make room there or mend the disk; nothing "
+            "was changed"
+        ) from error
+    return aside
+
+
+def tell_kept(store: CheckpointStore, aside: Path, level: int) -> None:
+    """Put checkpoints that can't be used beside a damaged journal, and say where both are."""
+    try:
+        # A checkpoint that the journal may follow would go with its elders.
+        store.move_corrupt(aside)
+    except OSError as error:
+        log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
+    if any(aside.iterdir()):
+        log.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
+    else:
+        aside.rmdir()

@@ -5,21 +5,20 @@ import secrets
 import shutil
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_runtime.logs import Fields
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core import snapshot
-from ormo_server.core.errors import BadManifest, DiskFull, MemoryLimit, ModelExists, NonFinite, NotReady, NotWanted
+from ormo_server.core.errors import BadManifest, DiskFull, ModelExists, NonFinite, NotReady
 from ormo_server.core.machine import StateMachine
-from ormo_server.core.method import memory_need
-from ormo_server.core.rules import LARGEST, UPDATE_RULES
+from ormo_server.core.rules import LARGEST
 from ormo_server.core.vectors import largest
 from ormo_server.journal import Journal, is_journal, next_log, told_since
 from ormo_server.metrics import Metrics
@@ -27,7 +26,16 @@ from ormo_server.service.admission import Bounds
 from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.lock import RunClock
-from ormo_server.service.restore import Recovered, is_sound, recovered
+from ormo_server.service.offers import ModelOffers, check_memory
+from ormo_server.service.restore import (
+    Recovered,
+    keep_aside,
+    recovered,
+    refuse_overflowing,
+    settings_of_run,
+    tell_kept,
+    warn_if_bits_may_differ,
+)
 from ormo_server.settings import ServerSettings
 from ormo_server.store import (
     Checkpoint,
@@ -41,8 +49,7 @@ from ormo_server.store import (
     size_bytes,
     unsound_tensors,
 )
-from ormo_server.store.files import copy_of_directory, listed, sync
-from ormo_server.trace.rows import TracedSettings
+from ormo_server.store.files import listed
 from ormo_server.trace.writer import TraceWriter
 
 log = logging.getLogger(__name__)
@@ -178,7 +185,7 @@ class RunHost:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
-        checkpoint = self._store.newest(self._refuse_overflowing)
+        checkpoint = self._store.newest(partial(refuse_overflowing, self._run))
         if checkpoint is not None:
             self._restore(checkpoint)
             return
@@ -192,22 +199,14 @@ class RunHost:
         if self.settings.model is not None:
             self._load(ModelFile.load(self.settings.model))
 
-    def _refuse_overflowing(self, checkpoint: Checkpoint) -> None:
-        # Of another update rule it can't be told, and `restore` refuses that.
-        taken = checkpoint.snapshot
-        if taken.fields["rule"] != self._run.method.rule:
-            return
-        if not is_sound(snapshot.resume(self._run, taken, buffers_of(checkpoint.manifest)), checkpoint.manifest):
-            raise StoreError(
-                f"the checkpoint of iteration {taken.fields['iteration']} has values so large that any gradient may "
-                "make them infinite"
-            )
-
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self._keep_delay_threshold(checkpoint)
+        settings = settings_of_run(self.settings, checkpoint)
+        if settings is not self.settings:
+            self.settings, self._run = settings, settings.run()
+            self.metrics.process.settings(settings.described())
         self._last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
-        _warn_if_bits_may_differ(checkpoint)
+        warn_if_bits_may_differ(checkpoint)
         found = recovered(
             checkpoint, self._journal_directory, self._store.read_again, newer_lost=self._store.newer_lost
         )
@@ -218,7 +217,7 @@ class RunHost:
         self.clock = RunClock(found.clock_seconds)
         machine = self._restored(found, checkpoint.manifest, keep_tickets=found.complete)
         # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
-        kept = self._kept_aside() if found.damage or found.doubled else None
+        kept = keep_aside(self._journal_directory, self._epoch) if found.damage or found.doubled else None
         try:
             self._write_first(machine, checkpoint.manifest, checkpoint.frozen)
         except StoreError as error:
@@ -236,17 +235,8 @@ class RunHost:
         else:
             self._forget_older_journal()
             if kept is not None:
-                self._tell_kept(kept, logging.ERROR if found.damage else logging.WARNING)
+                tell_kept(self._store, kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, checkpoint.frozen, fresh=False)
-
-    def _keep_delay_threshold(self, checkpoint: Checkpoint) -> None:
-        """A run goes on with the one that it began with, which older versions did not write, unless another is set."""
-        begun, settings = checkpoint.settings, self.settings
-        if settings.delay_threshold is None and begun.get("method") == settings.method:
-            kept = begun.get("delay_threshold", TracedSettings.model_fields["delay_threshold"].default)
-            self.settings = settings.model_copy(update={"delay_threshold": kept})
-            self._run = self.settings.run()
-            self.metrics.process.settings(self.settings.described())
 
     def _restored(self, found: Recovered, manifest: Manifest, *, keep_tickets: bool) -> StateMachine:
         buffers = buffers_of(manifest)
@@ -310,38 +300,6 @@ class RunHost:
         except (OSError, StoreError) as error:
             log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
 
-    def _kept_aside(self) -> Path:
-        """A directory with all that a damaged journal has, for people; on the disk when this returns.
-
-        Raises:
-            StoreError: it can't be made.
-        """
-        aside = self.settings.directory / f"journal-damaged-{self._epoch:016x}"
-        try:
-            if self._journal_directory.is_dir():
-                copy_of_directory(self._journal_directory, aside)
-            else:
-                aside.mkdir()
-            sync(self.settings.directory)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise StoreError(
-                f"the damaged journal can't be kept in {aside} ({error}): make room there or mend the disk; nothing "
-                "was changed"
-            ) from error
-        return aside
-
-    def _tell_kept(self, aside: Path, level: int) -> None:
-        try:
-            # A checkpoint that the journal may follow would go with its elders.
-            self._store.move_corrupt(aside)
-        except OSError as error:
-            log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
-        if any(aside.iterdir()):
-            log.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
-        else:
-            aside.rmdir()
-
     def relieve_journal(self) -> bool:
         """Write a checkpoint if the journal has grown to its bound.
 
@@ -387,21 +345,6 @@ class RunHost:
         """
         self._check_memory(manifest)
         return PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True)
-
-    @staticmethod
-    def room_for(layout: PayloadLayout) -> Payload:
-        """Memory for an offered model.
-
-        Raises:
-            MemoryLimit: this machine has not so much.
-        """
-        try:
-            return Payload(layout)
-        except RuntimeError as error:  # that is what PyTorch raises for it
-            raise MemoryLimit(
-                f"a model of {layout.total_bytes:,} bytes was offered, and this machine has no memory for it: offer a "
-                "smaller one, or serve it elsewhere"
-            ) from error
 
     def accept_model(self, worker: str, incarnation: int, manifest: Manifest, payload: Payload) -> tuple[int, int]:
         """Start the run from an offered model that has come whole; it is in a checkpoint when this returns.
@@ -465,6 +408,12 @@ class RunHost:
         )
         self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
 
+    def _check_memory(self, manifest: Manifest) -> None:
+        need = check_memory(self.settings, self._run, manifest)
+        self.metrics.process.needs(need)
+        # It has two files with the frozen tensors.
+        self.checkpoint_bytes = need.checkpoint_bytes + 2 * 4 * manifest.sizes["frozen"]
+
     def _serve(self, machine: StateMachine, manifest: Manifest, frozen: torch.Tensor, *, fresh: bool) -> None:
         if self._trace is not None:
             self._trace.begin(machine, self.settings, fresh=fresh)
@@ -491,46 +440,6 @@ class RunHost:
     def journaled(self) -> bool:
         """Whether inputs are kept as they come."""
         return self._journal is not None
-
-    def _check_memory(self, manifest: Manifest) -> None:
-        self._check_in_flight(manifest)
-        elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
-        slots = self.settings.max_workers * self.settings.slots_per_worker
-        buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
-        need = memory_need(self._run, elements, slots, buffer_bytes)
-        # Once: they are sent, and written to the disk, from where they are.
-        need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
-        self.metrics.process.needs(need)
-        self.checkpoint_bytes = need.checkpoint_bytes + 2 * frozen * _FLOAT_BYTES  # it has two files with them
-        rule = self._run.method.rule
-        numbers = f"{elements:,} parameters" + (f" and {frozen:,} that are frozen" if frozen else "")
-        log.info(
-            "a model of %s: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB "
-            "for a checkpoint",
-            numbers,
-            need.state_bytes / 1e6,
-            f" ({rule} keeps a vector for each of up to {slots} slots)" if UPDATE_RULES[rule].vectors_per_slot else "",
-            need.exchange_bytes / 1e6,
-            need.checkpoint_bytes / 1e6,
-        )
-        limit = self.settings.memory_limit
-        if limit is not None and need.total_bytes > limit:
-            raise MemoryLimit(
-                f"a model of {numbers} needs up to {need.total_bytes:,} bytes with "
-                f"{self.settings.max_workers} workers of {self.settings.slots_per_worker} slots, and memory_limit is "
-                f"{int(limit):,}: raise it, or lower max_workers or slots_per_worker"
-            )
-
-    def _check_in_flight(self, manifest: Manifest) -> None:
-        limit = self.settings.max_bytes_in_flight
-        exchange = 2 * PayloadLayout.of(manifest, FLOAT32, with_buffers=True).total_bytes
-        offer = PayloadLayout.of(manifest, FLOAT32, with_buffers=True, with_frozen=True).total_bytes
-        if limit is not None and max(exchange, offer) > limit:
-            what, size = ("one exchange", exchange) if exchange >= offer else ("an offer", offer)
-            raise MemoryLimit(
-                f"{what} of this model may have {size:,} bytes under way, and max_bytes_in_flight is "
-                f"{int(limit):,}: raise it"
-            )
 
     # Checkpoints
 
@@ -593,58 +502,3 @@ class RunHost:
         self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
         self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
         return seconds
-
-
-def _warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:
-    written, here = (checkpoint.torch_version, checkpoint.cpu_capability), (torch.__version__, cpu_capability())
-    if written != here:
-        log.warning(
-            "the checkpoint was written by torch %s on %s, this is torch %s on %s: results may differ in the last bits",
-            *written,
-            *here,
-        )
-
-
-# How long the others wait before they ask again.
-WAIT_SECONDS = 0.5
-
-
-class ModelOffers:
-    """Remembers who is asked for the model, on a lease that its bytes renew. Time is an argument.
-
-    Args:
-        lease_seconds: how long the asked worker may be silent.
-    """
-
-    def __init__(self, lease_seconds: float) -> None:
-        self.lease_seconds = lease_seconds
-        self._asked: tuple[str, int] | None = None
-        self._until = 0.0
-        self._lock = threading.Lock()
-
-    def ask(self, worker: str, incarnation: int, now: float) -> bool:
-        """Whether this worker is the one to send its model. Asking again renews nothing: its bytes must come."""
-        with self._lock:
-            if now >= self._until:
-                self._asked, self._until = (worker, incarnation), now + self.lease_seconds
-            return self._asked == (worker, incarnation)
-
-    def renew(self, worker: str, incarnation: int, now: float) -> None:
-        """Bytes came.
-
-        Raises:
-            NotWanted: this worker was not asked, or was silent for so long that another one was.
-        """
-        with self._lock:
-            if self._asked != (worker, incarnation):
-                raise NotWanted(
-                    f"worker {worker!r} is not the one that was asked for the model, or was silent for more than "
-                    f"{self.lease_seconds:g} s: join again"
-                )
-            self._until = now + self.lease_seconds
-
-    def give_up(self, worker: str, incarnation: int) -> None:
-        """The worker's offer failed: whoever asks next is asked, unless another one is asked already."""
-        with self._lock:
-            if self._asked == (worker, incarnation):
-                self._until = 0.0

@@ -4,16 +4,14 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import grpc
 
-from ormo_protos.framing import NOTHING, Frame, Headed
-from ormo_protos.limits import Malformed
+from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import Manifest
 from ormo_protos.refusals import Reason
 from ormo_protos.tensors import MAX_CHUNK_BYTES, Chunk, PayloadReceiver
-from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, NotAMember, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
@@ -23,12 +21,12 @@ from ormo_server.service.admin import Controls, run_settings, status_of
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.figures import Outcome
-from ormo_server.service.refusals import answers, log_refusal, named, not_understood, streams_answers
-from ormo_server.service.run import WAIT_SECONDS, RunHost
+from ormo_server.service.offers import WAIT_SECONDS, room_for
+from ormo_server.service.refusals import answers, log_refusal, named, streams_answers
+from ormo_server.service.run import RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry
 from ormo_server.service.transfers import BufferPool, BytesInFlight, FiniteNorm, Loans, ReceivedGradient
 
-M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
 
 # What a manifest may hold that is offered here; see ModelWanted.
@@ -64,7 +62,7 @@ class Servicer:
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         caller = self._access.caller(context)
         worker = _own(caller, request.worker)
-        _check_version(request.protocol_version)
+        messages.check_version(request.protocol_version)
         self._streams.refuse_if_draining()
         if not self._host.has_model:
             return self._ask_for_model(worker, request.incarnation)
@@ -171,7 +169,7 @@ class Servicer:
     ) -> pb.OfferModelResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
             self._host.refuse_second_model()  # before a manifest is waited for, and counted
-            offer = _first(request_iterator, "offer").message.offer
+            offer = messages.first_of(request_iterator, "offer").message.offer
             worker = _own(stream.caller, offer.worker)
             try:
                 with stream.exchange():
@@ -189,8 +187,8 @@ class Servicer:
         manifest.check_names()
         layout = self._host.begin_offer(manifest)
         with self._in_flight.during(stream.caller.name, layout.total_bytes):
-            payload = self._host.room_for(layout)
-            for _ in self._received(stream, PayloadReceiver(payload), _chunks(frames), "OfferModel"):
+            payload = room_for(layout)
+            for _ in self._received(stream, PayloadReceiver(payload), messages.chunks_of(frames), "OfferModel"):
                 self._host.offers.renew(worker, incarnation, self._host.clock())
             stream.has_all()
             epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
@@ -201,7 +199,7 @@ class Servicer:
     ) -> Iterator[pb.Manifest]:
         yield offer.manifest
         for frame in frames:
-            part = _headed(frame, "more").message.more
+            part = messages.require_head(frame, "more").message.more
             self._host.offers.renew(offer.worker, offer.incarnation, self._host.clock())
             stream.moved()
             yield part
@@ -224,15 +222,15 @@ class Servicer:
         with self._streams.open(context, self._access.caller(context)) as stream:
             for frame in request_iterator:
                 with stream.exchange():
-                    message, data = _headed(frame, "exchange")
-                    _check_exchange(message.exchange, data)
+                    message, data = messages.require_head(frame, "exchange")
+                    messages.check_exchange(message.exchange, data)
                     yield from self._exchange(stream, message.exchange, data, request_iterator)
                 self._streams.refuse_if_draining()
 
     def _exchange(
         self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
     ) -> Answers:
-        chunks, pushes, wants = _chunks(more, data), exchange.HasField("gradient"), exchange.HasField("next")
+        chunks, pushes, wants = messages.chunks_of(more, data), exchange.HasField("gradient"), exchange.HasField("next")
         with self._buffers.loans(stream.caller.name) as borrowed:
             try:
                 whole = len(data) >= exchange.gradient.payload_bytes
@@ -292,8 +290,8 @@ class Servicer:
         self, request_iterator: Iterator[Frame[pb.PushGradientRequest]], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
-            push = _first(request_iterator, "push").message.push
-            chunks = _chunks(request_iterator)
+            push = messages.first_of(request_iterator, "push").message.push
+            chunks = messages.chunks_of(request_iterator)
             with stream.exchange(), self._buffers.loans(stream.caller.name) as borrowed:
                 try:
                     engine, requester = self._introduced(stream, push.requester)
@@ -443,7 +441,7 @@ class Servicer:
     ) -> Iterator[Frame[R]]:
         """The messages of a delivery."""
         started, counter = time.perf_counter(), self._metrics.traffic.sent_bytes[method]
-        for frame in _frames(head, delivery, with_data=with_data):
+        for frame in messages.frames_of(head, delivery, with_data=with_data):
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
             counter.inc(len(frame.data))
             yield frame
@@ -457,55 +455,6 @@ class Servicer:
 def _whole(delivery: Delivery, engine: Engine, asked: pb.DeliveryRequest) -> Delivery:
     """With the frozen tensors, if they were asked for: they never change, so nothing is to be copied under the lock."""
     return replace(delivery, frozen=engine.frozen) if asked.with_frozen else delivery
-
-
-def _frames(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
-    chunks = delivery.chunks()
-    first = next(chunks, None) if with_data else None
-    yield Headed(head) if first is None else Headed(head, first.data)
-    yield from chunks
-
-
-def _headed(frame: Frame[M], wanted: str) -> Headed[M]:
-    if isinstance(frame, Malformed):
-        raise not_understood(frame)
-    got = "chunk" if isinstance(frame, Chunk) else frame.message.WhichOneof("part")
-    if isinstance(frame, Chunk) or got != wanted:
-        raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
-    return frame
-
-
-def _check_exchange(exchange: pb.Exchange, data: memoryview) -> None:
-    if exchange.HasField("gradient"):
-        return
-    if data:
-        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
-    if not exchange.HasField("next"):
-        # There would be no answer, and whoever waits for one would wait for ever.
-        raise BadRequest(
-            "an exchange with neither a gradient nor a wish for the next ticket came: expected one or both"
-        )
-
-
-def _first(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
-    frame = next(frames, None)
-    if frame is None:
-        raise BadRequest(f"the stream ended before its first message, which holds {wanted!r}")
-    return _headed(frame, wanted)
-
-
-def _chunks(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Chunks:
-    if first:
-        yield Chunk(0, first)
-    for frame in frames:
-        yield frame if isinstance(frame, Chunk) else _no_chunk(frame)
-
-
-def _no_chunk(frame: Headed[M] | Malformed) -> NoReturn:
-    if isinstance(frame, Malformed):
-        raise not_understood(frame)
-    got = frame.message.WhichOneof("part")
-    raise BadRequest(f"a message with {got or 'nothing'!r} came where 'chunk' was expected")
 
 
 def _finished(engine: Engine) -> Headed[pb.PushPullResponse]:
@@ -522,15 +471,3 @@ def _own(caller: Caller, text: str) -> str:
     worker = messages.worker_id(text)
     caller.check_owns(worker)
     return worker
-
-
-def _check_version(version: int) -> None:
-    if not version:
-        raise ProtocolVersion(
-            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, which is this server's"
-        )
-    if version != PROTOCOL_VERSION:
-        raise ProtocolVersion(
-            f"the worker speaks version {version} of the protocol, this server version {PROTOCOL_VERSION}: install the "
-            "same version of this package on both"
-        )
