@@ -51,6 +51,20 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert broken_links(page, page.read_text(encoding="utf-8")) == []
 
 
+def paths_in(text: str) -> list[str]:
+    """Files of this repository that a text names."""
+    return re.findall(r"`((?:protos|server|worker|tests|deploy|docs)/[\w./-]+\.\w+)`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    assert [path for path in paths_in(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
+
+
+def test_files_that_are_not_there_are_found() -> None:
+    assert paths_in("see `server/nowhere.py`, and `server/`") == ["server/nowhere.py"]
+
+
 def test_links_to_nothing_are_found() -> None:
     text = (
         "[a](docs/none.md) [b](docs/training.md#none) [c](#none) [d](docs/training.md#tasks) [e](https://none.example)"
