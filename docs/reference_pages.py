@@ -283,7 +283,7 @@ def protocol_page() -> str:
 def lists_table() -> str:
     """A Markdown table of how many elements each list of the contract may have in one message."""
     rows = ["| list | most elements |", "| --- | ---: |"]
-    rows += [f"| `{name.removeprefix('ormo.v1.')}` | {number:,} |" for name, number in LONGEST_LISTS.items()]
+    rows += [f"| `{name.removeprefix('ormo.v1.')}` | {number:,} |" for name, number in sorted(LONGEST_LISTS.items())]
     return "\n".join(rows) + "\n"
 
 

@@ -102,7 +102,7 @@ def test_what_an_operator_does_is_logged_with_the_name(
         operator.Control(RATE)
         operator.Control(pb.ControlRequest(drain=pb.Drain()))
         assert server.told_to_stop.is_set()
-    told = {record.__dict__.get("action"): record for record in caplog.records if record.name.endswith("controls")}
+    told = {record.__dict__.get("action"): record for record in caplog.records if record.name.endswith("admin")}
     assert list(told) == ["set the learning rate to 0.25", "drain"]
     assert all(record.__dict__["caller"] == "operator" for record in told.values())
     (joined,) = [record for record in caplog.records if "joined" in record.message]
