@@ -7,6 +7,7 @@ environment.
 
 import argparse
 import difflib
+import importlib.metadata
 import os
 import re
 import sys
@@ -40,6 +41,8 @@ _HOST_AND_PORT = re.compile(r"(?:[^:/@\s]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
 
 class Settings(BaseSettings):
     """What a program was told, one field each; `tuple` and `list` fields read `a,b,c`.
+
+    A field's `title` is the heading of it and of those after it, in `--help` and on the page.
 
     Attributes:
         flags_only: fields that neither the environment nor a file sets: what is done once, and only when it is typed,
@@ -98,7 +101,7 @@ class SettingsProblemsError(ValueError):
 def load_settings(cls: type[S], argv: Sequence[str], *, program: str) -> S:
     """The settings as flags, environment and file give them, in this order of precedence.
 
-    Besides the fields' flags there are `--config FILE` (also as an environment variable) and `--help`.
+    Besides the fields' flags there are `--config FILE` (also as an environment variable), `--help` and `--version`.
 
     Args:
         cls: which settings; its docstring's first line heads the help.
@@ -106,7 +109,7 @@ def load_settings(cls: type[S], argv: Sequence[str], *, program: str) -> S:
         program: how the user called it, as in "ormo-worker run", for help and errors.
 
     Raises:
-        SystemExit: code 2 after one sentence per problem on stderr; code 0 after `--help`.
+        SystemExit: code 2 after one sentence per problem on stderr; code 0 after `--help` and `--version`.
     """
     misspelt = misspelt_variables(cls, os.environ)
     try:
@@ -125,7 +128,7 @@ def read_settings(cls: type[S], argv: Sequence[str], environment: Mapping[str, s
 
     Raises:
         SettingsProblemsError: an unknown flag or key, a missing or bad value, or a file that can't be read.
-        SystemExit: code 0 after `--help`.
+        SystemExit: code 0 after `--help` and `--version`.
     """
     given = _Given(cls)
     given.read_flags(argv, program)
@@ -176,6 +179,9 @@ def dispatch(
     if command in ("-h", "--help", "help"):
         sys.stdout.write(usage)
         return 0
+    if command == "--version":
+        sys.stdout.write(f"{program} {version_here()}\n")
+        return 0
     expected = " or ".join(commands)
     sys.stderr.write(f"{program}: {command or 'no command'!r} came, expected {expected}\n{usage}")
     return BAD_SETTINGS_EXIT_CODE
@@ -206,14 +212,24 @@ def settings_table(cls: type[Settings], *, own: bool = False) -> str:
         cls: which settings.
         own: leave out those that it shares with other programs, from a base class.
     """
-    rows = ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
+    head = ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
+    rows: list[str] = []
     for name, info in cls.model_fields.items():
         if own and name not in cls.__annotations__:
             continue
+        if info.title is not None:
+            rows += ["", f"**{info.title}**", ""]
+        if info.title is not None or not rows:
+            rows += head
         meaning = (info.description or "").replace("|", "\\|")
         variable = "flag only" if name in cls.flags_only else f"`{_variable(cls, name)}`"
         rows.append(f"| `{_flag(name)}` | {variable} | {_default(info)} | {meaning} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows).strip() + "\n"
+
+
+def version_here() -> str:
+    """This package's version, as it was installed."""
+    return importlib.metadata.version("ormo-parameter-server")
 
 
 @dataclass
@@ -235,6 +251,9 @@ class _Given:
             self.problems.append(str(error))
             return
         self.flags = vars(given)
+        if self.flags.pop("version", False):
+            sys.stdout.write(f"{program} {version_here()}\n")
+            sys.exit(0)
         self.config = self.flags.pop("config", None)
         self.problems += _unknown_arguments(self.cls, unknown)
 
@@ -325,14 +344,18 @@ def _parser(cls: type[Settings], program: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=program, description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     variable = _variable(cls, "config")
     parser.add_argument("--config", metavar="FILE", help=f"a TOML file with these settings [{variable}]")
+    parser.add_argument("--version", action="store_true", help="show the installed version and exit")
+    group: argparse._ActionsContainer = parser
     for name, info in cls.model_fields.items():
+        if info.title is not None:
+            group = parser.add_argument_group(info.title)
         variable = "" if name in cls.flags_only else f"{_variable(cls, name)}; "
         text = f"{info.description or ''} [{variable}default: {_default(info).strip('`')}]"
         text = text.replace("%", "%%")
         if bool in _members(info.annotation):
-            parser.add_argument(_flag(name), dest=name, help=text, action=argparse.BooleanOptionalAction)
+            group.add_argument(_flag(name), dest=name, help=text, action=argparse.BooleanOptionalAction)
         else:
-            parser.add_argument(_flag(name), dest=name, help=text, metavar=_metavar(info.annotation))
+            group.add_argument(_flag(name), dest=name, help=text, metavar=_metavar(info.annotation))
     return parser
 
 

@@ -29,7 +29,7 @@ def _text(value: object) -> str:
 class TrainingSettings(Settings):
     """How to train, and for how long."""
 
-    method: str = Field("ormo", description=f"the preset to train by: {_choices(PRESETS)}")
+    method: str = Field("ormo", title="How to train", description=f"the preset to train by: {_choices(PRESETS)}")
     update_rule: str | None = Field(None, description=f"instead of the preset's: {_choices(UPDATE_RULES)}")
     step_scale: str | None = Field(None, description=f"instead of the preset's: {_choices(STEP_SCALES)}")
     scheduler: str | None = Field(None, description=f"instead of the preset's: {_choices(SCHEDULERS)}")
@@ -53,7 +53,10 @@ class TrainingSettings(Settings):
         0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
     )
     learning_rate: float = Field(
-        0.01, gt=0, description="η after the warm-up; K gradients are summed in a bucket, so divide by about K"
+        0.01,
+        title="Step sizes",
+        gt=0,
+        description="η after the warm-up; K gradients are summed in a bucket, so divide by about K",
     )
     schedule: str = Field("constant", description=f"how η changes with the iteration: {_choices(KINDS)}")
     warmup_gradients: int = Field(0, ge=0, le=MOST, description="gradients over which η rises linearly from near 0")
@@ -147,8 +150,9 @@ class ServerSettings(TrainingSettings):
     # In the environment of a container that restarts it would begin anew each time.
     flags_only = frozenset({"fresh"})
 
-    # Where
-    listen: str = Field("127.0.0.1:50051", description="HOST:PORT to serve gRPC on; port 0 picks a free one")
+    listen: str = Field(
+        "127.0.0.1:50051", title="Where", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
+    )
     metrics_listen: str = Field(
         "127.0.0.1:9464", description="HOST:PORT to serve Prometheus metrics on; empty for none"
     )
@@ -164,9 +168,10 @@ class ServerSettings(TrainingSettings):
         description="safetensors file or checkpoint that a new run starts from; none: the first worker's model",
     )
 
-    # Who may
     tls_cert: Path | None = Field(
-        None, description="PEM file with the server's certificate, and those up to its authority; none: no TLS"
+        None,
+        title="Who may",
+        description="PEM file with the server's certificate, and those up to its authority; none: no TLS",
     )
     tls_key: Path | None = Field(None, description="PEM file with the key of --tls-cert")
     tls_client_ca: Path | None = Field(
@@ -189,8 +194,9 @@ class ServerSettings(TrainingSettings):
         "time, such as 2GiB; none: as many as its streams",
     )
 
-    # Who
-    min_workers: int = Field(1, ge=1, description="hand out no ticket of a new run before so many workers have joined")
+    min_workers: int = Field(
+        1, title="Who", ge=1, description="hand out no ticket of a new run before so many workers have joined"
+    )
     max_workers: int = Field(64, ge=1, description="refuse further workers")
     slots_per_worker: int = Field(2, ge=1, le=16, description="in-flight places that a worker may have")
     max_readers: int = Field(8, ge=1, description="evaluators and exporters that may pull at the same time")
@@ -205,9 +211,11 @@ class ServerSettings(TrainingSettings):
         "20 times the median, at least 60, and 600 before the first push",
     )
 
-    # What gradients are taken
     max_gradient_norm: float | None = Field(
-        None, gt=0, description="largest Euclidean norm of a gradient; none: any that leaves the model finite"
+        None,
+        title="What gradients are taken",
+        gt=0,
+        description="largest Euclidean norm of a gradient; none: any that leaves the model finite",
     )
     over_norm: Literal["clip", "refuse"] = Field(
         "clip", description="what becomes of a gradient of a larger norm: it is scaled down to it, or not applied"
@@ -220,8 +228,9 @@ class ServerSettings(TrainingSettings):
         "finite or too large (smoothed over some 32 gradients); none: never",
     )
 
-    # What is kept
-    exit_when_finished: bool = Field(False, description="exit at the end of the run instead of staying up for readers")
+    exit_when_finished: bool = Field(
+        False, title="What is kept", description="exit at the end of the run instead of staying up for readers"
+    )
     checkpoint_seconds: float = Field(60.0, gt=0, le=LONGEST_SECONDS, description="time between checkpoints")
     checkpoints_kept: int = Field(3, ge=1, description="how many of the last checkpoints stay on disk")
     journal: bool = Field(
@@ -245,9 +254,9 @@ class ServerSettings(TrainingSettings):
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
 
-    # How fast
     threads: int = Field(
         1,
+        title="How fast",
         ge=1,
         le=1024,
         description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
@@ -266,9 +275,10 @@ class ServerSettings(TrainingSettings):
         "the system and fault them in again for the next message (glibc only)",
     )
 
-    # For people
     trace: Path | None = Field(
-        None, description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace"
+        None,
+        title="For people",
+        description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace",
     )
     worker_series: int = Field(
         100,

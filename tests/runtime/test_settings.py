@@ -1,5 +1,6 @@
 """Settings from flags, environment and file: precedence, and one clear sentence for each mistake."""
 
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from ormo_runtime.settings import Settings, SettingsProblemsError, load_settings, read_settings, settings_table
+from ormo_runtime.settings import (
+    Settings,
+    SettingsProblemsError,
+    dispatch,
+    load_settings,
+    read_settings,
+    settings_table,
+)
 
 
 class Baker(Settings):
@@ -201,6 +209,39 @@ def test_a_misspelt_variable_is_told_where_the_setting_is_missing(
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "baker: the environment has ORMO_SUTE, which no program reads: did you mean ORMO_SUITE?"
     assert said[1].startswith("baker: --suite is missing")
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--flour", "rye", "--version"]])
+def test_version_is_what_is_installed_and_exits_with_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        load_settings(Baker, argv, program="baker")
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"baker {importlib.metadata.version('ormo-parameter-server')}\n"
+
+
+def test_commands_tell_the_version_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["--version"], {}, program="bakery", usage="") == 0
+    assert capsys.readouterr().out == f"bakery {importlib.metadata.version('ormo-parameter-server')}\n"
+
+
+class Cafe(Settings):
+    """Serve bread."""
+
+    seats: int = Field(4, title="Where people sit", description="on chairs")
+    tables: int = Field(2, description="of wood")
+    music: bool = Field(True, title="What they hear", description="from records")
+
+
+def test_help_and_page_have_the_headings_of_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(Cafe, ["--help"], program="cafe")
+    words = capsys.readouterr().out.split()
+    order = ["sit:", "--seats", "--tables", "hear:", "--music,"]
+    assert [word for word in words if word in order] == order
+    table = settings_table(Cafe)
+    parts = ["**Where people sit**", "| `--seats`", "| `--tables`", "**What they hear**", "| `--music`"]
+    assert [table.index(part) for part in parts] == sorted(table.index(part) for part in parts)
+    assert table.count("| flag |") == 2
 
 
 def test_help_lists_every_flag_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:

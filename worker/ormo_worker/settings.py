@@ -16,7 +16,9 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 class _Common(ClientSettings):
     """What both commands need."""
 
-    server: str = Field("127.0.0.1:50051", description="host and port of the parameter server")
+    server: str = Field(
+        "127.0.0.1:50051", title="What is trained, and where", description="host and port of the parameter server"
+    )
     task: str = Field(
         "digits",
         description="model and data: `digits`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import path of "
@@ -26,7 +28,7 @@ class _Common(ClientSettings):
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one")
     threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU")
     connect_timeout: float = Field(
-        60.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for the server at first"
+        60.0, title="How long it waits", gt=0, le=LONGEST_SECONDS, description="seconds to wait for the server at first"
     )
     failure_timeout: float = Field(
         30.0, gt=0, le=1e6, description="seconds of silence after which the connection to the server is made anew"
@@ -43,7 +45,7 @@ class _Common(ClientSettings):
         "the system and fault them in again for the next message (glibc only)",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least important log lines shown"
+        "info", title="For people", description="least important log lines shown"
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="log lines for people, or for programs: one JSON object each"

@@ -20,8 +20,11 @@ class SimSettings(TrainingSettings):
     # For `ormo-server serve` the same variables are the run's checkpoints, and a trace to write and not to follow.
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "trace"})
 
-    # What is computed
-    task: str = Field("digits", description="model and data: a built-in task or an import path, as for `ormo-worker`")
+    task: str = Field(
+        "digits",
+        title="What is computed",
+        description="model and data: a built-in task or an import path, as for `ormo-worker`",
+    )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
     batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
     device: str = Field("cpu", description="where gradients are computed: auto, cpu, cuda or cuda:N")
@@ -30,8 +33,7 @@ class SimSettings(TrainingSettings):
     )
     workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
 
-    # Who computes
-    workers: int = Field(16, ge=1, le=10_000, description="simulated workers at the start")
+    workers: int = Field(16, title="Who computes", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
     slots: int = Field(1, ge=1, le=16, description="in-flight places of each worker")
     compute_time: str = Field(
@@ -52,9 +54,11 @@ class SimSettings(TrainingSettings):
         None, description="follow a server's trace input by input, instead of simulating machines"
     )
 
-    # What is written down
     epochs: float | None = Field(
-        None, gt=0, description="end after so many passes over the training data; none: 10 if no other end is set"
+        None,
+        title="What is written down",
+        gt=0,
+        description="end after so many passes over the training data; none: 10 if no other end is set",
     )
     evaluate_every: int = Field(0, ge=0, description="gradients between evaluations; 0: about one pass over the data")
     train_samples: int = Field(
