@@ -81,8 +81,10 @@ benchmark:
 	@$(MAKE) bench WHAT=sim
 	@$(MAKE) bench WHAT=metrics
 
-# What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
-TEST = PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
+# There are as many processes as cores: with a thread of PyTorch's for each core in each of them, threads wait for each
+# other, and a third of the processor's time goes into that. What checks deploy/ is found on the PATH, and left out with
+# a sentence where it is missing.
+TEST = OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
     $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: test
@@ -126,7 +128,7 @@ test-lowest test-newest: test-%: $(TOOLS_INSTALLED)  ## test what stands on othe
 	cp --archive --link $(LINKED) .venv-$*/lib/python3*/site-packages/
 	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e '.[$(RUNNING),dev]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
 
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60
