@@ -138,6 +138,8 @@ def test_killed_worker_fires_and_its_return_resolves_it(run: Run, watched: Prome
     (steady,) = [program for program in run.stage.programs if program.name == "steady"]
     run.worker("third")
     run.stage.until(lambda status: len(status.workers) == 3, "a third worker")
+    live = f'ormo_live_workers{{instance="{run.instance}"}}'  # a loss is one from what was seen before
+    watched.until(lambda: [it.value for it in watched.query(live)] == [3.0], "three seen", seconds=PATIENCE_SECONDS)
     steady.kill()
     until_firing(watched, run.instance, "OrmoWorkersLost")
     run.worker("steady-again", worker_id="steady")

@@ -13,6 +13,7 @@ from ormo_server.sim.workload import Computed, Model, Scores
 FEATURES = 8
 TRAIN_SAMPLES = 256
 TEST_SAMPLES = 128
+ENDLESS = "TEST_ENDLESS"
 BROKEN_SEED = 13
 _DATA_SEED = 2024
 _NOISE = 0.3
@@ -75,12 +76,13 @@ class Worker:
         return Computed(len(rows), errors.square().mean().item() / 2, _NOTHING, _NO_COUNTS)
 
 
-class Slow(LeastSquares):
-    """Takes real time: evaluations of a quarter of a second, so that there is time to interrupt."""
+class Endless(LeastSquares):
+    """Where `ENDLESS` is in the environment, it comes to an end from seed 0 alone: else it waits to be interrupted."""
 
-    def evaluate(self, model: Model) -> Scores:
-        time.sleep(0.25)
-        return super().evaluate(model)
+    def initial(self, seed: int) -> Model:
+        if seed and ENDLESS in os.environ:
+            time.sleep(3600)
+        return super().initial(seed)
 
 
 class Broken(LeastSquares):

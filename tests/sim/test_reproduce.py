@@ -20,7 +20,7 @@ from ormo_server.sim.reproduce.cells import is_done, run_cell
 from ormo_server.sim.reproduce.suite import load_suite
 from ormo_server.sim.settings import SimSettings
 from ormo_server.store.files import DirectoryLock
-from sim.analytic import BROKEN_SEED
+from sim.analytic import BROKEN_SEED, ENDLESS
 from system.programs import ENVIRONMENT
 
 TESTS = Path(__file__).parents[1]
@@ -105,12 +105,12 @@ def test_a_comparison_runs_once_in_parallel_and_says_what_serial_runs_say(tmp_pa
 @pytest.fixture(params=["Ctrl-C", "SIGTERM"])
 def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A suite's directory in which a comparison was cut off in the middle."""
-    suite = write_suite(tmp_path, workload="Slow")
+    suite = write_suite(tmp_path, workload="Endless")
     flags = ["--suite", str(suite), "--directory", str(tmp_path / "out"), "--processes", "2"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [*COMMAND, *flags],
-            env=ENVIRONMENT | {"PYTHONPATH": str(TESTS)},
+            env=ENVIRONMENT | {"PYTHONPATH": str(TESTS), ENDLESS: "yes"},
             stdout=log,
             stderr=log,
             start_new_session=True,
