@@ -118,7 +118,7 @@ audit: $(AUDIT_INSTALLED)  ## look all pinned dependencies up in the database of
 
 # What stands on others' versions: the wire, files, PyTorch, and real trainings. All else is tested as pinned.
 VERSIONED = $(addprefix tests/,protos service security journal store old_versions worker console sim/test_plots.py \
-    system/test_training.py docs)
+    system/test_training.py docs/test_commands.py docs/test_examples.py)
 # PyTorch's version is the same in all, so that it need not be unpacked again: a link takes no time and no room.
 LINKED = $(foreach name,torch* functorch*,$(VENV)/lib/python3*/site-packages/$(name))
 .PHONY: test-lowest test-newest
