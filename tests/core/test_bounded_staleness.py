@@ -47,9 +47,9 @@ class Model:
             self.forget(lambda number, slot: slot[0] == given.worker)
             self.queue = [slot for slot in self.queue if slot[0] != given.worker]
         if isinstance(given, Request):
-            self.forget(lambda number, slot: slot == given.slot_key)
-            if given.slot_key not in self.queue:
-                self.queue.append(given.slot_key)
+            self.forget(lambda number, slot: slot == (given.worker, given.slot))
+            if (given.worker, given.slot) not in self.queue:
+                self.queue.append((given.worker, given.slot))
         if isinstance(given, Withdraw):
             self.queue.remove((given.worker, given.slot))
         if isinstance(given, Return | Push):

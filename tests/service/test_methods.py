@@ -102,7 +102,7 @@ def replayed(segment: Segment) -> Snapshot:
     for entry in segment.inputs:
         assert isinstance(entry, Recorded)
         given, redeemed = entry
-        gradient = Gradient(delivered[given.slot_key] - TARGET) if isinstance(given, Push) else None
+        gradient = Gradient(delivered[given.worker, given.slot] - TARGET) if isinstance(given, Push) else None
         effects = machine.step(given, gradient)
         assert effects.redeemed == redeemed
         assert not effects.released

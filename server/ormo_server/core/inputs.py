@@ -74,11 +74,6 @@ class Request:
     slot: int
     request: int
 
-    @property
-    def slot_key(self) -> SlotKey:
-        """(worker, slot)."""
-        return (self.worker, self.slot)
-
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
@@ -121,11 +116,6 @@ class Push:
     ticket: int
     ticket_epoch: int
     samples: int = 0
-
-    @property
-    def slot_key(self) -> SlotKey:
-        """(worker, slot)."""
-        return (self.worker, self.slot)
 
     @property
     def ticket_key(self) -> TicketKey:

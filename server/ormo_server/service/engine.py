@@ -136,8 +136,10 @@ class Engine:
             if effects.changed:
                 self.observations.joined(worker)
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self.position
-        self.wait_durable(position)
         self._figures.count([effects])
+        if effects.changed:
+            self._metrics.upkeep.joins.inc()
+        self.wait_durable(position)
         member = effects.member
         assert member is not None
         if effects.changed:
@@ -199,12 +201,12 @@ class Engine:
             (id, incarnation) of the workers that lost their lease.
         """
         with self._lock as machine:
-            now, members = self._clock(), machine.state.members
-            lapsed = [members[worker] for worker in self._leases.lapsed(now) if worker in members]
+            now, live = self._clock(), machine.state.members
+            lapsed = [live[worker] for worker in self._leases.lapsed(now) if worker in live]
             effects = [self._let_go(member.worker, member.incarnation) for member in lapsed]
             overdue = self._ticket_timeout.overdue(machine.state, now)
             for ticket in overdue:
-                holder = members[ticket.slot[0]]
+                holder = live[ticket.slot[0]]
                 effects.append(self._take(Return(now, holder.worker, holder.incarnation, ticket.number, ticket.epoch)))
             if overdue:
                 self._ticket_timeout.lapsed()
@@ -251,11 +253,11 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `Push` and `Request`, but for what `Outcome` holds.
         """
+        # Before the lock, for both walk over the gradient: scaling it down, and writing it for the journal.
         too_long = received is not None and self._bounds.exceeded_by(received)
         if too_long and received is not None and self._bounds.clips:
             received, too_long = self._bounds.clipped(received), False
             self._metrics.gradients.clipped()
-        # Both walk over the gradient, so before the lock.
         stored = None
         if self._journal is not None and received is not None and received.norm is not None and not too_long:
             stored = self._journal.store(received.payload)
@@ -302,7 +304,6 @@ class Engine:
             if not isinstance(refusal, Finished):
                 self._note_refused(requester, received, refusal)
             return
-        outcome.result = effects.result
         if effects.redeemed is not None:
             # What decides about later inputs, so under the lock.
             self._ticket_timeout.redeemed(now - effects.redeemed.handed_out_seconds)

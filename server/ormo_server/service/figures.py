@@ -9,7 +9,7 @@ from ormo_runtime.logs import Fields
 from ormo_server.core.effects import NOTHING, Effects, Redeemed
 from ormo_server.core.errors import Finished, OrmoError
 from ormo_server.core.inputs import Requester
-from ormo_server.core.state import Member, PushResult, Ticket
+from ormo_server.core.state import Member, Ticket
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.service.delivery import Waiter
@@ -26,11 +26,10 @@ class Outcome:
     Attributes:
         requester: whose it was.
         received: the gradient that came.
-        result: of the gradient, unless it was refused.
         refusal: why the gradient was refused; the exchange goes on.
         waiter: for the ticket that was asked for.
         finished: instead of a ticket: the run is over.
-        pushed, requested: what followed from the gradient, and from the wish for a ticket.
+        pushed, requested: what followed from the gradient, unless it was refused, and from the wish for a ticket.
         pushed_at: by the run's clock.
         lock_seconds: how long it waited for the lock; None if it did not get it.
         apply_seconds: how long the gradient took to be applied.
@@ -39,7 +38,6 @@ class Outcome:
 
     requester: Requester
     received: ReceivedGradient | None = None
-    result: PushResult | None = None
     refusal: OrmoError | None = None
     waiter: Waiter | None = None
     finished: Finished | None = None
@@ -84,7 +82,7 @@ class Figures:
             self._metrics.traffic.push_refused(outcome.refusal.reason)
         elif outcome.pushed.redeemed is not None:
             self._count_gradient(outcome, outcome.received, outcome.pushed.redeemed)
-        elif outcome.result is not None:
+        elif outcome.pushed.result is not None:
             self._metrics.traffic.repeated.inc()
         if log.isEnabledFor(logging.DEBUG):
             _tell(outcome, outcome.received)
@@ -102,26 +100,22 @@ class Figures:
         metrics.traffic.stage["apply"].observe(outcome.apply_seconds)
         ticket_seconds = outcome.pushed_at - redeemed.handed_out_seconds
         metrics.gradients.counted(redeemed.delay, redeemed.lag, outcome.pushed.bucket_size, ticket_seconds)
-        rate, norm = outcome.pushed.learning_rate, received.norm
-        assert norm is not None
-        if redeemed.discarded:
-            metrics.traffic.discarded.inc()
-        else:
-            metrics.traffic.applied.inc()
-            metrics.gradients.applied(received.samples, norm, buffers_kept=redeemed.buffers_kept)
-        scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
-        if scale is not None and not redeemed.discarded:
-            metrics.gradients.scaled(scale)
         with self.lock:
-            mine = self.observations.workers.get(worker)
-            if mine is not None:  # it may have left meanwhile
-                mine.counted(redeemed.delay, outcome.pushed_at, ticket_seconds, received.compute_seconds)
+            mine = self.observations.workers.get(worker) or WorkerObservation()  # nobody's, if it has left meanwhile
+            mine.counted(redeemed.delay, outcome.pushed_at, ticket_seconds, received.compute_seconds)
             if redeemed.discarded:
+                metrics.traffic.discarded.inc()
                 self.observations.discarded += 1
-            else:
-                if mine is not None:
-                    mine.apply(received.samples, received.loss, norm)
-                self.observations.applied_with(redeemed.delay, scale)
+                return
+            rate, norm = outcome.pushed.learning_rate, received.norm
+            assert norm is not None
+            scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
+            mine.apply(received.samples, received.loss, norm)
+            self.observations.applied_with(redeemed.delay, scale)
+        metrics.traffic.applied.inc()
+        metrics.gradients.applied(received.samples, norm, buffers_kept=redeemed.buffers_kept)
+        if scale is not None:
+            metrics.gradients.scaled(scale)
         if redeemed.buffers_kept:
             _warn_of_kept_buffers(worker, redeemed.iteration_after)
 
@@ -129,7 +123,6 @@ class Figures:
 
     def joined(self, member: Member, iteration: int, bucket_size: int, caller: str) -> None:
         """A process has become a member. Nobody's name is that of a caller in this process."""
-        self._metrics.upkeep.joins.inc()
         about = Fields(
             worker=member.worker, incarnation=f"{member.incarnation:016x}", iteration=iteration, caller=caller
         )
@@ -168,7 +161,7 @@ class Figures:
 
 def _tell(outcome: Outcome, received: ReceivedGradient) -> None:
     """What became of a gradient, of which there are many."""
-    requester, result = outcome.requester, outcome.result
+    requester, result = outcome.requester, outcome.pushed.result
     about = Fields(
         worker=requester.worker,
         incarnation=f"{requester.incarnation:016x}",

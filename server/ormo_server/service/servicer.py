@@ -262,7 +262,8 @@ class Servicer:
             self.count_refusal(outcome.refusal.reason)
             log_refusal(outcome.refusal, stream.peer, stream.caller.name)
             return messages.refused_result(requester.request, outcome.refusal)
-        return None if outcome.result is None else messages.push_result(outcome.result)
+        result = outcome.pushed.result
+        return None if result is None else messages.push_result(result)
 
     def _next_ticket(
         self,
@@ -302,8 +303,8 @@ class Servicer:
                     raise
         if outcome.refusal is not None:
             raise outcome.refusal
-        assert outcome.result is not None
-        return pb.PushGradientResponse(result=messages.push_result(outcome.result))
+        assert outcome.pushed.result is not None
+        return pb.PushGradientResponse(result=messages.push_result(outcome.pushed.result))
 
     @streams_answers
     def PullParams(

@@ -319,7 +319,6 @@ class StreamRegistry:
 
 # A request comes with its call, in one packet as a rule, so nobody honest has many without one.
 SILENT_CALLS = 16
-_RETRY_SECONDS = 1.0
 
 
 class OpenCalls:
