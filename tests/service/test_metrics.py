@@ -17,6 +17,8 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_server.core.errors import DiskFull
+from ormo_server.journal import Journal
 from ormo_server.metrics.families import STAGES
 from ormo_server.metrics.process import memory_limit_bytes, resident_bytes
 from ormo_server.service.server import Server
@@ -230,6 +232,22 @@ def test_each_stage_of_an_exchange_is_timed_once(tmp_path: Path) -> None:
         assert counts == {"receive": 3, "check": 3, "lock": 4, "apply": 3, "wait": 4, "copy": 4, "send": 4}
         assert value(server, 'ormo_sent_bytes_total{method="PushPull"}') == 4 * payload(SMALL, 0.0).layout.total_bytes
         assert value(server, 'ormo_received_bytes_total{method="PushPull"}') == 3 * 40  # 9 floats and padding
+
+
+def test_a_join_that_took_effect_is_counted_though_the_journal_can_not_keep_it_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tmp_path, journal=True) as server, connected(server) as stub:
+        WireWorker(stub, "first").join()
+
+        def refuse(*_: object) -> None:
+            raise DiskFull("there is no room")
+
+        with monkeypatch.context() as full:
+            full.setattr(Journal, "wait_durable", refuse)
+            with refusals(), pytest.raises(Refused, match="DISK_FULL"):
+                WireWorker(stub, "second").ask_to_join()
+        assert value(server, "ormo_joins_total") == 2
 
 
 def test_time_that_the_lock_is_held_and_waited_for_is_counted(tmp_path: Path) -> None:
