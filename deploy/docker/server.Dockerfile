@@ -21,7 +21,8 @@ COPY pyproject.toml constraints.txt ./
 COPY deploy/docker/install.sh deploy/docker/install.sh
 RUN --mount=type=cache,target=/root/.cache/pip deploy/docker/install.sh dependencies /opt/ormo server
 COPY README.md LICENSE ./
-COPY protos protos
+COPY protos/ormo_protos protos/ormo_protos
+COPY protos/ormo_runtime protos/ormo_runtime
 COPY server/ormo_server server/ormo_server
 COPY worker/ormo_worker worker/ormo_worker
 RUN deploy/docker/install.sh programs /opt/ormo

@@ -123,3 +123,11 @@ def test_build_context_has_the_sources_and_nothing_else() -> None:
     for private in (".git", ".env", "deploy/docker/.env", ".venv", "runs", "data", "shared", "tests"):
         assert not in_context(private)
     assert not in_context("worker/ormo_worker/__pycache__/client.cpython-311.pyc")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_all_that_an_image_copies_is_in_its_build_context(name: str) -> None:
+    copies = [one.words for stage in Dockerfile(name).stages.values() for one in stage.all("COPY")]
+    copied = [path for *paths, _ in copies if not paths[0].startswith("--from=") for path in paths]
+    assert copied
+    assert [path for path in copied if not in_context(path)] == []
