@@ -29,7 +29,7 @@ from prometheus_client import Counter
 from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.vectors import all_finite
+from ormo_server.core.vectors import SquaredNorm, all_finite
 from ormo_server.metrics.histograms import Distribution
 from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.security.access import OpenAccess
@@ -39,7 +39,6 @@ from ormo_server.service.figures import Figures
 from ormo_server.service.lock import MachineLock
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
-from ormo_server.service.transfers import FiniteNorm
 from service.wire import SMALL, WireWorker, connected, payload, served
 
 MODEL = Manifest.laid_out([TensorSpec("weight", (1000,), FLOAT32, PARAMETER)])
@@ -59,8 +58,8 @@ def without_metrics() -> Iterator[None]:
             (Counter, "inc", nothing),
             (Distribution, "observe", nothing),
             (Figures, "record", nothing),
-            (FiniteNorm, "arrived", nothing),
-            (FiniteNorm, "norm", lambda gradient: 1.0 if all_finite(gradient._payload.parameters) else None),
+            (SquaredNorm, "count", nothing),
+            (SquaredNorm, "total", lambda norm: 1.0 if all_finite(norm._vector) else None),
             (transfers, "time", STOPPED),
             (engine, "time", STOPPED),
             (servicer, "time", STOPPED),

@@ -10,7 +10,7 @@ def test_a_lease_lapses_after_more_than_its_seconds_of_silence() -> None:
     leases = Leases(lease_seconds=10.0)
     leases.grant("a", 0.0)
     leases.grant("b", 5.0)
-    assert {now: leases.lapsed(now) for now in (10.0, 10.5, 15.0, 15.5)} == {
+    assert {now: leases.expired(now) for now in (10.0, 10.5, 15.0, 15.5)} == {
         10.0: [],
         10.5: ["a"],
         15.0: ["a"],
@@ -21,8 +21,8 @@ def test_a_lease_lapses_after_more_than_its_seconds_of_silence() -> None:
 def test_a_heartbeat_renews_a_lease() -> None:
     leases = Leases(lease_seconds=10.0)
     leases.grant("a", 0.0)
-    leases.heard("a", 8.0)
-    assert (leases.lapsed(18.0), leases.lapsed(18.5)) == ([], ["a"])
+    leases.renew("a", 8.0)
+    assert (leases.expired(18.0), leases.expired(18.5)) == ([], ["a"])
 
 
 def test_a_forgotten_worker_has_no_lease() -> None:
@@ -30,16 +30,16 @@ def test_a_forgotten_worker_has_no_lease() -> None:
     leases.grant("a", 0.0)
     leases.forget("a")
     leases.forget("nobody")
-    assert leases.lapsed(99.0) == []
+    assert leases.expired(99.0) == []
 
 
 def test_a_late_word_of_somebody_without_a_lease_does_not_give_it_one() -> None:
     leases = Leases(lease_seconds=1.0)
     leases.grant("a", 0.0)
     leases.forget("a")
-    leases.heard("a", 1.0)
-    leases.heard("nobody", 1.0)
-    assert leases.lapsed(99.0) == []
+    leases.renew("a", 1.0)
+    leases.renew("nobody", 1.0)
+    assert leases.expired(99.0) == []
 
 
 def test_silence_is_measured_from_the_last_word_and_unknown_workers_are_not_silent() -> None:

@@ -86,7 +86,7 @@ class World:
         self.host.offers.ask("w", 1, self.host.clock())
         self.host.accept_model("w", 1, SMALL, payload(SMALL, 0.0, buffers=True))
         self.servicer = Servicer(self.host, self.streams, OpenAccess(), Controls(self.host, threading.Event()))
-        self.pool = self.servicer._buffers
+        self.pool = self.servicer._transfers._buffers
         self.incarnation = self.request = 0
 
     def close(self) -> None:

@@ -21,10 +21,10 @@ def test_a_checkpoint_is_on_disk_when_the_answer_comes(tmp_path: Path) -> None:
     with served(tmp_path) as server, connected(server) as stub:
         WireWorker(stub, "w").join()
         for _ in range(2):  # also where nothing has changed
-            last = server.host.last_checkpoint
+            last = server.host.files.last_checkpoint
             answer = stub.Control(CHECKPOINT)
             assert (Path(answer.checkpoint_path) / "model.safetensors").exists()
-            assert server.host.last_checkpoint is not last
+            assert server.host.files.last_checkpoint is not last
 
 
 @pytest.mark.parametrize("journal", [True, False])

@@ -77,7 +77,7 @@ def scenery(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
             super().__init__(*given)
             pools.append(self)
 
-    monkeypatch.setattr("ormo_server.service.servicer.BufferPool", Watched)
+    monkeypatch.setattr("ormo_server.service.transfers.BufferPool", Watched)
     with served(folder) as server, connected(server) as stub:
         assert len(pools) == 1
         yield Scene(server, WireWorker(stub, "a", MODEL), pools)

@@ -48,7 +48,7 @@ def test_a_server_that_can_not_take_calls_is_not_alive_and_ends_with_its_state_k
         assert "gRPC's thread that takes calls has ended" in caplog.text
     with served(tmp_path, **JOURNALED) as again:
         assert everything(again) == before
-        assert again.host.last_checkpoint is not None
+        assert again.host.files.last_checkpoint is not None
 
 
 HANGING = """
@@ -154,14 +154,14 @@ def test_a_last_checkpoint_that_can_not_be_written_is_tried_again_once_the_conne
 ) -> None:
     with served(tmp_path) as server:
         trained(server)
-        before, write = everything(server), server.host._store.write
+        before, write = everything(server), server.host.files.store.write
 
         def crowded(checkpoint: Checkpoint) -> Path:
             if server.stop_stage == "the last checkpoint" and not server._pool._shutdown:
                 raise StoreError("too many open files")
             return write(checkpoint)
 
-        monkeypatch.setattr(server.host._store, "write", crowded)
+        monkeypatch.setattr(server.host.files.store, "write", crowded)
         assert server.drain()
     with served(tmp_path) as again:
         assert everything(again) == before

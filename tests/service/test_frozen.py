@@ -93,7 +93,7 @@ def test_a_checkpoint_has_them_and_the_model_is_whole(tmp_path: Path) -> None:
         worker.pull()
         worker.push(payload(TUNED, 1.0))
         server.host.checkpoint()
-        kept = server.host.last_checkpoint
+        kept = server.host.files.last_checkpoint
     assert kept is not None
     model = load_file(kept.path / "model.safetensors")
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in model.items()} == {
@@ -183,7 +183,7 @@ def test_a_run_starts_from_a_file_and_the_first_worker_gets_the_base_of_that(tmp
         worker.join()
         worker.pull(frozen=True)
         assert worker.frozen.tolist() == [8.0] * 4 + [9.0] * 3
-        kept = server.host.last_checkpoint
+        kept = server.host.files.last_checkpoint
     assert kept is not None
     # A checkpoint's model says which tensors are frozen: there is nobody to be asked.
     with served(tmp_path / "next", model=kept.path) as server, connected(server) as stub:

@@ -194,9 +194,9 @@ def test_a_checkpoint_is_written_when_the_journal_reaches_its_bound(tmp_path: Pa
     with crashing(tmp_path, journal_max_bytes=40_000) as server:
         for _ in range(4):
             trained(server, rounds=8)
-        assert server.host.last_checkpoint is not None
-        eventually(lambda: server.host.last_checkpoint.iteration > 0)  # type: ignore[union-attr]
-        eventually(lambda: server.host._journal.size_bytes <= 40_000)
+        assert server.host.files.last_checkpoint is not None
+        eventually(lambda: server.host.files.last_checkpoint.iteration > 0)  # type: ignore[union-attr]
+        eventually(lambda: server.host.files.journal.size_bytes <= 40_000)
         before = everything(server)
     with crashing(tmp_path) as again:
         assert everything(again) == before
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_fails_takes_nothing_from_the_journal(
     with crashing(tmp_path) as server:
         trained(server)
         with monkeypatch.context() as patched:
-            patched.setattr(server.host._store, "write", _no_room)
+            patched.setattr(server.host.files.store, "write", _no_room)
             assert not server.host.checkpoint()
         trained(server)
         before = everything(server)

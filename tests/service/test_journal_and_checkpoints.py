@@ -23,14 +23,14 @@ from service.wire import SMALL, Refused, WireWorker, connected, payload, setting
 def checkpoint_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Thread, threading.Event]:
     """A thread that has copied the state and goes on to write it when the event is set."""
     writing, go_on = threading.Event(), threading.Event()
-    real = server.host._store.write
+    real = server.host.files.store.write
 
     def slowly(checkpoint: Any) -> Path:
         writing.set()
         assert go_on.wait(30)
         return real(checkpoint)
 
-    monkeypatch.setattr(server.host._store, "write", slowly)
+    monkeypatch.setattr(server.host.files.store, "write", slowly)
     thread = threading.Thread(target=server.host.checkpoint)
     thread.start()
     assert writing.wait(10)
@@ -48,8 +48,8 @@ def test_workers_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch
             anna.pull()
         go_on.set()
         thread.join(10)
-        assert server.host.last_checkpoint is not None
-        assert server.host.last_checkpoint.iteration == 6
+        assert server.host.files.last_checkpoint is not None
+        assert server.host.files.last_checkpoint.iteration == 6
         before = everything(server)
     with crashing(tmp_path) as again:
         assert everything(again) == before
@@ -154,7 +154,7 @@ def test_the_one_before_will_do_as_long_as_the_journal_since_then_is_there(
     """A kill right after a checkpoint, and that one is damaged."""
     with crashing(tmp_path) as server:
         trained(server)
-        monkeypatch.setattr(server.host._journal, "forget_before", lambda log: None)
+        monkeypatch.setattr(server.host.files.journal, "forget_before", lambda log: None)
         assert server.host.checkpoint()
         trained(server)
         before = everything(server)
@@ -269,7 +269,7 @@ def test_what_is_damaged_is_kept_before_a_checkpoint_makes_it_needless(
     with monkeypatch.context() as patched:
         if not links:
             patched.setattr("os.link", _refuse)
-        patched.setattr("ormo_server.service.run.RunHost._forget_older_journal", _killed)
+        patched.setattr("ormo_server.service.files.RunFiles.forget_older_journal", _killed)
         with pytest.raises(KeyboardInterrupt):
             Server(settings(tmp_path, **JOURNALED))
     caplog.clear()

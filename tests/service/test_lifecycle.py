@@ -170,7 +170,7 @@ def test_drain_ends_waiting_and_idle_streams_at_once(tmp_path: Path) -> None:
         idle.join()
         streams = [waiting.open(), idle.open()]
         streams[0].begin(None)
-        eventually(lambda: len(server.host.engine._waiters) == 1)
+        eventually(lambda: len(server.host.engine._waiting._waiters) == 1)
         eventually(lambda: len(server.streams) == 2)
         started = time.monotonic()
         assert server.drain()

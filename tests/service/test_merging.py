@@ -230,7 +230,7 @@ def test_a_server_that_comes_back_merges_by_the_same_policies(tmp_path: Path, jo
         other.join()
         other.pushed(pointer=1, mask=(INF, INF), precise=2.5)
         assert other.held() == START | {"pointer": 1, "mask": (INF, INF), "precise": 2.5}
-        model = load_file(again.host.last_checkpoint.path / "model.safetensors")  # type: ignore[union-attr]
+        model = load_file(again.host.files.last_checkpoint.path / "model.safetensors")  # type: ignore[union-attr]
         assert (model["precise"].dtype, model["pointer"].item()) == (torch.float64, 7)
 
 
@@ -239,7 +239,7 @@ def test_a_run_can_start_from_the_model_of_another_with_its_infinities(tmp_path:
         worker = Worker(stub)
         worker.join()
         server.drain()
-        path = server.host.last_checkpoint.path  # type: ignore[union-attr]
+        path = server.host.files.last_checkpoint.path  # type: ignore[union-attr]
     with served(tmp_path / "second", model=path) as other, connected(other) as stub:
         reader = Worker(stub, "b")
         assert reader.held() == START

@@ -374,7 +374,7 @@ def test_checkpoint_s_size_age_and_duration_are_told(tmp_path: Path) -> None:
     with served(tmp_path, checkpoint_seconds=77) as server, connected(server) as stub:
         race(stub)
         assert server.host.checkpoint()
-        last = server.host.last_checkpoint
+        last = server.host.files.last_checkpoint
         assert last is not None
         size = sum(file.stat().st_size for file in last.path.iterdir())
         assert value(server, "ormo_checkpoint_last_size_bytes") == size

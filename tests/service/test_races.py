@@ -42,7 +42,7 @@ def servicer_buffers(server: Server) -> int:
     """Idle buffers in the pool; all that were ever lent, when no stream is open."""
     (handler,) = [h for h in server._grpc._state.generic_handlers if "ormo" in h.service_name()]
     servicer = next(iter(handler._method_handlers.values())).unary_unary.__wrapped__.__self__  # Join comes first
-    return len(servicer._buffers._idle)
+    return len(servicer._transfers._buffers._idle)
 
 
 class Held:
@@ -130,7 +130,7 @@ def test_client_that_goes_away_leaves_no_stream_no_waiter_and_no_lost_buffer(
             eventually(lambda: received_bytes(server) == before + CHUNK_BYTES)
         drop()
         eventually(lambda: len(server.streams) == 0)
-        assert not server.host.engine._waiters
+        assert not server.host.engine._waiting._waiters
         assert servicer_buffers(server) == (0 if phase is _before_the_first_message else 1)
         worker.pull()
         assert worker.push(payload(LARGE, 1.0)).iteration.number == 1
@@ -144,12 +144,12 @@ def test_worker_that_goes_while_it_waits_leaves_the_line_and_is_not_counted_as_a
         worker.join()
         stream = worker.open()
         stream.begin(None)
-        eventually(lambda: len(server.host.engine._waiters) == 1)
+        eventually(lambda: len(server.host.engine._waiting._waiters) == 1)
         stream.drop()
         eventually(lambda: len(server.streams) == 0)
         with server.host.engine.inspect() as machine:
             assert not machine.state.waiting
-        assert not server.host.engine._waiters
+        assert not server.host.engine._waiting._waiters
         assert refused_times(server, "DRAINING") == 0
 
 
@@ -159,13 +159,13 @@ def test_worker_that_leaves_while_it_waits_is_told_that_it_is_no_member(tmp_path
         worker.join()
         stream = worker.open()
         stream.begin(None)
-        eventually(lambda: len(server.host.engine._waiters) == 1)
+        eventually(lambda: len(server.host.engine._waiting._waiters) == 1)
         stub.Leave(pb.LeaveRequest(worker="a", incarnation=1))
         with pytest.raises(Refused) as refused:
             stream.receive()
         assert refused.value.reason == "NOT_A_MEMBER" or refused.value.code == grpc.StatusCode.CANCELLED
         eventually(lambda: len(server.streams) == 0)
-        assert not server.host.engine._waiters
+        assert not server.host.engine._waiting._waiters
         assert not server.host.engine.broken.is_set()
 
 
@@ -204,14 +204,14 @@ def test_new_stream_takes_over_the_wait_of_the_old_one(tmp_path: Path) -> None:
         worker.join()
         old, new = worker.open(), worker.open()
         message = old.begin(None)
-        eventually(lambda: len(server.host.engine._waiters) == 1)
+        eventually(lambda: len(server.host.engine._waiting._waiters) == 1)
         new.replay(message, None)
         with pytest.raises(Refused) as refused:
             old.receive()
         assert refused.value.reason == "SUPERSEDED"
         WireWorker(stub, "b").join()
         assert new.delivery().ticket.number == 1
-        assert not server.host.engine._waiters
+        assert not server.host.engine._waiting._waiters
 
 
 def test_request_that_is_refused_as_stale_does_not_end_the_stream_of_its_slot(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_model_that_can_not_be_stored_is_asked_for_again(tmp_path: Path, monkeyp
                 WireWorker(stub, "a").join()
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
         WireWorker(stub, "b").join()
-        assert server.host.last_checkpoint is not None
+        assert server.host.files.last_checkpoint is not None
 
 
 # Streams that say or take nothing
@@ -294,7 +294,7 @@ def test_offer_is_not_ended_while_the_server_takes_long_to_store_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
-        store, write = server.host._store, server.host._store.write
+        store, write = server.host.files.store, server.host.files.store.write
 
         def slowly(checkpoint: object) -> Path:
             threading.Event().wait(1.0)
@@ -370,7 +370,7 @@ def test_background_thread_outlives_a_failure(tmp_path: Path, monkeypatch: pytes
 
         monkeypatch.setattr(server.streams, "end_silent", fail)
         monkeypatch.setattr(server.host.engine, "snapshot", fail)
-        server.host.last_checkpoint = None
+        server.host.files.last_checkpoint = None
         assert failed.wait(2.0)
         thread = server._upkeep if task == "expiry" else server._checkpoints
         eventually(lambda: server.metrics.upkeep.failures.labels(task)._value.get() >= 2)
@@ -406,7 +406,7 @@ def test_end_of_the_run_wakes_all_who_wait_and_the_server_exits_when_they_have_l
         waiting = c.open()
         waiting.begin(payload(SMALL, 1.0))
         assert waiting.result().iteration.number == 1
-        eventually(lambda: len(server.host.engine._waiters) == 1)  # for the next round
+        eventually(lambda: len(server.host.engine._waiting._waiters) == 1)  # for the next round
         assert a.push(payload(SMALL, 1.0)).iteration.number == 2
         assert waiting.receive().WhichOneof("part") == "finished"
         with pytest.raises(Refused) as refused:

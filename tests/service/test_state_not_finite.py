@@ -67,13 +67,13 @@ def trained(directory: Path) -> Iterator[tuple[Server, WireWorker]]:
 
 def test_the_next_checkpoint_finds_it_and_nothing_is_taken_any_more(tmp_path: Path) -> None:
     with trained(tmp_path) as (server, worker):
-        before = server.host.last_checkpoint
+        before = server.host.files.last_checkpoint
         assert ready(server) == 200
         poison(server)
         assert not server.host.checkpoint()
         check_is_refused(server, worker)
         assert not server.host.checkpoint()
-        assert server.host.last_checkpoint == before
+        assert server.host.files.last_checkpoint == before
 
 
 def test_the_first_gradient_that_comes_of_it_finds_it(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def batch(bad: float = 0.0) -> Tensor:
 
 def stored(server: Server) -> dict[str, Tensor]:
     assert server.host.checkpoint(anew=True)
-    assert server.host.last_checkpoint is not None
-    return load_file(server.host.last_checkpoint.path / "model.safetensors")
+    assert server.host.files.last_checkpoint is not None
+    return load_file(server.host.files.last_checkpoint.path / "model.safetensors")
 
 
 def test_one_workers_buffers_are_on_the_server_exactly_as_the_program_has_them(tmp_path: Path) -> None:

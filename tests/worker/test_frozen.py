@@ -107,7 +107,7 @@ def test_the_run_goes_on_when_the_server_was_killed_and_its_files_are_whole(tmp_
         with joined(unfilled, server):
             assert equal(unfilled, model)
         assert server.host.checkpoint()
-        kept = server.host.last_checkpoint
+        kept = server.host.files.last_checkpoint
         optimizer.close()
     assert kept is not None
     fresh = Adapted()
@@ -140,7 +140,7 @@ def test_a_bfloat16_base_stays_what_it_is(tmp_path: Path) -> None:
         with joined(unfilled, server):
             assert equal(unfilled, model)
         server.host.checkpoint()
-        kept = server.host.last_checkpoint
+        kept = server.host.files.last_checkpoint
     assert torch.equal(model.base.weight, base)
     assert kept is not None
     assert torch.equal(load_file(kept.path / "model.safetensors")["base.weight"], base)

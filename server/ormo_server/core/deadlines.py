@@ -35,7 +35,7 @@ class Leases:
         """The worker joined: its lease runs from now on."""
         self._heard[worker] = now
 
-    def heard(self, worker: str, now: float) -> None:
+    def renew(self, worker: str, now: float) -> None:
         """Something came from the worker. Nothing happens if it has no lease."""
         if worker in self._heard:
             self._heard[worker] = now
@@ -48,7 +48,7 @@ class Leases:
         """How long nothing came from the worker; 0 for one that is not known."""
         return now - self._heard.get(worker, now)
 
-    def lapsed(self, now: float) -> list[str]:
+    def expired(self, now: float) -> list[str]:
         """Workers that have been silent for longer than their lease."""
         return [worker for worker, heard in self._heard.items() if now - heard > self.lease_seconds]
 

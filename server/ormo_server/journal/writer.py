@@ -165,9 +165,9 @@ class Journal:
             self._gradients.named(stored, self.log)
         return self._append((given, redeemed, stored))
 
-    def delivered(self, slot: SlotKey, dtype: int) -> None:
-        """Parameters went out that the update rule keeps."""
-        self._append(Delivered(worker=slot[0], slot=slot[1], dtype=dtype))
+    def append_delivery(self, slot: SlotKey, dtype: int) -> int:
+        """Parameters went out that the update rule keeps; returns the position to wait for."""
+        return self._append(Delivered(worker=slot[0], slot=slot[1], dtype=dtype))
 
     def begin_log(self) -> int:
         """Put what comes from now on into a new log; returns its number. A checkpoint of this moment names it."""

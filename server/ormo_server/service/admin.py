@@ -62,7 +62,7 @@ _PHASES = {name.removeprefix("PHASE_").lower(): number for name, number in pb.Ge
 
 
 def _describe_checkpoint(status: pb.GetStatusResponse, host: RunHost) -> None:
-    last = host.last_checkpoint
+    last = host.files.last_checkpoint
     if last is not None:
         status.checkpoint_path, status.checkpoint_iteration = printable(last.path), last.iteration
         status.checkpoint_age_seconds = time.monotonic() - last.written_at
@@ -117,7 +117,7 @@ def _worker(worker: WorkerView) -> pb.WorkerStatus:
     )
 
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 5.0
 
@@ -163,19 +163,19 @@ class Controls:
 
     def _checkpoint(self) -> str:
         engine = self._host.engine  # or else there is nothing to write
-        if not self._host.checkpoint(anew=True) or self._host.last_checkpoint is None:
+        if not self._host.checkpoint(anew=True) or self._host.files.last_checkpoint is None:
             iteration = engine.iteration()[1]
             raise NotReady(
                 f"no checkpoint of iteration {iteration} could be written, the earlier ones stay: the server's log "
                 "says why",
                 retry_seconds=_RETRY_SECONDS,
             )
-        return printable(self._host.last_checkpoint.path)
+        return printable(self._host.files.last_checkpoint.path)
 
     def _keep(self, peak: float) -> None:
         """The answer says that no crash can undo it."""
         try:
-            if not self._host.journaled:
+            if self._host.files.journal is None:
                 self._checkpoint()
         except NotReady as error:
             raise NotReady(
@@ -185,4 +185,4 @@ class Controls:
 
 
 def _tell(caller: str, what: str) -> None:
-    log.warning("%r had the server %s", caller, what, extra=Fields(caller=caller, action=what))
+    _LOG.warning("%r had the server %s", caller, what, extra=Fields(caller=caller, action=what))

@@ -3,6 +3,10 @@
 A delivery is exactly the parameters at its ticket's iteration. For a large model the copy of these into its payload
 goes on after the lock is free, while the first of them are sent already: only the next gradient has to wait for its
 end.
+
+Who wakes whom: a `Waiter` is resolved by the thread whose input made its ticket possible, under the machine's lock, and
+waited for by the thread of its own stream, without it. A `Copy` is filled by the one thread of `Copies`, and waited for
+by streams that send it and by the next gradient.
 """
 
 import queue
@@ -13,13 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ormo_protos.tensors import Chunk, Payload, frozen_chunks
+from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, frozen_chunks
 from ormo_runtime.process import StartedPool
+from ormo_server.core.effects import Effects, Granted, superseded
 from ormo_server.core.errors import OrmoError
 from ormo_server.core.ids import SlotKey
+from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import blocks
+from ormo_server.journal import Journal
 from ormo_server.metrics.histograms import Distribution
+
+# Handing a copy to another thread costs as much as copying some 2 MiB.
+_COPIED_UNDER_LOCK = 2 * CHUNK_BYTES
 
 
 class Copy:
@@ -47,7 +57,7 @@ class Copy:
         with self._there:
             self._there.wait_for(lambda: self._over)
 
-    def reached(self, size: int) -> None:
+    def advance(self, size: int) -> None:
         """So many bytes are there."""
         with self._there:
             self._bytes = size
@@ -108,9 +118,9 @@ class Copies:
         try:
             for part in blocks(parameters.numel()):
                 write(parameters, part)
-                copy.reached(part.stop * parameters.element_size())
+                copy.advance(part.stop * parameters.element_size())
             self._seconds.observe(time.perf_counter() - started)
-            copy.reached(payload.layout.total_bytes)
+            copy.advance(payload.layout.total_bytes)
         except Exception as error:  # noqa: BLE001 - whoever sends the payload raises it
             copy.end(error)
         else:
@@ -192,3 +202,84 @@ class Waiter:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+class Waiting:
+    """The slots that wait for a ticket, and what ends their waits. Only who holds the machine's lock may call it.
+
+    Args:
+        machine: whose tickets they wait for.
+        copies: fills the payloads of large models.
+        copy_seconds: where the time of small ones is counted.
+        journal: what deliveries are recorded in that the update rule keeps.
+    """
+
+    def __init__(
+        self, machine: StateMachine, copies: Copies, copy_seconds: Distribution, journal: Journal | None
+    ) -> None:
+        self._machine = machine
+        self._copies = copies
+        self._copy_seconds = copy_seconds
+        self._journal = journal
+        self._waiters: dict[SlotKey, Waiter] = {}
+
+    def enter(self, waiter: Waiter) -> Waiter | None:
+        """The slot waits from now on: to be called before its request, which may grant the ticket at once.
+
+        Returns:
+            Who waited in its place, for `supersede` or `put_back`.
+        """
+        older = self._waiters.get(waiter.slot)
+        self._waiters[waiter.slot] = waiter
+        return older
+
+    def supersede(self, older: Waiter | None) -> None:
+        """The request was taken: whoever waited before waits in vain."""
+        if older is not None:
+            older.fail(superseded(older.slot))
+
+    def put_back(self, waiter: Waiter, older: Waiter | None) -> None:
+        """The request was refused: all is as it was."""
+        del self._waiters[waiter.slot]
+        if older is not None:
+            self._waiters[older.slot] = older
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Nobody listens any more; says whether it still waited."""
+        if self._waiters.get(waiter.slot) is not waiter:
+            return False
+        del self._waiters[waiter.slot]
+        return True
+
+    def answer(self, effects: Effects, position: int) -> None:
+        """End the waits that an input ended, before the next input changes the parameters.
+
+        Args:
+            effects: of the input.
+            position: of the journal, after it.
+        """
+        for released in effects.released:
+            self._waiters.pop(released.slot).fail(released.error)
+        for granted in effects.granted:
+            self._deliver(granted, position)
+
+    def _deliver(self, granted: Granted, position: int) -> None:
+        waiter = self._waiters.pop(granted.slot)
+        state, ticket, payload, copy = self._machine.state, granted.ticket, waiter.payload, None
+        if payload.layout.with_buffers:
+            copy_buffers(self._machine, payload)
+        if payload.layout.total_bytes > _COPIED_UNDER_LOCK and not state.rule.keeps_deliveries:
+            copy = self._copies.begin(payload, self._machine.delivery(granted))
+        else:
+            started = time.perf_counter()
+            self._machine.write_delivery(granted, payload.parameters)
+            self._copy_seconds.observe(time.perf_counter() - started)
+            if state.rule.keeps_deliveries and self._journal is not None:
+                position = self._journal.append_delivery(granted.slot, payload.layout.dtype)
+        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, position))
+
+
+def copy_buffers(machine: StateMachine, payload: Payload) -> None:
+    """Copy the model's buffers of this moment into a payload that has room for them."""
+    payload.float_buffers.copy_(machine.state.float_buffers)
+    payload.int_buffers.copy_(machine.state.int_buffers)

@@ -19,24 +19,13 @@ from typing import NoReturn
 import torch
 
 from ormo_protos.manifest import Manifest
-from ormo_protos.tensors import CHUNK_BYTES, Payload
-from ormo_server.core import members
+from ormo_protos.tensors import Payload
+from ormo_server.core import inputs, members
 from ormo_server.core.deadlines import Leases, TicketTimeout
-from ormo_server.core.effects import Effects, Granted, superseded
-from ormo_server.core.errors import BadRequest, Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
-from ormo_server.core.ids import SlotKey, TicketKey
-from ormo_server.core.inputs import (
-    Gradient,
-    Input,
-    Join,
-    Leave,
-    Push,
-    Request,
-    Requester,
-    Return,
-    SetLearningRate,
-    Withdraw,
-)
+from ormo_server.core.effects import Effects, superseded
+from ormo_server.core.errors import Finished, NonFinite, NormTooLarge, NotReady, OrmoError, TicketUnknown
+from ormo_server.core.ids import TicketKey
+from ormo_server.core.inputs import Gradient, Input, Requester
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member
@@ -44,18 +33,14 @@ from ormo_server.core.vectors import all_finite
 from ormo_server.journal import Journal, StoredGradient, gradient_in
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.view import Evaluation, RunView
-from ormo_server.service.admission import Bounds, UnsoundWorkers
-from ormo_server.service.delivery import Copies, Delivery, Waiter
+from ormo_server.service.admission import Bounds, ReceivedGradient, non_finite, sent_away
+from ormo_server.service.delivery import Copies, Delivery, Waiter, Waiting, copy_buffers
 from ormo_server.service.figures import Figures, Outcome
 from ormo_server.service.lock import MachineLock
-from ormo_server.service.transfers import ReceivedGradient, non_finite
 from ormo_server.trace.rows import Recorded, Refused
 from ormo_server.trace.writer import TraceWriter
 
-log = logging.getLogger(__name__)
-
-# Handing a copy to another thread costs as much as copying some 2 MiB.
-_COPIED_UNDER_LOCK = 2 * CHUNK_BYTES
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -100,25 +85,24 @@ class Engine:
         self._metrics = metrics
         self._lock = MachineLock(machine, metrics.upkeep)
         self.broken = self._lock.broken
-        self._waiters: dict[SlotKey, Waiter] = {}
+        self._waiting = Waiting(machine, copies, metrics.traffic.stage["copy"], journal)
         self._copies = copies
         self._bounds = bounds
         self._journal = journal
         self._trace = trace
         self._refuse_if_not_ours = refuse_if_not_ours
-        self._unsound = UnsoundWorkers()
+        self._sent_away: dict[str, int] = {}  # the incarnation of each worker whose gradients were unsound too often
         self._leases = Leases(lease_seconds)
         self._ticket_timeout = TicketTimeout(ticket_timeout, automatic=machine.scheduler.others_wait)
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
         self._figures = Figures(metrics, machine.state.members)
         self.observations = self._figures.observations
-        self._idle_warning = ""
         # The journal's position at the run's end.
         self._end: int | None = None
         if machine.state.finished:
             self.finished.set()
-        self._warn_of_idle_slots(machine.state.live_slots)
+        self._figures.warn_of_idle_slots(machine.scheduler, machine.state.live_slots)
 
     # Members
 
@@ -129,9 +113,9 @@ class Engine:
             The member, and the incarnation that it replaced, if it did.
         """
         with self._lock as machine:
-            self._refuse_unsound(worker, incarnation)
+            self._refuse_if_sent_away(worker, incarnation)
             known = machine.state.members.get(worker)
-            effects = self._take(Join(self._clock(), worker, incarnation, slots))
+            effects = self._take(inputs.Join(self._clock(), worker, incarnation, slots))
             self._leases.grant(worker, self._clock())
             if effects.changed:
                 self.observations.joined(worker)
@@ -143,34 +127,28 @@ class Engine:
         member = effects.member
         assert member is not None
         if effects.changed:
-            self._figures.joined(member, self.iteration()[1], size, caller)
-            self._warn_of_idle_slots(live_slots)
+            self._figures.note_join(member, self.iteration()[1], size, caller)
+            self._figures.warn_of_idle_slots(self._machine.scheduler, live_slots)
         return member, known.incarnation if known is not None and effects.changed else None
-
-    def _warn_of_idle_slots(self, slots: int) -> None:
-        warning = self._machine.scheduler.idle_warning(slots)
-        if warning and warning != self._idle_warning:
-            log.warning("%s", warning)
-        self._idle_warning = warning
 
     def check_requester(self, requester: Requester) -> None:
         """Refuse early what would be refused after its tensors have come; see `StateMachine.requesting_slot`."""
         with self._lock as machine:
-            self._refuse_unsound(requester.worker, requester.incarnation)
+            self._refuse_if_sent_away(requester.worker, requester.incarnation)
             machine.requesting_slot(requester)
-            self._leases.heard(requester.worker, self._clock())
+            self._leases.renew(requester.worker, self._clock())
 
-    def heard(self, worker: str) -> None:
+    def renew_lease(self, worker: str) -> None:
         """Bytes came from, or went to, a worker. Takes no lock: it is called for every chunk."""
-        self._leases.heard(worker, self._clock())
+        self._leases.renew(worker, self._clock())
 
     def heartbeat(self, worker: str, incarnation: int, returned: Sequence[TicketKey]) -> None:
         """Keep a lease, and take back tickets that will not be used."""
         with self._lock as machine:
-            self._refuse_unsound(worker, incarnation)
+            self._refuse_if_sent_away(worker, incarnation)
             members.find(machine.state, worker, incarnation)
-            self._leases.heard(worker, self._clock())
-            returns = (Return(self._clock(), worker, incarnation, number, epoch) for epoch, number in returned)
+            self._leases.renew(worker, self._clock())
+            returns = (inputs.Return(self._clock(), worker, incarnation, number, epoch) for epoch, number in returned)
             effects = [self._take(each) for each in returns]
             position = self.position
         if returned:
@@ -180,7 +158,7 @@ class Engine:
     def set_learning_rate(self, peak: float) -> None:
         """See `SetLearningRate`."""
         with self._lock:
-            self._take(SetLearningRate(self._clock(), peak))
+            self._take(inputs.SetLearningRate(self._clock(), peak))
             position = self.position
         self.wait_durable(position)
 
@@ -192,7 +170,7 @@ class Engine:
         self._figures.count([effects])
         self.wait_durable(position)
         if effects.changed:
-            self._figures.left(worker, incarnation, self.iteration()[1])
+            self._figures.note_leave(worker, incarnation, self.iteration()[1])
 
     def expire(self) -> list[tuple[str, int]]:
         """Take silent workers for dead, and tickets that were out for too long for lost.
@@ -202,28 +180,29 @@ class Engine:
         """
         with self._lock as machine:
             now, live = self._clock(), machine.state.members
-            lapsed = [live[worker] for worker in self._leases.lapsed(now) if worker in live]
+            lapsed = [live[worker] for worker in self._leases.expired(now) if worker in live]
             effects = [self._let_go(member.worker, member.incarnation) for member in lapsed]
             overdue = self._ticket_timeout.overdue(machine.state, now)
             for ticket in overdue:
                 holder = live[ticket.slot[0]]
-                effects.append(self._take(Return(now, holder.worker, holder.incarnation, ticket.number, ticket.epoch)))
+                back = inputs.Return(now, holder.worker, holder.incarnation, ticket.number, ticket.epoch)
+                effects.append(self._take(back))
             if overdue:
                 self._ticket_timeout.lapsed()
         self._figures.count(effects)
         for member in lapsed:
-            self._figures.lease_lapsed(member.worker, self._leases.lease_seconds, self.iteration()[1])
+            self._figures.note_expired_lease(member.worker, self._leases.lease_seconds, self.iteration()[1])
         for ticket in overdue:
-            self._figures.ticket_overdue(ticket, self.iteration()[1])
+            self._figures.note_overdue_ticket(ticket, self.iteration()[1])
         return [(member.worker, member.incarnation) for member in lapsed]
 
-    def _refuse_unsound(self, worker: str, incarnation: int) -> None:
-        if self._unsound.has(worker, incarnation):
+    def _refuse_if_sent_away(self, worker: str, incarnation: int) -> None:
+        if self._sent_away.get(worker) == incarnation:
             self._figures.count([self._let_go(worker, incarnation)])
-            raise self._unsound.refusal(worker)
+            raise sent_away(worker)
 
     def _let_go(self, worker: str, incarnation: int) -> Effects:
-        effects = self._take(Leave(self._clock(), worker, incarnation))
+        effects = self._take(inputs.Leave(self._clock(), worker, incarnation))
         if effects.changed:
             self._leases.forget(worker)
             self.observations.gone(worker)
@@ -256,7 +235,7 @@ class Engine:
         # Before the lock, for both walk over the gradient: scaling it down, and writing it for the journal.
         too_long = received is not None and self._bounds.exceeded_by(received)
         if too_long and received is not None and self._bounds.clips:
-            received, too_long = self._bounds.clipped(received), False
+            received, too_long = self._bounds.clip(received), False
             self._metrics.gradients.clipped()
         stored = None
         if self._journal is not None and received is not None and received.norm is not None and not too_long:
@@ -267,8 +246,7 @@ class Engine:
                 outcome.lock_seconds = self._lock.waited_seconds + (self._copies.finish() if received else 0.0)
                 if not is_current():
                     raise superseded(requester.slot_key)
-                if self._unsound:
-                    self._refuse_unsound(requester.worker, requester.incarnation)
+                self._refuse_if_sent_away(requester.worker, requester.incarnation)
                 if received is not None:
                     self._push(outcome, received, stored, too_long=too_long)
                 if wish is not None:
@@ -295,7 +273,7 @@ class Engine:
             if received.norm is None or too_long:
                 self._refuse_gradient(requester, received)
             outcome.pushed_at = now = self._clock()
-            given = Push(now, *requester, number, epoch, received.samples)
+            given = inputs.Push(now, *requester, number, epoch, received.samples)
             started = time.perf_counter()
             outcome.pushed = effects = self._take(given, gradient_in(received.payload, received.norm), stored)
             outcome.apply_seconds = time.perf_counter() - started
@@ -329,43 +307,27 @@ class Engine:
         seen = self.observations.of(requester.worker)
         # Numbers rise with each gradient, so whoever sends one again and again does not fill the disk.
         if seen.refuses_anew(requester.slot, requester.request) and self._trace is not None:
-            (worker, incarnation, slot, request), (epoch, number) = requester, received.ticket
-            self._trace.append(
-                Refused(
-                    seconds=self._clock(),
-                    worker=worker,
-                    incarnation=incarnation,
-                    slot=slot,
-                    request=request,
-                    ticket=number,
-                    ticket_epoch=epoch,
-                    reason=refusal.reason.value,
-                )
-            )
+            self._trace.append(Refused.of(self._clock(), requester, received.ticket, refusal.reason))
         if isinstance(refusal, NonFinite | NormTooLarge):
             seen.refuse()
             limit = self._bounds.refused_share
             if limit is not None and seen.refused_share > limit:
                 # From its next call on: this one has its answer.
-                self._unsound.add(requester)
-                self._figures.sent_away(requester, seen)
+                self._sent_away[requester.worker] = requester.incarnation
+                self._figures.note_sent_away(requester, seen)
 
     def _request(self, outcome: Outcome, wish: Payload) -> None:
         waiter = Waiter(outcome.requester.slot_key, wish)
-        older = self._waiters.get(waiter.slot)
-        self._waiters[waiter.slot] = waiter  # before the input, which may grant its ticket at once
+        older = self._waiting.enter(waiter)
         try:
-            outcome.requested = self._take(Request(self._clock(), *outcome.requester))
+            outcome.requested = self._take(inputs.Request(self._clock(), *outcome.requester))
         except OrmoError as error:
-            del self._waiters[waiter.slot]
-            if older is not None:
-                self._waiters[waiter.slot] = older
+            self._waiting.put_back(waiter, older)
             if not isinstance(error, Finished):
                 raise
             outcome.finished = error
             return
-        if older is not None:
-            older.fail(superseded(waiter.slot))
+        self._waiting.supersede(older)
         outcome.waiter = waiter
 
     def withdraw(self, waiter: Waiter) -> None:
@@ -375,11 +337,9 @@ class Engine:
                 waiter.delivery.copy.wait()
             return
         with self._lock.reading():
-            if self._waiters.get(waiter.slot) is not waiter:
-                return
-            del self._waiters[waiter.slot]
-            if not self._lock.closed:  # else nothing may change any more, and whoever comes after finds nobody waiting
-                self._take(Withdraw(*waiter.slot))
+            # Once the lock is closed nothing may change any more, and whoever comes after finds nobody waiting.
+            if self._waiting.leave(waiter) and not self._lock.closed:
+                self._take(inputs.Withdraw(*waiter.slot))
 
     def pull(self, payload: Payload, newer_than: tuple[int, int] | None) -> Delivery:
         """The newest parameters for a reader, copied into `payload`.
@@ -394,7 +354,7 @@ class Engine:
             if not known:
                 payload.parameters.copy_(state.params)
                 if payload.layout.with_buffers:
-                    self._copy_buffers(payload)
+                    copy_buffers(machine, payload)
             pulled = Delivery(
                 state.epoch, state.iteration, state.samples, None, None if known else payload, position=position
             )
@@ -408,37 +368,13 @@ class Engine:
         effects = self._machine.step(given, gradient)
         if not effects.changed:
             return effects
-        if self._journal is not None:
-            self._journal.append(given, effects.redeemed, stored)
+        position = 0 if self._journal is None else self._journal.append(given, effects.redeemed, stored)
         if self._trace is not None:
             self._trace.append(Recorded(given, effects.redeemed))
         if self._end is None and self._machine.state.finished:
-            self._end = self.position
-        for released in effects.released:
-            self._waiters.pop(released.slot).fail(released.error)
-        for granted in effects.granted:
-            self._deliver(granted)
+            self._end = position
+        self._waiting.answer(effects, position)
         return effects
-
-    def _deliver(self, granted: Granted) -> None:
-        waiter = self._waiters.pop(granted.slot)
-        state, ticket, payload = self._machine.state, granted.ticket, waiter.payload
-        if payload.layout.with_buffers:
-            self._copy_buffers(payload)
-        copy = None
-        if payload.layout.total_bytes > _COPIED_UNDER_LOCK and not state.rule.keeps_deliveries:
-            copy = self._copies.begin(payload, self._machine.delivery(granted))
-        else:
-            started = time.perf_counter()
-            self._machine.write_delivery(granted, payload.parameters)
-            self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
-            if state.rule.keeps_deliveries and self._journal is not None:
-                self._journal.delivered(granted.slot, payload.layout.dtype)
-        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, self.position))
-
-    def _copy_buffers(self, payload: Payload) -> None:
-        payload.float_buffers.copy_(self._machine.state.float_buffers)
-        payload.int_buffers.copy_(self._machine.state.int_buffers)
 
     # What is on the disk
 
@@ -502,22 +438,10 @@ class Engine:
         """The machine to read from, held still; do not keep it."""
         return self._lock.reading()
 
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """An evaluation was reported. One of another epoch says nothing of this run as it is now.
-
-        Raises:
-            BadRequest: the run has not come so far.
-        """
+    def note_evaluation(self, evaluation: Evaluation) -> None:
+        """An evaluation was reported; see `Figures.note_evaluation`."""
         with self._lock.reading() as machine:
-            state = machine.state
-            if evaluation.epoch != state.epoch:
-                return
-            if evaluation.iteration > state.iteration:
-                raise BadRequest(
-                    f"an evaluation of iteration {evaluation.iteration}, and the run is at {state.iteration}: expected "
-                    "one that was pulled"
-                )
-            self.observations.evaluated(evaluation)
+            self._figures.note_evaluation(machine.state, evaluation)
 
     def view(self) -> RunView:
         """The run at this moment."""

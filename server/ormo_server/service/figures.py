@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from ormo_runtime.logs import Fields
 from ormo_server.core.effects import NOTHING, Effects, Redeemed
-from ormo_server.core.errors import Finished, OrmoError
+from ormo_server.core.errors import BadRequest, Finished, OrmoError
 from ormo_server.core.inputs import Requester
-from ormo_server.core.state import Member, Ticket
+from ormo_server.core.schedulers import Scheduler
+from ormo_server.core.state import Member, State, Ticket
 from ormo_server.metrics import Metrics
-from ormo_server.metrics.view import Observations, WorkerObservation
+from ormo_server.metrics.view import Evaluation, Observations, WorkerObservation
+from ormo_server.service.admission import ReceivedGradient
 from ormo_server.service.delivery import Waiter
-from ormo_server.service.transfers import ReceivedGradient
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _bad_gradients = logging.getLogger("ormo_server.bad_gradients")
 
 
@@ -65,6 +66,7 @@ class Figures:
         self.observations = Observations()
         self.lock = threading.Lock()
         self._metrics = metrics
+        self._idle_warning = ""
         for worker in members:
             self.observations.joined(worker)
 
@@ -84,7 +86,7 @@ class Figures:
             self._count_gradient(outcome, outcome.received, outcome.pushed.redeemed)
         elif outcome.pushed.result is not None:
             self._metrics.traffic.repeated.inc()
-        if log.isEnabledFor(logging.DEBUG):
+        if _LOG.isEnabledFor(logging.DEBUG):
             _tell(outcome, outcome.received)
 
     def count(self, effects: Iterable[Effects]) -> None:
@@ -119,44 +121,66 @@ class Figures:
         if redeemed.buffers_kept:
             _warn_of_kept_buffers(worker, redeemed.iteration_after)
 
+    def note_evaluation(self, state: State, evaluation: Evaluation) -> None:
+        """An evaluation was reported. One of another epoch says nothing of this run as it is now.
+
+        Raises:
+            BadRequest: the run has not come so far.
+        """
+        if evaluation.epoch != state.epoch:
+            return
+        if evaluation.iteration > state.iteration:
+            raise BadRequest(
+                f"an evaluation of iteration {evaluation.iteration}, and the run is at {state.iteration}: expected one "
+                "that was pulled"
+            )
+        self.observations.evaluated(evaluation)
+
     # Workers
 
-    def joined(self, member: Member, iteration: int, bucket_size: int, caller: str) -> None:
+    def warn_of_idle_slots(self, scheduler: Scheduler, slots: int) -> None:
+        """Say once that some of the slots can never be busy."""
+        warning = scheduler.idle_warning(slots)
+        if warning and warning != self._idle_warning:
+            _LOG.warning("%s", warning)
+        self._idle_warning = warning
+
+    def note_join(self, member: Member, iteration: int, bucket_size: int, caller: str) -> None:
         """A process has become a member. Nobody's name is that of a caller in this process."""
         about = Fields(
             worker=member.worker, incarnation=f"{member.incarnation:016x}", iteration=iteration, caller=caller
         )
         said = "worker %s joined (rank %d, %d slots) from %r; K is %d"
-        log.info(said, member.worker, member.rank, len(member.slots), caller or "here", bucket_size, extra=about)
+        _LOG.info(said, member.worker, member.rank, len(member.slots), caller or "here", bucket_size, extra=about)
 
-    def left(self, worker: str, incarnation: int, iteration: int) -> None:
+    def note_leave(self, worker: str, incarnation: int, iteration: int) -> None:
         """A worker has given up its lease."""
         about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=iteration)
-        log.info("worker %s left", worker, extra=about)
+        _LOG.info("worker %s left", worker, extra=about)
 
-    def lease_lapsed(self, worker: str, lease_seconds: float, iteration: int) -> None:
+    def note_expired_lease(self, worker: str, lease_seconds: float, iteration: int) -> None:
         """A worker has lost its lease."""
         self._metrics.upkeep.expired_workers.inc()
         about = Fields(worker=worker, iteration=iteration)
-        log.warning("worker %s was silent for %g s and lost its lease", worker, lease_seconds, extra=about)
+        _LOG.warning("worker %s was silent for %g s and lost its lease", worker, lease_seconds, extra=about)
 
-    def ticket_overdue(self, ticket: Ticket, iteration: int) -> None:
+    def note_overdue_ticket(self, ticket: Ticket, iteration: int) -> None:
         """A ticket is void."""
         self._metrics.upkeep.expired_tickets.inc()
         worker, slot = ticket.slot
         about = Fields(worker=worker, slot=slot, ticket=ticket.number, iteration=iteration)
-        log.warning(
+        _LOG.warning(
             "a ticket of worker %s was out for too long and is void; the worker stays a member, and nobody waits for "
             "it until it asks for another",
             worker,
             extra=about,
         )
 
-    def sent_away(self, requester: Requester, seen: WorkerObservation) -> None:
+    def note_sent_away(self, requester: Requester, seen: WorkerObservation) -> None:
         """A worker's gradients are unsound too often."""
         about = Fields(worker=requester.worker, incarnation=f"{requester.incarnation:016x}")
         said = "worker %s is sent away: %d of its gradients were refused, %.0f %% of the latest"
-        log.warning(said, requester.worker, seen.refused, 100 * seen.refused_share, extra=about)
+        _LOG.warning(said, requester.worker, seen.refused, 100 * seen.refused_share, extra=about)
 
 
 def _tell(outcome: Outcome, received: ReceivedGradient) -> None:
@@ -174,12 +198,12 @@ def _tell(outcome: Outcome, received: ReceivedGradient) -> None:
     )
     if outcome.refusal is not None:
         about["reason"] = outcome.refusal.reason
-        log.debug("refused a gradient of worker %s: %s", requester.worker, outcome.refusal, extra=about)
+        _LOG.debug("refused a gradient of worker %s: %s", requester.worker, outcome.refusal, extra=about)
     elif result is not None:
         about["iteration"], about["delay"] = result.iteration, result.delay
         about["lag_buckets"], about["step_size"] = result.lag_buckets, result.step_size
         what = "repeated the result of" if result.repeated else "discarded" if result.discarded else "applied"
-        log.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
+        _LOG.debug("%s a gradient of worker %s with delay %d", what, requester.worker, result.delay, extra=about)
 
 
 def _warn_of_kept_buffers(worker: str, iteration: int) -> None:

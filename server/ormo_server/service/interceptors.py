@@ -56,7 +56,7 @@ class Guard(grpc.ServerInterceptor):
                 refuse(self._refuser, context, error)
             return behaviour(requests, context)
 
-        return rewrapped(handler, guarded, request_streaming=True)
+        return rewrap(handler, guarded, request_streaming=True)
 
     def _small_request(self, requests: Any, context: grpc.ServicerContext, caller: Caller) -> Any:
         request = self._calls.request(requests, context, caller)
@@ -98,19 +98,19 @@ class CallCounter(grpc.ServerInterceptor):
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
         """See `grpc.ServerInterceptor`."""
         handler = continuation(details)
-        return None if handler is None else self._counted(handler, self._methods[details.method])
+        return None if handler is None else self._count_handler(handler, self._methods[details.method])
 
-    def _counted(self, handler: Any, method: Method) -> Any:
+    def _count_handler(self, handler: Any, method: Method) -> Any:
         behaviour = behaviour_of(handler)
         if holds_no_thread(behaviour):
-            counted = self._watched(behaviour, method)
+            counted = self._count_watch(behaviour, method)
         elif handler.response_streaming:
-            counted = self._streamed(behaviour, method)
+            counted = self._count_stream(behaviour, method)
         else:
-            counted = self._answered(behaviour, method)
-        return rewrapped(handler, counted)
+            counted = self._count_answer(behaviour, method)
+        return rewrap(handler, counted)
 
-    def _watched(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
+    def _count_watch(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         def call(request: Any, context: Any, *more: Any) -> Any:
             started = self._begin(method)
             context.add_callback(lambda: self._end(method, started, context, failed=False))
@@ -118,7 +118,7 @@ class CallCounter(grpc.ServerInterceptor):
 
         return call
 
-    def _answered(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
+    def _count_answer(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         def call(request: Any, context: Any) -> Any:
             started = self._begin(method)
             failed = True
@@ -131,7 +131,7 @@ class CallCounter(grpc.ServerInterceptor):
 
         return call
 
-    def _streamed(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Iterator[Any]]:
+    def _count_stream(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Iterator[Any]]:
         def call(request: Any, context: Any) -> Iterator[Any]:
             started = self._begin(method)
             failed = True
@@ -180,7 +180,7 @@ def holds_no_thread(behaviour: Callable[..., Any]) -> bool:
     return bool(getattr(behaviour, _NON_BLOCKING, False))
 
 
-def rewrapped(handler: Any, behaviour: Callable[..., Any], *, request_streaming: bool | None = None) -> Any:
+def rewrap(handler: Any, behaviour: Callable[..., Any], *, request_streaming: bool | None = None) -> Any:
     """A handler that does this instead, and reads and writes the same messages.
 
     Whoever holds no thread must not begin to: a thread for each watcher would leave none for workers.

@@ -14,12 +14,11 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.ids import TicketKey
-from ormo_server.core.inputs import Requester
 from ormo_server.core.state import PushResult
 from ormo_server.metrics.view import Evaluation
+from ormo_server.service.admission import ReceivedGradient
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.refusals import not_understood
-from ormo_server.service.transfers import ReceivedGradient
 
 M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
@@ -27,38 +26,19 @@ R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
 _WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def worker_id(text: str) -> str:
-    """A worker's id, checked.
+def check_worker_id(text: str) -> None:
+    """Refuse what is no worker id.
 
     Raises:
         BadRequest: it is empty, too long or has other characters than the contract allows.
     """
     if not _WORKER_ID.fullmatch(text):
         raise BadRequest(f"worker id {text[:160]!r}: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -")
-    return text
-
-
-def requester(message: pb.Requester) -> Requester:
-    """Who asks.
-
-    Raises:
-        BadRequest: a malformed worker id.
-    """
-    return Requester(worker_id(message.worker), message.incarnation, message.slot, message.request)
 
 
 def ticket_key(message: pb.Ticket) -> TicketKey:
     """What identifies a ticket."""
     return (message.epoch, message.number)
-
-
-def delivery_layout(manifest: Manifest, message: pb.DeliveryRequest) -> PayloadLayout:
-    """The layout in which parameters are wanted, but for frozen tensors, which are sent from where they are.
-
-    Raises:
-        PayloadError: a dtype that is not served.
-    """
-    return PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
 
 
 def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
@@ -89,7 +69,7 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
     return layout
 
 
-def push(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:
+def received_gradient(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:
     """A gradient whose tensors have come."""
     loss = _loss(message.loss) if message.HasField("loss") else None
     return ReceivedGradient(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
@@ -146,22 +126,14 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
     if delivery.payload is not None:
         layout = delivery.payload.layout
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
-        message.with_frozen = with_frozen = delivery.frozen is not None
-        whole = PayloadLayout.of(manifest, layout.dtype, with_buffers=layout.with_buffers, with_frozen=with_frozen)
-        message.payload_bytes = whole.total_bytes
+        if delivery.frozen is not None:  # which follow the payload
+            layout = PayloadLayout.of(manifest, layout.dtype, with_buffers=layout.with_buffers, with_frozen=True)
+        message.with_frozen, message.payload_bytes = delivery.frozen is not None, layout.total_bytes
         # Older workers and readers compare the first one with what they compute, who know nothing of merges.
         message.manifest_digest, message.model_digest = manifest.without_merges.digest, manifest.model_digest
 
 
 # Frames
-
-
-def frames_of(head: R, delivery: Delivery, *, with_data: bool) -> Iterator[Headed[R] | Chunk]:
-    """A delivery as it travels: its head, with the first chunk in it if the peer takes that, and the other chunks."""
-    chunks = delivery.chunks()
-    first = next(chunks, None) if with_data else None
-    yield Headed(head) if first is None else Headed(head, first.data)
-    yield from chunks
 
 
 def require_head(frame: Frame[M], wanted: str) -> Headed[M]:

@@ -11,7 +11,7 @@ from ormo_server.core.method import MemoryNeed, Run, memory_need
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.settings import ServerSettings
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 # How long the others wait before they ask again.
 WAIT_SECONDS = 0.5
@@ -29,7 +29,7 @@ class ModelOffers:
         self.lease_seconds = lease_seconds
         self._asked: tuple[str, int] | None = None
         self._until = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the two: many ask at once, each in a thread of its own
 
     def ask(self, worker: str, incarnation: int, now: float) -> bool:
         """Whether this worker is the one to send its model. Asking again renews nothing: its bytes must come."""
@@ -89,7 +89,7 @@ def check_memory(settings: ServerSettings, run: Run, manifest: Manifest) -> Memo
     need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
     rule = run.method.rule
     numbers = f"{elements:,} parameters" + (f" and {frozen:,} that are frozen" if frozen else "")
-    log.info(
+    _LOG.info(
         "a model of %s: %.1f MB of state%s, up to %.1f MB for exchanges (all slots at once), %.1f MB for a checkpoint",
         numbers,
         need.state_bytes / 1e6,

@@ -43,26 +43,26 @@ _Unary = Callable[[_Service, _Request, grpc.ServicerContext], _Answer]
 _Streaming = Callable[[_Service, _Request, grpc.ServicerContext], Iterator[_Answer]]
 
 
-def answers(method: _Unary[_Service, _Request, _Answer]) -> _Unary[_Service, _Request, _Answer]:
+def maps_errors(method: _Unary[_Service, _Request, _Answer]) -> _Unary[_Service, _Request, _Answer]:
     """A method with one answer: what it raises ends the call with the status that the table gives."""
 
     @functools.wraps(method)
     def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> _Answer:
         try:
-            return method(service, understood(request), context)
+            return method(service, require_well_formed(request), context)
         except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
             _end(service, context, error)
 
     return call
 
 
-def streams_answers(method: _Streaming[_Service, _Request, _Answer]) -> _Streaming[_Service, _Request, _Answer]:
+def maps_stream_errors(method: _Streaming[_Service, _Request, _Answer]) -> _Streaming[_Service, _Request, _Answer]:
     """A method with a stream of answers: what it raises ends the call with the status that the table gives."""
 
     @functools.wraps(method)
     def call(service: _Service, request: _Request, context: grpc.ServicerContext) -> Iterator[_Answer]:
         try:
-            yield from method(service, understood(request), context)
+            yield from method(service, require_well_formed(request), context)
         except PeerGone:
             return  # there is nobody to answer
         except Exception as error:  # noqa: BLE001 - every end of a call goes through the table
@@ -71,8 +71,8 @@ def streams_answers(method: _Streaming[_Service, _Request, _Answer]) -> _Streami
     return call
 
 
-def understood(request: _Request) -> _Request:
-    """The request.
+def require_well_formed(request: _Request) -> _Request:
+    """The request, whose bytes were a message.
 
     Raises:
         BadRequest, BadManifest: its bytes were no message.
@@ -87,7 +87,7 @@ def not_understood(malformed: Malformed) -> OrmoError:
     return BadManifest(malformed.why) if malformed.reason is Reason.BAD_MANIFEST else BadRequest(malformed.why)
 
 
-def named(error: Exception) -> Exception:
+def as_ormo_error(error: Exception) -> Exception:
     """The error with a reason, where the contract's own errors have none."""
     if isinstance(error, PayloadError):
         return BadPayload(str(error))
@@ -97,7 +97,7 @@ def named(error: Exception) -> Exception:
 
 
 def _end(service: Refuser, context: grpc.ServicerContext, error: Exception) -> NoReturn:
-    error = named(error)
+    error = as_ormo_error(error)
     if isinstance(error, OrmoError):
         refuse(service, context, error)
     if isinstance(error, grpc.RpcError) or not context.is_active():

@@ -26,7 +26,7 @@ from ormo_server.store.checkpoints import CheckpointStore
 from ormo_server.store.files import StoreError, copy_of_directory, sync
 from ormo_server.trace.rows import TracedSettings
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Recovered:
     doubled: str = ""
 
 
-def recovered(
+def recover(
     checkpoint: Checkpoint, journal: Path, read_again: Callable[[], Checkpoint], *, newer_lost: bool = False
 ) -> Recovered:
     """The newest state.
@@ -71,14 +71,14 @@ def recovered(
     if newer_lost and is_journal(journal) and not is_chained(journal, first):
         damage = f"the checkpoint that {journal} begins with is not whole"  # or it is: such logs do not tell
         return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, complete=False, damage=damage)
-    found = _replayed(checkpoint, Reading(journal, first, checkpoint.manifest))
+    found = _replay_all(checkpoint, Reading(journal, first, checkpoint.manifest))
     return _before_poison(read_again, journal, first) if found is None else found
 
 
-def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
+def _replay_all(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
     """All that the journal says done again; None if that led to a state that is not sound."""
     started = time.perf_counter()
-    machine = _resumed(checkpoint)
+    machine = _resume(checkpoint)
     try:
         clock_seconds = replay(machine, reading, checkpoint.clock_seconds)
     except UnsoundRecord:
@@ -86,7 +86,7 @@ def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
     if not is_sound(machine, checkpoint.manifest):
         return None
     taken = snapshot.take(machine)
-    log.info(
+    _LOG.info(
         "replayed %d records of the journal since iteration %d in %.2f s%s",
         reading.records,
         checkpoint.snapshot.fields["iteration"],
@@ -97,7 +97,7 @@ def _replayed(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
     return Recovered(taken, clock_seconds, not reading.lost, reading.lost, doubled)
 
 
-def _resumed(checkpoint: Checkpoint) -> StateMachine:
+def _resume(checkpoint: Checkpoint) -> StateMachine:
     # As it was when the journal was written: the settings may have changed since.
     known = {name: value for name, value in checkpoint.settings.items() if name in TracedSettings.model_fields}
     return snapshot.resume(TracedSettings(**known).run(), checkpoint.snapshot, buffers_of(checkpoint.manifest))
@@ -116,18 +116,18 @@ def _before_poison(read_again: Callable[[], Checkpoint], journal: Path, first: i
     """The state before the first record that made it unsound: all of it is looked at after each, which is rare."""
     count, culprit = _first_unsound(read_again(), journal, first)
     checkpoint = read_again()
-    machine = _resumed(checkpoint)
+    machine = _resume(checkpoint)
     sound = islice(Reading(journal, first, checkpoint.manifest), count)
     clock_seconds = replay(machine, sound, checkpoint.clock_seconds)
     damage = (
-        f"record {count + 1} of {journal}, {_named(culprit)}, led to NaN or infinite values, or might have: the run "
+        f"record {count + 1} of {journal}, {_describe(culprit)}, led to NaN or infinite values, or might have: the run "
         f"goes on from before it, at iteration {machine.state.iteration}, and what came after that is lost"
     )
     return Recovered(snapshot.take(machine), clock_seconds, complete=False, damage=damage)
 
 
 def _first_unsound(checkpoint: Checkpoint, journal: Path, first: int) -> tuple[int, Record]:
-    machine, reading = _resumed(checkpoint), Reading(journal, first, checkpoint.manifest)
+    machine, reading = _resume(checkpoint), Reading(journal, first, checkpoint.manifest)
     last: list[Record] = []
 
     def until_unsound() -> Iterator[tuple[Record, Payload | None]]:
@@ -142,7 +142,7 @@ def _first_unsound(checkpoint: Checkpoint, journal: Path, first: int) -> tuple[i
     return reading.records - 1, last[0]
 
 
-def _named(record: Record) -> str:
+def _describe(record: Record) -> str:
     given = None if record.input is None else record.input.input
     if isinstance(given, Push):
         return f"the gradient of worker {given.worker!r}"
@@ -184,7 +184,7 @@ def warn_if_bits_may_differ(checkpoint: Checkpoint) -> None:
     """Say so if a checkpoint is of another PyTorch, or of a processor of another kind."""
     written, here = (checkpoint.torch_version, checkpoint.cpu_capability), (torch.__version__, cpu_capability())
     if written != here:
-        log.warning(
+        _LOG.warning(
             "the checkpoint was written by torch %s on %s, this is torch %s on %s: results may differ in the last bits",
             *written,
             *here,
@@ -219,8 +219,8 @@ def tell_kept(store: CheckpointStore, aside: Path, level: int) -> None:
         # A checkpoint that the journal may follow would go with its elders.
         store.move_corrupt(aside)
     except OSError as error:
-        log.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
+        _LOG.warning("corrupt checkpoints can't be moved to %s (%s)", aside, error)
     if any(aside.iterdir()):
-        log.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
+        _LOG.log(level, "the damaged journal is kept in %s: look into it, then remove it", aside)
     else:
         aside.rmdir()

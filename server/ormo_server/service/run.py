@@ -1,36 +1,34 @@
-"""One run and its place on disk: restores it, finds it a model when it is new, and checkpoints it."""
+"""One run: restores it, or finds it a model when it is new, and has it served and kept."""
 
 import logging
 import secrets
 import shutil
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_runtime.logs import Fields
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core import snapshot
-from ormo_server.core.errors import BadManifest, DiskFull, ModelExists, NonFinite, NotReady
+from ormo_server.core.errors import BadManifest, ModelExists, NonFinite, NotAMember, NotReady
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.rules import LARGEST
 from ormo_server.core.vectors import largest
-from ormo_server.journal import Journal, is_journal, next_log, told_since
+from ormo_server.journal import is_journal, told_since
 from ormo_server.metrics import Metrics
 from ormo_server.service.admission import Bounds
 from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
+from ormo_server.service.files import RunFiles
 from ormo_server.service.lock import RunClock
 from ormo_server.service.offers import ModelOffers, check_memory
 from ormo_server.service.restore import (
     Recovered,
     keep_aside,
-    recovered,
+    recover,
     refuse_overflowing,
     settings_of_run,
     tell_kept,
@@ -39,35 +37,18 @@ from ormo_server.service.restore import (
 from ormo_server.settings import ServerSettings
 from ormo_server.store import (
     Checkpoint,
-    CheckpointStore,
-    DirectoryLock,
     FlatModel,
     ModelFile,
-    NotFinite,
     StoreError,
     buffers_of,
-    size_bytes,
     unsound_tensors,
 )
 from ormo_server.store.files import listed
 from ormo_server.trace.writer import TraceWriter
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
-_HARMLESS = "the next checkpoint tries again"
-# For the one that is under way, on a disk that may be slow or hang.
-_CLOSE_SECONDS = 30.0
 _FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class LastCheckpoint:
-    """Where the newest checkpoint is, what it holds, and when it was written by the monotonic clock."""
-
-    path: Path
-    epoch: int
-    iteration: int
-    written_at: float
 
 
 class RunHost:
@@ -78,7 +59,7 @@ class RunHost:
         metrics: what to count in.
 
     Attributes:
-        last_checkpoint: the newest one; None before the first.
+        files: of the run.
         checkpoint_bytes: of one, at most; 0 without a model.
 
     Raises:
@@ -93,27 +74,18 @@ class RunHost:
         self.started = time.monotonic()
         self.clock = RunClock()
         self.offers = ModelOffers(FailureDetection(settings.failure_timeout).offer_seconds)
-        self.last_checkpoint: LastCheckpoint | None = None
         self.checkpoint_bytes = 0
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
-        self._directory_lock = DirectoryLock(settings.directory)
-        self._store = CheckpointStore(settings.directory, keep=settings.checkpoints_kept)
+        self.files = RunFiles(settings, metrics, self._fail)
         self._engine: Engine | None = None
+        # Two workers may have sent a model, if the first one's lease ended on the way: the first to be whole is taken.
         self._building = threading.Lock()
-        self._writing = threading.Lock()
         self._weights: ModelFile | None = None
         self._trace: TraceWriter | None = None
-        self._journal: Journal | None = None
-        # That checkpoints name while there is no journal: above those of one that was there before.
-        self._number_without_journal: int | None = None
-        self._last_log = 0
         # Before anybody calls: once there is a model, a thread that can't be started would break the engine.
         self._copies = Copies(metrics.traffic.stage["copy"])
-        self._drained = self._closed = False
         metrics.process.settings(settings.described())
-        metrics.checkpoints.every(settings.checkpoint_seconds)
-        metrics.journal.size(lambda: 0 if self._journal is None else self._journal.size_bytes)
         try:
             if settings.trace is not None:
                 self._trace = TraceWriter(settings.trace, metrics.upkeep.failures.labels("trace").inc)
@@ -127,35 +99,16 @@ class RunHost:
 
     def close(self) -> None:
         """Finish the trace and the journal, and let another server have the directory."""
-        directory = self.settings.directory
-        if not self._writing.acquire(timeout=_CLOSE_SECONDS):
-            # It would go on in files that are another server's by then.
-            log.error("a checkpoint is still being written: %s stays locked while this process lives", directory)
-            return
-        self._closed = True
-        self._writing.release()
+        if not self.files.stop_writing():
+            return  # a checkpoint is still being written: whatever it needs must stay as it is
         self._copies.close()
         if self._trace is not None:
             self._trace.close()
-        if self._journal is not None:
-            self._journal.close()
-        self._directory_lock.release()
+        self.files.close()
 
-    def refuse_if_not_ours(self) -> None:
-        """To be called before anybody is told of anything: it would not be found again.
-
-        Raises:
-            NotReady: the directory was removed, moved or replaced, or another server may have it. This one stops.
-        """
-        if self._closed or self._directory_lock.holds:
-            return
-        why = (
-            f"{self.settings.directory}, or the file .lock in it, was removed, moved or replaced, so that nothing "
-            "would be found there again"
-        )
+    def _fail(self, why: str) -> None:
         if self._engine is not None:
             self._engine.fail(why)
-        raise NotReady(f"{why}: this server stops; leave the directory alone while one runs", retry_seconds=2.0)
 
     @property
     def has_model(self) -> bool:
@@ -173,24 +126,36 @@ class RunHost:
             raise NotReady("this server has no model yet: a worker that joins will be asked for one", retry_seconds=0.5)
         return self._engine
 
+    @property
+    def members_engine(self) -> Engine:
+        """The engine, for those who say that they are its members.
+
+        Raises:
+            NotAMember: there is no model yet. Workers of a server that was started again without its files have a model
+                to offer, once they join: told to come back later, as readers are, they would do so for ever.
+        """
+        if self._engine is None:
+            raise NotAMember("this server has no model yet, and so no members: join, and it will be asked for")
+        return self._engine
+
     # At the start
 
     def _begin_anew(self) -> None:
         model = self.settings.model
         weights = None if model is None else ModelFile.load(model)  # before the move: it may be that run's
-        aside = self._directory_lock.move_run_aside(time.strftime("before-%Y%m%d-%H%M%S"))
+        aside = self.files.move_run_aside(time.strftime("before-%Y%m%d-%H%M%S"))
         if aside is not None:
-            log.info("a new run begins: the one that was in %s is kept in %s", self.settings.directory, aside)
+            _LOG.info("a new run begins: the one that was in %s is kept in %s", self.settings.directory, aside)
         if weights is not None:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
-        checkpoint = self._store.newest(partial(refuse_overflowing, self._run))
+        checkpoint = self.files.store.newest(partial(refuse_overflowing, self._run))
         if checkpoint is not None:
             self._restore(checkpoint)
             return
-        told = told_since(self._journal_directory)
-        if told or is_journal(self._journal_directory):
+        told = told_since(self.files.journal_directory)
+        if told or is_journal(self.files.journal_directory):
             raise StoreError(
                 f"{self.settings.directory} has a journal of {told or 'a run'}, and the checkpoint that it follows is "
                 "missing: bring that one back from a backup, or begin anew, with --fresh or in another --directory; "
@@ -204,20 +169,23 @@ class RunHost:
         if settings is not self.settings:
             self.settings, self._run = settings, settings.run()
             self.metrics.process.settings(settings.described())
-        self._last_log = checkpoint.journal_log or 0
+        self.files.last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         warn_if_bits_may_differ(checkpoint)
-        found = recovered(
-            checkpoint, self._journal_directory, self._store.read_again, newer_lost=self._store.newer_lost
+        found = recover(
+            checkpoint,
+            self.files.journal_directory,
+            self.files.store.read_again,
+            newer_lost=self.files.store.newer_lost,
         )
         if found.damage:
-            log.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
+            _LOG.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
         if found.doubled:
-            log.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
+            _LOG.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
-        machine = self._restored(found, checkpoint.manifest, keep_tickets=found.complete)
+        machine = self._restore_machine(found, checkpoint.manifest, keep_tickets=found.complete)
         # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
-        kept = keep_aside(self._journal_directory, self._epoch) if found.damage or found.doubled else None
+        kept = keep_aside(self.files.journal_directory, self._epoch) if found.damage or found.doubled else None
         try:
             self._write_first(machine, checkpoint.manifest, checkpoint.frozen)
         except StoreError as error:
@@ -227,23 +195,23 @@ class RunHost:
                 # What is recorded from now on would follow from a state that is nowhere on disk.
                 lost = "Nothing more is lost" if found.damage else "Nothing is lost"
                 raise StoreError(
-                    f"{error}. {lost}: the last checkpoint and {self._journal_directory} hold the run, leave both as "
-                    "they are; the next start goes on with them"
+                    f"{error}. {lost}: the last checkpoint and {self.files.journal_directory} hold the run, leave both "
+                    "as they are; the next start goes on with them"
                 ) from error
-            log.error("the restored state could not be written anew, so all its tickets are void: %s", error)
-            machine = self._restored(found, checkpoint.manifest, keep_tickets=False)
+            _LOG.error("the restored state could not be written anew, so all its tickets are void: %s", error)
+            machine = self._restore_machine(found, checkpoint.manifest, keep_tickets=False)
         else:
-            self._forget_older_journal()
+            self.files.forget_older_journal()
             if kept is not None:
-                tell_kept(self._store, kept, logging.ERROR if found.damage else logging.WARNING)
+                tell_kept(self.files.store, kept, logging.ERROR if found.damage else logging.WARNING)
         self._serve(machine, checkpoint.manifest, checkpoint.frozen, fresh=False)
 
-    def _restored(self, found: Recovered, manifest: Manifest, *, keep_tickets: bool) -> StateMachine:
+    def _restore_machine(self, found: Recovered, manifest: Manifest, *, keep_tickets: bool) -> StateMachine:
         buffers = buffers_of(manifest)
         machine = snapshot.restore(
             self._run, found.snapshot, epoch=self._epoch, keep_tickets=keep_tickets, buffers=buffers
         )
-        log.info(
+        _LOG.info(
             "restored iteration %d from %s (%s)",
             machine.state.iteration,
             self.settings.directory,
@@ -252,61 +220,6 @@ class RunHost:
             else "something may be lost: all tickets are void",
         )
         return machine
-
-    # The journal
-
-    @property
-    def _journal_directory(self) -> Path:
-        return self.settings.directory / "journal"
-
-    @property
-    def _journal_is_full(self) -> bool:
-        return self._journal is not None and self._journal.full
-
-    def _open_journal(self) -> None:
-        if self._journal is not None:
-            return
-        if not self.settings.journal:
-            if self._last_log or self._journal_directory.exists():
-                # So that files of the one before are known to be older, and those of a later one to be newer.
-                self._number_without_journal = next_log(self._journal_directory, self._last_log)
-            return
-        try:
-            self._journal = Journal(
-                self._journal_directory,
-                self.settings.journal_fsync,
-                int(self.settings.journal_max_bytes),
-                self._journal_failed,
-                self.metrics.journal.commit_seconds.observe,
-                self._last_log,
-            )
-        except (OSError, RuntimeError) as error:
-            raise StoreError(
-                f"the journal in {self._journal_directory} can't be written ({error}): make room there or mend the disk"
-            ) from error
-
-    def _journal_failed(self) -> None:
-        if self._engine is not None:
-            self._engine.fail(f"the journal in {self._journal_directory} can't be written")
-
-    def _forget_older_journal(self) -> None:
-        """The state is in a checkpoint now."""
-        older = self._journal_directory
-        try:
-            if self._journal is not None:
-                self._journal.forget_before(self._journal.log)
-            elif older.exists():
-                shutil.rmtree(older)
-        except (OSError, StoreError) as error:
-            log.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
-
-    def relieve_journal(self) -> bool:
-        """Write a checkpoint if the journal has grown to its bound.
-
-        Returns:
-            Whether it is below it now.
-        """
-        return not self._journal_is_full or self.checkpoint()
 
     def _load(self, weights: ModelFile) -> None:
         if weights.manifest is None:
@@ -367,13 +280,13 @@ class RunHost:
             )
         with self._building:
             self.check_wanted(worker, incarnation)
-            self.refuse_if_not_ours()
+            self.files.refuse_if_not_ours()
             if self._weights is not None:
-                model = self._arranged(self._weights, manifest)
+                model = self._arrange(self._weights, manifest)
             self._start(manifest, model)
         return self.engine.iteration()
 
-    def _arranged(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
+    def _arrange(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
         try:
             return weights.arranged(manifest)
         except StoreError as error:
@@ -393,20 +306,20 @@ class RunHost:
         self._serve(machine, manifest, model.frozen, fresh=True)
 
     def _write_first(self, machine: StateMachine, manifest: Manifest, frozen: torch.Tensor) -> None:
+        started = time.perf_counter()
+        journal_log = self.files.open_journal()
         # Not drained: what is pushed from now on uses up tickets that this checkpoint may hold. After a crash they must
         # not be good a second time.
-        started = time.perf_counter()
-        self._open_journal()
         first = Checkpoint(
             snapshot.take(machine),
             manifest,
             drained=False,
             clock_seconds=self.clock(),
             settings=self.settings.recorded(),
-            journal_log=self._number_without_journal if self._journal is None else self._journal.log,
+            journal_log=journal_log,
             frozen=frozen,
         )
-        self._note_checkpoint(self._store.write(first), machine.state.epoch, machine.state.iteration, started)
+        self.files.write(first, started)
 
     def _check_memory(self, manifest: Manifest) -> None:
         need = check_memory(self.settings, self._run, manifest)
@@ -430,18 +343,13 @@ class RunHost:
                 self.settings.over_norm == "clip",
                 self.settings.max_refused_share,
             ),
-            journal=self._journal,
+            journal=self.files.journal,
             trace=self._trace,
             copies=self._copies,
-            refuse_if_not_ours=self.refuse_if_not_ours,
+            refuse_if_not_ours=self.files.refuse_if_not_ours,
         )
 
-    @property
-    def journaled(self) -> bool:
-        """Whether inputs are kept as they come."""
-        return self._journal is not None
-
-    # Checkpoints
+    # While it runs
 
     def checkpoint(self, *, drained: bool = False, anew: bool = False) -> bool:
         """Write a checkpoint, unless the last one has the same parameters.
@@ -453,52 +361,12 @@ class RunHost:
         Returns:
             Whether the newest state is on disk now.
         """
-        if self._engine is None:
-            return True
-        with self._writing:
-            if self._drained or self._closed:
-                return self._drained
-            last = self.last_checkpoint
-            as_before = last is not None and (last.epoch, last.iteration) == self._engine.iteration()
-            if as_before and not drained and not anew and not self._journal_is_full:
-                return True
-            written = self._write_current(self._engine, drained=drained)
-            self._drained = drained and written
-            return written
+        return self._engine is None or self.files.checkpoint(self._engine, self.settings, drained=drained, anew=anew)
 
-    def _write_current(self, engine: Engine, *, drained: bool) -> bool:
-        started = time.perf_counter()
-        try:
-            state, clock_seconds, log_begun = engine.snapshot()
-            journal_log = self._number_without_journal if log_begun is None else log_begun
-            engine.wait_durable()  # the log that it names must be there, and the directory ours
-            settings = self.settings.recorded()
-            checkpoint = Checkpoint(
-                state, engine.manifest, drained, clock_seconds, settings, journal_log, frozen=engine.frozen
-            )
-            path = self._store.write(checkpoint)
-        except (StoreError, NotReady, DiskFull, MemoryError) as error:
-            self.metrics.checkpoints.failures.inc()
-            log.error("no checkpoint was written, the earlier ones stay: %s", error)
-            if isinstance(error, NotFinite):
-                engine.fail("the model, or its momentum, has NaN or infinite values")
-            return False
-        self._forget_journal_before(log_begun)
-        seconds = self._note_checkpoint(path, state.fields["epoch"], state.fields["iteration"], started)
-        about = Fields(iteration=state.fields["iteration"], seconds=seconds, path=str(path))
-        log.info("checkpoint %s in %.2f s", path, seconds, extra=about)
-        return True
+    def relieve_journal(self) -> bool:
+        """Write a checkpoint if the journal has grown to its bound.
 
-    def _forget_journal_before(self, log_number: int | None) -> None:
-        if self._journal is None or log_number is None:
-            return
-        try:
-            self._journal.forget_before(log_number)
-        except OSError as error:
-            log.warning("files of the journal that are no longer needed can't be removed (%s): %s", error, _HARMLESS)
-
-    def _note_checkpoint(self, path: Path, epoch: int, iteration: int, started: float) -> float:
-        seconds = time.perf_counter() - started
-        self.last_checkpoint = LastCheckpoint(path, epoch, iteration, time.monotonic())
-        self.metrics.checkpoints.written(iteration, size_bytes(path), seconds)
-        return seconds
+        Returns:
+            Whether it is below it now.
+        """
+        return not self.files.journal_is_full or self.checkpoint()

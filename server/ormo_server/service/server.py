@@ -30,7 +30,7 @@ from ormo_server.service.servicer import Servicer
 from ormo_server.service.streams import OpenCalls, StreamRegistry
 from ormo_server.settings import ServerSettings
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 SERVICE_NAME: str = SERVICE.full_name
 
@@ -220,9 +220,9 @@ class Server:
             while not self.stopping.wait(seconds):
                 try:
                     act()
-                except Exception:  # without this work leases never end, or nothing is kept: it must go on
+                except Exception:  # noqa: BLE001 - without this work leases never end, or nothing is kept: it must go on
                     if not self.stopping.is_set():
-                        log.exception("%s failed; it is tried again in %g s", work, seconds)
+                        _LOG.exception("%s failed; it is tried again in %g s", work, seconds)
                         self.metrics.upkeep.failures.labels(work).inc()
 
         return threading.Thread(target=repeat, name=work, daemon=True)
@@ -233,7 +233,7 @@ class Server:
             calls.end_unknown(self._access)
         if self.host.has_model and not self.host.engine.broken.is_set():
             with contextlib.suppress(NotReady):  # has said so, and ends it all
-                self.host.refuse_if_not_ours()
+                self.host.files.refuse_if_not_ours()
                 for worker, incarnation in self.host.engine.expire():
                     self.streams.end_worker(worker, incarnation)
 
@@ -255,9 +255,9 @@ class Server:
             Whether the state is on disk.
         """
         self._stop_serving("the end of exchanges")
-        log.info("draining: %d streams are open", len(self.streams))
+        _LOG.info("draining: %d streams are open", len(self.streams))
         if not self.streams.drain(self.settings.drain_seconds):
-            log.warning("exchanges were cut off after %g s; their workers will retry", self.settings.drain_seconds)
+            _LOG.warning("exchanges were cut off after %g s; their workers will retry", self.settings.drain_seconds)
         if self.host.has_model:
             self.host.engine.close()
         self._stop("the last checkpoint")

@@ -4,16 +4,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
 
 import grpc
 
 from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import Manifest
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import MAX_CHUNK_BYTES, Chunk, PayloadReceiver
+from ormo_protos.tensors import MAX_CHUNK_BYTES, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, NotAMember, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access, Caller
 from ormo_server.service import messages
@@ -22,17 +21,14 @@ from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.figures import Outcome
 from ormo_server.service.offers import WAIT_SECONDS, room_for
-from ormo_server.service.refusals import answers, log_refusal, named, streams_answers
+from ormo_server.service.refusals import as_ormo_error, log_refusal, maps_errors, maps_stream_errors
 from ormo_server.service.run import RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry
-from ormo_server.service.transfers import BufferPool, BytesInFlight, FiniteNorm, Loans, ReceivedGradient
-
-R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
+from ormo_server.service.transfers import Transfers
 
 # What a manifest may hold that is offered here; see ModelWanted.
 MANIFEST_VERSION = 1
 
-Chunks = Iterator[Chunk]
 Answers = Iterator[Frame[pb.PushPullResponse]]
 
 
@@ -53,12 +49,11 @@ class Servicer:
         self._controls = controls
         self._metrics = host.metrics
         limit = host.settings.max_bytes_in_flight
-        self._in_flight = BytesInFlight(None if limit is None else int(limit))
-        self._buffers = BufferPool(self._in_flight)
+        self._transfers = Transfers(None if limit is None else int(limit), host.metrics.traffic)
 
     # Members
 
-    @answers
+    @maps_errors
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         caller = self._access.caller(context)
         worker = _own(caller, request.worker)
@@ -126,15 +121,15 @@ class Servicer:
             )
         return manifest
 
-    @answers
+    @maps_errors
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
         worker = _own(self._access.caller(context), request.worker)
-        engine = self._members_engine()
+        engine = self._host.members_engine
         returned = [messages.ticket_key(ticket) for ticket in request.returned]
         engine.heartbeat(worker, request.incarnation, returned)
         return pb.HeartbeatResponse(iteration=_iteration(engine), finished=engine.finished.is_set())
 
-    @answers
+    @maps_errors
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         worker = _own(self._access.caller(context), request.worker)
         try:
@@ -144,101 +139,104 @@ class Servicer:
             self._streams.end_worker(worker, request.incarnation)
         return pb.LeaveResponse()
 
-    @answers
+    @maps_errors
     def ReportEvaluation(
         self,
         request: pb.ReportEvaluationRequest,
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.ReportEvaluationResponse:
-        self._host.engine.evaluated(messages.evaluation(request.evaluation))
+        self._host.engine.note_evaluation(messages.evaluation(request.evaluation))
         return pb.ReportEvaluationResponse()
 
-    @answers
+    @maps_errors
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:  # noqa: ARG002
         return status_of(self._host, draining=self._streams.draining)
 
-    @answers
+    @maps_errors
     def Control(self, request: pb.ControlRequest, context: grpc.ServicerContext) -> pb.ControlResponse:
         return self._controls.act(request, self._access.caller(context).name)
 
     # The model
 
-    @answers
+    @maps_errors
     def OfferModel(
         self, request_iterator: Iterator[Frame[pb.OfferModelRequest]], context: grpc.ServicerContext
     ) -> pb.OfferModelResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
             self._host.refuse_second_model()  # before a manifest is waited for, and counted
-            offer = messages.first_of(request_iterator, "offer").message.offer
+            frames = stream.incoming(request_iterator)
+            offer = messages.first_of(frames, "offer").message.offer
             worker = _own(stream.caller, offer.worker)
             try:
-                with stream.exchange():
-                    return self._accepted(stream, worker, offer, request_iterator)
+                with stream.busy:
+                    return self._accept(stream, worker, offer, frames)
             except BaseException:
                 self._host.offers.give_up(worker, offer.incarnation)
                 raise
 
-    def _accepted(
+    def _accept(
         self, stream: OpenStream, worker: str, offer: pb.ModelOffer, frames: Iterator[Frame[pb.OfferModelRequest]]
     ) -> pb.OfferModelResponse:
         incarnation = offer.incarnation
         self._host.check_wanted(worker, incarnation)  # before a manifest is read, which may take a second
-        manifest = Manifest.from_messages(self._manifest_parts(stream, offer, frames))
+        manifest = Manifest.from_messages(self._read_manifest(offer, frames))
         manifest.check_names()
         layout = self._host.begin_offer(manifest)
-        with self._in_flight.during(stream.caller.name, layout.total_bytes):
+        with self._transfers.in_flight.during(stream.caller.name, layout.total_bytes):
             payload = room_for(layout)
-            for _ in self._received(stream, PayloadReceiver(payload), messages.chunks_of(frames), "OfferModel"):
+            for _ in self._transfers.receive(PayloadReceiver(payload), messages.chunks_of(frames), "OfferModel"):
                 self._host.offers.renew(worker, incarnation, self._host.clock())
-            stream.has_all()
+            stream.mark_received()
             epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
         return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
 
-    def _manifest_parts(
-        self, stream: OpenStream, offer: pb.ModelOffer, frames: Iterator[Frame[pb.OfferModelRequest]]
+    def _read_manifest(
+        self, offer: pb.ModelOffer, frames: Iterator[Frame[pb.OfferModelRequest]]
     ) -> Iterator[pb.Manifest]:
         yield offer.manifest
         for frame in frames:
             part = messages.require_head(frame, "more").message.more
             self._host.offers.renew(offer.worker, offer.incarnation, self._host.clock())
-            stream.moved()
             yield part
 
-    @streams_answers
+    @maps_stream_errors
     def DescribeModel(
         self,
         request: pb.DescribeModelRequest,  # noqa: ARG002
         context: grpc.ServicerContext,
     ) -> Iterator[pb.DescribeModelResponse]:
-        with self._streams.open(context, self._access.caller(context), reader=True) as stream, stream.exchange():
+        with self._streams.open(context, self._access.caller(context), reader=True) as stream, stream.busy:
             for part in self._host.engine.manifest.to_messages():
                 yield pb.DescribeModelResponse(manifest=part)
-                stream.moved()
+                stream.touch()
 
     # Exchanges
 
-    @streams_answers
+    @maps_stream_errors
     def PushPull(self, request_iterator: Iterator[Frame[pb.PushPullRequest]], context: grpc.ServicerContext) -> Answers:
         with self._streams.open(context, self._access.caller(context)) as stream:
-            for frame in request_iterator:
-                with stream.exchange():
+            frames = stream.incoming(request_iterator)
+            for frame in frames:
+                with stream.busy:
                     message, data = messages.require_head(frame, "exchange")
                     messages.check_exchange(message.exchange, data)
-                    yield from self._exchange(stream, message.exchange, data, request_iterator)
+                    yield from self._exchange(stream, message.exchange, data, frames)
                 self._streams.refuse_if_draining()
 
     def _exchange(
         self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
     ) -> Answers:
         chunks, pushes, wants = messages.chunks_of(more, data), exchange.HasField("gradient"), exchange.HasField("next")
-        with self._buffers.loans(stream.caller.name) as borrowed:
+        with self._transfers.lend(stream.caller.name) as borrowed:
             try:
                 whole = len(data) >= exchange.gradient.payload_bytes
-                engine, requester = self._introduced(stream, exchange.requester, nothing_follows=whole)
-                layout = messages.delivery_layout(engine.manifest, exchange.next) if wants else None
-                push = self._gradient(borrowed, stream, engine, exchange.gradient, chunks) if pushes else None
-                wish = borrowed.place(layout, push.payload if push else None) if layout else None
-                outcome = engine.exchange(requester, push, wish, lambda: stream.current)
+                engine, requester = self._introduce(stream, exchange.requester, nothing_follows=whole)
+                layout = _layout_of(exchange.next, engine) if wants else None
+                received = None
+                if pushes:
+                    received = self._transfers.receive_gradient(borrowed, engine.manifest, exchange.gradient, chunks)
+                wish = borrowed.place(layout, received.payload if received else None) if layout else None
+                outcome = engine.exchange(requester, received, wish, lambda: stream.current)
             except Exception as error:
                 self._count_refused(error, push=pushes, pull=wants)
                 raise
@@ -275,7 +273,7 @@ class Servicer:
     ) -> Answers:
         """The delivery, with the exchange's result if that was not sent before."""
         try:
-            delivery = _whole(self._waited(stream, engine, outcome), engine, asked)
+            delivery = _with_frozen(self._wait_for_delivery(stream, engine, outcome), engine, asked)
         except Finished:
             engine.wait_durable()
             yield _finished(engine)
@@ -284,20 +282,23 @@ class Servicer:
         messages.write_delivery(head.delivery, delivery, engine.manifest)
         if result is not None:
             head.delivery.result.CopyFrom(result)
-        yield from self._sent(stream, engine, head, delivery, "PushPull", with_data=asked.takes_data)
+        yield from self._transfers.send(stream, head, delivery, "PushPull", with_data=asked.takes_data)
 
-    @answers
+    @maps_errors
     def PushGradient(
         self, request_iterator: Iterator[Frame[pb.PushGradientRequest]], context: grpc.ServicerContext
     ) -> pb.PushGradientResponse:
         with self._streams.open(context, self._access.caller(context)) as stream:
-            push = messages.first_of(request_iterator, "push").message.push
-            chunks = messages.chunks_of(request_iterator)
-            with stream.exchange(), self._buffers.loans(stream.caller.name) as borrowed:
+            frames = stream.incoming(request_iterator)
+            push = messages.first_of(frames, "push").message.push
+            chunks = messages.chunks_of(frames)
+            with stream.busy, self._transfers.lend(stream.caller.name) as borrowed:
                 try:
-                    engine, requester = self._introduced(stream, push.requester)
-                    gradient = self._gradient(borrowed, stream, engine, push.gradient, chunks, "PushGradient")
-                    outcome = engine.exchange(requester, gradient, None, lambda: stream.current)
+                    engine, requester = self._introduce(stream, push.requester)
+                    received = self._transfers.receive_gradient(
+                        borrowed, engine.manifest, push.gradient, chunks, "PushGradient"
+                    )
+                    outcome = engine.exchange(requester, received, None, lambda: stream.current)
                 except Exception as error:
                     self._count_refused(error, push=True)
                     raise
@@ -306,30 +307,30 @@ class Servicer:
         assert outcome.pushed.result is not None
         return pb.PushGradientResponse(result=messages.push_result(outcome.pushed.result))
 
-    @streams_answers
+    @maps_stream_errors
     def PullParams(
         self, request: pb.PullParamsRequest, context: grpc.ServicerContext
     ) -> Iterator[Frame[pb.PullParamsResponse]]:
         reader = not request.HasField("requester")
         with (
             self._streams.open(context, self._access.caller(context), reader=reader) as stream,
-            stream.exchange(),
+            stream.busy,
             self._pulled(stream, request) as (engine, pulled),
         ):
-            head, delivery = pb.PullParamsResponse(), _whole(pulled, engine, request.delivery)
+            head, delivery = pb.PullParamsResponse(), _with_frozen(pulled, engine, request.delivery)
             messages.write_delivery(head.delivery, delivery, engine.manifest)
-            yield from self._sent(stream, engine, head, delivery, "PullParams")
+            yield from self._transfers.send(stream, head, delivery, "PullParams")
 
     @contextlib.contextmanager
     def _pulled(self, stream: OpenStream, request: pb.PullParamsRequest) -> Iterator[tuple[Engine, Delivery]]:
-        with self._buffers.loans(stream.caller.name) as borrowed:
+        with self._transfers.lend(stream.caller.name) as borrowed:
             try:
                 outcome = None
                 if request.HasField("requester"):
-                    engine, requester = self._introduced(stream, request.requester)
+                    engine, requester = self._introduce(stream, request.requester)
                 else:
                     engine = self._host.engine
-                payload = borrowed.take(messages.delivery_layout(engine.manifest, request.delivery))
+                payload = borrowed.take(_layout_of(request.delivery, engine))
                 if request.HasField("requester"):
                     outcome = engine.exchange(requester, None, payload, lambda: stream.current)
             except Exception as error:
@@ -344,11 +345,11 @@ class Servicer:
             if outcome.waiter is None:
                 raise Finished("the run is over: there are no more tickets")
             try:
-                yield engine, self._waited(stream, engine, outcome)
+                yield engine, self._wait_for_delivery(stream, engine, outcome)
             finally:
                 engine.withdraw(outcome.waiter)
 
-    def _waited(self, stream: OpenStream, engine: Engine, outcome: Outcome) -> Delivery:
+    def _wait_for_delivery(self, stream: OpenStream, engine: Engine, outcome: Outcome) -> Delivery:
         assert outcome.waiter is not None
         started, at_hand = time.perf_counter(), outcome.waiter.delivery
         try:
@@ -373,87 +374,41 @@ class Servicer:
         except OrmoError:
             return ""
 
-    def _members_engine(self) -> Engine:
-        # Workers of a server that was started again without its files have a model to offer, once they join: told to
-        # come back later, as readers are, they would do so for ever.
-        if not self._host.has_model:
-            raise NotAMember("this server has no model yet, and so no members: join, and it will be asked for")
-        return self._host.engine
-
-    def _introduced(
+    def _introduce(
         self, stream: OpenStream, message: pb.Requester, *, nothing_follows: bool = False
     ) -> tuple[Engine, Requester]:
-        engine, requester = self._members_engine(), messages.requester(message)
-        if nothing_follows and stream.serves(requester):
-            engine.heard(requester.worker)  # the input itself is checked, and nothing is received in vain
-        else:
+        """Whose exchange it is, checked before its tensors come: what would be refused then is refused now.
+
+        Args:
+            stream: that brought the message.
+            message: who asks.
+            nothing_follows: all of the exchange is here, so that nothing is received in vain: where the stream is known
+                to be this slot's, the check of the input itself is enough.
+        """
+        engine = self._host.members_engine
+        requester = Requester(message.worker, message.incarnation, message.slot, message.request)
+        if not (nothing_follows and stream.serves(requester)):
+            messages.check_worker_id(requester.worker)
             stream.caller.check_owns(requester.worker)
             engine.check_requester(requester)
-            stream.introduce(requester)
+            stream.introduce(requester, engine.renew_lease)
         return engine, requester
 
     def _count_refused(self, error: Exception, *, push: bool = False, pull: bool = False) -> None:
         """Count what ends a call before a gradient is applied, or parameters are sent."""
-        refusal = named(error)
+        refusal = as_ormo_error(error)
         if isinstance(refusal, OrmoError) and push:
             self._metrics.traffic.push_refused(refusal.reason)
         if isinstance(refusal, OrmoError) and pull:
             self._metrics.traffic.pull_refused(refusal.reason)
 
-    def _gradient(
-        self,
-        borrowed: Loans,
-        stream: OpenStream,
-        engine: Engine,
-        header: pb.Gradient,
-        chunks: Chunks,
-        method: str = "PushPull",
-    ) -> ReceivedGradient:
-        """A gradient, received whole into a buffer that is given back with `borrowed`."""
-        started = time.perf_counter()
-        payload = borrowed.take(messages.gradient_layout(engine.manifest, header))
-        assert stream.requester is not None
-        receiver, finite = PayloadReceiver(payload), FiniteNorm(payload)
-        for _ in self._received(stream, receiver, chunks, method):
-            finite.arrived(receiver.received_bytes)
-            engine.heard(stream.requester.worker)
-        norm = finite.norm()
-        self._metrics.traffic.stage["receive"].observe(time.perf_counter() - started - finite.seconds)
-        self._metrics.traffic.stage["check"].observe(finite.seconds)
-        return messages.push(header, payload, norm)
 
-    def _received(self, stream: OpenStream, receiver: PayloadReceiver, chunks: Chunks, method: str) -> Iterator[None]:
-        """Fill a payload; yields after each chunk."""
-        counter = self._metrics.traffic.received_bytes[method]
-        while not receiver.complete:
-            chunk = next(chunks, None)
-            if chunk is None:
-                raise receiver.missing()
-            receiver.accept(chunk)
-            counter.inc(len(chunk.data))
-            stream.moved()
-            yield
-        if method != "PushPull":  # which goes on with the next exchange
-            for chunk in chunks:
-                receiver.accept(chunk)  # refuses it: all is there
-
-    def _sent(
-        self, stream: OpenStream, engine: Engine, head: R, delivery: Delivery, method: str, *, with_data: bool = False
-    ) -> Iterator[Frame[R]]:
-        """The messages of a delivery."""
-        started, counter = time.perf_counter(), self._metrics.traffic.sent_bytes[method]
-        for frame in messages.frames_of(head, delivery, with_data=with_data):
-            # Counted as it is handed over: a reader that has all it wants may never ask for the end.
-            counter.inc(len(frame.data))
-            yield frame
-            stream.moved()
-            if stream.requester is not None:
-                engine.heard(stream.requester.worker)
-        if delivery.payload is not None:
-            self._metrics.traffic.stage["send"].observe(time.perf_counter() - started)
+def _layout_of(asked: pb.DeliveryRequest, engine: Engine) -> PayloadLayout:
+    """How the parameters are wanted, but for frozen tensors, which are sent from where they are."""
+    return PayloadLayout.of(engine.manifest, asked.dtype, with_buffers=asked.with_buffers)
 
 
-def _whole(delivery: Delivery, engine: Engine, asked: pb.DeliveryRequest) -> Delivery:
+def _with_frozen(delivery: Delivery, engine: Engine, asked: pb.DeliveryRequest) -> Delivery:
     """With the frozen tensors, if they were asked for: they never change, so nothing is to be copied under the lock."""
     return replace(delivery, frozen=engine.frozen) if asked.with_frozen else delivery
 
@@ -469,6 +424,6 @@ def _iteration(engine: Engine) -> pb.Iteration:
 
 def _own(caller: Caller, text: str) -> str:
     """The worker id in a message, checked, and the caller's own."""
-    worker = messages.worker_id(text)
-    caller.check_owns(worker)
-    return worker
+    messages.check_worker_id(text)
+    caller.check_owns(text)
+    return text

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -17,6 +17,8 @@ from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
 from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access, Caller
 from ormo_server.service.delivery import Delivery, PeerGone, Waiter
+
+F = TypeVar("F")
 
 _RETRY_SECONDS = 1.0
 _FAREWELL_SECONDS = 1.0
@@ -27,6 +29,10 @@ def draining() -> Draining:
     return Draining("the server is about to stop: retry until it, or its successor, is back", retry_seconds=1.0)
 
 
+def _nothing_to_renew(_: str) -> None:
+    """Readers and offers of a model have no lease."""
+
+
 class OpenStream:
     """One call that holds a thread.
 
@@ -35,7 +41,8 @@ class OpenStream:
         peer: from which address, as gRPC names it.
         requester: the slot that it serves, from its first message on; None for readers and offers of a model.
         current: it may still act for its slot; no newer stream of the slot has taken over.
-        in_exchange: a drain waits for it.
+        is_busy: a drain waits for it.
+        busy: makes it so, as long as one is inside: `with stream.busy:`.
         reader: it is counted with the readers.
     """
 
@@ -46,22 +53,29 @@ class OpenStream:
         self.peer = context.peer()
         self.requester: Requester | None = None
         self.current = True
-        self.in_exchange = False
+        self.is_busy = False
         self.reader = reader
         self._moved = time.monotonic()
         self._peer_is_done = False
         self._context = context
         self._registry = registry
+        self.busy = _Busy(self, registry)
         self._waiter: Waiter | None = None
+        self._renew_lease: Callable[[str], object] = _nothing_to_renew
         context.add_callback(self._gone)
 
-    def introduce(self, requester: Requester) -> None:
+    def introduce(self, requester: Requester, renew_lease: Callable[[str], object]) -> None:
         """Say whose stream it is, at each exchange; an older stream of the same slot ends.
+
+        Args:
+            requester: whose.
+            renew_lease: is called with the worker's id whenever bytes come or go.
 
         Raises:
             BadRequest: it was another worker's or slot's before.
         """
         mine = self.requester
+        self._renew_lease = renew_lease
         if mine is None:
             self._registry.take_over(self, requester)
         elif not self.serves(requester):
@@ -73,14 +87,6 @@ class OpenStream:
     def serves(self, requester: Requester) -> bool:
         """Whether it was introduced as the stream of this incarnation's slot."""
         return self.requester is not None and self.requester[:3] == requester[:3]
-
-    def exchange(self) -> "_Exchange":
-        """While inside, a drain waits for the stream.
-
-        Raises:
-            Draining: the server is about to stop.
-        """
-        return _Exchange(self, self._registry)
 
     def wait(self, waiter: Waiter) -> Delivery:
         """Block until the ticket is here, the stream ends, or the server drains.
@@ -98,11 +104,19 @@ class OpenStream:
         finally:
             self._waiter = None
 
-    def moved(self) -> None:
-        """Bytes came or went."""
-        self._moved = time.monotonic()
+    def incoming(self, frames: Iterator[F]) -> Iterator[F]:
+        """What the peer sends. Each message shows that it lives."""
+        for frame in frames:
+            self.touch()
+            yield frame
 
-    def has_all(self) -> None:
+    def touch(self) -> None:
+        """Bytes came or went: the peer lives."""
+        self._moved = time.monotonic()
+        if self.requester is not None:
+            self._renew_lease(self.requester.worker)
+
+    def mark_received(self) -> None:
         """The peer has sent everything: from now on it waits for us, however long that takes."""
         self._peer_is_done = True
 
@@ -135,7 +149,13 @@ class OpenStream:
             self._waiter.fail(PeerGone())
 
 
-class _Exchange:
+class _Busy:
+    """While inside, a drain waits for the stream.
+
+    Raises:
+        Draining: the server is about to stop.
+    """
+
     __slots__ = ("_registry", "_stream")
 
     def __init__(self, stream: OpenStream, registry: "StreamRegistry") -> None:
@@ -143,10 +163,16 @@ class _Exchange:
         self._registry = registry
 
     def __enter__(self) -> None:
-        self._registry.begin(self._stream)
+        # In this order, and without the registry's lock: a drain that is not seen here sees that the stream is busy.
+        self._stream.is_busy = True
+        if self._registry.draining:
+            self.__exit__()
+            raise draining()
 
     def __exit__(self, *_: object) -> None:
-        self._registry.finish(self._stream)
+        self._stream.is_busy = False
+        if self._registry.draining:
+            self._registry.wake_drain()
 
 
 class StreamRegistry:
@@ -155,23 +181,22 @@ class StreamRegistry:
     Args:
         workers: how many may be open at once for workers.
         readers: how many besides for readers, who must not take the workers' places.
+
+    Attributes:
+        draining: the server is about to stop. Read without the lock: see `_Busy`.
     """
 
     def __init__(self, workers: int, readers: int) -> None:
         self._places = {False: workers, True: readers}
+        # Of what follows. Streams are ended outside it: that wakes their threads, which come here to be forgotten.
         self._lock = threading.Lock()
         self._open: set[OpenStream] = set()
         self._by_slot: dict[tuple[str, int], OpenStream] = {}
-        self._draining = False
+        self.draining = False
         self._idle = threading.Condition(self._lock)
 
     def __len__(self) -> int:
         return len(self._open)
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is about to stop."""
-        return self._draining
 
     @contextlib.contextmanager
     def open(self, context: grpc.ServicerContext, caller: Caller, *, reader: bool = False) -> Iterator[OpenStream]:
@@ -218,7 +243,7 @@ class StreamRegistry:
 
     def _forget(self, stream: OpenStream) -> None:
         with self._lock:
-            stream.in_exchange = False
+            stream.is_busy = False
             self._open.discard(stream)
             key = stream.requester.slot_key if stream.requester else None
             if key is not None and self._by_slot.get(key) is stream:
@@ -234,24 +259,10 @@ class StreamRegistry:
         if old is not None:
             old.end()
 
-    def begin(self, stream: OpenStream) -> None:
-        """An exchange begins.
-
-        Raises:
-            Draining: the server is about to stop.
-        """
-        # In this order, and without the lock: a drain that is not seen here sees the exchange.
-        stream.in_exchange = True
-        if self._draining:
-            self.finish(stream)
-            raise draining()
-
-    def finish(self, stream: OpenStream) -> None:
-        """An exchange is over."""
-        stream.in_exchange = False
-        if self._draining:
-            with self._lock:
-                self._idle.notify_all()
+    def wake_drain(self) -> None:
+        """A stream is no longer busy: let a drain look again."""
+        with self._lock:
+            self._idle.notify_all()
 
     def refuse_if_draining(self) -> None:
         """End a stream between two exchanges.
@@ -259,12 +270,12 @@ class StreamRegistry:
         Raises:
             Draining: the server is about to stop.
         """
-        if self._draining:
+        if self.draining:
             raise draining()
 
     def wake_if_draining(self, stream: OpenStream) -> None:
         """A wait that begins in a drain ends at once."""
-        if self._draining:
+        if self.draining:
             stream.wake(draining())
 
     def end_worker(self, worker: str, incarnation: int) -> None:
@@ -293,15 +304,15 @@ class StreamRegistry:
             Whether all ended by themselves within `seconds`; those that did not have been cancelled.
         """
         with self._lock:
-            self._draining = True
+            self.draining = True
             streams = list(self._open)
         for stream in streams:
-            if stream.in_exchange:
+            if stream.is_busy:
                 stream.wake(draining())
             else:
                 stream.end()
         with self._lock:
-            done = self._idle.wait_for(lambda: not any(stream.in_exchange for stream in self._open), seconds)
+            done = self._idle.wait_for(lambda: not any(stream.is_busy for stream in self._open), seconds)
             # What was sent last must reach its peer before the stream is cut.
             self._idle.wait_for(lambda: not self._open, _FAREWELL_SECONDS)
         for stream in self._snapshot():
@@ -325,6 +336,7 @@ class OpenCalls:
     """Ends what is silent, and what belongs to somebody who is not known any more."""
 
     def __init__(self) -> None:
+        # Of what follows. Calls are cancelled outside it: gRPC then calls back, which takes it again.
         self._lock = threading.Lock()
         self._silent: dict[grpc.ServicerContext, float] = {}
         self._callers: dict[grpc.ServicerContext, Caller] = {}

@@ -1,6 +1,6 @@
-"""Tensors between the wire and the core: bytes under way, buffers that are used again, gradients as they come.
+"""Tensors between the wire and the core: bytes under way, memory that is used again, payloads as they come and go.
 
-Buffers are used again because memory that is already mapped costs a fifth of fresh memory to fill.
+Memory is used again because what is already mapped costs a fifth of fresh memory to fill.
 """
 
 import contextlib
@@ -10,16 +10,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
-from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_server.core.errors import NonFinite, TooMuchInFlight
-from ormo_server.core.ids import TicketKey
-from ormo_server.core.inputs import Requester
+from ormo_protos.framing import Frame, Headed
+from ormo_protos.manifest import Manifest
+from ormo_protos.tensors import Chunk, Payload, PayloadLayout, PayloadReceiver
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.errors import TooMuchInFlight
 from ormo_server.core.vectors import SquaredNorm
+from ormo_server.metrics.families import Traffic
+from ormo_server.service import messages
+from ormo_server.service.admission import ReceivedGradient
+from ormo_server.service.delivery import Delivery
+from ormo_server.service.streams import OpenStream
+
+R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
 
 RETRY_SECONDS = 1.0
 
@@ -34,7 +41,7 @@ class BytesInFlight:
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._bytes: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the counts: exchanges of one caller begin and end in many threads
 
     def begin(self, caller: str, size: int) -> None:
         """So many bytes are about to come from, or go to, a caller.
@@ -97,7 +104,7 @@ class _Buffer:
         return self._payloads[layout]
 
 
-def _made(size: int) -> _Buffer:
+def _make_buffer(size: int) -> _Buffer:
     try:
         return _Buffer(size)
     except (RuntimeError, MemoryError) as error:  # the first is PyTorch's
@@ -117,6 +124,7 @@ class BufferPool:
 
     def __init__(self, in_flight: BytesInFlight) -> None:
         self.in_flight = in_flight
+        # Of the two lists only: memory is made outside it, which takes long for a large model.
         self._lock = threading.Lock()
         self._idle: list[_Buffer] = []
         self._lent: dict[int, _Buffer] = {}
@@ -137,16 +145,21 @@ class BufferPool:
             TooMuchInFlight: this machine has no more memory.
         """
         with self._lock:
-            fitting = (at for at, buffer in enumerate(self._idle) if buffer.memory.numel() >= layout.total_bytes)
-            at = next(fitting, None)
-            buffer = self._idle.pop(at if at is not None else -1) if self._idle else None
+            buffer = self._pop_idle(layout.total_bytes)
         if buffer is None or buffer.memory.numel() < layout.total_bytes:
             buffer = None  # one that is too small makes room
-            buffer = _made(layout.total_bytes)
+            buffer = _make_buffer(layout.total_bytes)
         payload = buffer.payload(layout)
         with self._lock:
             self._lent[id(payload)] = buffer
         return payload
+
+    def _pop_idle(self, size: int) -> _Buffer | None:
+        """One that is large enough; else the one that was used last; None if there is none."""
+        for at, buffer in enumerate(self._idle):
+            if buffer.memory.numel() >= size:
+                return self._idle.pop(at)
+        return self._idle.pop() if self._idle else None
 
     def again(self, payload: Payload, layout: PayloadLayout) -> Payload | None:
         """The memory of a payload that is lent, as another of the same dtype.
@@ -205,58 +218,89 @@ class Loans:
         return again if again is not None else self.take(layout)
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedGradient:
-    """A gradient that has arrived whole.
+class Transfers:
+    """Receives gradients and sends deliveries, chunk by chunk, and counts them.
+
+    Args:
+        max_bytes_in_flight: of each caller; None for no limit.
+        traffic: what to count in.
 
     Attributes:
-        ticket: that it redeems.
-        payload: its tensors.
-        samples: in the mini-batch.
-        loss: of the mini-batch, NaN if it is not finite; None if not told.
-        compute_seconds: as the worker measured; 0 if not told.
-        norm: Euclidean, of the gradient; None if it has NaN or infinity. Buffers are the core's to judge.
+        in_flight: what is under way, by caller.
     """
 
-    ticket: TicketKey
-    payload: Payload
-    samples: int
-    loss: float | None
-    compute_seconds: float
-    norm: float | None
+    def __init__(self, max_bytes_in_flight: int | None, traffic: Traffic) -> None:
+        self.in_flight = BytesInFlight(max_bytes_in_flight)
+        self._buffers = BufferPool(self.in_flight)
+        self._traffic = traffic
 
+    def lend(self, caller: str) -> "Loans":
+        """Memory for the payloads of one exchange of this caller."""
+        return Loans(self._buffers, caller)
 
-class FiniteNorm:
-    """The gradient's Euclidean norm, in one walk with the search for NaN and infinity, as its bytes arrive.
+    def receive(self, receiver: PayloadReceiver, chunks: Iterator[Chunk], method: str) -> Iterator[None]:
+        """Fill a payload; yields after each chunk.
 
-    Attributes:
-        seconds: that it took so far.
-    """
+        Raises:
+            PayloadError: a chunk is missing, out of place, or one too many.
+        """
+        counter = self._traffic.received_bytes[method]
+        while not receiver.complete:
+            chunk = next(chunks, None)
+            if chunk is None:
+                raise receiver.missing()
+            receiver.accept(chunk)
+            counter.inc(len(chunk.data))
+            yield
+        if method != "PushPull":  # which goes on with the next exchange
+            for chunk in chunks:
+                receiver.accept(chunk)  # refuses it: all is there
 
-    def __init__(self, payload: Payload) -> None:
-        self._payload = payload
-        self._square = SquaredNorm(payload.parameters)
-        self.seconds = 0.0
+    def receive_gradient(
+        self,
+        borrowed: Loans,
+        manifest: Manifest,
+        header: pb.Gradient,
+        chunks: Iterator[Chunk],
+        method: str = "PushPull",
+    ) -> ReceivedGradient:
+        """A gradient, received whole into memory that is given back with `borrowed`.
 
-    def arrived(self, size: int) -> None:
-        """The payload's first so many bytes are there."""
-        started = time.perf_counter()
-        self._square.count(size // self._payload.parameters.element_size())
-        self.seconds += time.perf_counter() - started
+        Its norm is counted as its bytes arrive, while they are still in the processor's cache.
 
-    def norm(self) -> float | None:
-        """None if there is NaN or infinity."""
-        started = time.perf_counter()
-        square = self._square.total()
-        self.seconds += time.perf_counter() - started
-        return None if square is None else math.sqrt(square)
+        Raises:
+            OrmoError: as `messages.gradient_layout` and `Loans.take`.
+            PayloadError: as `receive`.
+        """
+        started, checking = time.perf_counter(), 0.0
+        payload = borrowed.take(messages.gradient_layout(manifest, header))
+        receiver, square = PayloadReceiver(payload), SquaredNorm(payload.parameters)
+        element_bytes = payload.parameters.element_size()
+        for _ in self.receive(receiver, chunks, method):
+            arrived = time.perf_counter()
+            square.count(receiver.received_bytes // element_bytes)
+            checking += time.perf_counter() - arrived
+        arrived = time.perf_counter()
+        total = square.total()
+        ended = time.perf_counter()
+        checking += ended - arrived
+        self._traffic.stage["receive"].observe(ended - started - checking)
+        self._traffic.stage["check"].observe(checking)
+        return messages.received_gradient(header, payload, None if total is None else math.sqrt(total))
 
-
-def non_finite(requester: Requester) -> NonFinite:
-    """The refusal of a gradient that is not finite."""
-    return NonFinite(
-        f"the gradient of worker {requester.worker!r}, request {requester.request}, has NaN or infinite values and was "
-        "not applied; its ticket stays valid, unless the exchange asked for the next one. Lower the learning rate, or "
-        "clip or rescale the gradient",
-        worker=requester.worker,
-    )
+    def send(
+        self, stream: OpenStream, head: R, delivery: Delivery, method: str, *, with_data: bool = False
+    ) -> Iterator[Frame[R]]:
+        """A delivery as it travels: its head, with the first chunk in it if the peer takes that, and other chunks."""
+        started, counter = time.perf_counter(), self._traffic.sent_bytes[method]
+        chunks = delivery.chunks()
+        first = next(chunks, None) if with_data else None
+        frame: Headed[R] | Chunk | None = Headed(head) if first is None else Headed(head, first.data)
+        while frame is not None:
+            # Counted as it is handed over: a reader that has all it wants may never ask for the end.
+            counter.inc(len(frame.data))
+            yield frame
+            stream.touch()
+            frame = next(chunks, None)
+        if delivery.payload is not None:
+            self._traffic.stage["send"].observe(time.perf_counter() - started)

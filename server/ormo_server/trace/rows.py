@@ -22,8 +22,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from ormo_protos.refusals import Reason
 from ormo_server.core.effects import Redeemed
-from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
+from ormo_server.core.ids import TicketKey
+from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Requester, Return, SetLearningRate, Withdraw
 from ormo_server.core.method import Run
 from ormo_server.settings import TrainingSettings
 
@@ -231,6 +233,12 @@ class Refused(Row):
     ticket: int
     ticket_epoch: Id
     reason: str
+
+    @classmethod
+    def of(cls, seconds: float, requester: Requester, ticket: TicketKey, reason: Reason) -> "Refused":
+        """The row of a gradient of this request, which named this ticket."""
+        epoch, number = ticket
+        return cls(**requester._asdict(), seconds=seconds, ticket=number, ticket_epoch=epoch, reason=reason.value)
 
 
 Entry = Recorded | Refused
