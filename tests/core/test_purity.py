@@ -172,6 +172,7 @@ def test_the_core_imports_only_itself_torch_and_the_contract_besides_the_standar
         "math",
         "statistics",
         "typing",
+        "typing_extensions",  # `override`, which the standard library has from Python 3.12 on
     )
 
     def others(source: str) -> list[str]:

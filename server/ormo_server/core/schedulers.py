@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core import members
 from ormo_server.core.errors import BadRequest
@@ -90,8 +91,8 @@ class CountedBuckets(Scheduler):
     Only applied gradients move the bucket being issued, so nobody who merely pulls can disturb the momentum.
     """
 
+    @override
     def count_applied(self, state: State, bucket_size: int) -> None:
-        """See `Scheduler.count_applied`."""
         if state.issue == 0 or state.filled >= bucket_size:
             state.issue += 1
             state.filled = 0
@@ -118,8 +119,8 @@ class Synchronous(Scheduler):
     others_wait = True
     keeps_opening = True
 
+    @override
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
-        """See `Scheduler.hand_out`."""
         if not state.tickets:
             self._open_round(state, now)
         if state.round_params is None:
@@ -153,24 +154,26 @@ class Synchronous(Scheduler):
             return None
         return members.hand_out(state, slot, of_round.bucket, now, delivered=False, iteration=of_round.iteration)
 
-    def count_applied(self, state: State, bucket_size: int) -> None:  # noqa: ARG002
-        """See `Scheduler.count_applied`. The bucket is the number of the round."""
+    @override
+    def count_applied(self, state: State, bucket_size: int) -> None:
+        """The bucket is the number of the round."""
         state.issue = state.newest_bucket
 
-    def counted_delay(self, delay: int) -> int:  # noqa: ARG002
-        """See `Scheduler.counted_delay`. Gradients of one round are at the same parameters: none is late."""
+    @override
+    def counted_delay(self, delay: int) -> int:
+        """Gradients of one round are at the same parameters: none is late."""
         return 0
 
+    @override
     def voids_held_ticket(self, ticket: Ticket) -> bool:
-        """See `Scheduler.voids_held_ticket`."""
         return ticket.delivered
 
 
 class Asynchronous(CountedBuckets):
     """A ticket is handed out at once."""
 
+    @override
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
-        """See `Scheduler.hand_out`."""
         while state.waiting:
             yield self._deliver_new(state, next(iter(state.waiting)), state.issue, now)
 
@@ -190,8 +193,8 @@ class BoundedStaleness(CountedBuckets):
     takes_staleness_bound = True
     others_wait = True
 
+    @override
     def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
-        """See `Scheduler.hand_out`."""
         while state.waiting and self._may_hand_out(state):
             yield self._deliver_new(state, next(iter(state.waiting)), state.issue, now)
 

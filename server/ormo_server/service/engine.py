@@ -107,7 +107,7 @@ class Engine:
     # Members
 
     def join(self, worker: str, incarnation: int, slots: int, caller: str = "") -> tuple[Member, int | None]:
-        """See `Join`. The caller's name is for the log.
+        """Let a worker join, or renew what it joined with. The caller's name is for the log.
 
         Returns:
             The member, and the incarnation that it replaced, if it did.
@@ -156,7 +156,7 @@ class Engine:
             self.wait_durable(position)
 
     def set_learning_rate(self, peak: float) -> None:
-        """See `SetLearningRate`."""
+        """Set η after the warm-up, as `SetLearningRate` says; durable when this returns."""
         with self._lock:
             self._take(inputs.SetLearningRate(self._clock(), peak))
             position = self.position

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
+from typing_extensions import override
 
 from ormo_protos.limits import SMALL_MESSAGE_BYTES
 from ormo_server.core.errors import BadRequest, OrmoError
@@ -34,8 +35,8 @@ class Guard(grpc.ServerInterceptor):
         self._refuser = refuser
         self._calls = calls
 
+    @override
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
-        """See `grpc.ServerInterceptor`."""
         handler = continuation(details)
         if handler is None:
             return None
@@ -95,8 +96,8 @@ class CallCounter(grpc.ServerInterceptor):
         self._calls = calls
         self._methods = {f"/{each.service}/{each.method}": each for service in services for each in methods(service)}
 
+    @override
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
-        """See `grpc.ServerInterceptor`."""
         handler = continuation(details)
         return None if handler is None else self._count_handler(handler, self._methods[details.method])
 

@@ -1,6 +1,7 @@
 """Delay compensation (Zheng et al.: Asynchronous Stochastic Gradient Descent with Delay Compensation, ICML 2017)."""
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import LARGEST, LARGEST_STEP, Landing, UpdateRule
@@ -17,20 +18,20 @@ class DelayCompensated(UpdateRule):
     keeps_deliveries = True
     vectors_moved = 6  # two of them to see how far w has gone
 
+    @override
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
-        """See `UpdateRule.stays_finite`."""
         # The only rule that multiplies by w, so w must be looked at: a bound for any would refuse usual gradients.
         # Each product on the way to η λ g⊙g⊙(w − w_ticket) must be finite: a norm or η below 1 makes none smaller.
         distance = _largest_difference(params, self.vectors[_sent_to(landing.slot)])
         compensation = self.coefficients.delay_compensation * distance * max(1.0, norm) * max(1.0, norm)
         return max(1.0, landing.step_size) * (norm + compensation) <= LARGEST_STEP
 
+    @override
     def largest_element(self) -> float:
-        """See `UpdateRule.largest_element`."""
         return LARGEST  # they are parameters
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         compensation = self.coefficients.delay_compensation
         for w, sent, g in walk(params, self.vectors[_sent_to(landing.slot)], gradient):
             g = g.to(w.dtype)  # noqa: PLW2901
@@ -38,16 +39,16 @@ class DelayCompensated(UpdateRule):
             compensated = torch.sub(w, sent).mul_(compensation).mul_(g).mul_(g).add_(g)
             w.sub_(compensated, alpha=landing.step_size)
 
+    @override
     def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:
-        """See `UpdateRule.ticket_delivered`."""
         # The vector stays when the ticket is closed: the slot's next one needs it again.
         name = _sent_to(slot)
         if name not in self.vectors:
             self.vectors[name] = torch.empty(sent.shape, dtype=torch.float32, device="cpu")
         self.vectors[name].copy_(sent)
 
+    @override
     def slot_closed(self, slot: SlotKey) -> None:
-        """See `UpdateRule.slot_closed`."""
         self.vectors.pop(_sent_to(slot), None)
 
 

@@ -1,6 +1,7 @@
 """Momentum in the order of arrival, as most asynchronous training has it (the paper's "naive ASGDm")."""
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule
 from ormo_server.core.vectors import walk
@@ -16,12 +17,12 @@ class Naive(UpdateRule):
     vectors_per_run = 1
     vectors_moved = 5
 
+    @override
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        """See `UpdateRule.fresh_vectors`."""
         return {"momentum": torch.zeros(elements, dtype=torch.float32, device="cpu")}
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         for w, u, g in walk(params, self.vectors["momentum"], gradient):
             u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
             w.sub_(u)

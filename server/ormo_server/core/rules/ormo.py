@@ -1,6 +1,7 @@
 """Ordered momentum (Shi, Yang, Li: Ordered Momentum for Asynchronous SGD, NeurIPS 2024, arXiv 2407.19234)."""
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
 from ormo_server.core.vectors import walk
@@ -22,12 +23,12 @@ class Ormo(UpdateRule):
     vectors_per_run = 1
     vectors_moved = 5
 
+    @override
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        """See `UpdateRule.fresh_vectors`."""
         return {"momentum": torch.zeros(elements, dtype=torch.float32, device="cpu")}
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         beta, opened, lag = self.coefficients.momentum, landing.opened_buckets, landing.lag_buckets
         if opened == 1 and beta:
             self._take_momentum_step(params, gradient, landing.step_size)
@@ -60,6 +61,6 @@ class OrmoVanilla(Ormo):
     parameters never get the moves that the momentum made before it came. Keeps one vector, u.
     """
 
-    def moves_of_late_gradient(self, lag: int) -> float:  # noqa: ARG002
-        """See `Ormo.moves_of_late_gradient`."""
+    @override
+    def moves_of_late_gradient(self, lag: int) -> float:
         return 1.0

@@ -1,6 +1,7 @@
 """Plain stochastic gradient descent: w ← w − ηg."""
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule
 from ormo_server.core.vectors import walk
@@ -11,7 +12,7 @@ class Sgd(UpdateRule):
 
     vectors_moved = 3
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         for w, g in walk(params, gradient):
             w.sub_(g.to(w.dtype), alpha=landing.step_size)

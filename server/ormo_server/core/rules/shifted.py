@@ -1,6 +1,7 @@
 """Shifted momentum (Giladi, Nacson, Hoffer, Soudry: At Stability's Edge, ICLR 2020, arXiv 1909.12340)."""
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Landing, UpdateRule
@@ -18,8 +19,8 @@ class Shifted(UpdateRule):
     vectors_per_slot = 1
     vectors_moved = 5
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         name = _momentum_of(landing.slot)
         if name not in self.vectors:
             self.vectors[name] = torch.zeros_like(params)
@@ -27,8 +28,8 @@ class Shifted(UpdateRule):
             u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
             w.sub_(u)
 
+    @override
     def slot_closed(self, slot: SlotKey) -> None:
-        """See `UpdateRule.slot_closed`."""
         self.vectors.pop(_momentum_of(slot), None)
 
 

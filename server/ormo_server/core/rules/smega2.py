@@ -3,6 +3,7 @@ Momentum Buffer, ICPP 2022).
 """
 
 import torch
+from typing_extensions import override
 
 from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
 from ormo_server.core.vectors import walk
@@ -33,21 +34,21 @@ class Smega2(UpdateRule):
         super().__init__(elements, coefficients)
         self.counters["gathered"] = 0
 
+    @override
     def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        """See `UpdateRule.fresh_vectors`."""
         return {name: torch.zeros(elements, dtype=torch.float32, device="cpu") for name in ("momentum", "gathered")}
 
+    @override
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
-        """See `UpdateRule.stays_finite`."""
         in_bounds = norm <= _LARGEST_NORM and landing.step_size <= _LARGEST_STEP_SIZE
         return in_bounds and super().stays_finite(params, norm, landing)
 
+    @override
     def largest_element(self) -> float:
-        """See `UpdateRule.largest_element`."""
         return _LARGEST_ELEMENT
 
+    @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
-        """See `UpdateRule.apply`."""
         beta, step = self.coefficients.momentum, landing.step_size
         count = self.counters["gathered"] + 1
         bucket_is_full = count >= landing.bucket_size
@@ -61,10 +62,10 @@ class Smega2(UpdateRule):
                 gathered.zero_()
         self.counters["gathered"] = 0 if bucket_is_full else count
 
+    @override
     def write_delivery(
         self, params: torch.Tensor, out: torch.Tensor, sending: Sending, part: slice = slice(None)
     ) -> None:
-        """See `UpdateRule.write_delivery`."""
         beta, count = self.coefficients.momentum, self.counters["gathered"]
         size = max(sending.bucket_size, count)
         ahead = sending.learning_rate * beta
