@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ormo_runtime import logs
 from ormo_runtime.process import keep_freed_memory, patient, prepare_process
-from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
+from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
     from ormo_server.service.server import Server

@@ -9,7 +9,7 @@ import yaml
 from deploy.docker.tree import ROOT
 from deploy.kubernetes.rendering import overlay
 from docs.pages import DOCS, README
-from ormo_runtime.settings import read_settings
+from ormo_runtime.settings_loader import read_settings
 from ormo_server.console.settings import StatusSettings, TopSettings
 
 DEPLOY = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")

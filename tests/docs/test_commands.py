@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from docs.pages import PAGES, ROOT, all_text, blocks
-from ormo_runtime.settings import read_settings
+from ormo_runtime.settings_loader import read_settings
 from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.reproduce.settings import ReproduceSettings

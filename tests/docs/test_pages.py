@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from docs.pages import DOCS, PAGES, README, ROOT
-from ormo_runtime.all_settings import ALL_SETTINGS
+from ormo_runtime.settings_loader import ALL_SETTINGS
 from reference_pages import SETTINGS, pages
 
 _LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ormo_runtime.all_settings import ALL_SETTINGS
-from ormo_runtime.settings import Settings, misspelt_variables, read_settings
+from ormo_runtime.settings import Settings
+from ormo_runtime.settings_loader import ALL_SETTINGS, misspelt_variables, read_settings
 from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.plots import PlotSettings

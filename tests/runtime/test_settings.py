@@ -9,14 +9,8 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from ormo_runtime.settings import (
-    Settings,
-    SettingsProblemsError,
-    dispatch,
-    load_settings,
-    read_settings,
-    settings_table,
-)
+from ormo_runtime.settings import Settings, settings_table
+from ormo_runtime.settings_loader import SettingsProblemsError, dispatch, load_settings, read_settings
 
 
 class Baker(Settings):
@@ -163,7 +157,7 @@ def test_a_secret_is_not_shown() -> None:
     ("text", "sentence"),
     [
         ('flower = "r"', "has an unknown key 'flower': did you mean flour?"),
-        ("flour = ", "is no valid TOML:"),
+        ("flour = ", "is not valid TOML:"),
         ("flour = 'r'\noven = 'oil'", "--oven is 'oil' (from "),
     ],
 )

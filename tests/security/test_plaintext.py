@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_runtime.settings import SettingsProblemsError, read_settings
+from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
 from ormo_server.settings import ServerSettings
 from system.programs import Stage
 

@@ -99,7 +99,7 @@ def test_a_worker_with_another_model_is_told_the_folder_and_the_flag(tmp_path: P
 
 def test_it_is_a_flag_only(tmp_path: Path) -> None:
     """In the environment of a container that restarts it would begin anew each time."""
-    from ormo_runtime.settings import read_settings
+    from ormo_runtime.settings_loader import read_settings
     from ormo_server.settings import ServerSettings
 
     assert not read_settings(ServerSettings, [], {"ORMO_FRESH": "true"}, program="serve").fresh

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_runtime.settings import SettingsProblemsError, read_settings
+from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
 from ormo_server.sim import cli
 from ormo_server.sim.settings import SimSettings
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from ormo_runtime import logs
 from ormo_runtime.process import keep_freed_memory, prepare_process
-from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, UsageError, dispatch, load_settings
+from ormo_runtime.settings import UsageError
+from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_runtime.signals import leave_on_signals
 from ormo_worker.settings import EvaluateSettings, RunSettings
 

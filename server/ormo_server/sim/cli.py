@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ormo_runtime import logs
 from ormo_runtime.process import prepare_process
-from ormo_runtime.settings import BAD_SETTINGS_EXIT_CODE, UsageError, load_settings
+from ormo_runtime.settings import UsageError
+from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, load_settings
 from ormo_server.sim.plan import Plan, Result
 from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row

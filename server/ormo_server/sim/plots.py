@@ -18,7 +18,8 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from PIL import Image
 from pydantic import Field
 
-from ormo_runtime.settings import Settings, UsageError, load_settings
+from ormo_runtime.settings import Settings, UsageError
+from ormo_runtime.settings_loader import load_settings
 from ormo_server.sim.record import FinishedRun, Row, read_run
 
 Numbers = npt.NDArray[np.float64]

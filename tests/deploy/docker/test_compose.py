@@ -8,7 +8,8 @@ import yaml
 
 from deploy.docker import compose
 from deploy.docker.tree import FOLDER, ROOT, tool
-from ormo_runtime.settings import Settings, read_settings
+from ormo_runtime.settings import Settings
+from ormo_runtime.settings_loader import read_settings
 from ormo_server.service.resources import threads_needed
 from ormo_server.settings import ServerSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings

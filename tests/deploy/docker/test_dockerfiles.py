@@ -9,7 +9,8 @@ import pytest
 
 from deploy.docker.dockerfile import Dockerfile, in_context
 from deploy.docker.tree import FOLDER, ROOT, tool
-from ormo_runtime.settings import Settings, SettingsProblemsError, read_settings
+from ormo_runtime.settings import Settings
+from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
 from ormo_server.settings import ServerSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, Object, Pod, probes, quantity
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
-from ormo_runtime.settings import SettingsProblemsError
+from ormo_runtime.settings_loader import SettingsProblemsError
 from ormo_server.core.method import memory_need
 from ormo_server.metrics.http import ALIVE, READY
 from ormo_server.security.access import Role, by_name, parsed_list

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from deploy.kubernetes.rendering import Manifests, Pod
-from ormo_runtime.settings import Settings, read_settings
+from ormo_runtime.settings import Settings
+from ormo_runtime.settings_loader import read_settings
 from ormo_server.settings import ServerSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.process import prepare_process
-from ormo_runtime.settings import load_settings
+from ormo_runtime.settings_loader import load_settings
 from ormo_runtime.signals import leave_if_asked, leave_on_signals
 from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
 from ormo_worker.local.settings import LocalSettings

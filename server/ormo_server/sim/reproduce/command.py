@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ormo_runtime.logs import printable
-from ormo_runtime.settings import UsageError, load_settings
+from ormo_runtime.settings import UsageError
+from ormo_runtime.settings_loader import load_settings
 from ormo_server.sim.record import FinishedRun, read_run
 from ormo_server.sim.reproduce import report
 from ormo_server.sim.reproduce.cells import Jobs, Processes, interrupted_by_sigterm, is_done
