@@ -16,7 +16,7 @@ from ormo_server.trace import Recorded
 from ormo_worker.client.errors import Refused
 from ormo_worker.pytorch import optimizer as optimizer_module
 from service.wire import eventually, served
-from worker.loops import PATIENT_SECONDS, Loop
+from worker.pytorch.loops import PATIENT_SECONDS, Loop
 
 
 @pytest.fixture(autouse=True)

@@ -28,9 +28,9 @@ from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import RunSettings
 from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
-from worker.loops import PATIENT_SECONDS, Loop
 from worker.models import line
-from worker.streams import LateStreams
+from worker.pytorch.loops import PATIENT_SECONDS, Loop
+from worker.pytorch.streams import LateStreams
 
 
 class ConsistentServer(FakeServer):
