@@ -89,7 +89,7 @@ def _guarded(command: Callable[[], None], program: str, log_format: logs.LogForm
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code for an error whose sentence says it all; None for one that needs its traceback."""
-    from ormo_worker.client.errors import OrmoError, Replaced
+    from ormo_worker.errors import OrmoError, Replaced
 
     if isinstance(error, UsageError):
         return BAD_SETTINGS_EXIT_CODE

@@ -18,7 +18,7 @@ from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
+from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster
 from ormo_worker.local.settings import LocalSettings
 from ormo_worker.pytorch import optimizer as optimizer_module

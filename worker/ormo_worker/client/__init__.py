@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ormo_worker.client.slot import ExchangeOutcome as ExchangeOutcome
     from ormo_worker.client.slot import Slot as Slot
 
-# Imported when first used: errors, arguments and observers need no gRPC, and what uses them alone must not wait for it.
+# Imported when first used: arguments and observers need no gRPC, and what uses them alone must not wait for it.
 _HOMES = {
     "Delivered": "messages",
     "ExchangeOutcome": "slot",

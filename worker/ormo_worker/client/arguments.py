@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
-from ormo_worker.client.errors import OptionRefused
+from ormo_worker.errors import OptionRefused
 
 
 def plain(value: Any) -> Any:

@@ -16,10 +16,10 @@ from ormo_runtime.logs import Fields
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 from ormo_worker.client.messages import Identity, Outgoing, Wire, offer, understood
 from ormo_worker.client.protocol import Step
 from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, PayloadError, Paylo
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import real_number, whole_number
-from ormo_worker.client.errors import ModelMismatch, OptionRefused, ProtocolBroken
 from ormo_worker.client.protocol import Ask
+from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
 
 A = TypeVar("A")
 PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk

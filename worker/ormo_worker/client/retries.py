@@ -18,9 +18,9 @@ from ormo_protos.refusals import ERROR_DOMAIN, Reason
 from ormo_runtime.logs import printable
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import positive_seconds
-from ormo_worker.client.errors import Refused, Replaced, RunFinished, ServerUnreachable
 from ormo_worker.client.observer import Observer
 from ormo_worker.client.protocol import Step, step_after
+from ormo_worker.errors import Refused, Replaced, RunFinished, ServerUnreachable
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")

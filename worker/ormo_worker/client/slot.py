@@ -15,7 +15,6 @@ from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.errors import ProtocolBroken, RunFinished
 from ormo_worker.client.membership import Membership
 from ormo_worker.client.messages import (
     Delivered,
@@ -30,6 +29,7 @@ from ormo_worker.client.messages import (
 from ormo_worker.client.observer import Stage
 from ormo_worker.client.protocol import SlotSession, Step
 from ormo_worker.client.retries import CallEnded, TryAgain
+from ormo_worker.errors import ProtocolBroken, RunFinished
 
 _LOG = logging.getLogger(__name__)
 

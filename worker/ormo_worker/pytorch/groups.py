@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ormo_worker.client.arguments import real_number
-from ormo_worker.client.errors import OptionRefused
+from ormo_worker.errors import OptionRefused
 from ormo_worker.tasks.task import Task
 
 SCALE = "weight_decay_scale"

@@ -24,7 +24,7 @@ from ormo_protos.manifest import (
     TensorSpec,
 )
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.client.errors import ModelUnusable, OptionRefused
+from ormo_worker.errors import ModelUnusable, OptionRefused
 from ormo_worker.pytorch.memory import shared
 
 # By the last part of a buffer's name, as batch norm has them; all else is the program's own, and whole at any time.

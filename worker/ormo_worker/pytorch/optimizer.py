@@ -20,7 +20,7 @@ from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
 from ormo_worker.client import Delivered, Identity, ParameterClient, Patience
 from ormo_worker.client.arguments import address, described, one_number, whole_number
-from ormo_worker.client.errors import (
+from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
     OlderServer,
