@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ormo_runtime.process import keep_freed_memory
     from ormo_runtime.tls import Credentials
     from ormo_worker.client.api import ParameterClient
-    from ormo_worker.client.retries import Patience
+    from ormo_worker.client.arguments import Patience
     from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.pytorch.module import manifest_of
     from ormo_worker.pytorch.optimizer import RemoteOptimizer
@@ -39,7 +39,7 @@ _HOMES = {
     "Credentials": "ormo_runtime.tls",
     "OrmoError": "ormo_worker.errors",
     "ParameterClient": "ormo_worker.client.api",
-    "Patience": "ormo_worker.client.retries",
+    "Patience": "ormo_worker.client.arguments",
     "RemoteOptimizer": "ormo_worker.pytorch.optimizer",
     "RunFinished": "ormo_worker.errors",
     "Score": "ormo_worker.tasks",

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: RunSettings) -> int:
-    from ormo_worker.client.messages import default_worker_id
+    from ormo_worker.client.arguments import default_worker_id
 
     # Made up here already, so that every line of the log can have it.
     worker = settings.worker_id or default_worker_id()

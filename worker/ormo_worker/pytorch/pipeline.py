@@ -11,7 +11,7 @@ from typing import Protocol
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
 from ormo_worker.client import ExchangeOutcome, Gradient, Slot
-from ormo_worker.client.observer import Observer, Outcome
+from ormo_worker.client.arguments import Observer, Outcome
 from ormo_worker.errors import ClientClosed
 from ormo_worker.pytorch.copy_streams import Copies
 
