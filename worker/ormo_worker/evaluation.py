@@ -18,7 +18,7 @@ from ormo_worker.client.arguments import Observer, Patience, real_number
 from ormo_worker.client.messages import Delivered
 from ormo_worker.errors import ModelMismatch, OrmoError
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
-from ormo_worker.pytorch.module import resolve_device
+from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import EvaluateSettings
 from ormo_worker.tasks import Score, Task, load_task

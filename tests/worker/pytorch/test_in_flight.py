@@ -22,7 +22,7 @@ from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster
 from ormo_worker.local.settings import LocalSettings
 from ormo_worker.pytorch import optimizer as optimizer_module
-from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import RunSettings

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
-from ormo_worker.pytorch.copy_streams import Arriving
-from ormo_worker.pytorch.memory import length_of
+from ormo_worker.pytorch.devices import Arriving, length_of
 from ormo_worker.pytorch.transfer import Staging, Transfer
 
 OnLocalChange = Literal["warn", "error"]
