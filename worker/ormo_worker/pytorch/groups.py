@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ormo_worker.client.arguments import real_number
 from ormo_worker.errors import OptionRefused
-from ormo_worker.tasks.task import Task
+from ormo_worker.tasks import Task
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
