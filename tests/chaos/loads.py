@@ -19,8 +19,8 @@ import torch
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_worker.client.api import ParameterClient
+from ormo_worker.client.arguments import Patience
 from ormo_worker.client.messages import Gradient
-from ormo_worker.client.retries import Patience
 
 MARKS = 64
 

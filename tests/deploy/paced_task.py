@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ormo_worker.tasks import Score, Task
-from ormo_worker.tasks.task import Batch
+from ormo_worker.tasks import Batch, Score, Task
 
 GRADIENT_SECONDS = 0.02
 

@@ -12,7 +12,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub, through_proxy
 from ormo_server.cli import main
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ServerUnreachable
+from ormo_worker.errors import ServerUnreachable
 from service.wire import served
 from worker.models import line
 

@@ -13,9 +13,8 @@ from ormo_runtime import tls
 from ormo_runtime.channels import Dialer
 from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
 from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, WatchedFiles, read_token
+from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import Patience
 from security.authority import TOKEN, Authority, guarded
 
 

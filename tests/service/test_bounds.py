@@ -13,8 +13,8 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.service.server import Server
 from ormo_worker.client.api import ParameterClient
-from ormo_worker.client.errors import OrmoError
 from ormo_worker.client.messages import Gradient
+from ormo_worker.errors import OrmoError
 from service.test_metrics import value
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served, state_of
 

@@ -12,7 +12,7 @@ import torch
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker import evaluation
-from ormo_worker.client.errors import ModelMismatch, OptionRefused
+from ormo_worker.errors import ModelMismatch, OptionRefused
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import EvaluateSettings
 from ormo_worker.tasks import TaskError

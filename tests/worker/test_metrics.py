@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import OptionRefused
+from ormo_worker.errors import OptionRefused
 from ormo_worker.metrics import Exporter, WorkerMetrics
 from worker.fake_server import LOST, FakeServer, refuse
 from worker.models import line

@@ -25,8 +25,8 @@ from ormo_server.sim.workload import (
 )
 from ormo_worker import simulated as module
 from ormo_worker import training
-from ormo_worker.client.errors import ModelUnusable, OptionRefused
 from ormo_worker.client.messages import Delivered
+from ormo_worker.errors import ModelUnusable, OptionRefused
 from ormo_worker.evaluation import Evaluator
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import RunSettings

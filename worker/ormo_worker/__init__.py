@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ormo_runtime.process import keep_freed_memory
     from ormo_runtime.tls import Credentials
     from ormo_worker.client.api import ParameterClient
-    from ormo_worker.client.errors import OrmoError, RunFinished
-    from ormo_worker.client.retries import Patience
+    from ormo_worker.client.arguments import Patience
+    from ormo_worker.errors import OrmoError, RunFinished
     from ormo_worker.pytorch.module import manifest_of
     from ormo_worker.pytorch.optimizer import RemoteOptimizer
     from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
@@ -37,11 +37,11 @@ __all__ = [
 _HOMES = {
     "ClassificationTask": "ormo_worker.tasks",
     "Credentials": "ormo_runtime.tls",
-    "OrmoError": "ormo_worker.client.errors",
+    "OrmoError": "ormo_worker.errors",
     "ParameterClient": "ormo_worker.client.api",
-    "Patience": "ormo_worker.client.retries",
+    "Patience": "ormo_worker.client.arguments",
     "RemoteOptimizer": "ormo_worker.pytorch.optimizer",
-    "RunFinished": "ormo_worker.client.errors",
+    "RunFinished": "ormo_worker.errors",
     "Score": "ormo_worker.tasks",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: RunSettings) -> int:
-    from ormo_worker.client.messages import default_worker_id
+    from ormo_worker.client.arguments import default_worker_id
 
     # Made up here already, so that every line of the log can have it.
     worker = settings.worker_id or default_worker_id()
@@ -90,7 +90,7 @@ def _guarded(command: Callable[[], None], program: str, log_format: logs.LogForm
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code for an error whose sentence says it all; None for one that needs its traceback."""
-    from ormo_worker.client.errors import OrmoError, Replaced
+    from ormo_worker.errors import OrmoError, Replaced
 
     if isinstance(error, UsageError):
         return BAD_SETTINGS_EXIT_CODE

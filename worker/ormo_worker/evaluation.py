@@ -14,13 +14,11 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.signals import leave_if_asked
 from ormo_runtime.tls import Credentials
 from ormo_worker.client.api import ParameterClient
-from ormo_worker.client.arguments import real_number
-from ormo_worker.client.errors import ModelMismatch, OrmoError
+from ormo_worker.client.arguments import Observer, Patience, real_number
 from ormo_worker.client.messages import Delivered
-from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import Patience
+from ormo_worker.errors import ModelMismatch, OrmoError
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
-from ormo_worker.pytorch.module import resolve_device
+from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import EvaluateSettings
 from ormo_worker.tasks import Score, Task, load_task

@@ -23,9 +23,8 @@ from prometheus_client import (
 
 from ormo_runtime.http_port import HttpPort
 from ormo_runtime.process import SHARED_VALUES
-from ormo_worker.client.arguments import address
-from ormo_worker.client.errors import OptionRefused
-from ormo_worker.client.observer import Observer, Outcome, Stage
+from ormo_worker.client.arguments import Observer, Outcome, Stage, address
+from ormo_worker.errors import OptionRefused
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ from torch.utils.data import Dataset
 
 from ormo_protos.manifest import FLOAT32
 from ormo_runtime.workload import Computed, Model, Scores
+from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.groups import ParameterGroup, decay_groups, decays
-from ormo_worker.pytorch.module import resolve_device
 from ormo_worker.pytorch.transfer import Staging
-from ormo_worker.tasks import Score, Task, load_task
+from ormo_worker.tasks import Batch, Score, Task, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
-from ormo_worker.tasks.task import Batch
 
 _SEED = 0  # of a model that nobody asked for yet, as `ormo-worker run` has it
 # As `ormo-worker evaluate` has it: in other batches the sums round otherwise.

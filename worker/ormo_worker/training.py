@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ormo_runtime.logs import Fields
 from ormo_runtime.signals import leave_if_asked
+from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.groups import decay_groups
-from ormo_worker.pytorch.module import resolve_device
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import Task, load_task

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ormo_worker.client.api import ParameterClient as ParameterClient
+    from ormo_worker.client.arguments import Identity as Identity
+    from ormo_worker.client.arguments import Patience as Patience
     from ormo_worker.client.messages import Delivered as Delivered
     from ormo_worker.client.messages import Gradient as Gradient
-    from ormo_worker.client.messages import Identity as Identity
-    from ormo_worker.client.retries import Patience as Patience
     from ormo_worker.client.slot import ExchangeOutcome as ExchangeOutcome
     from ormo_worker.client.slot import Slot as Slot
 
-# Imported when first used: errors, arguments and observers need no gRPC, and what uses them alone must not wait for it.
+# Imported when first used: arguments need no gRPC, and what uses them alone must not wait for it.
 _HOMES = {
     "Delivered": "messages",
     "ExchangeOutcome": "slot",
     "Gradient": "messages",
-    "Identity": "messages",
+    "Identity": "arguments",
     "ParameterClient": "api",
-    "Patience": "retries",
+    "Patience": "arguments",
     "Slot": "slot",
 }
 

@@ -9,14 +9,13 @@ from ormo_protos.manifest import FLOAT32, FROZEN, Manifest
 from ormo_protos.tensors import Chunk, Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
-from ormo_worker.client.arguments import address, whole_number
+from ormo_worker.client.arguments import Identity, Observer, Patience, address, whole_number
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.errors import OrmoError
 from ormo_worker.client.membership import Membership, described
-from ormo_worker.client.messages import Delivered, DeliveryReceiver, Identity, Wire, understood
-from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import Patience, TryAgain
+from ormo_worker.client.messages import Delivered, DeliveryReceiver, Wire, understood
+from ormo_worker.client.retries import TryAgain
 from ormo_worker.client.slot import Slot
+from ormo_worker.errors import OrmoError
 
 
 class ParameterClient:

@@ -1,12 +1,22 @@
-"""Numbers that callers give: Python's, NumPy's, or a tensor's only element."""
+"""What callers give a client: numbers of any kind, who they are, how long they wait, and whom to tell of it."""
 
 import numbers
-from typing import Any
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
-from ormo_worker.client.errors import OptionRefused
+from ormo_worker.errors import OptionRefused
+
+_ALLOWED = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_HOST_CHARACTERS = 80  # so that the rest fits into 128
+_LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 
 
 def plain(value: Any) -> Any:
@@ -86,3 +96,89 @@ def address(name: str, value: Any, *, lowest_port: int) -> str:
     except (TypeError, ValueError) as error:
         wanted = f"expected HOST:PORT as a str, not {type(value).__name__}" if isinstance(error, TypeError) else error
         raise OptionRefused(f"{name} is {value!r}: {wanted}") from None
+
+
+def default_worker_id() -> str:
+    """HOSTNAME-PID-HEX: readable, and unique also where containers share host names and process ids."""
+    host = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:_HOST_CHARACTERS]
+    return f"{host or 'worker'}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A worker in its messages.
+
+    Attributes:
+        worker: 1 to 128 of the characters A-Z a-z 0-9 . _ -
+        incarnation: drawn at random; a newer process with the same id has another.
+
+    Raises:
+        OptionRefused: the id has other characters, or too many.
+    """
+
+    worker: str = field(default_factory=default_worker_id)
+    incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
+            raise OptionRefused(
+                f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for the server.
+
+    Attributes:
+        connect_timeout: seconds until the first sign of life, after which a caller's call fails.
+        failure_timeout: seconds without a byte after which the connection counts as dead and is made anew.
+        give_up_after: seconds without a sign of life after the first one, after which a call fails; None
+            to try for ever.
+
+    Raises:
+        OptionRefused: a time that is not above 0, and at most 1e9 seconds, or 1e6 for the failure timeout.
+    """
+
+    connect_timeout: float = 60.0
+    failure_timeout: float = 30.0
+    give_up_after: float | None = None
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "connect_timeout", positive_seconds("connect_timeout", self.connect_timeout))
+        set_(self, "failure_timeout", positive_seconds("failure_timeout", self.failure_timeout, _LONGEST_SILENCE))
+        if self.give_up_after is not None:
+            set_(self, "give_up_after", positive_seconds("give_up_after", self.give_up_after))
+
+
+Stage = Literal["compute", "push", "wait", "pull"]
+Outcome = Literal["applied", "discarded", "refused", "lost"]
+
+
+class Observer:
+    """Takes no notice. Methods are called from any thread."""
+
+    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
+        """Parts of a step are over: computing the gradient; pushing it, up to its result; waiting for the next
+        parameters, up to their first byte; pulling them.
+
+        Args:
+            times: each of them with its seconds; those of an exchange come together, when that is over.
+        """
+
+    def blocked(self, seconds: float) -> None:
+        """A step has waited so long for parameters; less than its exchange took, where others are in flight."""
+
+    def stepped(self, outcome: Outcome) -> None:
+        """A gradient was given to the server; `lost` if its result was, with the connection or the server."""
+
+    def retried(self, cause: str) -> None:
+        """A call failed and is made again.
+
+        Args:
+            cause: the server's reason, or gRPC's status code.
+        """
+
+    def rejoined(self) -> None:
+        """The worker joined once more."""

@@ -17,10 +17,10 @@ from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.signals import end_on_signals, leave_if_asked
 from ormo_runtime.timeouts import FailureDetection
 from ormo_runtime.tls import Credentials
-from ormo_worker.client.errors import ClientClosed, OrmoError
+from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.messages import understood
-from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import CallEnded, Patience, RetryLoop, SignsOfLife, ended
+from ormo_worker.client.retries import CallEnded, RetryLoop, SignsOfLife, ended
+from ormo_worker.errors import ClientClosed, OrmoError
 
 T = TypeVar("T")
 

@@ -15,11 +15,12 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_runtime.timeouts import FailureDetection
+from ormo_worker.client.arguments import Identity
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
-from ormo_worker.client.messages import Identity, Outgoing, Wire, offer, understood
+from ormo_worker.client.messages import Outgoing, Wire, offer, understood
 from ormo_worker.client.protocol import Step
 from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 
 T = TypeVar("T")
 

@@ -5,7 +5,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from typing import Self, TypeVar, cast
 
@@ -17,17 +16,15 @@ from grpc_status import rpc_status
 from ormo_protos.refusals import ERROR_DOMAIN, Reason
 from ormo_runtime.logs import printable
 from ormo_runtime.timeouts import FailureDetection
-from ormo_worker.client.arguments import positive_seconds
-from ormo_worker.client.errors import Refused, Replaced, RunFinished, ServerUnreachable
-from ormo_worker.client.observer import Observer
+from ormo_worker.client.arguments import Observer, Patience, positive_seconds
 from ormo_worker.client.protocol import Step, step_after
+from ormo_worker.errors import Refused, Replaced, RunFinished, ServerUnreachable
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
 _MOST_DOUBLINGS = 20  # the longest pause is reached long before
-_LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 _SECONDS_BETWEEN_LOGS = 15.0
 # A server asks for some seconds; one that asks for years must not be waited for.
 _LONGEST_ASKED_SECONDS = 60.0
@@ -112,32 +109,6 @@ def _details(call: grpc.Call) -> list[any_pb2.Any]:
 def ended(error: grpc.RpcError) -> CallEnded:
     """The end of the call that raised this: gRPC's errors are calls, though their type does not say so."""
     return CallEnded.of(cast(grpc.Call, error))
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to wait for the server.
-
-    Attributes:
-        connect_timeout: seconds until the first sign of life, after which a caller's call fails.
-        failure_timeout: seconds without a byte after which the connection counts as dead and is made anew.
-        give_up_after: seconds without a sign of life after the first one, after which a call fails; None
-            to try for ever.
-
-    Raises:
-        OptionRefused: a time that is not above 0, and at most 1e9 seconds, or 1e6 for the failure timeout.
-    """
-
-    connect_timeout: float = 60.0
-    failure_timeout: float = 30.0
-    give_up_after: float | None = None
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "connect_timeout", positive_seconds("connect_timeout", self.connect_timeout))
-        set_(self, "failure_timeout", positive_seconds("failure_timeout", self.failure_timeout, _LONGEST_SILENCE))
-        if self.give_up_after is not None:
-            set_(self, "give_up_after", positive_seconds("give_up_after", self.give_up_after))
 
 
 class TryAgain(Exception):

@@ -14,22 +14,13 @@ from ormo_protos.framing import Frame
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
+from ormo_worker.client.arguments import Identity, Stage
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.errors import ProtocolBroken, RunFinished
 from ormo_worker.client.membership import Membership
-from ormo_worker.client.messages import (
-    Delivered,
-    DeliveryReceiver,
-    Gradient,
-    Identity,
-    Outgoing,
-    PushPullFrame,
-    Wire,
-    understood,
-)
-from ormo_worker.client.observer import Stage
+from ormo_worker.client.messages import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, understood
 from ormo_worker.client.protocol import SlotSession, Step
 from ormo_worker.client.retries import CallEnded, TryAgain
+from ormo_worker.errors import ProtocolBroken, RunFinished
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ormo_worker.client.arguments import real_number
-from ormo_worker.client.errors import OptionRefused
-from ormo_worker.tasks.task import Task
+from ormo_worker.errors import OptionRefused
+from ormo_worker.tasks import Task
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)

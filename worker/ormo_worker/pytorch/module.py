@@ -24,8 +24,8 @@ from ormo_protos.manifest import (
     TensorSpec,
 )
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.client.errors import ModelUnusable, OptionRefused
-from ormo_worker.pytorch.memory import shared
+from ormo_worker.errors import ModelUnusable
+from ormo_worker.pytorch.devices import shared
 
 # By the last part of a buffer's name, as batch norm has them; all else is the program's own, and whole at any time.
 _AVERAGED = ("running_mean", "running_var")
@@ -347,35 +347,3 @@ def _buffer_dtype(name: str, tensor: Tensor) -> pb.Dtype.ValueType:
     if not tensor.is_floating_point():
         return INT64
     return {torch.bfloat16: BFLOAT16, torch.float64: FLOAT64}.get(tensor.dtype, FLOAT32)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that is meant by `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        OptionRefused: there is no such device, or not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _parsed(name)
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        number = device.index or 0
-        if number >= found:
-            raise OptionRefused(
-                f"--device is {name}, but PyTorch finds {found} CUDA devices here: use one of "
-                f"{', '.join(['cpu', *(f'cuda:{index}' for index in range(found))])}"
-            )
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)  # for what a task makes without naming a device
-    return device
-
-
-def _parsed(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise OptionRefused(f"--device is {name!r}: expected auto, cpu, cuda, or cuda:N with N the number of a GPU")
-    return device

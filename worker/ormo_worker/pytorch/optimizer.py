@@ -20,7 +20,7 @@ from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
 from ormo_worker.client import Delivered, Identity, ParameterClient, Patience
 from ormo_worker.client.arguments import address, described, one_number, whole_number
-from ormo_worker.client.errors import (
+from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
     OlderServer,
@@ -31,7 +31,7 @@ from ormo_worker.client.errors import (
     RunFinished,
 )
 from ormo_worker.metrics import Exporter, WorkerMetrics
-from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
 from ormo_worker.pytorch.module import frozen_in, unwrapped
 from ormo_worker.pytorch.pipeline import Exchanged, Exchanges, Gathered, InFlight, OneAtATime

@@ -11,9 +11,9 @@ from typing import Protocol
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
 from ormo_worker.client import ExchangeOutcome, Gradient, Slot
-from ormo_worker.client.errors import ClientClosed
-from ormo_worker.client.observer import Observer, Outcome
-from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.client.arguments import Observer, Outcome
+from ormo_worker.errors import ClientClosed
+from ormo_worker.pytorch.devices import Copies
 
 _LOG = logging.getLogger(__name__)
 _JOIN_SECONDS = 5.0  # the connection is closed by then, so nothing keeps a thread

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.pytorch.copy_streams import Arriving, Copies, Event, Streams, queue_copies
+from ormo_worker.pytorch.devices import Arriving, Copies, Event, Streams, queue_copies
 from ormo_worker.pytorch.module import ModelTensors
 
 Tensors = list[Tensor]

@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ormo_worker.client.errors import ModelUnusable, OptionRefused, ParametersChanged
-from ormo_worker.pytorch.copy_streams import Arriving
-from ormo_worker.pytorch.memory import length_of
+from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
+from ormo_worker.pytorch.devices import Arriving, length_of
 from ormo_worker.pytorch.transfer import Staging, Transfer
 
 OnLocalChange = Literal["warn", "error"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ormo_worker.tasks.task import Batch, TaskError
+from ormo_worker.tasks import Batch, TaskError
 
 
 @runtime_checkable

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ormo_worker.tasks import ClassificationTask, TaskError
 from ormo_worker.tasks.images import Colours, ImageTensors, import_torchvision
 from ormo_worker.tasks.models import ResNet
-from ormo_worker.tasks.task import ClassificationTask, TaskError
 
 FOLDER = "cifar-10-batches-py"  # as the archive of the data set's authors has it
 COLOURS = Colours(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))  # of the training set

@@ -8,7 +8,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ormo_worker.tasks.task import ClassificationTask
+from ormo_worker.tasks import ClassificationTask
 
 
 class Digits(ClassificationTask):

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ormo_worker.tasks import ClassificationTask, TaskError
 from ormo_worker.tasks.images import Colours, Images, ImageTensors, import_torchvision
 from ormo_worker.tasks.models import ResNet, SmallCnn
-from ormo_worker.tasks.task import ClassificationTask, TaskError
 
 # ImageNet's, the customary ones. The folder's own would differ between workers with data of their own.
 COLOURS = Colours(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

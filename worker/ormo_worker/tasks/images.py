@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ormo_worker.tasks.task import TaskError
+from ormo_worker.tasks import TaskError
 
 CROP_PADDING_PIXELS = 4  # of the ResNet paper, for 32 x 32 images
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ormo_worker.tasks.task import TaskError
+from ormo_worker.tasks import TaskError
 
 
 class ResNet(nn.Module):

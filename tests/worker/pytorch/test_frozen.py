@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_server.service.server import Server
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
-from ormo_worker.client.errors import (
+from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
     OlderServer,

@@ -1,12 +1,46 @@
-"""Copies between a CUDA device and page-locked memory that go on while the device computes."""
+"""Where tensors lie, and how they get elsewhere: devices, copies beside the computation, memory that tensors share."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ormo_worker.errors import OptionRefused
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that is meant by `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        OptionRefused: there is no such device, or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _parsed(name)
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = device.index or 0
+        if number >= found:
+            raise OptionRefused(
+                f"--device is {name}, but PyTorch finds {found} CUDA devices here: use one of "
+                f"{', '.join(['cpu', *(f'cuda:{index}' for index in range(found))])}"
+            )
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)  # for what a task makes without naming a device
+    return device
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise OptionRefused(f"--device is {name!r}: expected auto, cpu, cuda, or cuda:N with N the number of a GPU")
+    return device
 
 
 class Event(Protocol):
@@ -130,3 +164,66 @@ def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
     return streams.mark(stream)
+
+
+def shared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    """Pairs of tensors that have a byte in common, and (paired with itself) a tensor that has one byte twice.
+
+    Args:
+        tensors: by name; those that are not strided, as sparse ones, are not looked at.
+
+    Yields:
+        The later of the two, as they were given, and the earlier.
+    """
+    strided = [(name, each) for name, each in tensors if each.numel() and each.layout == torch.strided]
+    spans = [_Span(number, name, each) for number, (name, each) in enumerate(strided)]
+    reaching: list[_Span] = []  # beyond the start of the next one
+    for span in sorted(spans, key=lambda span: (span.device, span.start)):
+        if _has_a_byte_twice(span.tensor):
+            yield span.name, span.name
+        reaching = [other for other in reaching if other.device == span.device and span.start < other.end]
+        for other in reaching:
+            if _overlap(other.tensor, span.tensor):
+                earlier, later = sorted((span, other), key=lambda each: each.number)
+                yield later.name, earlier.name
+        reaching.append(span)
+
+
+class _Span:
+    """The memory from a tensor's first byte to its last, all of its own or not."""
+
+    def __init__(self, number: int, name: str, tensor: Tensor) -> None:
+        self.number = number
+        self.name = name
+        self.tensor = tensor
+        self.device = str(tensor.device)
+        self.start = tensor.data_ptr()
+        self.end = self.start + length_of(tensor)
+
+
+def length_of(tensor: Tensor) -> int:
+    """Bytes from its first element to the end of its last."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
+
+
+def _has_a_byte_twice(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return False
+    return int(_marked(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether they share a byte; columns of one matrix, say, do not, though each lies between the other's."""
+    apart = second.data_ptr() - first.data_ptr()
+    length = max(length_of(first), apart + length_of(second))
+    return bool((_marked(first, length, 0) & _marked(second, length, apart)).any())
+
+
+def _marked(tensor: Tensor, length: int, start: int) -> Tensor:
+    """Bytes of memory, true where the tensor has an element of its own; shape (length,)."""
+    marks = torch.zeros(length, dtype=torch.bool, device="cpu")
+    size = tensor.element_size()
+    strides = (*(stride * size for stride in tensor.stride()), 1)
+    marks.as_strided((*tensor.shape, size), strides, start).fill_(1)
+    return marks

@@ -18,19 +18,19 @@ from ormo_protos.limits import MAX_SLOTS
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ClientClosed, OptionRefused, Refused, RunFinished
+from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster
 from ormo_worker.local.settings import LocalSettings
 from ormo_worker.pytorch import optimizer as optimizer_module
-from ormo_worker.pytorch.copy_streams import Copies
+from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.settings import RunSettings
 from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
-from worker.loops import PATIENT_SECONDS, Loop
 from worker.models import line
-from worker.streams import LateStreams
+from worker.pytorch.loops import PATIENT_SECONDS, Loop
+from worker.pytorch.streams import LateStreams
 
 
 class ConsistentServer(FakeServer):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ModelUnusable, OptionRefused, ParametersChanged
+from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.pytorch import watch
 from ormo_worker.pytorch.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer

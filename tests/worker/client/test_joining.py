@@ -10,7 +10,7 @@ from torch import nn
 from ormo_protos.manifest import UNSPECIFIED
 from ormo_server.service.server import Server
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ModelMismatch, Refused
+from ormo_worker.errors import ModelMismatch, Refused
 from service.wire import served
 from worker.fake_server import FakeServer, refuse
 

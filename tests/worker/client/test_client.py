@@ -14,7 +14,10 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client.api import ParameterClient
-from ormo_worker.client.errors import (
+from ormo_worker.client.arguments import Patience
+from ormo_worker.client.messages import Gradient
+from ormo_worker.client.slot import ExchangeOutcome, Slot
+from ormo_worker.errors import (
     ClientClosed,
     ModelMismatch,
     OptionRefused,
@@ -25,9 +28,6 @@ from ormo_worker.client.errors import (
     RunFinished,
     ServerUnreachable,
 )
-from ormo_worker.client.messages import Gradient
-from ormo_worker.client.retries import Patience
-from ormo_worker.client.slot import ExchangeOutcome, Slot
 from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import LOST, FakeServer, refuse
 

@@ -10,7 +10,7 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_worker.pytorch.transfer import Staging
 from worker.models import Tied, line
-from worker.streams import LateStreams
+from worker.pytorch.streams import LateStreams
 
 
 def staging_of(model: nn.Module, way: str) -> Staging:

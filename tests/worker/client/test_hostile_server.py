@@ -9,10 +9,9 @@ from torch import nn
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client.api import ParameterClient
-from ormo_worker.client.errors import ModelUnusable, ProtocolBroken, Refused
+from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.messages import Gradient
-from ormo_worker.client.observer import Observer
-from ormo_worker.client.retries import Patience
+from ormo_worker.errors import ModelUnusable, ProtocolBroken, Refused
 from ormo_worker.pytorch.transfer import Staging
 from system.programs import staged
 from worker.fake_server import FakeServer, refuse

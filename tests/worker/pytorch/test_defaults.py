@@ -89,7 +89,7 @@ def test_a_worker_and_its_server_train_as_without_them(tmp_path: Path, in_flight
 def simulated(method: str) -> Tensor:
     plan._workload.cache_clear()
     settings = SimSettings(
-        method=method, task="worker.test_defaults:Named", workers=3, batch_size=8, stop_after_gradients=12
+        method=method, task="worker.pytorch.test_defaults:Named", workers=3, batch_size=8, stop_after_gradients=12
     )
     return plan.Plan(settings).run().training.machine.state.params
 

@@ -13,10 +13,10 @@ from core.reference import closed_form, rounding
 from ormo_server.core.inputs import Push
 from ormo_server.service.server import Server
 from ormo_server.trace import Recorded
-from ormo_worker.client.errors import Refused
+from ormo_worker.errors import Refused
 from ormo_worker.pytorch import optimizer as optimizer_module
 from service.wire import eventually, served
-from worker.loops import PATIENT_SECONDS, Loop
+from worker.pytorch.loops import PATIENT_SECONDS, Loop
 
 
 @pytest.fixture(autouse=True)

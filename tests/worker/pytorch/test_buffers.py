@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ormo_server.service.server import Server
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ModelUnusable, Refused
+from ormo_worker.errors import ModelUnusable, Refused
 from service.wire import served
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ormo_protos.manifest import BFLOAT16
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
-from ormo_worker.client.errors import ModelUnusable, OptionRefused, RunFinished, ServerUnreachable
+from ormo_worker.errors import ModelUnusable, OptionRefused, RunFinished, ServerUnreachable
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer
 from worker.models import Tied, line
 

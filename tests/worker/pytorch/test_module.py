@@ -23,7 +23,7 @@ from ormo_protos.manifest import (
     PARAMETER,
     UNSPECIFIED,
 )
-from ormo_worker.client.errors import ModelUnusable
+from ormo_worker.errors import ModelUnusable
 from ormo_worker.pytorch.module import ModelTensors, manifest_of
 from worker.models import Tied
 

@@ -8,9 +8,9 @@ import pytest
 from ormo_protos.refusals import Reason
 from ormo_protos.tensors import CHUNK_BYTES, MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_worker.client.errors import ProtocolBroken
+from ormo_worker.errors import ProtocolBroken
+from worker.client.test_client import Worker, value_of
 from worker.fake_server import LOST, FakeServer, refuse
-from worker.test_client import Worker, value_of
 
 SIZES = {"one message": 5, "a full chunk": CHUNK_BYTES // 4, "three chunks": 2 * CHUNK_BYTES // 4 + 3}
 

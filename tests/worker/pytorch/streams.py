@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ormo_worker.pytorch.copy_streams import Streams
+from ormo_worker.pytorch.devices import Streams
 
 _ATEN = torch.ops.aten
 _QUEUED = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ormo_worker.pytorch.copy_streams import Arriving, Copies
+from ormo_worker.pytorch.devices import Arriving, Copies
 from ormo_worker.pytorch.watch import LocalChanges
 
 NAMES = ["large", "small", "turned", "columns", "half", "none"]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ormo_worker import OrmoError, ParameterClient, RemoteOptimizer, manifest_of
-from ormo_worker.client.errors import ClientClosed, OptionRefused
+from ormo_worker.errors import ClientClosed, OptionRefused
 from service.wire import eventually
 from worker.fake_server import FakeServer, refuse
 from worker.models import line
