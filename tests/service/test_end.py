@@ -33,14 +33,14 @@ def says(server: Server, path: str) -> int:
 # That is how the thread dies.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_that_can_not_take_calls_is_not_alive_and_ends_with_its_state_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(tmp_path, metrics_listen="127.0.0.1:0", **JOURNALED) as server:
         trained(server)
         before = everything(server)
         assert len(server._serving) == 1
         assert (says(server, "/alive"), says(server, "/ready")) == (200, 200)
-        unserved(server)
+        unserved(server, monkeypatch)
         assert (says(server, "/alive"), says(server, "/ready")) == (503, 503)
         with caplog.at_level(logging.CRITICAL):
             assert _run_until_told(server, threading.Event()) == 1

@@ -18,14 +18,16 @@ _IMPORTED = [
     "ormo_server.console.control",
     "ormo_server.console.status",
     "ormo_server.service.server",
+    "ormo_server.sim.cli",
+    "ormo_server.sim.plan",
     "ormo_worker.cli",
     "ormo_worker.evaluation",
     "ormo_worker.local.cli",
     "ormo_worker.tasks.digits",
     "ormo_worker.training",
 ]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(_IMPORTED)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(_IMPORTED)
 
 
 class Forked:
@@ -49,9 +51,9 @@ class Forked:
         self, program: str | Path, arguments: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
     ) -> None:
         self._words = [program, *arguments]
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe(duplex=False)
         with ours, theirs:
-            self._process = _CONTEXT.Process(target=_run, args=(self._words, folder, log, dict(environment), theirs))
+            self._process = CONTEXT.Process(target=_run, args=(self._words, folder, log, dict(environment), theirs))
             self._process.start()
             self.stdout = os.fdopen(os.dup(ours.fileno()), "r", encoding="utf-8")
         assert self._process.pid is not None
