@@ -81,15 +81,16 @@ benchmark:
 	@$(MAKE) bench WHAT=sim
 	@$(MAKE) bench WHAT=metrics
 
-# There are as many processes as cores: with a thread of PyTorch's for each core in each of them, threads wait for each
-# other, and a third of the processor's time goes into that. What checks deploy/ is found on the PATH, and left out with
-# a sentence where it is missing.
+# Three processes for two cores, as a third of the time of tests is spent waiting for leases, alerts and other processes.
+# With a thread of PyTorch's for each core in each of them, threads wait for each other, and a third of the processor's
+# time goes into that. What checks deploy/ is found on the PATH, and left out with a sentence where it is missing.
+PROCESSES = $$($(BIN)/python -c "import os; print(max(2, 3 * os.cpu_count() // 2))")
 TEST = OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" ORMO_CHECKOV="$(wildcard $(abspath $(CHECKOV_VENV))/bin/checkov)" \
     $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: test
 test: $(TOOLS_INSTALLED)  ## run the tests
-	$(TEST) -n logical
+	$(TEST) -n $(PROCESSES)
 
 .PHONY: check
 check: lint drift types test  ## all that a change must pass before it is shown to others
@@ -116,9 +117,21 @@ $(AUDIT_INSTALLED):
 audit: $(AUDIT_INSTALLED)  ## look all pinned dependencies up in the database of advisories
 	$(AUDIT_VENV)/bin/python tests/audit.py constraints.txt
 
-# What stands on others' versions: the wire, files, PyTorch, and real trainings. All else is tested as pinned.
-VERSIONED = $(addprefix tests/,protos service security journal store old_versions worker console sim/test_plots.py \
-    system/test_training.py docs/test_commands.py docs/test_examples.py)
+# What another version of a dependency can break, and no more: all else is tested as pinned.
+# protos: protobuf reads and writes what ours does, and numpy's bytes.
+VERSIONED = protos
+# service, security: gRPC's streams, statuses, cancellations, limits, TLS; health, reflection; what Prometheus reads.
+VERSIONED += $(patsubst %,service/test_%.py,cancellation end exchanges foreign_client malformed metrics refusals)
+VERSIONED += $(patsubst %,security/test_%.py,tls tokens limits silence)
+# runtime, docs/test_commands.py: pydantic reads the settings of every program; records of the log, and the port for HTTP.
+VERSIONED += $(patsubst %,runtime/test_%.py,settings all_settings logs http_port proxies tls) docs/test_commands.py
+# journal, store, old_versions: files by safetensors and numpy, also those that earlier versions wrote.
+VERSIONED += journal store old_versions
+# worker: gRPC's other end, and data sets by scikit-learn, pillow and torchvision. Its other ways to run are of our own.
+VERSIONED += worker
+NOT_VERSIONED = $(patsubst %,--ignore-glob='tests/worker/*test_%.py',local* followed simulated)
+# console: rich. sim/test_plots.py: matplotlib. And all of it together in one training by real programs.
+VERSIONED += console sim/test_plots.py system/test_training.py::test_local_run_trains_evaluates_and_cleans_up
 # PyTorch's version is the same in all, so that it need not be unpacked again: a link takes no time and no room.
 LINKED = $(foreach name,torch* functorch*,$(VENV)/lib/python3*/site-packages/$(name))
 .PHONY: test-lowest test-newest
@@ -128,7 +141,7 @@ test-lowest test-newest: test-%: $(TOOLS_INSTALLED)  ## test what stands on othe
 	cp --archive --link $(LINKED) .venv-$*/lib/python3*/site-packages/
 	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e '.[$(RUNNING),dev]'
 	.venv-$*/bin/python -m pip check
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(PROCESSES) --dist worksteal $(NOT_VERSIONED) $(addprefix tests/,$(VERSIONED))
 
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60

@@ -3,23 +3,31 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from safetensors.torch import load_file
 
 from docs.pages import EXAMPLES, README, blocks, example, text_of
+from system import forked
 from system.programs import ENVIRONMENT, Stage
 
 OWN_LOOP = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8")
 
 
-def ran(stage: Stage, code: str) -> str:
+def ran(stage: Stage, code: str, run: Callable[[Path], "subprocess.CompletedProcess[str]"] = forked.ran) -> str:
     """What a program with this code prints."""
-    (stage.folder / "loop.py").write_text(code.replace("127.0.0.1:50051", stage.address))
-    command = [sys.executable, "loop.py"]
-    where = {"cwd": stage.folder, "env": ENVIRONMENT}
-    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=60, check=False)
+    script = stage.folder / "loop.py"
+    script.write_text(code.replace("127.0.0.1:50051", stage.address))
+    done = run(script)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def typed(script: Path) -> "subprocess.CompletedProcess[str]":
+    """`python SCRIPT` with nothing imported before, as one types it; it leaves when its interpreter ends."""
+    command, where = [sys.executable, script.name], {"cwd": script.parent, "env": ENVIRONMENT}
+    return subprocess.run(command, **where, capture_output=True, text=True, timeout=60, check=False)
 
 
 def rings(stage: Stage) -> None:
@@ -29,7 +37,7 @@ def rings(stage: Stage) -> None:
 def test_own_loop_trains_as_it_stands(stage: Stage) -> None:
     stage.server(stop_after_gradients=200, learning_rate=0.02)
     assert OWN_LOOP.count("  # <-") == 5
-    printed = ran(stage, OWN_LOOP + "\nprint(float(loss))\n")
+    printed = ran(stage, OWN_LOOP + "\nprint(float(loss))\n", typed)
     assert stage.status().iteration.number == 200
     assert float(printed) < 0.5  # it begins at about 4, the variance of the targets
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core import snapshot
+from ormo_server.service import server as of_server
 from ormo_server.service.server import Server
 from service.wire import SMALL, WireWorker, connected, eventually, payload, served
 
@@ -51,8 +54,12 @@ def trained(server: Server, *, rounds: int = 3, dtype: int = FLOAT32) -> tuple[W
         return anna, bert
 
 
-def unserved(server: Server) -> None:
-    """End gRPC's thread that takes calls, as the first call does that can't have a thread of the pool."""
+def unserved(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End gRPC's thread that takes calls, as the first call does that can't have a thread of the pool.
+
+    From then on gRPC never tells that it has stopped: nobody need wait for that as long as a server does.
+    """
+    monkeypatch.setattr(of_server, "_GRPC_STOP_SECONDS", 0.1)
     server._pool.shutdown()
     with connected(server) as stub:
         call = stub.GetStatus.future(pb.GetStatusRequest())

@@ -4,8 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -20,6 +18,7 @@ from ormo_server.service.server import Server
 from ormo_server.store import Checkpoint, StoreError
 from service.crashing import JOURNALED, everything, trained, unserved
 from service.wire import WireWorker, eventually, payload, served
+from system.forked import Forked
 
 
 def says(server: Server, path: str) -> int:
@@ -34,14 +33,14 @@ def says(server: Server, path: str) -> int:
 # That is how the thread dies.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_that_can_not_take_calls_is_not_alive_and_ends_with_its_state_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(tmp_path, metrics_listen="127.0.0.1:0", **JOURNALED) as server:
         trained(server)
         before = everything(server)
         assert len(server._serving) == 1
         assert (says(server, "/alive"), says(server, "/ready")) == (200, 200)
-        unserved(server)
+        unserved(server, monkeypatch)
         assert (says(server, "/alive"), says(server, "/ready")) == (503, 503)
         with caplog.at_level(logging.CRITICAL):
             assert _run_until_told(server, threading.Event()) == 1
@@ -67,29 +66,33 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def ended(process: "subprocess.Popen[str]") -> str:
+LOG = "log"
+
+
+def ended(process: Forked, folder: Path) -> str:
     """The log of a process that was told to end, and does so by itself with exit code 1."""
     try:
         os.kill(process.pid, signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        assert process.wait(60) == 1
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 1
+        closed(process)
+    log = (folder / LOG).read_text()
     assert "the process ends now" in log
     assert "Traceback" not in log
     return log
 
 
-def started(folder: Path, *flags: str) -> "subprocess.Popen[str]":
+def started(folder: Path, *flags: str) -> Forked:
+    (folder / "hanging.py").write_text(HANGING)
     always = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", "run", "--max-workers", "3"]
-    return subprocess.Popen(
-        [sys.executable, "-c", HANGING, "serve", *always, "--drain-seconds", "1", *flags],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["serve", *always, "--drain-seconds", "1", *flags]
+    return Forked(folder / "hanging.py", words, folder=folder, log=folder / LOG, environment=os.environ)
+
+
+def closed(process: Forked) -> None:
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
 
 
 def opened(path: Path) -> int | None:
@@ -106,15 +109,13 @@ def test_a_signal_ends_a_start_at_once_whatever_it_waits_for(tmp_path: Path, num
     ends: list[int] = []
     try:
         eventually(lambda: ends.extend(filter(None, [opened(tmp_path / "hangs")])) or ends, seconds=60)
-        process.send_signal(number)
-        _, log = process.communicate(timeout=60)
+        os.kill(process.pid, number)
+        assert process.wait(60) == -number
     finally:
-        process.kill()
-        process.wait()
+        closed(process)
         for end in ends:
             os.close(end)
-    assert process.returncode == -number
-    assert "Traceback" not in log
+    assert "Traceback" not in (tmp_path / LOG).read_text()
 
 
 def test_a_stop_ends_within_its_limit_also_if_the_checkpoint_at_the_runs_end_hangs(tmp_path: Path) -> None:
@@ -123,7 +124,6 @@ def test_a_stop_ends_within_its_limit_also_if_the_checkpoint_at_the_runs_end_han
         assert server.host.checkpoint()
         done = server.host.engine.iteration()[1]
     process = started(tmp_path, "--stop-after-gradients", str(done + 1), "--checkpoint-seconds", "1000")
-    assert process.stdout is not None
     address = process.stdout.readline().split()[1].removeprefix("address=")
     with grpc.insecure_channel(address) as channel:
         worker = WireWorker(ParameterServerStub(channel), "last")
@@ -132,7 +132,7 @@ def test_a_stop_ends_within_its_limit_also_if_the_checkpoint_at_the_runs_end_han
         (tmp_path / "hang").touch()
         worker.push(payload(worker.manifest, 1.0))
         eventually((tmp_path / "hanging").exists, seconds=20)
-    assert "waits for the end of a checkpoint" in ended(process)
+    assert "waits for the end of a checkpoint" in ended(process, tmp_path)
 
 
 def test_a_stop_ends_within_its_limit_also_if_the_disk_hangs(tmp_path: Path) -> None:
@@ -141,10 +141,9 @@ def test_a_stop_ends_within_its_limit_also_if_the_disk_hangs(tmp_path: Path) -> 
         trained(server)
         assert server.host.checkpoint()
     process = started(tmp_path)
-    assert process.stdout is not None
     assert process.stdout.readline().startswith("serving address=")
     (tmp_path / "hang").touch()
-    log = ended(process)
+    log = ended(process, tmp_path)
     assert "the stop has taken 2" in log
     assert "waits for the last checkpoint" in log
 

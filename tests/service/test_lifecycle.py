@@ -276,7 +276,7 @@ def test_checkpoint_of_another_rule_is_refused_with_what_to_do(tmp_path: Path) -
 
 
 def test_concurrent_pushes_are_all_applied_exactly_once(tmp_path: Path) -> None:
-    with served(tmp_path, momentum=0.0) as server, connected(server) as stub:
+    with served(tmp_path, momentum=0.0, max_workers=16) as server, connected(server) as stub:
         WireWorker(stub, "first").join()
 
         def work(number: int) -> None:

@@ -1,8 +1,6 @@
 """What an operator reads in the server's log."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served
+from system.forked import ran
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -38,8 +37,8 @@ def test_log_tells_who_joins_and_leaves_and_warns_of_gradients_that_are_not_fini
     assert all("the gradient of worker 'w0'" in record.message for record in about)
 
 
-def test_refusals_of_whatever_kind_are_few_lines() -> None:
-    code = """
+def test_refusals_of_whatever_kind_are_few_lines(tmp_path: Path) -> None:
+    (tmp_path / "refusing.py").write_text("""
 from ormo_runtime.logs import set_up
 from ormo_server.core.errors import OrmoError
 from ormo_server.service.refusals import log_refusal
@@ -48,8 +47,9 @@ set_up("info", "text")
 for kind in OrmoError.__subclasses__():
     for _ in range(20):
         log_refusal(kind("not so"), "ipv4:10.0.0.7:5", "")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+""")
+    done = ran(tmp_path / "refusing.py")
+    assert done.returncode == 0, done.stderr
     told = [line.split()[2:4] for line in done.stderr.splitlines()]
     assert {tuple(words): told.count(words) for words in told} == {
         ("INFO", "refused"): 5,
@@ -59,7 +59,7 @@ for kind in OrmoError.__subclasses__():
 
 
 def test_failures_of_the_server_s_own_are_few_tracebacks_however_many_calls_cause_them(tmp_path: Path) -> None:
-    code = f"""
+    (tmp_path / "failing.py").write_text(f"""
 import grpc
 from ormo_runtime.logs import set_up
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -69,12 +69,14 @@ from ormo_server.service.engine import Engine
 from ormo_server.service.server import Server
 from ormo_server.service.servicer import Servicer
 
+SAID = "a mistake in here"  # so that no line of the code in a traceback says it
+
 def failing(*_):
-    raise RuntimeError("a mistake in here")
+    raise RuntimeError(SAID)
 
 set_up("info", "text")
 Servicer._welcome = Servicer._ask_for_model = failing
-server = Server(ServerSettings(listen="127.0.0.1:0", metrics_listen="", directory={str(tmp_path)!r}))
+server = Server(ServerSettings(listen="127.0.0.1:0", metrics_listen="", directory={str(tmp_path / "run")!r}))
 server.start()
 with grpc.insecure_channel(server.address) as channel:
     for _ in range(200):
@@ -83,8 +85,9 @@ with grpc.insecure_channel(server.address) as channel:
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.INTERNAL
 server.close()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+""")
+    done = ran(tmp_path / "failing.py")
+    assert done.returncode == 0, done.stderr
     assert 1 <= done.stderr.count("Traceback (most recent call last)") == done.stderr.count("a mistake in here") <= 10
 
 

@@ -163,7 +163,7 @@ def test_each_number_of_each_request_is_among_those_that_are_tried() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"OfferModel"}))
 def test_no_number_of_a_request_makes_the_server_fail_or_a_figure_infinite(tmp_path: Path, name: str) -> None:
-    with served(tmp_path) as server, connected(server) as stub:
+    with served(tmp_path, max_workers=16) as server, connected(server) as stub:
         numbers = itertools.count()
 
         def newcomer() -> WireWorker:

@@ -2,9 +2,8 @@
 
 import contextlib
 import math
+import os
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import Server
 from service.wire import SMALL, Refused, WireWorker, connected, payload, served
+from system.forked import Forked
 
 # Gradients are taken as they were before anybody asked whether they may be.
 SERVE_AS_BEFORE = """
@@ -98,13 +98,22 @@ def test_a_server_that_stops_or_is_closed_is_not_ready(tmp_path: Path) -> None:
 
 
 def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tmp_path: Path) -> None:
-    def start() -> "subprocess.Popen[str]":
-        flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", str(tmp_path), "--method", "asgd"]
-        command = [sys.executable, "-c", SERVE_AS_BEFORE, *flags, "--learning-rate", "1", "--checkpoint-seconds", "1e6"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script, log = tmp_path / "before.py", tmp_path / "log"
+    script.write_text(SERVE_AS_BEFORE)
 
-    def worker_of(process: "subprocess.Popen[str]", channels: list[grpc.Channel]) -> WireWorker:
-        assert process.stdout is not None
+    @contextlib.contextmanager
+    def start() -> Iterator[Forked]:
+        flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--directory", "run", "--method", "asgd"]
+        flags += ["--learning-rate", "1", "--checkpoint-seconds", "1e6"]
+        process = Forked(script, flags, folder=tmp_path, log=log, environment=os.environ)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(10)
+            process.stdout.close()
+
+    def worker_of(process: Forked, channels: list[grpc.Channel]) -> WireWorker:
         channels.append(grpc.insecure_channel(process.stdout.readline().split()[1].removeprefix("address=")))
         worker = WireWorker(ParameterServerStub(channels[-1]), "a", incarnation=len(channels))
         worker.join()
@@ -121,14 +130,13 @@ def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tm
         with pytest.raises(Refused):
             worker.push(payload(SMALL, math.nan))
         assert process.wait(60) == 1
-        assert process.stderr is not None
-        critical = [line for line in process.stderr if " CRITICAL " in line]
+        critical = [line for line in log.read_text().splitlines() if " CRITICAL " in line]
         assert len(critical) == 1
         assert "can't be kept (the model has NaN or infinite values): stopping; a restart goes on" in critical[0]
     with start() as again:
         worker = worker_of(again, channels)
         assert worker.push(payload(SMALL, 1.0)).iteration.number == 1
-        again.send_signal(signal.SIGTERM)
+        os.kill(again.pid, signal.SIGTERM)
         assert again.wait(60) == 0
     for channel in channels:
         channel.close()

@@ -44,7 +44,7 @@ def settings(directory: Path, **changes: Any) -> ServerSettings:
             "momentum": 0.5,
             "failure_timeout": 10.0,
             "drain_seconds": 2.0,
-            "max_workers": 16,  # each costs threads at the start
+            "max_workers": 4,  # each costs threads at the start
         }
         | changes
     )

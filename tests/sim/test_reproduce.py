@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from ormo_server.sim.reproduce.suite import load_suite
 from ormo_server.sim.settings import SimSettings
 from ormo_server.store.files import DirectoryLock
 from sim.analytic import BROKEN_SEED, ENDLESS
+from system.forked import CONTEXT
 from system.programs import ENVIRONMENT
 
 TESTS = Path(__file__).parents[1]
@@ -51,6 +53,12 @@ def write_suite(tmp_path: Path, *, workload: str = "LeastSquares", report_seeds:
         setting = "homogeneous"
     """)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is simulated from within this process is so in forks; from the command line, in what that starts."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: CONTEXT)
 
 
 def reproduce(suite: Path, *flags: str) -> int:

@@ -18,21 +18,25 @@ _IMPORTED = [
     "ormo_server.console.control",
     "ormo_server.console.status",
     "ormo_server.service.server",
+    "ormo_server.sim.cli",
+    "ormo_server.sim.plan",
     "ormo_worker.cli",
     "ormo_worker.evaluation",
     "ormo_worker.local.cli",
     "ormo_worker.tasks.digits",
     "ormo_worker.training",
 ]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(_IMPORTED)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(_IMPORTED)
 
 
 class Forked:
-    """`python -m MODULE ARGUMENTS`, to be used like `subprocess.Popen`.
+    """`python -m MODULE ARGUMENTS`, or `python SCRIPT ARGUMENTS`, to be used like `subprocess.Popen`.
+
+    What is to happen when an interpreter ends (`atexit`) does not.
 
     Args:
-        module: of the program.
+        program: the name of its module, or its script.
         arguments: after it.
         folder: where it runs.
         log: file to which its stderr is appended.
@@ -44,12 +48,12 @@ class Forked:
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
+        self, program: str | Path, arguments: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
     ) -> None:
-        self._words = [module, *arguments]
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        self._words = [program, *arguments]
+        ours, theirs = CONTEXT.Pipe(duplex=False)
         with ours, theirs:
-            self._process = _CONTEXT.Process(target=_run, args=(self._words, folder, log, dict(environment), theirs))
+            self._process = CONTEXT.Process(target=_run, args=(self._words, folder, log, dict(environment), theirs))
             self._process.start()
             self.stdout = os.fdopen(os.dup(ours.fileno()), "r", encoding="utf-8")
         assert self._process.pid is not None
@@ -73,7 +77,23 @@ class Forked:
         self._process.kill()
 
 
-def _run(words: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str], stdout: Connection) -> None:
+def ran(
+    script: Path, *arguments: str, environment: Mapping[str, str] = os.environ, seconds: float = 60.0
+) -> "subprocess.CompletedProcess[str]":
+    """`python SCRIPT ARGUMENTS` in the script's folder, to its end."""
+    log = script.with_suffix(".log")
+    program = Forked(script, arguments, folder=script.parent, log=log, environment=environment)
+    try:
+        with program.stdout:
+            printed = program.stdout.read()
+        return subprocess.CompletedProcess([script, *arguments], program.wait(seconds), printed, log.read_text())
+    finally:
+        program.kill()
+
+
+def _run(
+    words: Sequence[str | Path], folder: Path, log: Path, environment: Mapping[str, str], stdout: Connection
+) -> None:
     """What happens in the process."""
     with log.open("ab") as stderr, Path(os.devnull).open("rb") as stdin:
         for number, stream in enumerate((stdin, stdout, stderr)):
@@ -84,5 +104,10 @@ def _run(words: Sequence[str], folder: Path, log: Path, environment: Mapping[str
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["", *words[1:]]
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    program, *arguments = words
+    sys.argv = ["", *map(str, arguments)]
+    if isinstance(program, Path):
+        sys.path.insert(0, str(program.parent))
+        runpy.run_path(str(program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)

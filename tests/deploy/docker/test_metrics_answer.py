@@ -53,8 +53,8 @@ def test_server_with_tls_is_healthy(tmp_path: Path) -> None:
 
 # That is how the thread dies.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_server_that_can_not_take_calls_is_not_healthy(tmp_path: Path) -> None:
+def test_server_that_can_not_take_calls_is_not_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(tmp_path, metrics_listen="127.0.0.1:0") as server:
         assert health(server.metrics_address).returncode == 0
-        unserved(server)
+        unserved(server, monkeypatch)
         assert health(server.metrics_address).returncode == 1

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,15 +109,14 @@ class Container:
             program.communicate()
 
 
+@contextmanager
 def contained(name: str, target: str) -> Iterator[Container]:
     # Not below pytest's folder, which only its owner may enter.
     root = Path(tempfile.mkdtemp(prefix="ormo-image-"))
     root.chmod(0o755)
-    dockerfile = Dockerfile(name)
-    container = Container(dockerfile.stages[target], root)
+    container = Container(Dockerfile(name).stages[target], root)
     container.prepare()
     try:
-        build(dockerfile.stages["build"], root / "src", container.venv)
         yield container
     finally:
         container.close()
@@ -123,13 +124,28 @@ def contained(name: str, target: str) -> Iterator[Container]:
 
 
 @pytest.fixture(scope="module")
-def server_image() -> Iterator[Container]:
-    yield from contained("server.Dockerfile", "server")
+def images() -> Iterator[dict[str, Container]]:
+    """Both of them, built side by side: pip works on one core."""
+    files = {"server": ("server.Dockerfile", "server"), "worker": ("worker.Dockerfile", "cpu")}
+    with ExitStack() as stack:
+        made = {name: stack.enter_context(contained(*file)) for name, file in files.items()}
+
+        def built(name: str) -> None:
+            build(Dockerfile(files[name][0]).stages["build"], made[name].root / "src", made[name].venv)
+
+        with ThreadPoolExecutor(len(made)) as pool:
+            list(pool.map(built, made))
+        yield made
 
 
 @pytest.fixture(scope="module")
-def worker_image() -> Iterator[Container]:
-    yield from contained("worker.Dockerfile", "cpu")
+def server_image(images: dict[str, Container]) -> Container:
+    return images["server"]
+
+
+@pytest.fixture(scope="module")
+def worker_image(images: dict[str, Container]) -> Container:
+    return images["worker"]
 
 
 @pytest.fixture

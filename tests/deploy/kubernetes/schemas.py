@@ -1,29 +1,37 @@
 """Every object against the schemas of Kubernetes, the Prometheus operator and cert-manager."""
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import kubernetes_validate
-from cloudcoil.models.cert_manager import v1 as cert_manager
-from cloudcoil.models.prometheus_operator import v1 as operator
 
 from deploy.kubernetes.rendering import Manifests, Object
 
 OLDEST, NEWEST = "1.30", "1.37"
-_CUSTOM_KINDS = {
-    "monitoring.coreos.com/v1": {
-        "ServiceMonitor": operator.ServiceMonitor,
-        "PodMonitor": operator.PodMonitor,
-        "PrometheusRule": operator.PrometheusRule,
-    },
-    "cert-manager.io/v1": {"Certificate": cert_manager.Certificate, "Issuer": cert_manager.Issuer},
-}
+
+
+@cache
+def _custom_kinds() -> dict[str, dict[str, Any]]:
+    """The models of each kind, by version: imported once they are needed, for that takes seconds."""
+    from cloudcoil.models.cert_manager import v1 as cert_manager
+    from cloudcoil.models.prometheus_operator import v1 as operator
+
+    return {
+        "monitoring.coreos.com/v1": {
+            "ServiceMonitor": operator.ServiceMonitor,
+            "PodMonitor": operator.PodMonitor,
+            "PrometheusRule": operator.PrometheusRule,
+        },
+        "cert-manager.io/v1": {"Certificate": cert_manager.Certificate, "Issuer": cert_manager.Issuer},
+    }
 
 
 def against_schemas(manifests: Manifests) -> Iterator[str]:
     """What the API servers of the oldest and the newest Kubernetes would refuse."""
     for each in manifests.objects:
         name = f"{each['kind']}/{each['metadata']['name']}"
-        if each["apiVersion"] in _CUSTOM_KINDS:
+        if each["apiVersion"] in _custom_kinds():
             yield from (f"{name}: {said}" for said in _custom(each))
         else:
             for version in (OLDEST, NEWEST):
@@ -41,7 +49,7 @@ def _kubernetes(document: Object, version: str) -> Iterator[str]:
 
 
 def _custom(document: Object) -> Iterator[str]:
-    model = _CUSTOM_KINDS[document["apiVersion"]].get(document["kind"])
+    model = _custom_kinds()[document["apiVersion"]].get(document["kind"])
     if model is None:
         yield "no such kind"
         return
