@@ -277,7 +277,10 @@ def test_nobody_can_report_an_evaluation_of_what_has_not_been_trained_yet(server
     epoch = server.host.engine.iteration()[0]
     with dialled(server, authority.credentials("evaluator")) as stub:
         report = pb.Evaluation(iteration=pb.Iteration(epoch=epoch, number=2**62), loss=0.0, accuracy=0.5)
-        with pytest.raises(Refused, match="and the run is at 0: expected one that was pulled") as refused, refusals():
+        with (
+            pytest.raises(Refused, match="and the run is at 0: report an iteration that was pulled") as refused,
+            refusals(),
+        ):
             stub.ReportEvaluation(pb.ReportEvaluationRequest(evaluation=report))
         assert refused.value.reason == "BAD_REQUEST"
         assert not stub.GetStatus(pb.GetStatusRequest()).HasField("evaluation")

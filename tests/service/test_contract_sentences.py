@@ -204,7 +204,10 @@ def test_who_sends_no_version_is_told_the_field_and_what_to_send(tmp_path: Path)
         with pytest.raises(Refused) as refused:
             WireWorker(stub, "a").ask_to_join(version=0)
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION")
-        assert refused.value.message == "the request has no protocol_version: set it to 1, which is this server's"
+        assert (
+            refused.value.message
+            == "the request has no protocol_version: set it to 1, the version that this server speaks"
+        )
 
 
 # Streams

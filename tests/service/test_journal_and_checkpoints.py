@@ -214,7 +214,7 @@ def test_a_journal_whose_checkpoint_is_missing_is_kept_where_an_older_run_had_no
     before = content(tmp_path / "journal")
     with crashing(tmp_path) as again, connected(again) as stub:
         assert again.host.engine.iteration()[1] == 6
-        assert "follows a checkpoint that is not there; lost: at least 16 acknowledged entries" in caplog.text
+        assert "follows a checkpoint that is missing; lost: at least 16 acknowledged entries" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused):
             anna.push(payload(SMALL, 1.0))
@@ -255,7 +255,7 @@ def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, capl
         assert everything(again) == before
         anna.stub = stub
         assert not anna.push(payload(SMALL, 1.0)).refusal
-        assert "stand behind its end once more: all that was acknowledged comes before them" in caplog.text
+        assert "appear a second time after its end: all that was acknowledged comes before them" in caplog.text
         assert "ERROR" not in caplog.text
     assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
 

@@ -124,7 +124,7 @@ def test_an_offer_with_nan_or_an_infinite_parameter_is_refused_by_name(
         with pytest.raises(Refused) as refused:
             worker.join()
         assert refused.value.reason == "NON_FINITE"
-        assert f"{named}. Start from a sound one" in refused.value.message
+        assert f"{named}. Start from a model without them" in refused.value.message
         assert "persistent=False" in refused.value.message
         assert not server.host.has_model
 

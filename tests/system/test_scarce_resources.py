@@ -168,6 +168,6 @@ def test_a_server_without_threads_for_its_calls_says_how_many_it_needs(stage: St
     server = stage.program("server", "serve", *flags, module="ormo_server", through=user.through)
     assert server.wait() == 1
     log = server.log.read_text()
-    assert f"this server needs {NEEDED_THREADS} threads, and the system does not give it so many" in log
+    assert f"this server needs {NEEDED_THREADS} threads, and the system does not give it that many" in log
     assert f"`ulimit -u`, for all of this user's programs: {NEEDED_THREADS - 20}" in log
     assert "Traceback" not in log

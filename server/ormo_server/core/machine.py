@@ -350,7 +350,7 @@ class StateMachine:
         if requester.request < slot.request:
             raise StaleRequest(
                 f"request {requester.request} of slot {requester.slot} of worker {requester.worker!r} came after "
-                f"request {slot.request}: numbers rise, only the newest may be retried"
+                f"request {slot.request}: request numbers only rise, and only the newest may be retried"
             )
         return slot
 

@@ -424,7 +424,7 @@ class Engine:
         """
         with self._lock.reading() as machine:
             if self.broken.is_set():
-                raise NotReady("the state is broken and must not be kept; the server stops")
+                raise NotReady("the state is damaged and will not be saved; the server stops")
             begun = None if self._journal is None else self._journal.begin_log()
             return take(machine, copied=not self._lock.closed), self._clock(), begun
 

@@ -131,8 +131,8 @@ class Figures:
             return
         if evaluation.iteration > state.iteration:
             raise BadRequest(
-                f"an evaluation of iteration {evaluation.iteration}, and the run is at {state.iteration}: expected one "
-                "that was pulled"
+                f"an evaluation of iteration {evaluation.iteration}, and the run is at {state.iteration}: report "
+                "an iteration that was pulled"
             )
         self.observations.evaluated(evaluation)
 

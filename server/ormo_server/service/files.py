@@ -158,7 +158,7 @@ class RunFiles:
             elif older.exists():
                 shutil.rmtree(older)
         except (OSError, StoreError) as error:
-            _LOG.warning("files of the journal before can't be removed (%s): %s", error, _HARMLESS)
+            _LOG.warning("old journal files can't be removed (%s): %s", error, _HARMLESS)
 
     # Checkpoints
 
@@ -235,4 +235,4 @@ class RunFiles:
         try:
             self.journal.forget_before(log_number)
         except OSError as error:
-            _LOG.warning("files of the journal that are no longer needed can't be removed (%s): %s", error, _HARMLESS)
+            _LOG.warning("journal files that are no longer needed can't be removed (%s): %s", error, _HARMLESS)

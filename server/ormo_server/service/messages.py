@@ -198,7 +198,7 @@ def check_version(version: int) -> None:
     """
     if not version:
         raise ProtocolVersion(
-            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, which is this server's"
+            f"the request has no protocol_version: set it to {PROTOCOL_VERSION}, the version that this server speaks"
         )
     if version != PROTOCOL_VERSION:
         raise ProtocolVersion(

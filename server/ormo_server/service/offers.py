@@ -69,8 +69,8 @@ def room_for(layout: PayloadLayout) -> Payload:
         return Payload(layout)
     except RuntimeError as error:  # that is what PyTorch raises for it
         raise MemoryLimit(
-            f"a model of {layout.total_bytes:,} bytes was offered, and this machine has no memory for it: offer a "
-            "smaller one, or serve it elsewhere"
+            f"a model of {layout.total_bytes:,} bytes was offered, and this machine does not have the memory for it: "
+            "offer a smaller one, or serve it on another machine"
         ) from error
 
 

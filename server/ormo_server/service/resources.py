@@ -106,7 +106,7 @@ def pool_of_threads(settings: ServerSettings) -> StartedPool:
         return StartedPool(size, "grpc", _pytorch_threads(settings.threads) if settings.threads > 1 else None)
     except RuntimeError as error:
         raise TooFewResources(
-            f"this server needs {needed} threads, and the system does not give it so many ({_limits_of_threads()}): "
+            f"this server needs {needed} threads, and the system does not give it that many ({_limits_of_threads()}): "
             "raise the limit of processes, or lower --max-workers, --slots-per-worker, --max-readers or --threads"
         ) from error
 

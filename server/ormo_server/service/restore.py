@@ -66,7 +66,7 @@ def recover(
     if first is None or not checkpoint.settings.get("journal", True):
         # Who wrote it kept no journal. Files of an earlier one may be left, which it tells by a number.
         told = told_since(journal, first or 0)
-        damage = f"{journal} follows a checkpoint that is not there; lost: {told}" if told else ""
+        damage = f"{journal} follows a checkpoint that is missing; lost: {told}" if told else ""
         return Recovered(checkpoint.snapshot, checkpoint.clock_seconds, checkpoint.drained and not told, damage)
     if newer_lost and is_journal(journal) and not is_chained(journal, first):
         damage = f"the checkpoint that {journal} begins with is not whole"  # or it is: such logs do not tell
@@ -91,9 +91,9 @@ def _replay_all(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
         reading.records,
         checkpoint.snapshot.fields["iteration"],
         time.perf_counter() - started,
-        "; nobody had heard of what a crash left behind them" if reading.torn else "",
+        "; nobody had been told of what a crash left after them" if reading.torn else "",
     )
-    doubled = f"lines of {reading.directory} stand behind its end once more" if reading.doubled else ""
+    doubled = f"lines of {reading.directory} appear a second time after its end" if reading.doubled else ""
     return Recovered(taken, clock_seconds, not reading.lost, reading.lost, doubled)
 
 

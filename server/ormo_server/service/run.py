@@ -276,7 +276,7 @@ class RunHost:
         if bad:
             raise NonFinite(
                 f"the model that worker {worker!r} offers has NaN, or infinity in a parameter: {listed(bad)}. Start "
-                "from a sound one; a buffer that need not be kept can be registered with persistent=False"
+                "from a model without them; a buffer that need not be kept can be registered with persistent=False"
             )
         with self._building:
             self.check_wanted(worker, incarnation)
@@ -295,7 +295,8 @@ class RunHost:
     def _start(self, manifest: Manifest, model: FlatModel) -> None:
         if largest(model.params) > LARGEST:
             raise NonFinite(
-                f"the model has numbers above {LARGEST:.3g}, so that none can be added: start from a sound one"
+                f"the model has numbers above {LARGEST:.3g}, too large to be trained: start from a model with "
+                "smaller ones"
             )
         vectors = model.params, model.float_buffers, model.int_buffers
         machine = StateMachine.fresh(self._run, *vectors, epoch=self._epoch, buffers=buffers_of(manifest))

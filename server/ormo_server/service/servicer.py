@@ -116,8 +116,8 @@ class Servicer:
         if held.newer is not None or manifest.ByteSize() > MAX_CHUNK_BYTES:
             what = "a manifest larger than a message" if held.newer is None else held.newer.described()
             raise ProtocolVersion(
-                f"the model has {what}, and this worker is of a version that does not know such a thing: install the "
-                "server's version of this package on it"
+                f"the model has {what}, and this worker's version does not support that: install the server's version "
+                "of this package on it"
             )
         return manifest
 

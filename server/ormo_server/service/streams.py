@@ -227,7 +227,7 @@ class StreamRegistry:
         if count >= self._places[reader]:
             whose, settings = ("readers", "max_readers") if reader else ("workers", "max_workers or slots_per_worker")
             raise TooManyStreams(
-                f"{count} streams of {whose} are open, which is as many as this server has threads for: come back "
+                f"{count} streams of {whose} are open, which is as many as this server has threads for: try again "
                 f"later, or raise {settings}",
                 retry_seconds=_RETRY_SECONDS,
             )
@@ -237,7 +237,8 @@ class StreamRegistry:
         silent = sum(each.caller == caller and each.is_silent for each in self._open)
         if silent >= max(1, self._places[False] // 2):
             raise TooManyStreams(
-                f"{silent} streams of {caller.name!r} are open that have not said whose they are: say so first",
+                f"{silent} streams of {caller.name!r} are open that have not said which worker they serve: send "
+                "their first messages before opening more",
                 retry_seconds=_RETRY_SECONDS,
             )
 
@@ -405,7 +406,8 @@ class OpenCalls:
         with self._lock:
             if self._silent_of[caller.name] >= SILENT_CALLS:
                 raise TooManyStreams(
-                    f"{SILENT_CALLS} calls of {caller.name!r} wait for it to send or to read: do that first",
+                    f"{SILENT_CALLS} calls of {caller.name!r} are waiting for it to send or to read: finish "
+                    "those first",
                     retry_seconds=_RETRY_SECONDS,
                 )
             self._silent_of[caller.name] += 1

@@ -109,8 +109,8 @@ def _make_buffer(size: int) -> _Buffer:
         return _Buffer(size)
     except (RuntimeError, MemoryError) as error:  # the first is PyTorch's
         raise TooMuchInFlight(
-            f"{size:,} bytes are wanted for tensors, and this machine has no memory for them while so much is under "
-            "way: try again, and have less under way (--max-bytes-in-flight, --max-readers) or more memory",
+            f"{size:,} bytes are wanted for tensors, and this machine does not have that much memory while so much is "
+            "under way: try again, and have less under way (--max-bytes-in-flight, --max-readers) or more memory",
             retry_seconds=RETRY_SECONDS,
         ) from error
 
