@@ -18,8 +18,9 @@ from typing import NoReturn
 
 import torch
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import Manifest
-from ormo_protos.tensors import CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_server.core import members
 from ormo_server.core.deadlines import Leases, TicketTimeout
 from ormo_server.core.effects import Effects, Granted, superseded

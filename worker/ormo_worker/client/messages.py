@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
 from ormo_protos.framing import NOTHING, Headed
-from ormo_protos.limits import MAX_SAMPLES, Malformed
+from ormo_protos.limits import CHUNK_BYTES, MAX_SAMPLES
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.parsing import Malformed
+from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import real_number, whole_number
