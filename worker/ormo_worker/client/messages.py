@@ -10,12 +10,11 @@ from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
 from ormo_protos.framing import NOTHING, Headed
-from ormo_protos.limits import CHUNK_BYTES, MAX_SAMPLES
+from ormo_protos.limits import CHUNK_BYTES, MAX_COMPUTE_SECONDS, MAX_SAMPLES, WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import real_number, whole_number
 from ormo_worker.client.errors import ModelMismatch, OptionRefused, ProtocolBroken
 from ormo_worker.client.protocol import Ask
@@ -25,7 +24,6 @@ PushPullFrame: TypeAlias = Headed[pb.PushPullRequest] | Chunk
 OfferFrame: TypeAlias = Headed[pb.OfferModelRequest] | Chunk
 
 
-_ALLOWED = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST_CHARACTERS = 80  # so that the rest fits into 128
 
 
@@ -51,10 +49,8 @@ class Identity:
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
-            raise OptionRefused(
-                f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
-            )
+        if not isinstance(self.worker, str) or not re.fullmatch(WORKER_ID, self.worker):
+            raise OptionRefused(f"the worker id {self.worker!r} can't be used: expected {WORKER_ID_IN_WORDS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +79,8 @@ class Gradient:
             set_(self, "loss", real_number("loss", self.loss))
         if type(self.compute_seconds) is not float:
             set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
-        if not 0 <= self.compute_seconds <= LONGEST_SECONDS:
-            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {LONGEST_SECONDS:g}")
+        if not 0 <= self.compute_seconds <= MAX_COMPUTE_SECONDS:
+            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {MAX_COMPUTE_SECONDS:g}")
 
 
 @dataclass(frozen=True, slots=True)
