@@ -42,6 +42,7 @@ from ormo_server.store import (
     CheckpointStore,
     DirectoryLock,
     FlatModel,
+    Found,
     ModelFile,
     NotFinite,
     StoreError,
@@ -185,9 +186,9 @@ class RunHost:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
-        checkpoint = self._store.newest(partial(refuse_overflowing, self._run))
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        newest = self._store.newest(partial(refuse_overflowing, self._run))
+        if newest is not None:
+            self._restore(newest)
             return
         told = told_since(self._journal_directory)
         if told or is_journal(self._journal_directory):
@@ -199,7 +200,8 @@ class RunHost:
         if self.settings.model is not None:
             self._load(ModelFile.load(self.settings.model))
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, newest: Found) -> None:
+        checkpoint = newest.checkpoint
         settings = settings_of_run(self.settings, checkpoint)
         if settings is not self.settings:
             self.settings, self._run = settings, settings.run()
@@ -207,9 +209,7 @@ class RunHost:
         self._last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         warn_if_bits_may_differ(checkpoint)
-        found = recovered(
-            checkpoint, self._journal_directory, self._store.read_again, newer_lost=self._store.newer_lost
-        )
+        found = recovered(checkpoint, self._journal_directory, newest.read_again, newer_lost=newest.skipped > 0)
         if found.damage:
             log.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
         if found.doubled:
