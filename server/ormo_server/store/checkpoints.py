@@ -20,7 +20,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ormo_protos.manifest import (
-    BUFFER,
     FROZEN,
     Manifest,
 )
@@ -41,14 +40,17 @@ from ormo_server.store.files import (
     sync,
     write_sums,
 )
-from ormo_server.store.flat_model import FlatModel, no_frozen
+from ormo_server.store.models import (
+    DOCUMENT_FILE,
+    MANIFEST_KEY,
+    MODEL_FILE,
+    FlatModel,
+    no_frozen,
+    unsound_tensors,
+)
 
 FORMAT_VERSION = 1
-MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
-DOCUMENT_FILE = "checkpoint.json"
-# Where a model file carries its manifest, as JSON.
-MANIFEST_KEY = "ormo_manifest"
 
 _FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
 _MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
@@ -165,23 +167,6 @@ def unsound(taken: Snapshot, manifest: Manifest) -> str:
     trained = (spec for spec in manifest.tensors if spec.role != FROZEN)
     bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained), manifest)
     return listed(bad + non_finite({name: tensors[name] for name in tensors if name not in _MODEL_VECTORS}))
-
-
-def unsound_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
-    """Names of those of a model's tensors that have NaN, or are parameters and have infinity."""
-    return non_finite(tensors, {spec.name for spec in manifest.tensors if spec.role == BUFFER})
-
-
-def model_of(directory: Path) -> Path:
-    """The model file of a checkpoint, checked.
-
-    Raises:
-        StoreError: this is no checkpoint, or the file is not what was written.
-    """
-    if not (directory / DOCUMENT_FILE).exists():
-        raise StoreError(f"{directory} is a directory, but no checkpoint: there is no {DOCUMENT_FILE} in it")
-    check_sums(directory, (MODEL_FILE,))
-    return directory / MODEL_FILE
 
 
 def _document_text(checkpoint: Checkpoint) -> str:
