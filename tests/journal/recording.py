@@ -62,7 +62,7 @@ class RecordedMachine(StateMachine):
     def write_delivery(self, granted: Granted, out: torch.Tensor) -> None:
         super().write_delivery(granted, out)
         if self.state.rule.keeps_deliveries:
-            self.journal.delivered(granted.slot, BFLOAT16 if out.dtype == torch.bfloat16 else FLOAT32)
+            self.journal.append_delivery(granted.slot, BFLOAT16 if out.dtype == torch.bfloat16 else FLOAT32)
 
 
 def recorded(run: Run, journal: Journal, manifest: Manifest = MANIFEST) -> Driver:

@@ -434,7 +434,7 @@ class Engine:
             self._machine.write_delivery(granted, payload.parameters)
             self._metrics.traffic.stage["copy"].observe(time.perf_counter() - started)
             if state.rule.keeps_deliveries and self._journal is not None:
-                self._journal.delivered(granted.slot, payload.layout.dtype)
+                self._journal.append_delivery(granted.slot, payload.layout.dtype)
         waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, self.position))
 
     def _copy_buffers(self, payload: Payload) -> None:
