@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from ormo_protos.limits import Malformed, Parser
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.tensors import Chunk
 
 M = TypeVar("M", bound=Message)

@@ -12,19 +12,9 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from ormo_protos.limits import BYTES_PER_CHUNK, CHUNK_BYTES, FREE_CHUNKS, MAX_CHUNK_BYTES
 from ormo_protos.manifest import BFLOAT16, FLOAT32, Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
-
-# Measured: 256 KiB costs a third more per byte (a message is three hand-offs between threads); above 2 MiB nothing is
-# gained.
-CHUNK_BYTES = 2 << 20
-MAX_CHUNK_BYTES = 4 << 20
-# What a message may add to its chunk.
-MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + (64 << 10)
-
-# A payload in crumbs would keep a thread busy for hours: chunks that any payload may have, and bytes for each one more.
-_FREE_CHUNKS = 64
-_BYTES_PER_CHUNK = 16 << 10
 
 _SECTION_ALIGNMENT = 8
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -194,7 +184,7 @@ class PayloadReceiver:
     def __init__(self, payload: Payload) -> None:
         self.payload = payload
         self.received_bytes = 0
-        self._chunks_left = _FREE_CHUNKS + payload.layout.total_bytes // _BYTES_PER_CHUNK
+        self._chunks_left = FREE_CHUNKS + payload.layout.total_bytes // BYTES_PER_CHUNK
 
     @property
     def complete(self) -> bool:
@@ -223,7 +213,7 @@ class PayloadReceiver:
             )
         if not self._chunks_left:
             raise PayloadError(
-                f"{chunk.offset} of {total} bytes came in {_FREE_CHUNKS + total // _BYTES_PER_CHUNK} chunks: send "
+                f"{chunk.offset} of {total} bytes came in {FREE_CHUNKS + total // BYTES_PER_CHUNK} chunks: send "
                 "fewer and larger ones, of 2 MiB"
             )
         self._chunks_left -= 1

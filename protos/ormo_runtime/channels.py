@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import Message
 
-from ormo_protos.limits import Malformed, Parser
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import printable
 from ormo_runtime.tls import (

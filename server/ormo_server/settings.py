@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
 from ormo_server.core.errors import SettingsError
@@ -198,7 +199,7 @@ class ServerSettings(TrainingSettings):
         1, title="Who", ge=1, description="hand out no ticket of a new run before so many workers have joined"
     )
     max_workers: int = Field(64, ge=1, description="refuse further workers")
-    slots_per_worker: int = Field(2, ge=1, le=16, description="in-flight places that a worker may have")
+    slots_per_worker: int = Field(2, ge=1, le=MAX_SLOTS, description="in-flight places that a worker may have")
     max_readers: int = Field(8, ge=1, description="evaluators and exporters that may pull at the same time")
     failure_timeout: float = Field(
         30.0, ge=0.2, le=1e6, description="seconds without a byte or heartbeat after which a worker is taken for dead"

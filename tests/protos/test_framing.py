@@ -17,8 +17,9 @@ from fuzz.fuzz_framing import message as read_as
 from fuzz.wire_format import field, varint
 from ormo_protos import framing
 from ormo_protos.framing import Framing, Headed
-from ormo_protos.limits import Malformed
-from ormo_protos.tensors import CHUNK_BYTES, MAX_CHUNK_BYTES, Chunk
+from ormo_protos.limits import CHUNK_BYTES, MAX_CHUNK_BYTES
+from ormo_protos.parsing import Malformed
+from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 Kind = type[Message]

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from ormo_protos.limits import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_PART_BYTES, MAX_TENSORS
 from ormo_protos.manifest import (
     AVERAGE,
     BFLOAT16,
@@ -16,11 +17,6 @@ from ormo_protos.manifest import (
     FROZEN,
     INT64,
     LAST,
-    MAX_DIMENSIONS,
-    MAX_ELEMENTS,
-    MAX_NAME_BYTES,
-    MAX_PART_BYTES,
-    MAX_TENSORS,
     MAXIMUM,
     PARAMETER,
     UNSPECIFIED,

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.errors import MemoryLimit, TooMuchInFlight

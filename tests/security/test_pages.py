@@ -9,8 +9,7 @@ import subprocess
 from grpc_health.v1 import health_pb2
 
 from docs.pages import EXAMPLES, ROOT, example, text_of
-from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
-from ormo_protos.manifest import MAX_ELEMENTS, MAX_NAME_BYTES
+from ormo_protos.limits import LONGEST_LISTS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_REPEATS, SMALL_MESSAGE_BYTES
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import BFLOAT16
-from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import (
     LARGE,

@@ -14,9 +14,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ormo_protos import limits
-from ormo_protos.limits import LONGEST_LISTS, SMALL_MESSAGE_BYTES
+from ormo_protos.limits import LONGEST_LISTS, MAX_CHUNK_BYTES, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import SERVICE, Server

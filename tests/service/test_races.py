@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.cli import _run_until_told
 from ormo_server.service.server import Server

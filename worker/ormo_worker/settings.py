@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ormo_protos.limits import MAX_SLOTS
+from ormo_protos.limits import MAX_SLOTS, WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_runtime.tls import ClientSettings
 
@@ -82,9 +82,8 @@ class RunSettings(_Common):
     )
     worker_id: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9._-]{1,128}$",
-        description="name of this worker: 1 to 128 of the characters A-Z a-z 0-9 . _ -; none: made up from host, "
-        "process and chance",
+        pattern=f"^{WORKER_ID}$",
+        description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: made up from host, process and chance",
     )
     wire_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"

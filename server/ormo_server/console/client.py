@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ormo_protos.limits import Malformed
+from ormo_protos.parsing import Malformed
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.logs import printable

@@ -2,7 +2,7 @@
 
 import math
 
-from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_protos.limits import PHASES
 
 NOT_KNOWN = "–"
 _STEPS = (("s", 60), ("min", 60), ("h", 24), ("d", 0))
@@ -19,9 +19,7 @@ def shortened(text: str, width: int) -> str:
 
 def phase_word(phase: int) -> str:
     """What the server is doing, in one lower-case word; a newer server may know more than this program."""
-    if phase not in pb.GetStatusResponse.Phase.values():
-        return f"phase_{phase}"
-    return pb.GetStatusResponse.Phase.Name(pb.GetStatusResponse.Phase.ValueType(phase)).removeprefix("PHASE_").lower()
+    return PHASES.get(phase, f"phase_{phase}")
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, frozen_chunks
+from ormo_protos.limits import CHUNK_BYTES
+from ormo_protos.tensors import Chunk, Payload, frozen_chunks
 from ormo_runtime.process import StartedPool
 from ormo_server.core.effects import Effects, Granted, superseded
 from ormo_server.core.errors import OrmoError

@@ -38,6 +38,7 @@ from ormo_server.settings import ServerSettings
 from ormo_server.store import (
     Checkpoint,
     FlatModel,
+    Found,
     ModelFile,
     StoreError,
     buffers_of,
@@ -150,9 +151,9 @@ class RunHost:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
-        checkpoint = self.files.store.newest(partial(refuse_overflowing, self._run))
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        newest = self.files.store.newest(partial(refuse_overflowing, self._run))
+        if newest is not None:
+            self._restore(newest)
             return
         told = told_since(self.files.journal_directory)
         if told or is_journal(self.files.journal_directory):
@@ -164,7 +165,8 @@ class RunHost:
         if self.settings.model is not None:
             self._load(ModelFile.load(self.settings.model))
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, newest: Found) -> None:
+        checkpoint = newest.checkpoint
         settings = settings_of_run(self.settings, checkpoint)
         if settings is not self.settings:
             self.settings, self._run = settings, settings.run()
@@ -172,12 +174,7 @@ class RunHost:
         self.files.last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         warn_if_bits_may_differ(checkpoint)
-        found = recover(
-            checkpoint,
-            self.files.journal_directory,
-            self.files.store.read_again,
-            newer_lost=self.files.store.newer_lost,
-        )
+        found = recover(checkpoint, self.files.journal_directory, newest.read_again, newer_lost=newest.skipped > 0)
         if found.damage:
             _LOG.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
         if found.doubled:

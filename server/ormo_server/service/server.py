@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ormo_protos.framing import Framing
-from ormo_protos.limits import Parser
-from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.limits import MAX_MESSAGE_BYTES
+from ormo_protos.parsing import Parser
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics, http

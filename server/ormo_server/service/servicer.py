@@ -8,9 +8,10 @@ from dataclasses import replace
 import grpc
 
 from ormo_protos.framing import Frame, Headed
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import Manifest
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import MAX_CHUNK_BYTES, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
@@ -35,7 +36,7 @@ class SimSettings(TrainingSettings):
 
     workers: int = Field(16, title="Who computes", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
-    slots: int = Field(1, ge=1, le=16, description="in-flight places of each worker")
+    slots: int = Field(1, ge=1, le=MAX_SLOTS, description="in-flight places of each worker")
     compute_time: str = Field(
         "normal:1,0.1",
         description=f"virtual seconds for a gradient: {FORMS}; a trace is a server's or a CSV file `worker,seconds`",

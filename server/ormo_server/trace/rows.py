@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import ErrorDetails
+from typing_extensions import override
 
 from ormo_protos.refusals import Reason
 from ormo_server.core.effects import Redeemed
@@ -47,8 +48,8 @@ class TracedSettings(TrainingSettings):
     waits_for_idle: bool = Field(True, description="rounds waited for idle workers: they did before files said so")
 
     @property
+    @override
     def workers_allowed(self) -> tuple[int, int]:
-        """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
 
     @property
@@ -56,8 +57,8 @@ class TracedSettings(TrainingSettings):
         """The norm that longer gradients were scaled down to; None if none was."""
         return self.max_gradient_norm if self.over_norm == "clip" else None
 
+    @override
     def run(self) -> Run:
-        """See `TrainingSettings.run`."""
         return replace(super().run(), waits_for_idle=self.waits_for_idle)
 
 
@@ -105,8 +106,8 @@ class Start(Row):
 
     Attributes:
         event: the kind of row.
-        format: of the file.
-        epoch: of the server from now on.
+        format: version of the file's format.
+        epoch: the server's epoch from now on.
         iteration: where it starts; below where the segment before ended if what came after a checkpoint was lost.
         fresh: a new run, not one restored from a checkpoint.
         settings: of the training; those of `TracedSettings`.

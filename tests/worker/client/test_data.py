@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from ormo_protos.limits import CHUNK_BYTES, MAX_CHUNK_BYTES
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import CHUNK_BYTES, MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ProtocolBroken
 from worker.client.test_client import Worker, value_of

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ormo_protos.limits import WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_worker.errors import OptionRefused
 
-_ALLOWED = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST_CHARACTERS = 80  # so that the rest fits into 128
 _LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 
@@ -120,10 +120,8 @@ class Identity:
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
-            raise OptionRefused(
-                f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
-            )
+        if not isinstance(self.worker, str) or not re.fullmatch(WORKER_ID, self.worker):
+            raise OptionRefused(f"the worker id {self.worker!r} can't be used: expected {WORKER_ID_IN_WORDS}")
 
 
 @dataclass(frozen=True, slots=True)

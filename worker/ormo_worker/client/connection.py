@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from ormo_protos.framing import Framing
-from ormo_protos.limits import Malformed, Parser
-from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.limits import MAX_MESSAGE_BYTES
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.signals import end_on_signals, leave_if_asked

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import grpc
 
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields

@@ -6,11 +6,11 @@ from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
 from ormo_protos.framing import NOTHING, Headed
-from ormo_protos.limits import MAX_SAMPLES, Malformed
+from ormo_protos.limits import CHUNK_BYTES, MAX_COMPUTE_SECONDS, MAX_SAMPLES
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.parsing import Malformed
+from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import Identity, real_number, whole_number
 from ormo_worker.client.protocol import Ask
 from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
@@ -46,8 +46,8 @@ class Gradient:
             set_(self, "loss", real_number("loss", self.loss))
         if type(self.compute_seconds) is not float:
             set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
-        if not 0 <= self.compute_seconds <= LONGEST_SECONDS:
-            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {LONGEST_SECONDS:g}")
+        if not 0 <= self.compute_seconds <= MAX_COMPUTE_SECONDS:
+            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {MAX_COMPUTE_SECONDS:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from ormo_protos.manifest import FLOAT32, MAX_NAME_BYTES, MAX_TENSORS, PARAMETER, Manifest, TensorSpec
+from ormo_protos.limits import MAX_NAME_BYTES, MAX_TENSORS
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
 from ormo_server.core.machine import StateMachine
 from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
