@@ -1,8 +1,9 @@
 """The settings of a server, and of how a run trains: the same for a server and for a simulation."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
 
@@ -148,7 +149,13 @@ class ServerSettings(TrainingSettings):
     """Serve the parameters of one model and train them with what workers push."""
 
     # In the environment of a container that restarts it would begin anew each time.
-    flags_only = frozenset({"fresh"})
+    flags_only: ClassVar[frozenset[str]] = frozenset({"fresh"})
+    renamed: ClassVar[Mapping[str, str]] = {
+        "failure_timeout": "failure_timeout_seconds",
+        "ticket_timeout": "ticket_timeout_seconds",
+        "memory_limit": "memory_limit_bytes",
+        "receive_window": "receive_window_bytes",
+    }
 
     listen: str = Field(
         "127.0.0.1:50051", title="Where", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
@@ -200,10 +207,10 @@ class ServerSettings(TrainingSettings):
     max_workers: int = Field(64, ge=1, description="refuse further workers")
     slots_per_worker: int = Field(2, ge=1, le=16, description="in-flight places that a worker may have")
     max_readers: int = Field(8, ge=1, description="evaluators and exporters that may pull at the same time")
-    failure_timeout: float = Field(
+    failure_timeout_seconds: float = Field(
         30.0, ge=0.2, le=1e6, description="seconds without a byte or heartbeat after which a worker is taken for dead"
     )
-    ticket_timeout: float | None = Field(
+    ticket_timeout_seconds: float | None = Field(
         None,
         gt=0,
         le=LONGEST_SECONDS,
@@ -250,7 +257,7 @@ class ServerSettings(TrainingSettings):
     drain_seconds: float = Field(
         20.0, gt=0, le=LONGEST_SECONDS, description="how long exchanges under way may take to end on SIGTERM"
     )
-    memory_limit: ByteSize | None = Field(
+    memory_limit_bytes: ByteSize | None = Field(
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
 
@@ -262,7 +269,7 @@ class ServerSettings(TrainingSettings):
         description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
         "and updates get slower unless the processor has nothing else to do",
     )
-    receive_window: ByteSize = Field(
+    receive_window_bytes: ByteSize = Field(
         ByteSize(4 << 20),
         ge=1 << 16,
         le=1 << 30,

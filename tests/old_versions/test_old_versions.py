@@ -71,7 +71,9 @@ def assert_same(machine: StateMachine, checkpoint: Checkpoint) -> None:
 
 def follow(run: Path) -> StateMachine:
     """A simulation that goes by the run's trace, at its end."""
-    plan = Plan(SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every=1000))
+    plan = Plan(
+        SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every_gradients=1000)
+    )
     return plan.run().training.machine
 
 

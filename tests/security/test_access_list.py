@@ -124,7 +124,7 @@ def test_a_list_that_can_not_be_used_leaves_the_one_before_in_force(
 
 def test_streams_of_who_is_taken_off_the_list_end(tmp_path: Path, authority: Authority) -> None:
     with (
-        guarded(tmp_path, authority, failure_timeout=1.0) as server,
+        guarded(tmp_path, authority, failure_timeout_seconds=1.0) as server,
         dialled(server, authority.credentials("gpu-1")) as first,
         dialled(server, authority.credentials("pool.example")) as second,
     ):
@@ -155,7 +155,7 @@ def test_whoever_is_given_another_role_loses_the_streams_of_the_one_before(
     tmp_path: Path, authority: Authority
 ) -> None:
     with (
-        guarded(tmp_path, authority, failure_timeout=2.0) as server,
+        guarded(tmp_path, authority, failure_timeout_seconds=2.0) as server,
         dialled(server, authority.credentials("gpu-1")) as stub,
     ):
         worker = WireWorker(stub, "gpu-1")

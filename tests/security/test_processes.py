@@ -16,7 +16,7 @@ from security.authority import TOKEN, Authority, line
 from service.wire import Refused, WireWorker, payload, refusals
 from system.programs import Program, Stage
 
-BRIEF = {"task": "digits", "connect_timeout": 3, "failure_timeout": 5}
+BRIEF = {"task": "digits", "connect_timeout_seconds": 3, "failure_timeout_seconds": 5}
 
 
 def flags(credentials: Credentials) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Guarded(Stage):
         self.operator = authority.credentials("operator")
 
     def start(self, **more: Any) -> Program:
-        return self.server(**(self.authority.server() | {"learning_rate": 0.02, "failure_timeout": 5} | more))
+        return self.server(**(self.authority.server() | {"learning_rate": 0.02, "failure_timeout_seconds": 5} | more))
 
     def join(self, name: str, credentials: Credentials | None = None, **more: Any) -> Program:
         return self.worker(name, **(BRIEF | flags(credentials or self.authority.credentials(name)) | more))
@@ -118,7 +118,7 @@ def test_programs_that_can_not_prove_who_they_are_end_with_a_sentence(guarded: G
 def test_a_stolen_ticket_is_worth_nothing(guarded: Guarded, authority: Authority) -> None:
     """Whoever has another worker's certificate, ticket, incarnation and request numbers can't push in its place."""
     guarded.start(stop_after_gradients=10_000)
-    guarded.join("gpu-1", stop_after=1).wait()  # offers the model
+    guarded.join("gpu-1", leave_after_gradients=1).wait()  # offers the model
     with (
         Dialer(guarded.address, authority.credentials("gpu-2")).dial() as own,
         Dialer(guarded.address, authority.credentials("gpu-3")).dial() as thiefs,
@@ -148,7 +148,7 @@ def test_everybodys_certificates_are_replaced_while_they_train(guarded: Guarded,
     own = authority.pair("gpu-1", into="mine")
     trusted = guarded.folder / "trusted.pem"
     trusted.write_bytes(authority.ca.read_bytes())
-    worker = guarded.join("gpu-1", Credentials(trusted, *own), connect_timeout=60)
+    worker = guarded.join("gpu-1", Credentials(trusted, *own), connect_timeout_seconds=60)
     guarded.until(lambda status: status.iteration.number > 5, "training")
     old, new = authority.credentials("gpu-2"), Authority(guarded.folder)
     new.pair("gpu-1", into="mine")
@@ -178,7 +178,7 @@ def test_a_token_is_taken_away_while_its_worker_trains(guarded: Guarded, authori
     operator = line("admin", "operator", TOKEN + "operator")
     access = line("worker", "pool", TOKEN + "pool", workers='["pool-*"]') + operator
     guarded.authority.allow(access)
-    given = authority.server(access, client_certificates=False) | {"failure_timeout": 1, "learning_rate": 0.02}
+    given = authority.server(access, client_certificates=False) | {"failure_timeout_seconds": 1, "learning_rate": 0.02}
     guarded.server(**given)
     files = {name: guarded.folder / f"{name}.token" for name in ("pool", "operator")}
     for name, path in files.items():

@@ -112,7 +112,7 @@ def test_files_that_can_not_be_used_at_the_start_are_named(tmp_path: Path, autho
 
 
 def test_who_connects_and_says_nothing_is_disconnected(tmp_path: Path, authority: Authority) -> None:
-    with guarded(tmp_path, authority, failure_timeout=1.0) as server:
+    with guarded(tmp_path, authority, failure_timeout_seconds=1.0) as server:
         host, _, port = server.address.rpartition(":")
         with socket.create_connection((host, int(port))) as silent:
             silent.settimeout(20)

@@ -1,6 +1,7 @@
 """The settings of `ormo-server status`, `top` and `control`."""
 
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -12,8 +13,10 @@ from ormo_runtime.tls import ClientSettings
 class _Common(ClientSettings):
     """What all commands need."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"timeout": "timeout_seconds"}
+
     server: str = Field("127.0.0.1:50051", description="host and port of the server")
-    timeout: float = Field(5.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for an answer")
+    timeout_seconds: float = Field(5.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for an answer")
 
     @field_validator("server")
     @classmethod

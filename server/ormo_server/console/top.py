@@ -208,7 +208,7 @@ def watch(settings: TopSettings) -> int:
     console = Console(highlight=False)
     screen = sys.stdout.isatty() and not console.is_dumb_terminal
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             if screen and not settings.once:
                 _live(console, server, settings)
                 return 0
