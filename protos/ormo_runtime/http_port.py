@@ -12,6 +12,8 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import WSGIApplication
 
+from typing_extensions import override
+
 from ormo_runtime.process import StartedPool
 
 _LOG = logging.getLogger(__name__)
@@ -68,16 +70,16 @@ class HttpPort(WSGIServer):
 
     # What `socketserver` calls, in the one thread that accepts
 
+    @override
     def get_request(self) -> tuple[Any, Any]:
-        """See `socketserver.TCPServer`."""
         try:
             return super().get_request()
         except OSError:
             time.sleep(_PAUSE_SECONDS)
             raise
 
+    @override
     def process_request(self, request: Any, client_address: Any) -> None:
-        """See `socketserver.BaseServer`."""
         if len(self._open) >= CONNECTIONS:
             self._make_room()
         self._places.acquire()
@@ -90,15 +92,17 @@ class HttpPort(WSGIServer):
         if connections:
             _cut(max(connections, key=lambda each: count[each[1][0]])[0])
 
+    @override
     def service_actions(self) -> None:
-        """See `socketserver.BaseServer`: twice a second, and at each connection."""
+        # Called twice a second, and at each connection.
         now = time.monotonic()
         for connection, (_, began) in list(self._open.items()):
             if now - began > ANSWER_SECONDS:
                 _cut(connection)
 
+    @override
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """See `socketserver.BaseServer`: who was cut off, or went away, is no news."""
+        pass  # a client that was cut off, or went away, is no news
 
     # In the pool's threads
 
@@ -128,12 +132,14 @@ def _answering(answer: WSGIApplication) -> WSGIApplication:
 class _Silent(WSGIRequestHandler):
     timeout = ANSWER_SECONDS
 
+    @override
     def get_stderr(self) -> io.StringIO:
-        """Nowhere: what fails while an answer is sent is its caller's concern, who could fill a disk with it."""
+        # What fails while an answer is sent is its caller's concern, who could fill a disk with lines about it.
         return io.StringIO()
 
+    @override
     def log_message(self, *_: object) -> None:
-        """Scrapes and probes are no news."""
+        pass  # scrapes and probes are no news
 
 
 def _cut(connection: socket.socket) -> None:

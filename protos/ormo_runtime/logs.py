@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
+from typing_extensions import override
 
 from ormo_runtime.process import patient
 
@@ -191,16 +192,16 @@ def last_words(program: str, error: object, form: LogFormat) -> None:
 class _TextLines(logging.Formatter):
     """A line for each record, and what belongs to it indented: nothing that was sent to us looks like a record."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
+    @override
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
+    @override
+    def formatException(self, ei: Any) -> str:
         return _indented(super().formatException(ei))
 
-    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
+    @override
+    def formatStack(self, stack_info: str) -> str:
         return _indented(super().formatStack(stack_info))
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO
 
+_LOG = logging.getLogger(__name__)
+
 # Images of web services set it. prometheus_client would keep our values in files of that folder, where they outlive us,
 # and find no folder where only the variable was inherited.
 SHARED_VALUES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
@@ -40,7 +42,7 @@ def prepare_process() -> None:
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """See `codecs.register_error`: another text for what an encoding lacks."""
+    """Spell what an encoding lacks in ASCII; a handler for `codecs.register_error`."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
     return "".join(_SPELLED.get(letter, ascii(letter)[1:-1]) for letter in letters), error.end
@@ -115,8 +117,6 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
 
 
-log = logging.getLogger(__name__)
-
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
@@ -131,15 +131,15 @@ def keep_freed_memory() -> bool:
         Whether it was done; False where the C library is another than glibc.
     """
     if platform.libc_ver()[0] != "glibc":
-        log.info("freed memory goes back to the system: this C library's allocator can't be told otherwise")
+        _LOG.info("freed memory goes back to the system: this C library's allocator can't be told otherwise")
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
     refused = [option for option, value in wanted if mallopt(option, value) != 1]
     if refused:
-        log.warning("the allocator refused its settings %s: messages may be slower", refused)
+        _LOG.warning("the allocator refused its settings %s: messages may be slower", refused)
     else:
-        log.info("freed memory is kept for the next use")
+        _LOG.info("freed memory is kept for the next use")
     return not refused
 
 

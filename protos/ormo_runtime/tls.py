@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 
 from ormo_runtime.settings import Settings, UsageError
 
+_LOG = logging.getLogger(__name__)
+
 AUTHORIZATION = "authorization"
 BEARER = "Bearer "
 
@@ -135,8 +137,6 @@ def check_pair(certificate: Path, key: Path) -> None:
         ) from None
 
 
-log = logging.getLogger(__name__)
-
 RETRY_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -193,10 +193,10 @@ class WatchedFiles(Generic[T]):
                 self._value = self._read()
             except self._unusable as error:
                 self._again = time.monotonic() + RETRY_SECONDS
-                log.error("%s changed and can't be used, so what was read before stays in force: %s", names, error)
+                _LOG.error("%s changed and can't be used, so what was read before stays in force: %s", names, error)
             else:
                 self._version += 1
-                log.info("%s changed and is in force", names)
+                _LOG.info("%s changed and is in force", names)
 
     def _stamp(self) -> _Stamp:
         return tuple(_stamp(path) for path in self._paths)

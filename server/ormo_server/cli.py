@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ormo_server.service.server import Server
     from ormo_server.settings import ServerSettings
 
-log = logging.getLogger("ormo_server")
+_LOG = logging.getLogger("ormo_server")
 
 _LAST_WORDS_SECONDS = 5.0
 
@@ -103,7 +103,7 @@ def serve(settings: "ServerSettings") -> int:
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
     patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
-    log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
+    _LOG.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 
 
@@ -139,7 +139,7 @@ def _insist_on_the_end(server: "Server") -> None:
 
 
 def _end_now(seconds: float, stage: str) -> NoReturn:
-    log.critical(
+    _LOG.critical(
         "the stop has taken %g s, and waits for %s: the process ends now; the checkpoints and the journal that are on "
         "disk stay as they are",
         seconds,
@@ -152,7 +152,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
     checkpointed_end = False
     while not stop.wait(0.1) and not server.told_to_stop.is_set():
         if not server.serving:
-            log.critical(
+            _LOG.critical(
                 "gRPC's thread that takes calls has ended (see the error above): stopping, to be started again"
             )
             server.drain()
@@ -162,7 +162,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         engine = server.host.engine
         if engine.broken.is_set():
             why = engine.why_broken
-            log.critical(
+            _LOG.critical(
                 "the state is broken, or can't be kept (%s): stopping; a restart goes on from the newest sound one", why
             )
             server.close()
@@ -171,7 +171,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
             checkpointed_end = True
             server.host.checkpoint()
             iteration = engine.iteration()[1]
-            log.info("the run is over at iteration %d", iteration, extra=logs.Fields(iteration=iteration))
+            _LOG.info("the run is over at iteration %d", iteration, extra=logs.Fields(iteration=iteration))
         if checkpointed_end and server.settings.exit_when_finished and not _workers_left(server):
             break
     return 0 if server.drain() else 1

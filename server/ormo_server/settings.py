@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
+from typing_extensions import override
 
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
@@ -303,8 +304,8 @@ class ServerSettings(TrainingSettings):
     )
 
     @property
+    @override
     def workers_allowed(self) -> tuple[int, int]:
-        """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
 
     def recorded(self) -> dict[str, Any]:

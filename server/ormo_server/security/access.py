@@ -27,6 +27,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from typing_extensions import override
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import host_of, is_loopback
@@ -138,18 +139,18 @@ class Access(Protocol):
         """Whether a caller of before would be known today."""
 
 
-class OpenAccess:
+class OpenAccess(Access):
     """Anyone may do all, but control the run only from the server's own machine."""
 
     _ANYONE = frozenset({Role.WORKER, Role.READER})
 
+    @override
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """See `Access`."""
         host = host_of(context.peer())
         return Caller(host, frozenset(Role) if host == "unix" or is_loopback(host) else self._ANYONE)
 
-    def still_knows(self, caller: Caller) -> bool:  # noqa: ARG002
-        """See `Access`."""
+    @override
+    def still_knows(self, caller: Caller) -> bool:
         return True
 
 
@@ -208,7 +209,7 @@ class _List(BaseModel):
         return self
 
 
-class ListedAccess:
+class ListedAccess(Access):
     """Those may call who are on a list.
 
     Args:
@@ -221,8 +222,9 @@ class ListedAccess:
     def __init__(self, path: Path) -> None:
         self._lines = WatchedFiles([path], lambda: read_list(path), AccessError)
 
+    @override
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """See `Access`. Who brings a token is judged by it, anybody else by the certificate."""
+        # A token, where one is brought, decides alone; the certificate counts where there is none.
         lines = self._lines.value
         token = _token(context)
         if token is None:
@@ -232,8 +234,8 @@ class ListedAccess:
             raise Unauthenticated(_unknown(context, token))
         return found
 
+    @override
     def still_knows(self, caller: Caller) -> bool:
-        """See `Access`."""
         lines = self._lines.value
         return caller == (_by_proof(lines, caller.proof) if caller.proof else by_name(lines, [caller.name]))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import override
 
 from ormo_runtime.settings import UsageError, slow_factors
 from ormo_server.settings import TrainingSettings
@@ -97,8 +98,8 @@ class SimSettings(TrainingSettings):
     plots: bool = Field(True, description="draw accuracy and loss against epochs and time, and delays")
 
     @property
+    @override
     def workers_allowed(self) -> tuple[int, int]:
-        """See `TrainingSettings.workers_allowed`."""
         return self.workers, 100_000
 
     @field_validator("latency_seconds", "bandwidth_bytes_per_second")
