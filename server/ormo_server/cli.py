@@ -116,11 +116,11 @@ def _stop_signal(server: "Server") -> threading.Event:
     signal.set_wakeup_fd(told)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_heed_signal, args=(heard, stop, server), name="signal", daemon=True).start()
+    threading.Thread(target=_obey_signal, args=(heard, stop, server), name="signal", daemon=True).start()
     return stop
 
 
-def _heed_signal(heard: int, stop: threading.Event, server: "Server") -> None:
+def _obey_signal(heard: int, stop: threading.Event, server: "Server") -> None:
     os.read(heard, 1)
     stop.set()
     limit = server.stop_seconds
@@ -129,7 +129,7 @@ def _heed_signal(heard: int, stop: threading.Event, server: "Server") -> None:
 
 
 def _insist_on_the_end(server: "Server") -> None:
-    """End the process when its stop takes longer than it may: whoever waits for that can't help it either."""
+    """End the process if its stop takes too long: nobody who waits for it could do more."""
     server.stopping.wait()
     limit = server.stop_seconds
     # By the system, should this thread not come to its turn, or wait for the log.
@@ -140,7 +140,7 @@ def _insist_on_the_end(server: "Server") -> None:
 
 def _end_now(seconds: float, stage: str) -> NoReturn:
     _LOG.critical(
-        "the stop has taken %g s, and waits for %s: the process ends now; the checkpoints and the journal that are on "
+        "the stop has taken %g s and still waits for %s: the process ends now; the checkpoints and the journal on "
         "disk stay as they are",
         seconds,
         stage,
@@ -153,7 +153,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
     while not stop.wait(0.1) and not server.told_to_stop.is_set():
         if not server.serving:
             _LOG.critical(
-                "gRPC's thread that takes calls has ended (see the error above): stopping, to be started again"
+                "gRPC's thread that accepts calls has ended (see the error above): stopping, so that a restart can help"
             )
             server.drain()
             return 1
@@ -163,7 +163,9 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         if engine.broken.is_set():
             why = engine.why_broken
             _LOG.critical(
-                "the state is broken, or can't be kept (%s): stopping; a restart goes on from the newest sound one", why
+                "the state is broken, or can't be kept on disk (%s): stopping; a restart goes on from the newest sound "
+                "state",
+                why,
             )
             server.close()
             return 1

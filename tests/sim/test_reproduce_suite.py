@@ -217,7 +217,7 @@ def test_fewer_gradients_replace_the_epochs() -> None:
         (["--methods", "smega2"], "--methods smega2: the suite has no such one"),
         (["--workers", "5"], "--workers 5: the suite has no such one, choose from 4, 8"),
         (["--setting", "odd"], "--setting odd: the suite has no such one, choose from homogeneous, heterogeneous"),
-        (["--workers", "4", "--setting", "heterogeneous"], "no machines that are of both --workers and --setting"),
+        (["--workers", "4", "--setting", "heterogeneous"], "no machines that match both --workers and --setting"),
         (["--seeds", "0"], "seed 0 chooses the rates"),
         (["--learning-rates", "-1"], "learning_rates.0 is -1.0: input should be greater than 0"),
     ],

@@ -32,10 +32,13 @@ def settings(*flags: str) -> SimSettings:
         (["--latency-seconds", "-1"], "--latency-seconds is '-1': expected one number or more, each at least 0"),
         (["--bandwidth-bytes-per-second", "fast"], "--bandwidth-bytes-per-second is 'fast'"),
         (["--join", "soon"], "join 'soon': expected SECONDS:NUMBER"),
-        (["--crash", "5:16"], "crash 5:16: there is no worker 16, they are counted from 0 to 15"),
-        (["--leave", "5:20", "--join", "1:4"], "leave 5:20: there is no worker 20, they are counted from 0 to 19"),
+        (["--crash", "5:16"], "crash 5:16: there is no worker 16: workers are numbered from 0 to 15"),
+        (["--leave", "5:20", "--join", "1:4"], "leave 5:20: there is no worker 20: workers are numbered from 0 to 19"),
         (["--epochs", "0"], "--epochs is '0'"),
-        (["--trace", "t.jsonl", "--workers", "4"], "--trace tells who computes when, so it can't go with --workers"),
+        (
+            ["--trace", "t.jsonl", "--workers", "4"],
+            "--trace says who computes when, so it excludes --workers",
+        ),
         (["--speed", "3"], "unknown flag --speed"),
     ],
 )

@@ -66,11 +66,11 @@ class SimSettings(TrainingSettings):
         (0.0,),
         description="bytes per virtual second of a worker's line, each way; 0: no limit; several as for latency",
     )
-    join: tuple[str, ...] = Field((), description="SECONDS:NUMBER, so many workers more at that time")
-    leave: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker (from 0) leaves at that time")
-    crash: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker falls silent at that time")
+    join: tuple[str, ...] = Field((), description="SECONDS:NUMBER, this many more workers join at that time")
+    leave: tuple[str, ...] = Field((), description="SECONDS:WORKER, this worker (from 0) leaves at that time")
+    crash: tuple[str, ...] = Field((), description="SECONDS:WORKER, this worker falls silent at that time")
     failure_timeout_seconds: float = Field(
-        30.0, gt=0, description="virtual seconds until a silent worker is taken for dead"
+        30.0, gt=0, description="virtual seconds after which a silent worker counts as dead"
     )
     trace: Path | None = Field(
         None, description="follow a server's trace input by input, instead of simulating machines"
@@ -80,7 +80,7 @@ class SimSettings(TrainingSettings):
         None,
         title="What is written down",
         gt=0,
-        description="end after so many passes over the training data; none: 10 if no other end is set",
+        description="end after this many passes over the training data; none: 10 if no other end is set",
     )
     evaluate_every_gradients: int = Field(
         0, ge=0, description="gradients between evaluations; 0: about one pass over the data"
@@ -125,8 +125,8 @@ class SimSettings(TrainingSettings):
         contradicted = [name for name in TOLD_BY_TRACE if name in self.model_fields_set]
         if self.trace is not None and contradicted:
             raise ValueError(
-                f"--trace tells who computes when, so it can't go with --{contradicted[0].replace('_', '-')}: leave "
-                "that out, or use --compute-seconds trace:FILE"
+                f"--trace says who computes when, so it excludes --{contradicted[0].replace('_', '-')}: "
+                "leave that out, or use --compute-seconds trace:FILE"
             )
         return self
 
@@ -145,6 +145,6 @@ class SimSettings(TrainingSettings):
         for change in self.changes():
             if change.kind != "join" and change.number > latest:
                 raise UsageError(
-                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}, they are "
-                    f"counted from 0 to {latest}"
+                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}: workers "
+                    f"are numbered from 0 to {latest}"
                 )

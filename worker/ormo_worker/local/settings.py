@@ -29,8 +29,8 @@ class LocalSettings(Settings):
         description="gradients of each worker that may be on their way, as for `ormo-worker`",
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
-    stop_after_gradients: int = Field(1500, ge=0, description="end the run after so many gradients; 0 for no such end")
-    stop_after_samples: int = Field(0, ge=0, description="end the run after so many samples; 0 for no such end")
+    stop_after_gradients: int = Field(1500, ge=0, description="end the run after this many gradients; 0: no such end")
+    stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
     method: str = Field("ormo", description="the server's preset to train by")
     learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
