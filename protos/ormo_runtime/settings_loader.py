@@ -24,6 +24,7 @@ from ormo_runtime.settings import (
     Settings,
     flag_of,
     key_of,
+    names_beside_flags,
     parser_of,
     types_of,
     variable_of,
@@ -239,7 +240,7 @@ class _Given(Generic[S]):
     def _read_environment(self, environment: Mapping[str, str]) -> None:
         # Compose files and manifests write `ORMO_X=` for "not set".
         told = {name.upper(): value for name, value in environment.items() if value}
-        names = self._read_beside_flags() | self.cls.renamed.keys()
+        names = names_beside_flags(self.cls)
         found = {name: told[variable_of(name)] for name in names if variable_of(name) in told}
         self.environment = self._renamed(found, variable_of, "in the environment")
         if self.config is None:
@@ -257,7 +258,7 @@ class _Given(Generic[S]):
         except ValueError as error:  # TOML's and UTF-8's
             self.problems.append(f"the settings file {self.config} is not valid TOML: {error}")
         else:
-            read = self._read_beside_flags()
+            read = names_beside_flags(self.cls)
             keys = {key.replace("-", "_"): value for key, value in table.items()}
             given = self._renamed(keys, key_of, f"in the settings file {self.config}")
             self.file = {name: value for name, value in given.items() if name in read}
@@ -271,9 +272,6 @@ class _Given(Generic[S]):
             return {}
         self.warnings += sentences
         return renamed
-
-    def _read_beside_flags(self) -> set[str]:
-        return self.cls.model_fields.keys() - self.cls.flags_only
 
     def _of_others(self) -> frozenset[str]:
         """Keys that a file may have for other programs: the environment names one file for all of them."""

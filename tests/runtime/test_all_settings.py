@@ -23,7 +23,7 @@ def test_all_settings_are_those_of_all_programs() -> None:
     [
         (ControlSettings, ["--checkpoint"]),
         (SimSettings, []),
-        (PlotSettings, ["--runs", "a", "--into", "b"]),
+        (PlotSettings, ["--runs", "a", "--directory", "b"]),
         (ReproduceSettings, ["--suite", "digits"]),
         (LocalSettings, []),
     ],

@@ -18,6 +18,7 @@ from ormo_runtime.settings_loader import (
     read_settings,
 )
 from ormo_server.settings import ServerSettings
+from ormo_server.sim.plots import PlotSettings
 from ormo_worker.settings import RunSettings
 from runtime.programs_settings import CLASSES
 
@@ -148,10 +149,12 @@ def test_old_names_are_neither_in_the_help_nor_on_the_page(capsys: pytest.Captur
 
 
 def test_old_names_of_all_programs_are_known_to_all_and_lead_to_settings() -> None:
-    assert {old for cls in CLASSES for old in cls.renamed} == OLD_SETTINGS
+    told = {old for cls in CLASSES for old, new in cls.renamed.items() if new not in cls.flags_only}
+    assert told == OLD_SETTINGS
     assert not OLD_SETTINGS & ALL_SETTINGS
     for cls in CLASSES:
-        assert set(cls.renamed.values()) <= cls.model_fields.keys() - cls.flags_only
+        assert set(cls.renamed.values()) <= cls.model_fields.keys()
+        assert not cls.renamed.keys() & cls.model_fields.keys()
 
 
 def test_the_changelog_tells_each_new_name() -> None:
@@ -172,7 +175,20 @@ def test_a_file_for_all_programs_may_have_the_old_names_of_others(tmp_path: Path
     assert read_settings(ServerSettings, [], {"ORMO_CONFIG": str(file)}, program="serve").ticket_timeout_seconds == 6.0
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.renamed])
+def test_the_old_name_of_a_flag_is_a_flag_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = load_settings(PlotSettings, ["--runs", "a", "--into", "b"], program="plot")
+    assert settings.directory == Path("b")
+    assert capfd.readouterr().err == f"plot: --into, given as a flag, is now called --directory: {TO_DO}"
+    with pytest.raises(SettingsProblemsError, match=r"^--directory is missing$"):
+        read_settings(PlotSettings, ["--runs", "a"], {"ORMO_INTO": "b"}, program="plot")
+    assert "ORMO_INTO" not in variables_of(PlotSettings)
+    file = tmp_path / "plot.toml"
+    file.write_text('into = "b"\n')
+    with pytest.raises(SettingsProblemsError, match="has the key 'directory', which is a flag only: type --directory"):
+        read_settings(PlotSettings, ["--runs", "a", "--config", str(file)], {}, program="plot")
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if set(cls.renamed.values()) - cls.flags_only])
 def test_old_and_new_names_of_each_program_mean_the_same(cls: type[Settings]) -> None:
     for old, new in cls.renamed.items():
         flag, variable = f"--{old.replace('_', '-')}", f"ORMO_{old.upper()}"
