@@ -18,6 +18,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO
 
+_LOG = logging.getLogger(__name__)
+
 # Images of web services set it. prometheus_client would keep our values in files of that folder, where they outlive us,
 # and find no folder where only the variable was inherited.
 SHARED_VALUES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
@@ -33,20 +35,20 @@ def prepare_process() -> None:
     open_standard_streams()
     codecs.register_error("spelled", _spelled)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # else somebody has put something of their own there
+        if isinstance(stream, io.TextIOWrapper):  # else it was replaced, as in a notebook
             stream.reconfigure(errors="spelled")
     for variable in SHARED_VALUES:
         os.environ.pop(variable, None)
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """See `codecs.register_error`: another text for what an encoding lacks."""
+    """Spell what an encoding lacks in ASCII; a handler for `codecs.register_error`."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
     return "".join(_SPELLED.get(letter, ascii(letter)[1:-1]) for letter in letters), error.end
 
 
-# How long a reader that is only slow is waited for, once: whoever logs may hold a lock that everybody waits for.
+# How long to wait for a slow reader, once: the thread that logs may hold a lock that all others need.
 _PATIENCE_SECONDS = 1.0
 # What a pipe takes whole, or not at all, once `poll` says that it takes something.
 _PIECE_BYTES = select.PIPE_BUF
@@ -115,8 +117,6 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
 
 
-log = logging.getLogger(__name__)
-
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
@@ -131,23 +131,23 @@ def keep_freed_memory() -> bool:
         Whether it was done; False where the C library is another than glibc.
     """
     if platform.libc_ver()[0] != "glibc":
-        log.info("freed memory goes back to the system: this C library's allocator can't be told otherwise")
+        _LOG.info("freed memory goes back to the system: the allocator of this C library has no setting to keep it")
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
     refused = [option for option, value in wanted if mallopt(option, value) != 1]
     if refused:
-        log.warning("the allocator refused its settings %s: messages may be slower", refused)
+        _LOG.warning("the allocator refused its settings %s: messages may be slower", refused)
     else:
-        log.info("freed memory is kept for the next use")
+        _LOG.info("freed memory is kept for the next use")
     return not refused
 
 
 class StartedPool(ThreadPoolExecutor):
     """A fixed number of threads, which start with the pool.
 
-    By default each starts when it is first needed. Where the system has no more by then, that fails whoever gave the
-    work: gRPC's serving thread would end, and with it the serving.
+    By default a pool starts a thread when it is first needed. If the system has none left by then, `submit` fails in
+    the caller's thread: gRPC's serving thread would end, and with it the serving.
 
     Args:
         count: of threads.
@@ -155,7 +155,7 @@ class StartedPool(ThreadPoolExecutor):
         prepare: is called by each at its start.
 
     Raises:
-        RuntimeError: the system has not so many; none is left behind.
+        RuntimeError: the system has too few left; none of ours is left running.
     """
 
     def __init__(self, count: int, name: str, prepare: Callable[[], object] | None = None) -> None:

@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 
 from ormo_runtime.settings import Settings, UsageError
 
+_LOG = logging.getLogger(__name__)
+
 AUTHORIZATION = "authorization"
 BEARER = "Bearer "
 
@@ -47,18 +49,18 @@ class Credentials:
 
 
 class ClientSettings(Settings):
-    """How to reach a server that does not serve just anybody."""
+    """How to reach a server that asks its callers for certificates or tokens."""
 
     tls_ca: Path | None = Field(
         None,
         description="PEM file with the certificates that the server's must be signed by, such as "
         "/etc/ssl/certs/ca-certificates.crt for public ones; none: no TLS",
     )
-    tls_cert: Path | None = Field(None, description="PEM file with this client's own certificate; none: it has none")
+    tls_cert: Path | None = Field(None, description="PEM file with this client's own certificate; none: no certificate")
     tls_key: Path | None = Field(None, description="PEM file with the key of --tls-cert")
     tls_server_name: str = Field("", description="name in the server's certificate; none: the host in --server")
     token_file: Path | None = Field(
-        None, description="file with the bearer token that the server knows this client by; none: it has none"
+        None, description="file with the bearer token that identifies this client to the server; none: no token"
     )
 
     @model_validator(mode="after")
@@ -94,16 +96,16 @@ def read_token(path: Path) -> str:
     """The token in a file, without the white space round it.
 
     Raises:
-        CredentialsError: the file can't be read, or is no line of printable ASCII.
+        CredentialsError: the file can't be read, or is not one line of printable ASCII.
     """
     token = read_bytes(path).strip().decode("ascii", errors="replace")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise CredentialsError(f"{path} holds no token: expected one line of printable ASCII without spaces")
+        raise CredentialsError(f"{path} does not hold a token: expected one line of printable ASCII without spaces")
     return token
 
 
 def check_certificates(path: Path) -> None:
-    """Nothing, if gRPC can use the file as authorities.
+    """Check that gRPC can use the file as authorities.
 
     Raises:
         CredentialsError: it holds no certificate in PEM.
@@ -113,14 +115,14 @@ def check_certificates(path: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=text.decode("ascii"))
     except (ssl.SSLError, ValueError):
-        raise CredentialsError(f"{path} holds no certificates: expected them in PEM") from None
+        raise CredentialsError(f"{path} does not hold certificates: expected one or more in PEM") from None
 
 
 def check_pair(certificate: Path, key: Path) -> None:
-    """Nothing, if the certificate and the key are one another's.
+    """Check that the certificate and the key belong together.
 
     Raises:
-        CredentialsError: they are not, or are no PEM, or the key is encrypted.
+        CredentialsError: they do not, or are not PEM, or the key is encrypted.
     """
     for path in (certificate, key):
         read_bytes(path)
@@ -135,8 +137,6 @@ def check_pair(certificate: Path, key: Path) -> None:
         ) from None
 
 
-log = logging.getLogger(__name__)
-
 RETRY_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -144,10 +144,10 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class WatchedFiles(Generic[T]):
-    """What some files say, read again when one of them is another. Looking takes microseconds, so look often.
+    """The contents of some files, read again when one of them changes. A look takes microseconds, so look often.
 
-    Files that can't be used, as when only one of a pair has been replaced yet, leave what was read before, and a line
-    in the log. They are tried again now and then: they may be good, and this process out of descriptors.
+    If files can't be used, as when only one of a pair has been replaced so far, the previous contents stay in force,
+    and the log says so. They are tried again now and then: they may be good, and this process out of descriptors.
 
     Args:
         paths: of the files.
@@ -170,7 +170,7 @@ class WatchedFiles(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What they say."""
+        """The contents."""
         self._look()
         return self._value
 
@@ -193,10 +193,10 @@ class WatchedFiles(Generic[T]):
                 self._value = self._read()
             except self._unusable as error:
                 self._again = time.monotonic() + RETRY_SECONDS
-                log.error("%s changed and can't be used, so what was read before stays in force: %s", names, error)
+                _LOG.error("%s changed but can't be used, so the previous contents stay in force: %s", names, error)
             else:
                 self._version += 1
-                log.info("%s changed and is in force", names)
+                _LOG.info("%s changed, and the new contents are in force", names)
 
     def _stamp(self) -> _Stamp:
         return tuple(_stamp(path) for path in self._paths)

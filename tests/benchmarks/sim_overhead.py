@@ -61,7 +61,7 @@ def microseconds_per_push(method: str, workers: int, gradients: int) -> float:
         workers=workers,
         slow=f"{max(1, workers // 16)}:10x",
         stop_after_gradients=gradients,
-        evaluate_every=gradients,
+        evaluate_every_gradients=gradients,
         workload="benchmarks.sim_overhead:small",
     )
     plan = Plan(settings)

@@ -91,7 +91,7 @@ def test_what_fails_elsewhere_names_the_proxy_and_its_variable(
         RemoteOptimizer(line(), "server.invalid:50051", connect_timeout=0.2)
     assert way in str(failed.value)
     assert f"joining the run at {way}" in caplog.text
-    assert main(["status", "--server", "server.invalid:50051", "--timeout", "20"]) == 1
+    assert main(["status", "--server", "server.invalid:50051", "--timeout-seconds", "20"]) == 1
     said = capsys.readouterr().err
     assert f"ormo-server status: no answer from {way}" in said
     assert "secret" not in f"{failed.value}{caplog.text}{said}"

@@ -50,9 +50,11 @@ def test_files_that_can_not_be_used_are_named_before_anything_is_dialled(tmp_pat
     empty.touch()
     for credentials, sentence in {
         Credentials(tmp_path / "none"): r"none can't be read \(No such file",
-        Credentials(empty): "empty holds no certificates: expected them in PEM",
+        Credentials(empty): "empty does not hold certificates: expected one or more in PEM",
         Credentials(authority.ca, certificate, another): "can't be used together",
-        Credentials(authority.ca, token_file=empty): "empty holds no token: expected one line of printable ASCII",
+        Credentials(
+            authority.ca, token_file=empty
+        ): "empty does not hold a token: expected one line of printable ASCII",
         Credentials(authority.ca, certificate, key, tmp_path / "gone"): "gone can't be read",
     }.items():
         with pytest.raises(CredentialsError, match=sentence):
@@ -63,7 +65,7 @@ def test_files_that_can_not_be_used_are_named_before_anything_is_dialled(tmp_pat
 def test_what_is_no_token_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(text)
-    with pytest.raises(CredentialsError, match="holds no token"):
+    with pytest.raises(CredentialsError, match="does not hold a token"):
         read_token(path)
 
 

@@ -13,7 +13,7 @@ from system.programs import ENVIRONMENT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 METHOD = ["--method", "ormo", "--workers", "8", "--slow", "1:10x", "--learning-rate", "0.01"]
-LENGTH = ["--stop-after-gradients", "120", "--evaluate-every", "40"]
+LENGTH = ["--stop-after-gradients", "120", "--evaluate-every-gradients", "40"]
 
 
 def simulate(directory: Path, *flags: str, run: Run = ran) -> "subprocess.CompletedProcess[str]":
@@ -68,7 +68,7 @@ def test_a_simulation_of_a_task_learns_it(tmp_path: Path) -> None:
 
 
 def test_the_workers_that_come_and_go_are_those_of_the_command_line(tmp_path: Path) -> None:
-    flags = ["--compute-time", "constant:1", "--join", "3.5:3", "--crash", "6.5:0", "--failure-timeout", "2"]
+    flags = ["--compute-seconds", "constant:1", "--join", "3.5:3", "--crash", "6.5:0", "--failure-timeout-seconds", "2"]
     simulate(tmp_path / "run", "--workers", "1", *flags, "--stop-after-gradients", "21", "--no-plots")
     # 6 of the first worker, at 1 to 6 s, and 5 of each of the three that join, at 4.5 to 8.5 s.
     assert summary(tmp_path / "run")["virtual_seconds"] == 8.5

@@ -96,7 +96,7 @@ def test_a_run_that_diverged_at_once_can_be_drawn(tmp_path: Path) -> None:
 
 def test_the_command_draws_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(write_run(tmp_path / f"{seed}", SCORES, seed=seed)) for seed in range(2)]
-    assert cli.main(["plot", "--runs", ",".join(runs), "--into", str(tmp_path / "into")]) == 0
+    assert cli.main(["plot", "--runs", ",".join(runs), "--directory", str(tmp_path / "into")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "into" / f"{name}.png") for name in ("curves", "delays")]
 
 

@@ -32,7 +32,12 @@ def training(server: FakeServer) -> FakeServer:
 
 def settings(server: FakeServer, **more: Any) -> EvaluateSettings:
     return EvaluateSettings(
-        server=server.address, task="worker.lines:Lines", device="cpu", batch_size=2, connect_timeout=5.0, **more
+        server=server.address,
+        task="worker.lines:Lines",
+        device="cpu",
+        batch_size=2,
+        connect_timeout_seconds=5.0,
+        **more,
     )
 
 

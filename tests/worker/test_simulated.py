@@ -149,7 +149,13 @@ def test_a_real_worker_pushes_the_same_bits(server: FakeServer, task: str) -> No
     server.weight_decay = 0.01
     training.run(
         RunSettings(
-            server=server.address, task=task, batch_size=BATCH, device="cpu", connect_timeout=5.0, stop_after=5, seed=3
+            server=server.address,
+            task=task,
+            batch_size=BATCH,
+            device="cpu",
+            connect_timeout_seconds=5.0,
+            leave_after_gradients=5,
+            seed=3,
         )
     )
     data_seed = 1234 + server.asked.index("join", 1) + 1  # as the fake server has it
@@ -376,7 +382,7 @@ def test_the_simulator_finds_it_and_trains_with_it() -> None:
     found = load_workload(TASKS_OF_THE_WORKER, settings)
     assert isinstance(found, TaskWorkload)
     assert (found.epoch_samples, found.batch_samples) == (1437, 32)
-    plan = Plan(SimSettings(workers=4, stop_after_gradients=300, learning_rate=0.01, evaluate_every=300))
+    plan = Plan(SimSettings(workers=4, stop_after_gradients=300, learning_rate=0.01, evaluate_every_gradients=300))
     assert plan.run().summary["test_accuracy"] > 0.9
 
 

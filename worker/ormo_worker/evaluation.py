@@ -75,7 +75,9 @@ def run(settings: EvaluateSettings) -> None:
     evaluator = Evaluator(task, resolve_device(settings.device), settings.batch_size)
     metrics = EvaluatorMetrics()
     exporter = Exporter(settings.metrics_listen, metrics.registry)
-    patience = Patience(settings.connect_timeout, settings.failure_timeout, settings.give_up_after)
+    patience = Patience(
+        settings.connect_timeout_seconds, settings.failure_timeout_seconds, settings.give_up_after_seconds
+    )
     try:
         with evaluator.client(settings.server, patience, metrics, settings.credentials()) as client:
             for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):

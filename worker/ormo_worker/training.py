@@ -47,9 +47,9 @@ def run(settings: RunSettings) -> None:
         worker_id=settings.worker_id,
         wire_dtype=getattr(torch, settings.wire_dtype),
         in_flight=settings.in_flight,
-        connect_timeout=settings.connect_timeout,
-        failure_timeout=settings.failure_timeout,
-        give_up_after=settings.give_up_after,
+        connect_timeout=settings.connect_timeout_seconds,
+        failure_timeout=settings.failure_timeout_seconds,
+        give_up_after=settings.give_up_after_seconds,
         metrics_listen=settings.metrics_listen,
         credentials=settings.credentials(),
     ) as optimizer:
@@ -58,7 +58,7 @@ def run(settings: RunSettings) -> None:
         else:
             stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
             Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
-                stream, settings.stop_after
+                stream, settings.leave_after_gradients
             )
 
 

@@ -72,7 +72,7 @@ class Asker:
         finally:
             self._call = None
         if isinstance(answer, Malformed):
-            raise NoAnswerError(f"what it sent can't be understood: {answer.why}")
+            raise NoAnswerError(f"its answer can't be understood: {answer.why}")
         _make_printable(answer)
         return answer
 

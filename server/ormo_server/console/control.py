@@ -11,7 +11,7 @@ from ormo_server.console.status import no_answer
 def act(settings: ControlSettings) -> int:
     """Have the server do it; returns 1 if it does not, or does not answer."""
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             answer = server.control(_request(settings))
     except NoAnswerError as error:
         sys.stderr.write(no_answer("ormo-server control", settings.server, error))

@@ -57,7 +57,7 @@ WIDE = 200  # columns of the table where nothing is cut: files and pipes
 def show(settings: StatusSettings) -> int:
     """Print a server's status; returns 1 if it does not answer."""
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             status = server.ask()
     except NoAnswerError as error:
         sys.stderr.write(no_answer("ormo-server status", settings.server, error))

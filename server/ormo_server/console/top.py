@@ -62,7 +62,7 @@ def single_keys() -> Iterator[None]:
 
 
 def pressed(key: str, seconds: float) -> bool:
-    """Whether the key is pressed within so many seconds; takes all of them if it is not."""
+    """Whether the key is pressed within this many seconds; waits them all if it is not."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if not sys.stdin.isatty():
@@ -169,7 +169,7 @@ def _grid(facts: Facts, console: Console, width: int) -> Table:
 
 
 def _lines_of(facts: Facts, number: int) -> Table:
-    """A table with so many facts in a line."""
+    """A table with this many facts in a line."""
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     for _ in range(number):
         grid.add_column(style="dim", no_wrap=True)
@@ -208,7 +208,7 @@ def watch(settings: TopSettings) -> int:
     console = Console(highlight=False)
     screen = sys.stdout.isatty() and not console.is_dumb_terminal
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             if screen and not settings.once:
                 _live(console, server, settings)
                 return 0

@@ -97,11 +97,11 @@ def check_memory(settings: ServerSettings, run: Run, manifest: Manifest) -> Memo
         need.exchange_bytes / 1e6,
         need.checkpoint_bytes / 1e6,
     )
-    limit = settings.memory_limit
+    limit = settings.memory_limit_bytes
     if limit is not None and need.total_bytes > limit:
         raise MemoryLimit(
             f"a model of {numbers} needs up to {need.total_bytes:,} bytes with "
-            f"{settings.max_workers} workers of {settings.slots_per_worker} slots, and memory_limit is "
+            f"{settings.max_workers} workers of {settings.slots_per_worker} slots, and memory_limit_bytes is "
             f"{int(limit):,}: raise it, or lower max_workers or slots_per_worker"
         )
     return need

@@ -66,7 +66,7 @@ class RunHost:
     Raises:
         StoreError: no checkpoint is whole, the model file can't be used, or the trace can't be written.
         SettingsError: the checkpoint was written by another update rule.
-        MemoryLimit: the model needs more than `memory_limit`.
+        MemoryLimit: the model needs more than `memory_limit_bytes`.
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
@@ -74,7 +74,7 @@ class RunHost:
         self.metrics = metrics
         self.started = time.monotonic()
         self.clock = RunClock()
-        self.offers = ModelOffers(FailureDetection(settings.failure_timeout).offer_seconds)
+        self.offers = ModelOffers(FailureDetection(settings.failure_timeout_seconds).offer_seconds)
         self.checkpoint_bytes = 0
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
@@ -334,8 +334,8 @@ class RunHost:
             frozen,
             self.clock,
             self.metrics,
-            lease_seconds=FailureDetection(self.settings.failure_timeout).lease_seconds,
-            ticket_timeout=self.settings.ticket_timeout,
+            lease_seconds=FailureDetection(self.settings.failure_timeout_seconds).lease_seconds,
+            ticket_timeout=self.settings.ticket_timeout_seconds,
             bounds=Bounds(
                 self.settings.max_gradient_norm,
                 self.settings.over_norm == "clip",

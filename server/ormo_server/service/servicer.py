@@ -90,7 +90,7 @@ class Servicer:
                 manifest=manifest,
                 settings=run_settings(self._host),
                 iteration=_iteration(engine),
-                lease_seconds=self._host.settings.failure_timeout,
+                lease_seconds=self._host.settings.failure_timeout_seconds,
                 rank=member.rank,
                 data_seed=member.data_seed,
                 takes_data=True,

@@ -57,12 +57,12 @@ class Replay:
             except (OrmoError, _Stray) as error:
                 raise UsageError(
                     f"input {number} of the trace does not fit ({error}): follow it with the scheduler and settings it "
-                    "was recorded with, or replay its compute times alone with --compute-time trace:FILE"
+                    "was recorded with, or replay its compute times alone with --compute-seconds trace:FILE"
                 ) from error
             except _NotTold as error:
                 raise UsageError(
                     f"input {number} of the trace, in line {number + 1}, can't be followed ({error}): replay its "
-                    "compute times alone with --compute-time trace:FILE"
+                    "compute times alone with --compute-seconds trace:FILE"
                 ) from error
             self._training.granted()
         self._training.evaluate(self.now)

@@ -273,7 +273,7 @@ class Cluster:
         return ["run", *_flags(flags), *self._task_arguments(), *shlex.split(settings.worker_flags)]
 
     def _evaluator_arguments(self) -> list[str]:
-        return ["evaluate", *_flags({"--every-seconds": self.settings.evaluate_every}), *self._task_arguments()]
+        return ["evaluate", *_flags({"--every-seconds": self.settings.evaluate_every_seconds}), *self._task_arguments()]
 
     def _task_arguments(self) -> list[str]:
         settings = self.settings

@@ -1,5 +1,6 @@
 """The settings of `ormo-local`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ class LocalSettings(Settings):
 
     # Where a pod or an image sets ORMO_DIRECTORY for `ormo-server serve`, this would train that run's model further.
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory"})
+    renamed: ClassVar[Mapping[str, str]] = {"evaluate_every": "evaluate_every_seconds"}
 
     task: str = Field("digits", description="what to train: a built-in task or an import path, as for `ormo-worker`")
     data_dir: Path | None = Field(None, description="where the task's data is")
@@ -27,13 +29,13 @@ class LocalSettings(Settings):
         description="gradients of each worker that may be on their way, as for `ormo-worker`",
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
-    stop_after_gradients: int = Field(1500, ge=0, description="end the run after so many gradients; 0 for no such end")
-    stop_after_samples: int = Field(0, ge=0, description="end the run after so many samples; 0 for no such end")
+    stop_after_gradients: int = Field(1500, ge=0, description="end the run after this many gradients; 0: no such end")
+    stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
     method: str = Field("ormo", description="the server's preset to train by")
     learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
     weight_decay: float = Field(0.0, ge=0, description="λ")
-    evaluate_every: float = Field(
+    evaluate_every_seconds: float = Field(
         2.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations on the test set"
     )
     directory: Path | None = Field(

@@ -36,7 +36,7 @@ def chosen(settings: ReproduceSettings) -> Suite:
     """The suite with what the command line says.
 
     Raises:
-        UsageError: there is no such suite, or it has not what was chosen from it.
+        UsageError: there is no such suite, or it lacks what was chosen from it.
     """
     suite = load_suite(settings.suite)
     methods = selected("methods", settings.methods, suite.methods)
@@ -55,7 +55,7 @@ def _chosen_clusters(settings: ReproduceSettings, suite: Suite) -> list[dict[str
     kinds = selected("setting", settings.setting, [cluster.setting for cluster in suite.clusters])
     clusters = [cluster for cluster in suite.clusters if cluster.workers in workers and cluster.setting in kinds]
     if not clusters:
-        raise UsageError(f"the suite {suite.name} has no machines that are of both --workers and --setting")
+        raise UsageError(f"the suite {suite.name} has no machines that match both --workers and --setting")
     changes: dict[str, Any] = {}
     if settings.data_dir is not None:
         # Results are found again from any directory.

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ormo_runtime.logs import first_words
 from ormo_runtime.settings import UsageError
+from ormo_runtime.settings_loader import SettingsProblemsError, under_new_names
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.settings import SimSettings
 
@@ -231,7 +233,29 @@ def _parsed(text: str, name: str, what: str) -> Suite:
         raise UsageError(f"{what} is no valid TOML: {error}") from error
     if "name" in table:
         raise UsageError(f"{what}: its name is that of the file, leave `name` out")
-    return _checked({"name": name, **table}, what)
+    return _checked({"name": name, **_under_new_names(table, what)}, what)
+
+
+def _under_new_names(table: dict[str, Any], what: str) -> dict[str, Any]:
+    """The file with the settings of its simulations by their new names; a line on stderr for each old one."""
+    sentences: dict[str, None] = {}
+
+    def renamed(holder: Any) -> Any:
+        if not isinstance(holder, dict) or not isinstance(holder.get("simulation"), dict):
+            return holder  # which the suite's own checks are to complain of
+        simulation, said = under_new_names(SimSettings, holder["simulation"], str, f"in {what}")
+        sentences.update(dict.fromkeys(said))
+        return holder | {"simulation": simulation}
+
+    try:
+        table = renamed(table)
+        if isinstance(table.get("clusters"), list):
+            table["clusters"] = [renamed(cluster) for cluster in table["clusters"]]
+    except SettingsProblemsError as error:
+        raise UsageError(error.problems[0]) from None
+    for sentence in sentences:
+        first_words("ormo-sim reproduce", sentence, "text")
+    return table
 
 
 def _checked(table: dict[str, Any], what: str) -> Suite:
