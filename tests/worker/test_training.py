@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ormo_worker import training
-from ormo_worker.pytorch.groups import decay_groups
+from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches
@@ -101,7 +101,7 @@ def test_batches_larger_than_the_data_set_count_what_there_is(server: FakeServer
 
 def test_the_task_scales_the_weight_decay(server: FakeServer) -> None:
     task = Lines()
-    (group,) = decay_groups(task, task.build_model())
+    (group,) = decay_groups(task.build_model(), task.weight_decay_scale)
     assert group["weight_decay_scale"] == 0.25
     assert [name for name, _ in group["params"]] == ["0.weight"]
 

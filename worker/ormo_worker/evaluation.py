@@ -81,7 +81,7 @@ def run(settings: EvaluateSettings) -> None:
             for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
                 sys.stdout.write(evaluation.line() + "\n")
                 sys.stdout.flush()
-                metrics.evaluated(evaluation.iteration, evaluation.seconds)
+                metrics.note_evaluation(evaluation.iteration, evaluation.seconds)
                 _report(client, evaluation)
     finally:
         exporter.close()
@@ -152,10 +152,13 @@ class Evaluator:
         )
 
     def pull(self, client: ParameterClient, newer_than: pb.Iteration | None) -> Delivered | None:
-        """See `ParameterClient.pull`. To a reader it is all the same which of the parameters the run trains.
+        """The newest parameters; None if there are none newer than those that are known.
+
+        To a reader it is all the same which of the parameters the run trains: this one describes its model as the
+        server does.
 
         Raises:
-            OrmoError: as that.
+            OrmoError: as `ParameterClient.pull`.
         """
         try:
             return client.pull(newer_than=newer_than)

@@ -20,10 +20,12 @@ from prometheus_client import (
     make_wsgi_app,
     values,
 )
+from typing_extensions import override
 
 from ormo_runtime.http_port import HttpPort
 from ormo_runtime.process import SHARED_VALUES
-from ormo_worker.client.arguments import Observer, Outcome, Stage, address
+from ormo_worker.client.arguments import Observer, Stage, address
+from ormo_worker.client.protocol import Fate
 from ormo_worker.errors import OptionRefused
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 # From 1 ms, a small model's step on loopback, to 5 minutes, a large one's on a slow device.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _STAGES: tuple[Stage, ...] = ("compute", "push", "wait", "pull")
-_OUTCOMES: tuple[Outcome, ...] = ("applied", "discarded", "refused", "lost")
+_FATES: tuple[Fate, ...] = ("applied", "discarded", "refused", "lost")
 _GPU_MEMORY = {
     "allocated": torch.cuda.memory_allocated,
     "reserved": torch.cuda.memory_reserved,
@@ -78,7 +80,7 @@ class WorkerMetrics(Observer):
             buckets=_SECONDS,
         )
         self._stages = {stage: step.labels(stage) for stage in _STAGES}
-        self._steps = {outcome: steps.labels(outcome) for outcome in _OUTCOMES}
+        self._steps = {fate: steps.labels(fate) for fate in _FATES}
         self._retries = Counter(
             "ormo_worker_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
         )
@@ -96,25 +98,23 @@ class WorkerMetrics(Observer):
         for kind, read in _GPU_MEMORY.items():
             memory.labels(kind).set_function(functools.partial(read, device))
 
-    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
-        """See `Observer`."""
-        for stage, seconds in times:
+    @override
+    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None) -> None:
+        for stage, seconds in stages:
             self._stages[stage].observe(seconds)
+        if fate is not None:
+            self._steps[fate].inc()
 
-    def blocked(self, seconds: float) -> None:
-        """See `Observer`."""
+    @override
+    def note_wait(self, seconds: float) -> None:
         self._blocked.observe(seconds)
 
-    def stepped(self, outcome: Outcome) -> None:
-        """See `Observer`."""
-        self._steps[outcome].inc()
-
-    def retried(self, cause: str) -> None:
-        """See `Observer`."""
+    @override
+    def note_retry(self, cause: str) -> None:
         self._retries.labels(cause).inc()
 
-    def rejoined(self) -> None:
-        """See `Observer`."""
+    @override
+    def note_rejoin(self) -> None:
         self._rejoins.inc()
 
 
@@ -137,13 +137,13 @@ class EvaluatorMetrics(Observer):
             "ormo_evaluator_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
         )
 
-    def evaluated(self, iteration: int, seconds: float) -> None:
-        """An evaluation is complete."""
+    def note_evaluation(self, iteration: int, seconds: float) -> None:
+        """An evaluation of this iteration's parameters is complete, and took so long."""
         self._iteration.set(iteration)
         self._seconds.observe(seconds)
 
-    def retried(self, cause: str) -> None:
-        """See `Observer`."""
+    @override
+    def note_retry(self, cause: str) -> None:
         self._retries.labels(cause).inc()
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ormo_protos.manifest import FLOAT32
 from ormo_runtime.workload import Computed, Model, Scores
 from ormo_worker.pytorch.devices import resolve_device
-from ormo_worker.pytorch.groups import ParameterGroup, decay_groups, decays
+from ormo_worker.pytorch.options import ParameterGroup, decay_groups, decays
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.tasks import Batch, Score, Task, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
@@ -119,7 +119,7 @@ class TaskWorker:
         self._int_buffers = model.int_buffers.clone()
         self._random = bench.random.copy()
 
-    def gradient(self, ticket: int, params: Tensor, out: Tensor) -> Computed:  # noqa: ARG002
+    def gradient(self, ticket: int, params: Tensor, out: Tensor) -> Computed:  # noqa: ARG002 - the simulator gives it
         """Compute the gradient of the worker's next mini-batch.
 
         Args:
@@ -213,7 +213,7 @@ class _Bench:
 
 def _groups(task: Task, module: nn.Module) -> list[ParameterGroup]:
     """The groups of a `RemoteOptimizer`, without the names that it takes off."""
-    groups = [ParameterGroup(group) for group in decay_groups(task, module)]
+    groups = [ParameterGroup(group) for group in decay_groups(module, task.weight_decay_scale)]
     for group in groups:
         group["params"] = [parameter for _, parameter in group["params"]]
     return groups

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ormo_runtime.logs import Fields
 from ormo_runtime.signals import leave_if_asked
 from ormo_worker.pytorch.devices import resolve_device
-from ormo_worker.pytorch.groups import decay_groups
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
+from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device
@@ -42,7 +42,7 @@ def run(settings: RunSettings) -> None:
     with RemoteOptimizer(
         model,
         settings.server,
-        params=decay_groups(task, model),
+        params=decay_groups(model, task.weight_decay_scale),
         batch_size=samples,
         worker_id=settings.worker_id,
         wire_dtype=getattr(torch, settings.wire_dtype),
@@ -97,7 +97,7 @@ class Training:
             leave_if_asked()
             started = time.monotonic()
             loss = self._backward(to_device(batch, self.device))
-            self._dawdle(started)
+            self._slow_down(started)
             self._scaler.step(self.optimizer, loss=loss)
             self._scaler.update()
             self._progress.step(loss)
@@ -118,7 +118,7 @@ class Training:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.amp))
 
-    def _dawdle(self, started: float) -> None:
+    def _slow_down(self, started: float) -> None:
         if self.slow_factor > 1:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # or there would be nothing to multiply yet

@@ -11,8 +11,8 @@ from torch import nn
 
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
-from ormo_worker.pytorch import watch
-from ormo_worker.pytorch.watch import Notice
+from ormo_worker.pytorch import notices, watch
+from ormo_worker.pytorch.notices import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied
 
@@ -66,7 +66,7 @@ def test_experts_that_are_idle_in_many_steps_are_named_a_few_at_a_time(
     caplog: pytest.LogCaptureFixture, server: FakeServer, model: Experts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    monkeypatch.setattr(notices.time, "monotonic", lambda: now)
     with made(model, server) as optimizer:
         step(model, optimizer, 0, 1, 2, 3, 4, 5)
         step(model, optimizer, 0, 5)
@@ -81,10 +81,10 @@ def test_experts_that_are_idle_in_many_steps_are_named_a_few_at_a_time(
 def test_what_was_put_off_is_said_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     notice = Notice("%s")
     for name in "abc":
-        notice.of(name)
+        notice.note(name)
     assert [record.getMessage() for record in caplog.records] == ["'a'"]
-    notice.end()
-    notice.end()
+    notice.flush()
+    notice.flush()
     assert [record.getMessage() for record in caplog.records] == ["'a'", "'b', 'c'"]
 
 
@@ -228,7 +228,7 @@ def test_a_parameter_that_gets_another_shape_is_named_before_anything_is_pushed(
     kept = model.weight.data
     with made(model, server) as optimizer:
         model.weight.data, model.weight.grad = torch.zeros(1, 3), torch.zeros(1, 3)  # which would fit, twice
-        with pytest.raises(ModelUnusable, match=r"'weight' has got the shape \(1, 3\), and the run .* \(2, 3\)"):
+        with pytest.raises(ModelUnusable, match=r"'weight' now has the shape \(1, 3\), and the run .* \(2, 3\)"):
             optimizer.step()
         assert server.gradients == []
         model.weight.data, model.weight.grad = kept, torch.zeros(2, 3)

@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _parsed(name)
+    device = _parse_device(name)
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         number = device.index or 0
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _parsed(name: str) -> torch.device:
+def _parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -132,15 +132,15 @@ class Arriving:
         self._tensor = tensor
         self._copies = copies
 
-    def here(self) -> bool:
+    def is_here(self) -> bool:
         """Whether it is there, so that nobody has to wait; for the thread that would."""
         return self._copies is None or self._copies.done()
 
     def number(self) -> float:
         """Its only element, once it is there; in any thread."""
-        return float(self.arrived())
+        return float(self.wait())
 
-    def arrived(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The tensor, once it is there; in any thread."""
         if self._copies is not None:
             self._copies.wait()
@@ -166,7 +166,7 @@ def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable
     return streams.mark(stream)
 
 
-def shared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
     """Pairs of tensors that have a byte in common, and (paired with itself) a tensor that has one byte twice.
 
     Args:
@@ -210,17 +210,17 @@ def length_of(tensor: Tensor) -> int:
 def _has_a_byte_twice(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return False
-    return int(_marked(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
+    return int(_mark(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
     """Whether they share a byte; columns of one matrix, say, do not, though each lies between the other's."""
     apart = second.data_ptr() - first.data_ptr()
     length = max(length_of(first), apart + length_of(second))
-    return bool((_marked(first, length, 0) & _marked(second, length, apart)).any())
+    return bool((_mark(first, length, 0) & _mark(second, length, apart)).any())
 
 
-def _marked(tensor: Tensor, length: int, start: int) -> Tensor:
+def _mark(tensor: Tensor, length: int, start: int) -> Tensor:
     """Bytes of memory, true where the tensor has an element of its own; shape (length,)."""
     marks = torch.zeros(length, dtype=torch.bool, device="cpu")
     size = tensor.element_size()

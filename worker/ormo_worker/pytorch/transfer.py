@@ -94,6 +94,15 @@ class Staging:
         computed = self.streams.mark(self.streams.computing())
         return Arriving(here, Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)])))
 
+    def fetch_number(self, value: Tensor) -> Arriving | float:
+        """As `fetch`, for a tensor with one element; at once where nothing is queued that would have to be waited for.
+
+        The caller may overwrite its own from now on.
+        """
+        if self.streams is None or value.device != self.device:
+            return float(value.detach().item())
+        return self.fetch(value)
+
     def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
         sections = (
