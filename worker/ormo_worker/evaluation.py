@@ -34,10 +34,10 @@ class Evaluation:
     """The test set's verdict on one iteration's parameters.
 
     Attributes:
-        epoch: of the server that had the parameters.
-        iteration: of the parameters.
-        score: of the whole test set.
-        seconds: that it took to compute.
+        epoch: number of the server start that had these parameters.
+        iteration: gradients that were applied to these parameters.
+        score: the model's, on the whole test set.
+        seconds: how long it took to compute.
     """
 
     epoch: int
@@ -101,9 +101,9 @@ def evaluations(
     """Evaluate each time that there is something newer, and for the last time when the run is over.
 
     Args:
-        evaluator: of the run's task.
-        client: of the run's server.
-        every_seconds: from the beginning of an evaluation to that of the next.
+        evaluator: the task's model and test set.
+        client: a reader of the run's server.
+        every_seconds: time from the beginning of an evaluation to that of the next.
         once: whether the first evaluation is the last.
     """
     known: pb.Iteration | None = None

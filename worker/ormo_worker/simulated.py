@@ -106,9 +106,9 @@ class TaskWorker:
 
     Args:
         bench: where it computes.
-        stream: its mini-batches.
-        samples: in each of them.
-        model: for the buffers that it begins with.
+        stream: its mini-batches, without end.
+        samples: how many each mini-batch has.
+        model: gives the buffers that it begins with; they are copied.
     """
 
     def __init__(self, bench: "_Bench", stream: Iterator[Batch], samples: int, model: Model) -> None:
@@ -157,14 +157,14 @@ class _Bench:
     """The module that all compute with, and the way of their numbers into it and out of it.
 
     Args:
-        task: whose model it is.
+        task: makes the model, and computes its loss.
         device: where it computes.
         weight_decay: λ.
-        seed: of the model's first parameters, and of what the task draws to make it.
+        seed: decides the model's first parameters, and whatever else the task draws to make it.
 
     Attributes:
-        module: on the device.
-        staging: of the module.
+        module: the model, on the device.
+        staging: the module's tensors, and the ways to and from payloads.
         payload: what was loaded last, or a gradient with the buffers after it.
         device: where batches go.
         random: PyTorch's generators, once the model is made.
@@ -251,8 +251,8 @@ class _Scored:
 
     Args:
         task: says how good a model is.
-        dataset: the task's.
-        samples: how many, 0 for all.
+        dataset: one of the task's two sets.
+        samples: how many of it to score, spread evenly; 0 for all.
         device: where they are scored.
 
     Raises:

@@ -29,7 +29,7 @@ def run(settings: RunSettings) -> None:
     Raises:
         TaskError: the task or its data can't be used.
         OptionRefused: the device is not there.
-        OrmoError: the run can't be joined, or not be kept up.
+        OrmoError: the run can't be joined, or the server has been gone for too long.
     """
     torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
@@ -54,7 +54,7 @@ def run(settings: RunSettings) -> None:
         credentials=settings.credentials(),
     ) as optimizer:
         if optimizer.finished:
-            _LOG.info("the run was over already, at iteration %d: there is nothing to train", optimizer.iteration)
+            _LOG.info("the run is already over, at iteration %d: there is nothing to train", optimizer.iteration)
         else:
             stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
             Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
@@ -67,12 +67,12 @@ class Training:
     """One worker's loop over its batches.
 
     Attributes:
-        task: for its loss.
-        model: on the device.
-        optimizer: of the model.
+        task: gives the loss of each batch.
+        model: the one that is trained, on the device.
+        optimizer: pushes the model's gradients; closed at the end of `run`.
         device: where batches go.
         amp: the dtype of mixed precision, or "off".
-        slow_factor: how many times as long a gradient takes as it would.
+        slow_factor: how many times as long as it would a gradient shall take, to play a slower machine.
     """
 
     task: Task
@@ -148,7 +148,7 @@ class _Progress:
         seconds = time.monotonic() - self._started
         state = "the run is over" if self._optimizer.finished else "left the run"
         iteration, refused = self._optimizer.iteration, self._optimizer.refusals.total()
-        line = "%s at iteration %d: %d gradients from here in %.1f s, %d refused"
+        line = "%s at iteration %d: %d gradients from this worker in %.1f s, %d refused"
         about = Fields(iteration=iteration, seconds=seconds)
         _LOG.info(line, state, iteration, self._optimizer.counted, seconds, refused, extra=about)
 
@@ -156,7 +156,7 @@ class _Progress:
         counted = self._optimizer.counted
         iteration, value = self._optimizer.iteration, loss.item()
         _LOG.info(
-            "iteration %d: %d gradients from here, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
+            "iteration %d: %d gradients from this worker, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
             iteration,
             counted,
             (counted - self._line_counted) / (now - self._line_at),

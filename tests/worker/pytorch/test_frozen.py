@@ -403,7 +403,11 @@ def test_a_base_that_the_program_changes_can_be_an_error(server: FakeServer) -> 
 def test_a_group_that_comes_later_is_an_error(server: FakeServer) -> None:
     model = Adapted()
     with joined(model, server, params=model.up.parameters()) as optimizer:
-        with pytest.raises(OptionRefused, match="came after the optimizer was made: which parameters are trained"):
+        with pytest.raises(
+            OptionRefused,
+            match="came after the optimizer was made: a run's optimizer decides when it is made which parameters "
+            "are trained",
+        ):
             optimizer.add_param_group({"params": model.down.parameters()})
         assert len(optimizer.param_groups) == 1
 

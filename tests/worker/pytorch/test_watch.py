@@ -11,12 +11,12 @@ from torch import nn
 
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
-from ormo_worker.pytorch import notices, watch
-from ormo_worker.pytorch.notices import Notice
+from ormo_worker.pytorch import watch
+from ormo_worker.pytorch.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied
 
-NO_GRADIENT, CHANGED = "no gradient any more", "the program changed"
+NO_GRADIENT, CHANGED = "there is no longer a gradient", "the program changed"
 
 
 class Experts(nn.Module):
@@ -66,7 +66,7 @@ def test_experts_that_are_idle_in_many_steps_are_named_a_few_at_a_time(
     caplog: pytest.LogCaptureFixture, server: FakeServer, model: Experts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(notices.time, "monotonic", lambda: now)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
     with made(model, server) as optimizer:
         step(model, optimizer, 0, 1, 2, 3, 4, 5)
         step(model, optimizer, 0, 5)

@@ -97,7 +97,7 @@ def test_an_unknown_task_lists_the_built_in_ones_and_the_form_of_an_import_path(
 def test_a_module_that_is_not_found_says_where_to_start_the_worker() -> None:
     assert refusal("no_such_package.tasks:Mine") == (
         "the task 'no_such_package.tasks:Mine' can't be imported (No module named 'no_such_package'): start "
-        "the worker in the folder that 'no_such_package' lies in, or install what is missing"
+        "the worker in the folder that 'no_such_package' is in, or install what is missing"
     )
 
 

@@ -114,8 +114,8 @@ class Connection:
         """Make one call with one answer, without retries.
 
         Args:
-            method: of the stub.
-            request: its message.
+            method: one of the stub's.
+            request: the message that it takes.
             seconds: time limit; the failure timeout by default.
 
         Raises:

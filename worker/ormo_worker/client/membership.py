@@ -17,7 +17,7 @@ from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import Identity
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.messages import Outgoing, Wire, offer, require_well_formed
+from ormo_worker.client.messages import Outgoing, Wire, offer_messages, require_well_formed
 from ormo_worker.client.protocol import Step
 from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced_error
 from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
@@ -44,7 +44,7 @@ class Membership:
     takes it, or it could not end the calls that a join waits for.
 
     Args:
-        connection: to the server.
+        connection: to the server, shared with the slots.
         identity: this worker's.
         wire: the messages of its model.
         slots: how many gradients this worker wants to have in flight.
@@ -156,13 +156,16 @@ class Membership:
             case "wait":
                 raise Waiting("the server waits for its model from another worker", answer.wait.retry_seconds)
             case _:
-                raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
+                raise ProtocolBroken(
+                    "the server answered Join with something that version 1 of the protocol does not know: are server "
+                    "and worker of the same version?"
+                )
 
     def _refuse_older(self) -> None:
         if self._wire.has_frozen:
             raise OlderServer(
                 f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
-                "this model has some: update the server, or make this optimizer anew, which then sends them as all "
+                "this model has some: update the server, or make this optimizer again, which then sends them like all "
                 "others"
             )
 
@@ -197,7 +200,7 @@ class Membership:
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
-        requests = Outgoing(self._mark_moving(offer(self._identity, manifest, payload)))
+        requests = Outgoing(self._mark_moving(offer_messages(self._identity, manifest, payload)))
         try:
             with self._connection.errors_as_call_ended():
                 call = self._connection.tensors.offer_model.future(iter(requests))
@@ -205,7 +208,7 @@ class Membership:
                     call.result()
             self._connection.mark_alive()
         except grpc.FutureCancelledError:
-            raise TryAgain("offering the model: nothing moved any more, so the call was ended") from None
+            raise TryAgain("offering the model: nothing was sent for too long, so the call was ended") from None
         except CallEnded as end:
             requests.check()
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
@@ -227,8 +230,8 @@ class Membership:
             if manifest.newer is not None:
                 what = f"{manifest.newer.name!r}, {manifest.newer.described()}"
             raise ModelUnusable(
-                f"this model has {what}, and the server at {self._connection.server} is of a version that takes no "
-                "such thing: install this program's version of the package there"
+                f"this model has {what}, which the version of the server at {self._connection.server} does not take: "
+                "install this program's version of the package there"
             )
         return manifest
 

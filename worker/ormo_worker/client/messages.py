@@ -76,7 +76,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         request: as the server is asked for them; read only.
-        layout: of the payload that has to come then.
+        layout: the one that the payload has to have that comes then.
     """
 
     request: pb.DeliveryRequest
@@ -88,8 +88,8 @@ class Wire:
     """The messages of one model.
 
     Attributes:
-        manifest: the model's.
-        dtype: in which parameters and gradients travel.
+        manifest: describes the model to the server.
+        dtype: the number format in which parameters and gradients travel.
         pin_memory: whether received payloads lie in page-locked memory.
         wanted: by whether buffers, and whether frozen tensors, shall come along: they do only if the model has any.
 
@@ -122,7 +122,7 @@ class Wire:
             PayloadLayout.of(self.manifest, self.dtype, with_buffers=buffers, with_frozen=frozen),
         )
 
-    def exchange(
+    def exchange_messages(
         self,
         identity: Identity,
         slot: int,
@@ -173,7 +173,7 @@ class Wire:
         return (head,) if len(data) == layout.total_bytes else chain((head,), payload.chunks(len(data)))
 
 
-def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
+def offer_messages(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
     """The messages that hand the server a model; the payload is float32 with buffers and frozen tensors."""
     parts = manifest.to_messages()
     who = pb.ModelOffer(worker=identity.worker, incarnation=identity.incarnation, manifest=next(parts))

@@ -33,8 +33,8 @@ class Ask:
     """What an exchange sends.
 
     Attributes:
-        request: its number in the slot; a retry has the same.
-        ticket: of the gradient that goes with it; None for no gradient.
+        request: number of the exchange in its slot; a retry has the same.
+        ticket: the right to push the gradient that goes along; None for no gradient.
         wants_next: whether it asks for the next ticket and its parameters.
         wants_buffers: whether these come with the model's buffers.
         wants_frozen: whether they come with its frozen tensors.
@@ -79,9 +79,9 @@ class SlotSession:
 
     Attributes:
         ask: what to send now: the exchange in hand, or what became of it.
-        ticket: of the parameters last delivered; None if the next exchange can have no gradient.
-        result: of this exchange's gradient, once it came; None if there was none, or it was refused.
-        refusal: the refused result, once it came.
+        ticket: the one that came with the last parameters; None if the next exchange can have no gradient.
+        result: the server's word on this exchange's gradient, once it came; None if there was none, or it was refused.
+        refusal: the server's word on a gradient that it refused, once it came.
         fate: what became of this exchange's gradient, lost until its result came; None if there was none.
     """
 

@@ -92,7 +92,7 @@ def replaced_error(message: str) -> Replaced:
 
 
 _ADVICE = {
-    "UNIMPLEMENTED": ": what listens there is no ormo-server, or one of another version; check the address",
+    "UNIMPLEMENTED": ": what listens there is not an ormo-server, or is one of another version; check the address",
     "UNAUTHENTICATED": ": give this worker the credentials that the server expects",
     "PERMISSION_DENIED": ": ask the operator of the server for access",
 }
@@ -162,7 +162,7 @@ class RetryLoop:
     Args:
         server: where it is, for logs and errors.
         patience: how long to go on.
-        signs: of the server's life.
+        signs: when the server was last heard.
         closed: ends all pauses.
         check: raises what stands against another attempt.
         observer: is told of every attempt that failed and is followed by another.

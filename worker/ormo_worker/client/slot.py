@@ -168,7 +168,7 @@ class Slot:
         stream, self._since = self._stream, time.monotonic()
         self._wanted = self._wire.wanted[ask.wants_buffers, ask.wants_frozen]
         stream.send(
-            self._wire.exchange(
+            self._wire.exchange_messages(
                 self._identity,
                 self.number,
                 ask,

@@ -66,8 +66,8 @@ class Streams:
     With one for both, parameters that have arrived would wait behind a gradient that is still being computed.
 
     Attributes:
-        outward: for copies from the device.
-        inward: for copies to it.
+        outward: where copies from the device are queued.
+        inward: where copies to the device are queued.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,6 +100,9 @@ class Copies:
     """Copies that are under way; those without an event are done when this is made.
 
     Waiting for an event leaves what is queued behind it running, which synchronizing the device would not.
+
+    Not locked, though two slots' threads may wait for the same copies, the one for its gradient and the other to know
+    when the gradient before its own was done: each waits for the event itself, and both note nearly the same time.
     """
 
     def __init__(self, event: Event | None = None) -> None:
@@ -109,14 +112,17 @@ class Copies:
     def done(self) -> bool:
         """Whether they are done, without waiting; for the thread that would wait for them."""
         if self._event is not None and self._event.query():
-            self._event, self._done_at = None, time.monotonic()
+            self._done_at = time.monotonic()
+            self._event = None
         return self._event is None
 
     def wait(self) -> float:
         """Wait until they are done, in any thread; returns when the first to wait saw that, by `time.monotonic`."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event, self._done_at = None, time.monotonic()
+        event = self._event  # read once: another thread may see it done meanwhile
+        if event is not None:
+            event.synchronize()
+            self._done_at = time.monotonic()
+            self._event = None  # after the time, which whoever finds no event returns
         return self._done_at
 
 
@@ -124,8 +130,8 @@ class Arriving:
     """A tensor that may still be on its way from the device.
 
     Args:
-        tensor: on the CPU, complete once the copies are done.
-        copies: of it; None if none are under way.
+        tensor: where it arrives, on the CPU; complete once the copies are done.
+        copies: those that fill it; None if it is complete already.
     """
 
     def __init__(self, tensor: Tensor, copies: Copies | None = None) -> None:
@@ -151,7 +157,7 @@ def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable
     """Copy on this stream, once the event has come.
 
     Args:
-        streams: of the device.
+        streams: the device's.
         stream: one of its two for copies.
         after: when the sources are written, and the targets no longer read.
         pairs: target and source each, one of them on the device, the other in page-locked memory.

@@ -33,7 +33,7 @@ _COUNTERS = ("num_batches_tracked",)
 _PARAMETER_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes longer than all else here
 _WHOLE = (
-    "a worker needs the whole model, of plain tensors; if it is too large for one device, put its layers on several"
+    "a worker needs the whole model, in plain tensors; if it is too large for one device, put its layers on several"
 )
 
 
@@ -54,13 +54,13 @@ class ModelTensors:
     """The model's distinct tensors, without aliases, in the order of the payload's sections.
 
     Args:
-        model: that has them.
+        model: the module whose tensors they are.
         frozen: parameters that this run does not train; by default those that require no gradient.
 
     Attributes:
         manifest: what the server must agree to.
         parameters: the module's own parameter objects, of those that are trained; they stay the same ones throughout.
-        frozen: as `parameters`, of the others.
+        frozen: the module's own parameter objects, of those that are not trained.
 
     Raises:
         ModelUnusable: as for `manifest_of`.
@@ -169,7 +169,7 @@ class _Buffer:
 
     def _check(self, tensor: object) -> Tensor:
         if not isinstance(tensor, Tensor):
-            raise ModelUnusable(f"the buffer {self.spec.name!r} is no tensor any more: {self._advice()}")
+            raise ModelUnusable(f"the buffer {self.spec.name!r} is no longer a tensor: {self._advice()}")
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             became = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ModelUnusable(f"the buffer {self.spec.name!r} has become {became}: {self._advice()}")

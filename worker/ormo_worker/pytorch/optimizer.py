@@ -27,20 +27,20 @@ from ormo_worker.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.metrics import Exporter, WorkerMetrics
+from ormo_worker.metrics import Exporter, Tally, WorkerMetrics
 from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.module import frozen_in, unwrap
-from ormo_worker.pytorch.notices import Tally
 from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
-from ormo_worker.pytorch.pipeline import Exchanges, Gathered, InFlight, OneAtATime
+from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
 from ormo_worker.pytorch.transfer import Staging, Transfer
-from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch
+from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
-# By plain model and server, for one that is made again, as by a cell of a notebook.
+# By plain model and server, for one that is made again, as by a cell of a notebook. Weak in both, or neither the model
+# nor the place in the run would ever be let go.
 _made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
 
@@ -182,9 +182,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
         exporter = Exporter(metrics_listen, self._metrics.registry)
         slots, metrics = self._client.slots, self._metrics
-        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
+        self._pipeline: Pipeline = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         # Also at the end of the program, and in whichever thread forgets the last reference: it may not know `self`.
-        self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
+        self._close = weakref.finalize(self, _close, self._pipeline, self._client, exporter)
         _remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
         try:
             self._start()
@@ -209,7 +209,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def last_result(self) -> pb.PushResult | None:
-        """What the server said to the last gradient whose outcome is known; None for one that was refused.
+        """What the server said to the last gradient whose outcome is known; None before, and for a refused one.
 
         With several in flight that is not the one that was pushed last.
         """
@@ -227,8 +227,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def under_way(self) -> int:
-        """Gradients that were pushed and whose outcome is not known yet; always below the number in flight."""
-        return self._exchanges.under_way
+        """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
+        return self._pipeline.under_way
 
     def step(
         self,
@@ -244,7 +244,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and its gradients, and returns the loss.
-            samples: in the mini-batch or, after accumulation, in all of them, 0 to 2**31 - 1; `batch_size` by default.
+            samples: how many the mini-batch had or, after accumulation, all of them, 0 to 2**31 - 1; `batch_size` by
+                default.
                 A float or tensor will do if it is whole, such as a mask's sum.
             loss: the mini-batch's mean, to be shown; by default what the closure returned, if that is one number.
 
@@ -275,11 +276,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 shown = one_number(returned)
         if self._watch.resting:
             self._watch.refuse_unfrozen()
-        slot = self._exchanges.current
+        slot = self._pipeline.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
-            self._apply(self._exchanges.next())
+            self._apply(self._pipeline.next())
         else:
-            self._apply(self._exchanges.swap(self._gather(slot, count, shown)))
+            self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -347,7 +348,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         except Refused as error:
             raise self._explain(error) from None
         else:
-            self._apply(self._exchanges.start())
+            self._apply(self._pipeline.start())
 
     def _explain(self, error: Refused) -> Refused:
         if self._in_flight == 1 or isinstance(error, Replaced):
@@ -391,7 +392,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         mends = delivered.joins is not None and delivered.joins <= self._joins
         mended = incoming.load(mends=mends)
         if mended:
-            self._tally.note_mended(mended, self.iteration)
+            self._tally.note_mended(listed(mended), self.iteration)
         if delivered.joins is not None and delivered.joins != self._joins:
             self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
         self._watch.note_loaded(incoming)
@@ -400,13 +401,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _settle(self, seconds: float) -> None:
         """Wait for gradients in flight, and note what became of those that are through."""
-        self._exchanges.settle(seconds)
-        for outcome in self._exchanges.drain():
+        self._pipeline.settle(seconds)
+        for outcome in self._pipeline.drain():
             self._tally.note(outcome, self.iteration)
 
     def _finish(self) -> None:
         self.finished = True
-        self._settle(_FINAL_PULL_SECONDS)
+        self._settle(_FINAL_PULL_SECONDS)  # before the last parameters are asked for: these gradients may be in them
         try:
             delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
         except ModelMismatch:
@@ -429,12 +430,14 @@ def _remember(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None
     _made.setdefault(model, {})[server] = weakref.ref(optimizer)
 
 
-def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
+def _close(pipeline: Pipeline, client: ParameterClient, exporter: Exporter) -> None:
     if client.inherited:  # a fork that ends must not leave in the name of its parent
         return
+    # In this order: gradients under way are worth some seconds, the connection ends the calls that slots' threads wait
+    # in, and only then is there no thread that would be waited for in vain.
     try:
-        exchanges.settle(_SETTLE_SECONDS)
+        pipeline.settle(_SETTLE_SECONDS)
     finally:  # an interrupted wait ends the rest all the sooner
         client.close()
-        exchanges.stop()
+        pipeline.stop()
         exporter.close()

@@ -27,7 +27,7 @@ _INSTEAD = {
     "weight_decay": f"start ormo-server with --weight-decay, which a group may scale by {SCALE!r}, 0 for none",
 } | dict.fromkeys(
     ("alpha", "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "eps", "nesterov", "rho"),
-    "how it updates parameters is said with ormo-server's --method",
+    "choose how parameters are updated with ormo-server's --method",
 )
 _LEFT_OUT = {"maximize": "give the loss the other sign"} | dict.fromkeys(
     ("capturable", "differentiable", "foreach", "fused"), "the server updates the parameters, so leave it out"
@@ -89,7 +89,7 @@ def decays(
 
     Args:
         groups: each with the parameters themselves in `params`.
-        parameters: in the order that the decays are wanted in.
+        parameters: the model's; the decays come in their order.
         weight_decay: the server's λ, which the groups scale.
     """
     scaled: dict[Tensor, float] = {}
@@ -125,7 +125,7 @@ def check_model_and_server(model: object, server: object, others: Iterable[str])
     if not isinstance(model, nn.Module):
         raise OptionRefused(
             f"the model is a {type(model).__name__}: expected the torch.nn.Module itself, as in RemoteOptimizer(model, "
-            "'HOST:PORT'); which of its parameters are trained is said with params="
+            "'HOST:PORT'); say with params= which of its parameters are trained"
         )
     for option in others:
         if option in OPTIONS_OF_TORCH:

@@ -56,7 +56,7 @@ class Gathered:
         return Gradient(self.payload, self.samples, loss, seconds)
 
 
-class Exchanges(ABC):
+class Pipeline(ABC):
     """Gradients go out, parameters come in; for the training thread, but for `settle` and `stop`.
 
     These two may come from any thread: the garbage collector closes a forgotten optimizer wherever it happens to run.
@@ -106,7 +106,7 @@ class Exchanges(ABC):
         """End the threads. Close the connection before: an exchange that waits for the server holds its thread."""
 
 
-class OneAtATime(Exchanges):
+class OneAtATime(Pipeline):
     """One slot, exchanging in the caller's thread: nothing is computed, and nothing is under way, between two calls."""
 
     def __init__(self, slot: Slot, observer: Observer) -> None:
@@ -149,7 +149,7 @@ class OneAtATime(Exchanges):
         pass
 
 
-class InFlight(Exchanges):
+class InFlight(Pipeline):
     """Several slots, each exchanging in a thread of its own, while the caller computes.
 
     Parameters are taken in the order in which they arrived. Slots in fixed turns would mostly come in the same
@@ -253,7 +253,7 @@ class _Failed:
 
 
 class _SlotThread:
-    """Exchanges for one slot, one gradient after the other.
+    """Pipeline for one slot, one gradient after the other.
 
     Args:
         slot: used by this thread alone once it has started.

@@ -1,5 +1,7 @@
 """What a training loop does that means something else here than with another optimizer, said once for each tensor."""
 
+import logging
+import time
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -12,14 +14,18 @@ from torch import Tensor
 
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.pytorch.devices import Arriving, length_of
-from ormo_worker.pytorch.notices import Notice, listed
 from ormo_worker.pytorch.transfer import Staging, Transfer
 
 OnLocalChange = Literal["warn", "error"]
 
+_LOG = logging.getLogger(__name__)
+_SHOWN_NAMES = 3
+# In a mixture of experts each step may have tensors of its own to name, for a while.
+_SECONDS_BETWEEN_LINES = 10.0
 _NO_GRADIENT = (
-    "no gradient any more for %s, which had one in an earlier step: it counts as zero, as in DistributedDataParallel, "
-    "so momentum still moves the parameter. To keep a layer as it is, freeze it before the run begins"
+    "there is no longer a gradient for %s, which had one in an earlier step: it counts as zero, as in "
+    "DistributedDataParallel, so momentum still moves the parameter. To keep a layer as it is, freeze it before the "
+    "run begins"
 )
 _CHANGED = (
     "the program changed %s since the last step, and each step loads the server's parameters over that. Put a "
@@ -33,9 +39,9 @@ _FROZEN_CHANGED = (
 )
 # What to do about a parameter that is to be trained and was not when the run began, or the other way round.
 FIXED = (
-    "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
-    "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
-    "with it, in another --directory"
+    "a run's optimizer decides when it is made which parameters are trained. Before that, have all of them require "
+    "gradients and put them in params=; or load the last checkpoint's model.safetensors into the model and begin a new "
+    "run with it, in another --directory"
 )
 
 
@@ -128,7 +134,7 @@ class Watch:
         if self._has_frozen:
             self._tell(self._frozen_changed, self._frozen_changes.find(None, self._frozen_changed.named))
 
-    def _tell(self, notice: Notice, changed: list[str]) -> None:
+    def _tell(self, notice: "Notice", changed: list[str]) -> None:
         if changed and self._raises:
             raise ParametersChanged(notice.sentence % listed(changed))
         notice.note(changed)
@@ -143,6 +149,46 @@ class Watch:
 def _moves(gradient: Tensor | None) -> bool:
     """Whether another optimizer would use it: zeros are what `zero_grad(set_to_none=False)` leaves of an old one."""
     return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
+
+
+class Notice:
+    """A warning that names each tensor once.
+
+    Args:
+        sentence: the warning, with one %s for the names.
+
+    Attributes:
+        sentence: as given.
+        named: the tensors of which it was, or is about to be, said.
+        unsaid: those of which it is about to be.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        self.named: set[str] = set()
+        self.sentence = sentence
+        self.unsaid: list[str] = []
+        self._said_at = float("-inf")
+
+    def note(self, names: Iterable[str]) -> None:
+        """Say it of those that it was not said of, at once or together with the next few."""
+        new = [name for name in names if name not in self.named]
+        self.named.update(new)
+        self.unsaid += new
+        if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_LINES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Say what was put off."""
+        if self.unsaid:
+            _LOG.warning(self.sentence, listed(self.unsaid))
+            self.unsaid.clear()
+            self._said_at = time.monotonic()
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def _columns(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
@@ -165,8 +211,8 @@ class LocalChanges:
     taken when it is there, one step later or a few.
 
     Args:
-        names: of the parameters.
-        parameters: in the same order.
+        names: the parameters' names, for what is found.
+        parameters: the module's own objects, in the order of the names.
         fetch: gets a tensor from its device.
     """
 
@@ -234,7 +280,7 @@ class _Samples:
     """Some elements of all tensors on one device.
 
     Args:
-        views: of them, by the tensors' names.
+        views: the elements of each tensor, in its memory, by the tensor's name.
     """
 
     def __init__(self, views: dict[str, Tensor]) -> None:

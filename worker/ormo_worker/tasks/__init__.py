@@ -186,7 +186,7 @@ def _import_module(name: str, module_name: str) -> ModuleType:
     except ImportError as error:
         raise TaskError(
             f"the task {name!r} can't be imported ({error}): start the worker in the folder that "
-            f"{module_name.split('.')[0]!r} lies in, or install what is missing"
+            f"{module_name.split('.')[0]!r} is in, or install what is missing"
         ) from error
 
 

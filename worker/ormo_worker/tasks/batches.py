@@ -104,7 +104,7 @@ def _size(dataset: Dataset[Any]) -> int:
             "give it __len__ and __getitem__"
         )
     if len(dataset) == 0:
-        raise TaskError(f"the data set {type(dataset).__name__} is empty, which makes no batch: check the data folder")
+        raise TaskError(f"the data set {type(dataset).__name__} is empty and gives no batches: check the data folder")
     return len(dataset)
 
 

@@ -119,7 +119,7 @@ class ImageFiles(Images):
     Args:
         samples: path and label of each image.
         image_size: height and width to scale them to, in pixels.
-        colours: to normalise with.
+        colours: mean and spread that they are normalised with.
     """
 
     def __init__(self, samples: Sequence[Sample], image_size: int, colours: Colours) -> None:

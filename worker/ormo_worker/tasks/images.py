@@ -57,7 +57,7 @@ class ImageTensors(Images):
     Args:
         images: uint8, shape (N, 3, H, W).
         labels: int64, shape (N,).
-        colours: to normalise with.
+        colours: mean and spread that they are normalised with.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, colours: Colours) -> None:
@@ -82,7 +82,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: normalised, shape (N, C, H, W); what moves in from outside is 0, the mean colour.
-        generator: on the CPU.
+        generator: gives every random number; on the CPU.
 
     Returns:
         Images of the same shape, copied.
