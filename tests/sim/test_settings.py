@@ -57,7 +57,7 @@ def test_bad_settings_are_refused_in_one_sentence(flags: Sequence[str], sentence
         (["--compute-seconds", "trace:none.csv"], "the trace none.csv can't be read"),
         (["--workload", "nowhere:Nothing"], "the workload 'nowhere:Nothing' can't be imported"),
         (["--workload", "sim.by_ticket:nothing"], "the workload 'sim.by_ticket:nothing' can't be imported"),
-        (["--task", "nothing"], "There is no task named 'nothing'"),
+        (["--task", "nothing"], "there is no task named 'nothing'"),
     ],
 )
 def test_what_is_found_out_later_is_one_sentence_too(

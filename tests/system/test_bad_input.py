@@ -125,7 +125,7 @@ def test_worker_with_another_model_is_told_so_also_when_the_run_is_over(stage: S
     assert "trains another model than this worker has" in other.log.read_text()
     late = stage.worker("late")
     assert late.wait() == 0
-    assert "the run was over already, at iteration 2" in late.log.read_text()
+    assert "the run is already over, at iteration 2" in late.log.read_text()
 
 
 def test_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(stage: Stage) -> None:

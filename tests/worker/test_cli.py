@@ -46,7 +46,7 @@ MISTAKES = [
     (["run", "--amp", "fp8"], "--amp is 'fp8': input should be 'off', 'bfloat16' or 'float16'"),
     (["run", "--worker-id", "a b"], "--worker-id is 'a b': string should match pattern"),
     (["run", "--device", "cuda:99"], "ormo-worker run: --device is cuda:99, but PyTorch finds"),
-    (["run", "--task", "nothing"], "ormo-worker run: There is no task named 'nothing'"),
+    (["run", "--task", "nothing"], "ormo-worker run: there is no task named 'nothing'"),
     (["run", "--task", "worker.lines:Lines", "--data-dir", "/no"], "The data folder /no does not exist"),
     (["evaluate", "--metrics-listen", "9000"], "--metrics-listen is '9000': expected HOST:PORT"),
     (["evaluate", "--every-seconds", "0"], "--every-seconds is '0': input should be greater than 0"),

@@ -340,8 +340,8 @@ def test_training_samples_are_augmented_for_gradients_and_not_for_scores() -> No
 @pytest.mark.parametrize(
     ("task", "kind", "sentence"),
     [
-        ("imagenet", TaskError, "There is no task named 'imagenet'"),
-        ("image-folder-cnn", TaskError, "The task 'image-folder-cnn' was given no data folder"),
+        ("imagenet", TaskError, "there is no task named 'imagenet'"),
+        ("image-folder-cnn", TaskError, "the task 'image-folder-cnn' was given no data folder"),
         ("worker.lines:NoData", TaskError, "is empty"),
         ("worker.peculiar:NothingToTest", TaskError, "is empty"),
         ("worker.peculiar:Double", ModelUnusable, "must be torch.float32 or torch.bfloat16"),

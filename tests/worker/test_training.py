@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ormo_worker import training
-from ormo_worker.pytorch.groups import decay_groups
+from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches
@@ -67,7 +67,7 @@ def test_a_worker_with_gradients_in_flight_leaves_after_as_many(
         run(settings(server, leave_after_gradients=stop_after, in_flight=2))
     assert server.iteration == stop_after
     assert server.asked[-1] == "leave"
-    assert f": {stop_after} gradients from here in" in caplog.text
+    assert f": {stop_after} gradients from this worker in" in caplog.text
 
 
 def test_a_task_is_trained_with_gradients_in_flight_until_the_run_is_over(
@@ -77,7 +77,7 @@ def test_a_task_is_trained_with_gradients_in_flight_until_the_run_is_over(
     with caplog.at_level("INFO"):
         run(settings(server, in_flight=2))
     assert trained(server) == pytest.approx(3.0, abs=1e-2)
-    assert "the run is over at iteration 40: 40 gradients from here" in caplog.text
+    assert "the run is over at iteration 40: 40 gradients from this worker" in caplog.text
 
 
 def test_a_run_that_is_over_is_left_at_once(server: FakeServer) -> None:
@@ -103,7 +103,7 @@ def test_batches_larger_than_the_data_set_count_what_there_is(server: FakeServer
 
 def test_the_task_scales_the_weight_decay(server: FakeServer) -> None:
     task = Lines()
-    (group,) = decay_groups(task, task.build_model())
+    (group,) = decay_groups(task.build_model(), task.weight_decay_scale)
     assert group["weight_decay_scale"] == 0.25
     assert [name for name, _ in group["params"]] == ["0.weight"]
 
@@ -136,8 +136,8 @@ def test_a_line_is_logged_every_few_seconds(
     monkeypatch.setattr("ormo_worker.training._SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"):
         run(settings(server, leave_after_gradients=2))
-    assert "iteration 2: 2 gradients from here" in caplog.text
-    assert "left the run at iteration 2: 2 gradients from here in" in caplog.text
+    assert "iteration 2: 2 gradients from this worker" in caplog.text
+    assert "left the run at iteration 2: 2 gradients from this worker in" in caplog.text
 
 
 def test_a_busy_server_slows_the_loop_down_and_no_more(server: FakeServer) -> None:

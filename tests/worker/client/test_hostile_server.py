@@ -67,7 +67,7 @@ class Causes(Observer):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def retried(self, cause: str) -> None:
+    def note_retry(self, cause: str) -> None:
         self.seen.append(cause)
 
 

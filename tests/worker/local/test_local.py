@@ -51,7 +51,7 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
 
 
 UNUSABLE = {
-    "an unknown task": (["--task", "mnist"], r"There is no task named 'mnist': use one of digits"),
+    "an unknown task": (["--task", "mnist"], r"there is no task named 'mnist': use one of digits"),
     "a data folder that is not there": (["--task", "image-folder", "--data-dir", "gone"], r"folder gone has no folder"),
 }
 

@@ -23,11 +23,11 @@ class Child:
     """One program of this package, run by this Python.
 
     Args:
-        name: for messages, and of the log file.
-        module: to run.
-        arguments: after it.
-        environment: of the program.
-        log: directory for what it writes on stderr.
+        name: what messages and its log file call it.
+        module: the module that Python runs.
+        arguments: the words after it on the command line.
+        environment: the variables that it sees.
+        log: directory for the file with what it writes on stderr.
 
     Attributes:
         peak_bytes: the most memory that it had, known after its end.
@@ -143,8 +143,8 @@ class Cluster:
 
     Attributes:
         directory: where checkpoints and logs are.
-        address: of the server.
-        metrics_address: of its metrics; empty if there are none.
+        address: HOST:PORT of the server, once it is up.
+        metrics_address: HOST:PORT of the server's metrics; empty if there are none.
         workers: the worker processes.
     """
 
