@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from system.forked import ran
 from system.programs import ENVIRONMENT
 
@@ -52,6 +54,7 @@ def test_a_simulation_leaves_rows_delays_summary_and_plots(tmp_path: Path) -> No
     assert found["digest"][:16] in done.stdout
 
 
+@pytest.mark.timeout(300)  # three of them, one after the other
 def test_two_processes_with_the_same_seed_agree_to_the_last_bit(tmp_path: Path) -> None:
     for name, seed, run in (("a", "3", started), ("b", "3", started), ("c", "4", ran)):
         flags = ["--task", "digits", *METHOD, "--stop-after-gradients", "40", "--seed", seed, "--no-plots"]

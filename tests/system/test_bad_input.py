@@ -1,7 +1,6 @@
 """Wrong use of the programs: one clear sentence on stderr, a fitting exit code, no traceback."""
 
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,8 +85,9 @@ def test_port_and_directory_in_use_are_told_apart(stage: Stage) -> None:
 def test_worker_waits_for_a_server_that_is_not_up_yet(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         stage.address = f"127.0.0.1:{free.getsockname()[1]}"
-    worker = stage.worker("early", leave_after_gradients=5)
-    time.sleep(3.0)
+        worker = stage.worker("early", leave_after_gradients=5)
+        free.settimeout(60)
+        free.accept()[0].close()  # it has asked, and nobody was there
     assert worker.process.poll() is None
     stage.server()
     assert worker.wait() == 0

@@ -11,7 +11,7 @@ from itertools import chain
 import grpc
 
 from ormo_protos.framing import Frame
-from ormo_protos.limits import Malformed
+from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
