@@ -177,8 +177,8 @@ class PayloadReceiver:
     A context manager is not needed: a payload that was never completed is simply not used.
 
     Attributes:
-        payload: that is filled.
-        received_bytes: how many are there, from the payload's start.
+        payload: what is filled.
+        received_bytes: bytes that have come, from the payload's start.
     """
 
     def __init__(self, payload: Payload) -> None:
