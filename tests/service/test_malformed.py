@@ -151,7 +151,7 @@ def test_a_message_that_takes_long_to_read_keeps_nobody_from_being_served(
         assert begun.wait(20)
         assert raw.call("GetStatus", [b""])
         go_on.set()
-        assert "no PushGradientRequest" in refused.result()
+        assert "not a PushGradientRequest" in refused.result()
 
 
 @pytest.mark.parametrize("case", MALFORMED)
