@@ -198,7 +198,7 @@ class Manifest:
         ]
 
     def check_names(self) -> None:
-        """Nothing, if the names are fit for files, logs and terminals, as an offered model's must be.
+        """Refuse names that are not fit for files, logs and terminals, as those of an offered model must be.
 
         Apart from all other checks: a run that has begun with other names goes on with them.
 
@@ -351,7 +351,7 @@ def _utf8_bytes(text: str) -> int:
 
 def _check_place(spec: TensorSpec, offset: int, seen: Mapping[str, TensorSpec]) -> None:
     if spec.name in seen:
-        raise ManifestError(f"tensor {spec.name!r} is there twice: names are unique")
+        raise ManifestError(f"tensor {spec.name!r} came twice: names are unique")
     if spec.alias_of:
         named = seen.get(spec.alias_of)
         if (

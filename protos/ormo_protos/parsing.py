@@ -42,7 +42,7 @@ class Parser(Generic[M]):
         try:
             return self._kind.FromString(encoded)
         except DecodeError as error:
-            return Malformed(f"{len(encoded)} bytes came that are no {self._kind.DESCRIPTOR.name}: {error}")
+            return Malformed(f"{len(encoded)} bytes came that are not a {self._kind.DESCRIPTOR.name}: {error}")
 
 
 class _Field(NamedTuple):
@@ -100,7 +100,7 @@ def _beyond(counted: _Counted, encoded: bytes) -> Malformed | None:
         field = error.field
         model = field.name.startswith(("Manifest.", "TensorSpec."))
         return Malformed(
-            f"{field.name} came more than {field.most:,} times in one message: send at most so many",
+            f"{field.name} came more than {field.most:,} times in one message: send at most that many",
             Reason.BAD_MANIFEST if model else Reason.BAD_REQUEST,
         )
     except IndexError:  # cut short: generated code comes no further, and says so
@@ -111,7 +111,7 @@ def _beyond(counted: _Counted, encoded: bytes) -> Malformed | None:
 class _Message:
     """What has come of one message: how often each field, and what of the messages in it that are no list.
 
-    Whoever writes such a message twice writes two parts of one: they are counted together.
+    A message that is written twice in one field is one message in two parts: they are counted together.
     """
 
     __slots__ = ("inside", "kind", "times")

@@ -175,9 +175,9 @@ class PayloadReceiver:
     A context manager is not needed: a payload that was never completed is simply not used.
 
     Attributes:
-        payload: that is filled.
-        received_bytes: how many are there, from the payload's start.
-        complete: whether all are.
+        payload: what is filled.
+        received_bytes: bytes that have come, from the payload's start.
+        complete: whether all have come.
     """
 
     def __init__(self, payload: Payload) -> None:

@@ -65,7 +65,7 @@ def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
     assert isinstance(taken, kind)
     refused = Parser(kind).parse(with_elements(path, most + 1))
     assert isinstance(refused, Malformed)
-    assert refused.why == f"{name} came more than {most:,} times in one message: send at most so many"
+    assert refused.why == f"{name} came more than {most:,} times in one message: send at most that many"
     assert (refused.reason is Reason.BAD_MANIFEST) == name.startswith(("Manifest", "TensorSpec"))
 
 

@@ -150,7 +150,7 @@ def test_a_damaged_directory_is_refused_in_one_sentence(
 
 
 def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere is no directory"):
+    with pytest.raises(UsageError, match=r"nowhere is not a directory"):
         draw([tmp_path / "nowhere"], tmp_path)
 
 

@@ -95,11 +95,11 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ('title = "least squares"', "title = ", "is no valid TOML: Invalid value (at line 2, column 9)"),
+        ('title = "least squares"', "title = ", "is not valid TOML: Invalid value (at line 2, column 9)"),
         ('title = "least squares"\n', "", "can't be used: title is missing"),
         ('title = "', 'name = "x"\ntitle = "', "its name is that of the file, leave `name` out"),
-        ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is no setting"),
-        ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is no method: choose from ormo, ormo-da, "),
+        ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is not a setting"),
+        ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is not a method: choose from ormo, ormo-da, "),
         ('"asgd"', '"ormo"', "methods is ['ormo', 'ormo']: expected each of them once"),
         ('["ormo", "asgd"]', "[]", "methods is []: tuple should have at least 1 item"),
         ("[0.01, 0.001]", "[0.01, -1]", "learning_rates.1 is -1: input should be greater than 0"),
@@ -111,13 +111,13 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
         ('8\nsetting = "heterogeneous"', '4\nsetting = "homogeneous"', "expected each of them once"),
         ('"1:10x"', '"9:10x"', "K8-heterogeneous, ormo: 9:10x makes 9 workers slower, but there are only 8"),
         ("batch_size = 4", "batch_size = 0", "K4-homogeneous, ormo: batch_size is 0: input should be greater than"),
-        ("batch_size = 4", "speed = 4", "K4-homogeneous, ormo: speed is no setting"),
+        ("batch_size = 4", "speed = 4", "K4-homogeneous, ormo: speed is not a setting"),
         ("batch_size = 4", "seed = 4", "seed differs from cell to cell, so it can't be set here: leave it out"),
         ("stop_after_gradients = 60", "", "K4-homogeneous has no end: set stop_after_gradients or epochs"),
         ("target_accuracy", "report_seeds = [0, 1]\ntarget_accuracy", "seed 0 chooses the rates"),
         ("target_accuracy = 0.9", "target_accuracy = 90", "target_accuracy is 90: input should be less than"),
         ("target_accuracy", "milestone_epochs = [80]\ntarget_accuracy", "milestone_epochs needs epoch_samples"),
-        ("\n", "\x00", "is no valid TOML"),
+        ("\n", "\x00", "is not valid TOML"),
     ],
 )
 def test_a_bad_suite_is_refused_in_one_sentence(tmp_path: Path, old: str, new: str, sentence: str) -> None:
@@ -213,10 +213,10 @@ def test_fewer_gradients_replace_the_epochs() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--methods", "adam"], "--methods adam: the suite has no such one, choose from ormo, asgd"),
-        (["--methods", "smega2"], "--methods smega2: the suite has no such one"),
-        (["--workers", "5"], "--workers 5: the suite has no such one, choose from 4, 8"),
-        (["--setting", "odd"], "--setting odd: the suite has no such one, choose from homogeneous, heterogeneous"),
+        (["--methods", "adam"], "--methods adam: the suite does not have it: choose from ormo, asgd"),
+        (["--methods", "smega2"], "--methods smega2: the suite does not have it"),
+        (["--workers", "5"], "--workers 5: the suite does not have it: choose from 4, 8"),
+        (["--setting", "odd"], "--setting odd: the suite does not have it: choose from homogeneous, heterogeneous"),
         (["--workers", "4", "--setting", "heterogeneous"], "no machines that match both --workers and --setting"),
         (["--seeds", "0"], "seed 0 chooses the rates"),
         (["--learning-rates", "-1"], "learning_rates.0 is -1.0: input should be greater than 0"),

@@ -83,14 +83,14 @@ DAMAGES = {
     "no JSON": (remove("checkpoint.json"), "checkpoint.json is missing"),
     "no sums": (remove("SHA256SUMS"), "SHA256SUMS is missing"),
     "empty JSON": (empty("checkpoint.json"), "checkpoint.json has the SHA-256"),
-    "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum of"),
+    "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum for"),
     "no JSON in the JSON": (sealed(replace("checkpoint.json", "{")), "checkpoint.json is malformed"),
     "a list in the JSON": (sealed(replace("checkpoint.json", "[]")), "checkpoint.json is malformed"),
     "an unknown version": (sealed(document(format_version=99)), "has format version 99, and this server reads 1"),
     "an unknown field": (sealed(document(surprise=1)), "checkpoint.json is malformed"),
     "a manifest that contradicts itself": (sealed(document(manifest=[])), "checkpoint.json is malformed"),
     "NaN in the state": (sealed(poison), "state.safetensors has NaN or infinite values in 'rule.momentum'"),
-    "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is no whole safetensors file"),
+    "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is not a whole safetensors file"),
 }
 
 

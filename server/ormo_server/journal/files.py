@@ -61,11 +61,7 @@ class LogFile:
         self.size_bytes = end
 
     def sync(self) -> None:
-        """Return when the whole file is on the disk.
-
-        Raises:
-            OSError: see `sync_or_fail`.
-        """
+        """Return when the whole file is on the disk; raises as `sync_or_fail` does."""
         sync_or_fail(os.fsync, self._descriptor)
 
     def refuse_if_gone(self) -> None:
@@ -172,11 +168,7 @@ class PlacedWriter:
         return done
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk.
-
-        Raises:
-            OSError: see `sync_or_fail`.
-        """
+        """Return when all that was written is on the disk; raises as `sync_or_fail` does."""
         sync_or_fail(os.fdatasync, self._descriptor)
 
     def refuse_if_gone(self) -> None:

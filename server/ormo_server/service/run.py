@@ -224,7 +224,7 @@ class RunHost:
             self._weights = weights
             return
         self._check_memory(weights.manifest)
-        self._start(weights.manifest, weights.arranged(weights.manifest))
+        self._start(weights.manifest, weights.arrange(weights.manifest))
 
     # A new model
 
@@ -285,7 +285,7 @@ class RunHost:
 
     def _arrange(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
         try:
-            return weights.arranged(manifest)
+            return weights.arrange(manifest)
         except StoreError as error:
             raise BadManifest(str(error)) from error
 

@@ -288,8 +288,8 @@ class FinishedRun:
     """One simulation that came to its end.
 
     Attributes:
-        path: its directory.
-        summary: of it.
+        path: the simulation's directory.
+        summary: what its summary file says.
         method: its name, or what it is made of.
         rows: one per evaluation, at least one.
         delays: how many gradients were applied with each delay.
@@ -318,10 +318,10 @@ def read_run(path: Path) -> FinishedRun:
     """Read a simulation's directory.
 
     Raises:
-        UsageError: it is no directory of a simulation, or of one that is not finished, or its files are damaged.
+        UsageError: it is not the directory of a simulation, or of one that is not finished, or its files are damaged.
     """
     if not (path / SUMMARY).is_file():
-        what = "has no" if path.is_dir() else "is no directory, so there is no"
+        what = "has no" if path.is_dir() else "is not a directory, so there is no"
         raise UsageError(f"{path} {what} {SUMMARY}: give the directory of a simulation that has come to its end")
     try:
         summary = Summary.model_validate_json((path / SUMMARY).read_bytes())

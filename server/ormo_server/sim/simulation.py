@@ -20,7 +20,7 @@ class Host:
     Attributes:
         machine: how fast it is.
         process: on it.
-        travel_seconds: of a gradient or of parameters, one way.
+        travel_seconds: how long a gradient or parameters travel, one way.
         alive: False once it has left or crashed.
         free_at: when its processor is done with what it has to do.
     """
@@ -42,10 +42,10 @@ class Simulation:
     Args:
         training: the run; nobody has joined yet.
         park: where machines come from.
-        workers: that are there at the start.
-        slots: of each worker.
+        workers: how many there are at the start.
+        slots: in-flight places of each worker.
         changes: what happens later.
-        failure_seconds: after which a crashed worker is taken for dead.
+        failure_seconds: virtual seconds from a worker's crash until the server considers it gone.
     """
 
     def __init__(

@@ -49,6 +49,8 @@ from ormo_server.store.models import (
     unsound_tensors,
 )
 
+_LOG = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 STATE_FILE = "state.safetensors"
 
@@ -70,12 +72,12 @@ class Checkpoint:
 
     Attributes:
         snapshot: the core's state.
-        manifest: the model's.
+        manifest: the model's tensors, and where they lie in the snapshot's vectors.
         drained: nothing was applied after it, so tickets in flight and kept results stay good.
-        clock_seconds: the run's clock.
+        clock_seconds: the run's clock at that moment, in seconds.
         settings: of the server, as JSON holds them; they inform, a restore does not use them.
         journal_log: number of the journal's log that begins with it; None without a journal.
-        format_version: of the files.
+        format_version: version of the files' format.
         torch_version: a replay gives the same bits on the same build only.
         cpu_capability: which vector instructions torch used, for the same reason.
         frozen: the model's tensors that are not trained, shape (z,), float32.
@@ -165,7 +167,7 @@ def unsound(taken: Snapshot, manifest: Manifest) -> str:
     tensors = taken.tensors
     # What is frozen was looked at when it came.
     trained = (spec for spec in manifest.tensors if spec.role != FROZEN)
-    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained), manifest)
+    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).tensors_of(trained), manifest)
     return listed(bad + non_finite({name: tensors[name] for name in tensors if name not in _MODEL_VECTORS}))
 
 
@@ -214,8 +216,6 @@ def _read_document(path: Path) -> _Document:
         return _Document.model_validate(content)
 
 
-log = logging.getLogger(__name__)
-
 _NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
 _ASIDE = ".writing-"
 _LATEST = "latest"
@@ -253,7 +253,7 @@ class CheckpointStore:
     """The checkpoints in one directory, which is made when the first one is written. One process writes there.
 
     Args:
-        directory: where they are.
+        directory: holds the checkpoints, each in a folder of its own.
         keep: how many of the last whole ones stay, at least 1. Corrupt ones do not count; they go with their elders.
 
     Raises:
@@ -267,6 +267,7 @@ class CheckpointStore:
         self._keep = keep
         # Those that `newest` could not read: they do not count among those that stay.
         self._corrupt: set[Path] = set()
+        # One write at a time: two would draw the same number, and each would remove what the other has half written.
         self._writing = threading.Lock()
 
     def paths(self) -> list[Path]:
@@ -305,13 +306,13 @@ class CheckpointStore:
                 self._corrupt.add(path)
                 continue
             for failure in failures:
-                log.error(
+                _LOG.error(
                     "corrupt checkpoint: %s; %s is used instead, what came after it is lost if no journal has it",
                     failure,
                     path,
                 )
             if damage := damage_of_model(path):
-                log.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
+                _LOG.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
             return Found(path, _as_found(checkpoint, len(failures)), len(failures))
         if failures:
             raise StoreError(
@@ -404,7 +405,7 @@ class CheckpointStore:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                log.warning("%s is no longer needed and can't be removed (%s): remove it by hand", path, error)
+                _LOG.warning("%s is no longer needed and can't be removed (%s): remove it by hand", path, error)
 
     def _outdated(self) -> list[Path]:
         paths = self.paths()

@@ -90,10 +90,10 @@ class FlatModel:
         """
         found = {name: vector.numel() for name, vector in self._sections.items()}
         assert found == manifest.sizes, f"vectors of {found} elements for a model of {manifest.sizes}"
-        return self.named(manifest.tensors)
+        return self.tensors_of(manifest.tensors)
 
-    def named(self, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
-        """As `state_dict`, some of its tensors."""
+    def tensors_of(self, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
+        """The tensors of these specs by name, as `state_dict` has them."""
         return {spec.name: self.view(spec).to(_TORCH_DTYPES[spec.dtype], copy=bool(spec.alias_of)) for spec in specs}
 
 
@@ -168,7 +168,7 @@ class ModelFile:
             rows = metadata.get(MANIFEST_KEY)
             return cls(file, weights, None if rows is None else Manifest.from_json(json.loads(rows)))
 
-    def arranged(self, manifest: Manifest) -> FlatModel:
+    def arrange(self, manifest: Manifest) -> FlatModel:
         """The values in the order of this manifest, in memory of their own.
 
         Names and shapes must be the manifest's. Of several names for one tensor the file needs only one. float32 and
@@ -181,7 +181,7 @@ class ModelFile:
         if found:
             raise StoreError(
                 f"{self.path} is not the model that is to be trained: {listed(found)}; give the file of this model, or "
-                "none to start from the first worker's"
+                "none, to start from the first worker's"
             )
         flat = FlatModel.empty(manifest)
         for spec in manifest.tensors:
@@ -234,9 +234,9 @@ def model_of(directory: Path) -> Path:
     """The model file of a checkpoint, checked.
 
     Raises:
-        StoreError: this is no checkpoint, or the file is not what was written.
+        StoreError: this is not a checkpoint, or the file is not what was written.
     """
     if not (directory / DOCUMENT_FILE).exists():
-        raise StoreError(f"{directory} is a directory, but no checkpoint: there is no {DOCUMENT_FILE} in it")
+        raise StoreError(f"{directory} is a directory, but not a checkpoint: it has no {DOCUMENT_FILE}")
     check_sums(directory, (MODEL_FILE,))
     return directory / MODEL_FILE

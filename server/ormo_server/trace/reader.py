@@ -1,4 +1,4 @@
-"""Reads a trace, and says where it is none."""
+"""Reads a trace, and says in which line something else came."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def read_trace(path: Path) -> list[Segment]:
     """The segments of a trace, one at least. A last line that a crash cut short is left out.
 
     Raises:
-        UsageError: it can't be read, or is no trace; the sentence says in which line, what came, what was expected.
+        UsageError: it can't be read, or is not a trace; the sentence says in which line, what came, what was expected.
     """
     segments: list[Segment] = []
     for number, row in _rows_of(path):
@@ -67,7 +67,7 @@ def _problem(error: ValidationError) -> str:
     first = next((details for details in found if details["loc"][1:] == ("format",)), found[0])
     kind, place = first["type"], first["loc"]
     if kind == "json_invalid":
-        return f"{_lowered(first['msg'])}: expected a row as `ormo-server serve --trace` writes it"
+        return f"{_lower_first(first['msg'])}: expected a row as `ormo-server serve --trace` writes it"
     if not place:
         came = first["input"].get("event") if isinstance(first["input"], dict) else first["input"]
         return f"event {_shown(came)} is not known: expected one of {', '.join(EVENTS)}"
@@ -84,7 +84,7 @@ def _of_column(row: str, column: str, details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if column == "settings" and details["type"] == "value_error":
         return f"the settings can't be used: {message}"
-    return f"{column!r} of {row} is {_shown(details['input'])}: {_lowered(message)}"
+    return f"{column!r} of {row} is {_shown(details['input'])}: {_lower_first(message)}"
 
 
 def _shown(value: object) -> str:
@@ -92,6 +92,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
-def _lowered(message: str) -> str:
+def _lower_first(message: str) -> str:
     message = message.replace("Invalid JSON", "no JSON").replace(" line 1 column", " column")
     return message[:1].lower() + message[1:]

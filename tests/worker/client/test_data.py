@@ -154,5 +154,5 @@ def test_parameters_without_a_ticket_that_are_no_messages_are_told(server: FakeS
     with worker.client:
         worker.client.join()
         server.written = instead(b"\x0a\x05a")
-        with pytest.raises(ProtocolBroken, match="can't be understood: 3 bytes came that are no PullParamsResponse"):
+        with pytest.raises(ProtocolBroken, match="can't be understood: 3 bytes came that are not a PullParamsResponse"):
             worker.client.pull()
