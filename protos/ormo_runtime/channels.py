@@ -55,14 +55,14 @@ class Dialer:
         if is_local(server):
             self._options.append(("grpc.enable_http_proxy", 0))
         self._tls: WatchedFiles[grpc.ChannelCredentials] | None = None
-        self._dialled = 0
+        self._dialled = 0  # the version of the files that the last channel was made with
         if credentials is not None:
             if credentials.server_name:
                 self._options.append(("grpc.ssl_target_name_override", credentials.server_name))
             self._tls = _channel_credentials(credentials)
 
     def dial(self) -> grpc.Channel:
-        """A channel; it connects when first used."""
+        """Make a channel; it connects when first used."""
         if self._tls is None:
             return grpc.insecure_channel(self._server, options=self._options)
         self._dialled = self._tls.version
@@ -85,7 +85,7 @@ class UnaryStub:
         service = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
 
         def call(method: str, answer: type[A]) -> "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]":
-            return channel.unary_unary(f"/{service}/{method}", _encoded, Parser(answer).parse)
+            return channel.unary_unary(f"/{service}/{method}", _encode, Parser(answer).parse)
 
         self.join = call("Join", pb.JoinResponse)
         self.heartbeat = call("Heartbeat", pb.HeartbeatResponse)
@@ -95,7 +95,7 @@ class UnaryStub:
         self.control = call("Control", pb.ControlResponse)
 
 
-def _encoded(request: Message) -> bytes:
+def _encode(request: Message) -> bytes:
     return request.SerializeToString()
 
 
@@ -108,6 +108,7 @@ def _channel_credentials(files: Credentials) -> WatchedFiles[grpc.ChannelCredent
         token = grpc.metadata_call_credentials(_Bearer(watched))
 
     def read() -> grpc.ChannelCredentials:
+        # Checked here, for gRPC says only that it can't connect, and not which file is the reason.
         check_certificates(files.ca)
         if files.certificate is None or files.key is None:
             made = grpc.ssl_channel_credentials(read_bytes(files.ca))

@@ -47,6 +47,8 @@ class HttpPort(WSGIServer):
     def __init__(self, host: str, port: int, answer: WSGIApplication) -> None:
         bare = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        # Oldest first, by insertion. The accepting thread adds, the thread that answers removes: each is one operation
+        # on the dict, which the interpreter does at once, and whoever looks through it copies it first.
         self._open: dict[socket.socket, tuple[str, float]] = {}
         self._places = threading.Semaphore(CONNECTIONS)
         super().__init__((bare, port), _Silent)
@@ -82,7 +84,7 @@ class HttpPort(WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._open) >= CONNECTIONS:
             self._make_room()
-        self._places.acquire()
+        self._places.acquire()  # waits for the thread of a connection that was cut, which is milliseconds
         self._open[request] = (client_address[0], time.monotonic())
         self._pool.submit(self._answer, request, client_address)
 

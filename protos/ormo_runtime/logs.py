@@ -198,14 +198,14 @@ class _TextLines(logging.Formatter):
 
     @override
     def formatException(self, ei: Any) -> str:
-        return _indented(super().formatException(ei))
+        return _indent(super().formatException(ei))
 
     @override
     def formatStack(self, stack_info: str) -> str:
-        return _indented(super().formatStack(stack_info))
+        return _indent(super().formatStack(stack_info))
 
 
-def _indented(lines: str) -> str:
+def _indent(lines: str) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines.split("\n"))
 
 

@@ -33,7 +33,7 @@ def prepare_process() -> None:
     Comes before prometheus_client is imported, which looks once.
     """
     open_standard_streams()
-    codecs.register_error("spelled", _spelled)
+    codecs.register_error("spelled", _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it was replaced, as in a notebook
             stream.reconfigure(errors="spelled")
@@ -41,7 +41,7 @@ def prepare_process() -> None:
         os.environ.pop(variable, None)
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
+def _spell(error: UnicodeError) -> tuple[str, int]:
     """Spell what an encoding lacks in ASCII; a handler for `codecs.register_error`."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]

@@ -211,7 +211,7 @@ class _Given(Generic[S]):
     warnings: list[str] = field(default_factory=list)
 
     def read(self, argv: Sequence[str], environment: Mapping[str, str], program: str) -> S:
-        """The settings; `warnings` are there as well if problems were found."""
+        """Read the three places, and check what they said; `warnings` are complete even if this raises."""
         self.warnings += misspelt_variables(self.cls, environment)
         self._read_flags(argv, program)
         self._read_environment(environment)
@@ -234,7 +234,7 @@ class _Given(Generic[S]):
             sys.stdout.write(f"{program} {version_here()}\n")
             sys.exit(0)
         self.config = flags.pop("config", None)
-        self.flags = self._renamed(flags, flag_of, "as a flag")
+        self.flags = self._take_old_names(flags, flag_of, "as a flag")
         self.problems += _unknown_arguments(self.cls, unknown)
 
     def _read_environment(self, environment: Mapping[str, str]) -> None:
@@ -242,7 +242,7 @@ class _Given(Generic[S]):
         told = {name.upper(): value for name, value in environment.items() if value}
         names = names_beside_flags(self.cls)
         found = {name: told[variable_of(name)] for name in names if variable_of(name) in told}
-        self.environment = self._renamed(found, variable_of, "in the environment")
+        self.environment = self._take_old_names(found, variable_of, "in the environment")
         if self.config is None:
             self.config = told.get(variable_of("config"))
             self.config_is_shared = True
@@ -260,11 +260,12 @@ class _Given(Generic[S]):
         else:
             read = names_beside_flags(self.cls)
             keys = {key.replace("-", "_"): value for key, value in table.items()}
-            given = self._renamed(keys, key_of, f"in the settings file {self.config}")
+            given = self._take_old_names(keys, key_of, f"in the settings file {self.config}")
             self.file = {name: value for name, value in given.items() if name in read}
             self.problems += [self._not_read(name) for name in given if name not in read | self._of_others()]
 
-    def _renamed(self, given: Mapping[str, Any], spell: Callable[[str], str], place: str) -> dict[str, Any]:
+    def _take_old_names(self, given: Mapping[str, Any], spell: Callable[[str], str], place: str) -> dict[str, Any]:
+        # Per place, before the places are merged: an old name on the command line wins over a new one in a file.
         try:
             renamed, sentences = under_new_names(self.cls, given, spell, place)
         except SettingsProblemsError as error:
@@ -299,7 +300,7 @@ class _Given(Generic[S]):
                 f"{flag_of(name)} is missing: give it as a flag, in the environment as "
                 f"{variable_of(name)}, or in the file that --config names"
             )
-        return f"{flag_of(name)} is {self._shown(name, details)}{self._place(name)}: {_lowered(message)}"
+        return f"{flag_of(name)} is {self._shown(name, details)}{self._place(name)}: {_lower_first(message)}"
 
     def _shown(self, name: str, details: ErrorDetails) -> str:
         if SecretStr in types_of(self.cls.model_fields[name].annotation):
@@ -335,5 +336,5 @@ def _guess(cls: type[Settings], word: str, spell: Callable[[str], str]) -> str:
     return f": did you mean {meant[near[0]]}?" if near else "; --help lists what there is"
 
 
-def _lowered(message: str) -> str:
+def _lower_first(message: str) -> str:
     return message[:1].lower() + message[1:]

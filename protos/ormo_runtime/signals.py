@@ -4,6 +4,9 @@ Python raises `KeyboardInterrupt` wherever the main thread happens to be. Where 
 library, it is reported and forgotten, and the program would go on. Where gRPC, or a lock, has just been taken it is
 never given back, and whoever needs it next waits for ever. There it is not raised: what the main thread waits for is
 ended instead, by another thread, so that it comes to a place where it may be.
+
+Where the main thread is can be told from its stack alone. The simpler way, to raise nothing at the first signal and
+have our loops look, would leave a stop unheeded while a task loads its data or sleeps, for these have no loop of ours.
 """
 
 import signal

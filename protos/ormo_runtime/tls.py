@@ -181,14 +181,15 @@ class WatchedFiles(Generic[T]):
         return self._version
 
     def _look(self) -> None:
+        # Without the lock first: each call of a server looks, and nearly always nothing has changed.
         if self._stamp() == self._seen and time.monotonic() < self._again:
             return
-        with self._lock:
+        with self._lock:  # one thread reads the files anew; those that come meanwhile find them read
             stamp = self._stamp()
             if stamp == self._seen and time.monotonic() < self._again:
                 return
             names = ", ".join(map(str, self._paths))
-            self._seen, self._again = stamp, math.inf
+            self._seen, self._again = stamp, math.inf  # before reading: a change meanwhile is seen by the next look
             try:
                 self._value = self._read()
             except self._unusable as error:

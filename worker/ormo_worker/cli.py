@@ -53,7 +53,7 @@ def _run(settings: RunSettings) -> int:
 
         run(named)
 
-    return _guarded(command, "ormo-worker run", settings.log_format)
+    return _run_guarded(command, "ormo-worker run", settings.log_format)
 
 
 def _evaluate(settings: EvaluateSettings) -> int:
@@ -67,10 +67,10 @@ def _evaluate(settings: EvaluateSettings) -> int:
 
         run(settings)
 
-    return _guarded(command, "ormo-worker evaluate", settings.log_format)
+    return _run_guarded(command, "ormo-worker evaluate", settings.log_format)
 
 
-def _guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
+def _run_guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
     """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
     leave_on_signals()

@@ -46,7 +46,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say that it has.
         """
-        return self._answered(self._stub.control, request)
+        return self._await_answer(self._stub.control, request)
 
     def ask(self) -> pb.GetStatusResponse:
         """How things are.
@@ -54,7 +54,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say.
         """
-        return self._answered(self._stub.get_status, pb.GetStatusRequest())
+        return self._await_answer(self._stub.get_status, pb.GetStatusRequest())
 
     def cancel_open(self) -> None:
         """End the call that is under way, if there is one; from any thread."""
@@ -62,12 +62,12 @@ class Asker:
         if call is not None:
             call.cancel()
 
-    def _answered(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
+    def _await_answer(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
         self._call = method.future(request, timeout=self._timeout)
         try:
             answer = self._call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            leave_if_asked()
+            leave_if_asked()  # the call may have been cancelled for a signal, which is no answer but a reason to leave
             raise NoAnswerError(_why(error)) from None
         finally:
             self._call = None
