@@ -43,9 +43,9 @@ SETTINGS = (
     ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
-    ("`ormo-local`", "ormo_worker.local.settings:LocalSettings", False),
+    ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
     ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
-    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.settings:ReproduceSettings", False),
+    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.command:ReproduceSettings", False),
 )
 
 

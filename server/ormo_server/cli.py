@@ -65,8 +65,8 @@ def _top(argv: Sequence[str]) -> int:
 
 
 def _control(argv: Sequence[str]) -> int:
-    from ormo_server.console.control import act
     from ormo_server.console.settings import ControlSettings
+    from ormo_server.console.status import act
 
     return act(load_settings(ControlSettings, argv, program="ormo-server control"))
 

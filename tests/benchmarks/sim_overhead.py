@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ormo_runtime.workload import Computed, Model, Scores
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.plan import Plan
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import Computed, Model, Scores
 
 NO_FLOATS, NO_INTS = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 

@@ -7,9 +7,9 @@ from ormo_runtime.settings_loader import ALL_SETTINGS, misspelt_variables, read_
 from ormo_server.console.settings import ControlSettings, StatusSettings
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.plots import PlotSettings
-from ormo_server.sim.reproduce.settings import ReproduceSettings
+from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import RunSettings
 from runtime.programs_settings import CLASSES
 

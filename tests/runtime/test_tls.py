@@ -10,9 +10,8 @@ import pytest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime import tls
-from ormo_runtime.channels import Dialer
 from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
-from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, WatchedFiles, read_token
+from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, Dialer, WatchedFiles, read_token
 from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.connection import Connection
 from security.authority import TOKEN, Authority, guarded
@@ -164,7 +163,7 @@ def test_a_broken_connection_is_dialled_anew_with_the_newest_certificates(tmp_pa
             authority.pair("evaluator", into="mine")
             trusted.write_bytes(authority.ca.read_bytes())
             first = connection.stub
-            answer = connection.retrying(
+            answer = connection.retry(
                 lambda: connection.unary(connection.stub.get_status, pb.GetStatusRequest(), 2.0), "asking"
             )
             assert answer.version

@@ -13,6 +13,7 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Computed, Model
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.core.method import PRESETS
@@ -20,7 +21,6 @@ from ormo_server.sim.cli import main
 from ormo_server.sim.plan import Plan, Result
 from ormo_server.sim.record import read_run
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import Computed, Model
 from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import line_of
 from service.wire import WireWorker, connected, eventually, served, tensor_chunks

@@ -7,7 +7,7 @@ import pytest
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import read_settings
 from ormo_server.core.method import PRESETS
-from ormo_server.sim.reproduce.settings import ReproduceSettings, chosen
+from ormo_server.sim.reproduce.command import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged
 
 SUITE = """

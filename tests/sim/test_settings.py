@@ -53,7 +53,7 @@ def test_bad_settings_are_refused_in_one_sentence(flags: Sequence[str], sentence
     ("flags", "sentence"),
     [
         (["--trace", "none.jsonl"], "the trace none.jsonl can't be read"),
-        (["--trace", "text"], "text, line 1: no JSON"),
+        (["--trace", "text"], "text, line 1: not JSON"),
         (["--compute-seconds", "trace:none.csv"], "the trace none.csv can't be read"),
         (["--workload", "nowhere:Nothing"], "the workload 'nowhere:Nothing' can't be imported"),
         (["--workload", "sim.by_ticket:nothing"], "the workload 'sim.by_ticket:nothing' can't be imported"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _IMPORTED = [
     "ormo_server.cli",
-    "ormo_server.console.control",
+    "ormo_server.console.status",
     "ormo_server.console.status",
     "ormo_server.service.server",
     "ormo_server.sim.cli",

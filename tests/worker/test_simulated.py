@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
-from ormo_runtime.workload import Computed, Model
-from ormo_server.sim.plan import Plan
-from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import (
+from ormo_runtime.workload import (
     TASKS_OF_THE_WORKER,
+    Computed,
+    Model,
     SimulatedWorker,
     Workload,
     WorkloadSettings,
     load_workload,
 )
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_worker import simulated as module
 from ormo_worker import training
 from ormo_worker.client.messages import Delivered

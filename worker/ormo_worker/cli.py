@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ormo_runtime import logs
-from ormo_runtime.process import keep_freed_memory, prepare_process
+from ormo_runtime.process import keep_freed_memory, leave_on_signals, prepare_process
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
-from ormo_runtime.signals import leave_on_signals
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]

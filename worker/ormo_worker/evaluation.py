@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.signals import leave_if_asked
+from ormo_runtime.process import leave_if_asked
 from ormo_runtime.tls import Credentials
 from ormo_worker.client.api import ParameterClient
 from ormo_worker.client.arguments import Observer, Patience, real_number

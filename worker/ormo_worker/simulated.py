@@ -1,6 +1,6 @@
 """A worker's task without a network: what the workers of a simulation compute.
 
-`ormo-sim` names `TaskWorkload` by its import path; what it has to do is said in `ormo_server.sim.workload`.
+`ormo-sim` names `TaskWorkload` by its import path; what it has to do is said in `ormo_runtime.workload`.
 """
 
 import copy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ormo_runtime.logs import Fields
-from ormo_runtime.signals import leave_if_asked
+from ormo_runtime.process import leave_if_asked
 from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
 from ormo_worker.pytorch.options import decay_groups

@@ -18,13 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import through_proxy
-from ormo_runtime.signals import leave_if_asked, leave_on_signals
+from ormo_runtime.process import leave_if_asked, leave_on_signals
+from ormo_runtime.tls import through_proxy
 from ormo_server.console.client import Asker, NoAnswerError, asker
 from ormo_server.console.figures import (
     Facts,
     History,
+    duration,
     of_the_moment,
+    phase_word,
     position,
     refusals,
     seconds_left,
@@ -33,7 +35,6 @@ from ormo_server.console.figures import (
 )
 from ormo_server.console.settings import TopSettings
 from ormo_server.console.status import WIDE, no_answer
-from ormo_server.console.text import duration, phase_word
 from ormo_server.console.workers import (
     LATE,
     LATE_COLOUR,

@@ -30,8 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from typing_extensions import override
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import host_of, is_loopback
-from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles
+from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles, host_of, is_loopback
 from ormo_server.core.errors import PermissionDenied, SettingsError, Unauthenticated
 
 

@@ -19,12 +19,11 @@ from ormo_server.core.rules import LARGEST
 from ormo_server.core.vectors import largest
 from ormo_server.journal import is_journal, told_since
 from ormo_server.metrics import Metrics
-from ormo_server.service.admission import Bounds
+from ormo_server.service.admission import Bounds, ModelOffers, check_memory
 from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.files import RunFiles
 from ormo_server.service.lock import RunClock
-from ormo_server.service.offers import ModelOffers, check_memory
 from ormo_server.service.restore import (
     Recovered,
     keep_aside,

@@ -18,7 +18,8 @@ from ormo_protos.limits import MAX_MESSAGE_BYTES
 from ormo_protos.parsing import Parser
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
-from ormo_server.metrics import Metrics, http
+from ormo_server.metrics import Metrics
+from ormo_server.metrics.process import serve_over_http
 from ormo_server.security.access import HEALTH, REFLECTION, SERVICE, Access, ListedAccess, OpenAccess
 from ormo_server.security.tls import server_credentials
 from ormo_server.service.admin import Controls, phase_of
@@ -196,7 +197,7 @@ class Server:
             return
         host, _, port = self.settings.metrics_listen.rpartition(":")
         try:
-            server = http.serve(
+            server = serve_over_http(
                 host,
                 int(port),
                 self.metrics.registry,

@@ -18,10 +18,10 @@ from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access, Caller
 from ormo_server.service import messages
 from ormo_server.service.admin import Controls, run_settings, status_of
+from ormo_server.service.admission import WAIT_SECONDS, room_for
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.figures import Outcome
-from ormo_server.service.offers import WAIT_SECONDS, room_for
 from ormo_server.service.refusals import as_ormo_error, log_refusal, maps_errors, maps_stream_errors
 from ormo_server.service.run import RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 
 from ormo_runtime.settings import UsageError, slow_factors
+from ormo_runtime.workload import Workload, WorkloadSettings, load_workload
 from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim import record
-from ormo_server.sim.follow import Replay
 from ormo_server.sim.machines import MachinePark, parse
 from ormo_server.sim.record import Record, Row
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.simulation import Simulation
+from ormo_server.sim.simulation import Replay, Simulation
 from ormo_server.sim.training import Training
-from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
 from ormo_server.trace import Recorded, Segment, Start, read_trace
 from ormo_server.trace.rows import digest_of
 

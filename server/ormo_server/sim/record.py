@@ -14,10 +14,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Scores
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import PushResult, State
 from ormo_server.sim.settings import TOLD_BY_TRACE, SimSettings
-from ormo_server.sim.workload import Scores
 
 # What settings were that older summaries do not name.
 _BEFORE: dict[str, Any] = {"delay_threshold": 2.0}

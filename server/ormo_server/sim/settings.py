@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import UsageError, slow_factors
+from ormo_runtime.workload import TASKS_OF_THE_WORKER
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
-from ormo_server.sim.workload import TASKS_OF_THE_WORKER
 
 # What a trace decides, where one is followed.
 TOLD_BY_TRACE = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ormo_runtime.workload import Computed, Model, SimulatedWorker, Workload
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.ids import SlotKey
@@ -15,7 +16,6 @@ from ormo_server.core.method import Run
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import SquaredNorm
 from ormo_server.sim.record import Record
-from ormo_server.sim.workload import Computed, Model, SimulatedWorker, Workload
 from ormo_server.store import buffers_of
 
 

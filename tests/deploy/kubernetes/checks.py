@@ -7,7 +7,7 @@ from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, O
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
 from ormo_runtime.settings_loader import SettingsProblemsError
 from ormo_server.core.method import memory_need
-from ormo_server.metrics.http import ALIVE, READY
+from ormo_server.metrics.process import ALIVE, READY
 from ormo_server.security.access import Role, by_name, parsed_list
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_server.settings import ServerSettings

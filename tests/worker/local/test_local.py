@@ -10,8 +10,7 @@ from typing import NoReturn
 import pytest
 
 from ormo_worker.local import cli, cluster
-from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN])

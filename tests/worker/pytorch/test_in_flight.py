@@ -19,8 +19,7 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
-from ormo_worker.local.cluster import Cluster
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import Cluster, LocalSettings
 from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
