@@ -132,11 +132,12 @@ def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == INTERRUPTED
+        assert process.wait(timeout=100) == INTERRUPTED
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive
     finally:
         process.kill()
+        process.wait()
     said = (tmp_path / "log").read_text()
     assert "interrupted: the same command goes on from here" in said
     assert "Traceback" not in said
