@@ -9,8 +9,8 @@ from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_val
 from typing_extensions import override
 
 from ormo_protos.limits import MAX_SLOTS
+from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
-from ormo_runtime.tls import is_loopback
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES

@@ -10,8 +10,9 @@ import pytest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime import tls
+from ormo_runtime.channels import Dialer
 from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
-from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, Dialer, WatchedFiles, read_token
+from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, WatchedFiles, read_token
 from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.connection import Connection
 from security.authority import TOKEN, Authority, guarded

@@ -10,7 +10,8 @@ import pytest
 from ormo_protos.manifest import Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.tls import Credentials, Dialer
+from ormo_runtime.channels import Dialer
+from ormo_runtime.tls import Credentials
 from security.authority import TOKEN, Authority, line
 from service.wire import Refused, WireWorker, payload, refusals
 from system.programs import Program, Stage

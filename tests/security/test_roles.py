@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.tls import Dialer
+from ormo_runtime.channels import Dialer
 from ormo_server.security.access import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded

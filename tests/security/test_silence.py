@@ -10,7 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.tls import Credentials, Dialer
+from ormo_runtime.channels import Dialer
+from ormo_runtime.tls import Credentials
 from ormo_server.service.server import Server
 from ormo_server.service.streams import SILENT_CALLS
 from security.authority import TOKEN, Authority, dialled, guarded, line

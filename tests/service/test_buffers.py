@@ -89,7 +89,7 @@ def test_where_there_is_no_memory_the_loan_is_refused_and_not_counted(monkeypatc
     with monkeypatch.context() as patched, pool.loans("a") as loans:
         patched.setattr(torch, "empty", no_memory)
         with pytest.raises(
-            TooMuchInFlight, match="16 bytes are wanted for tensors, and this machine has no memory"
+            TooMuchInFlight, match="16 bytes are wanted for tensors, and this machine does not have that much memory"
         ) as e:
             loans.take(layout())
         assert e.value.retry_seconds == 1.0

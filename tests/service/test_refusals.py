@@ -179,7 +179,7 @@ PRECONDITION, ARGUMENT = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.IN
 REFUSED = [
     (_stranger, PRECONDITION, "NOT_A_MEMBER", "join first"),
     (_old_incarnation, PRECONDITION, "REPLACED", "different worker ids"),
-    (_old_request, PRECONDITION, "STALE_REQUEST", "numbers rise"),
+    (_old_request, PRECONDITION, "STALE_REQUEST", "request numbers only rise"),
     (_unknown_ticket, PRECONDITION, "TICKET_UNKNOWN", "pull again"),
     (_missing_slot, ARGUMENT, "BAD_REQUEST", "joined with 1 slots"),
     (_malformed_id, ARGUMENT, "BAD_REQUEST", "1 to 128 of the characters"),

@@ -9,9 +9,10 @@ from google.protobuf.message import Message
 
 from ormo_protos.parsing import Malformed
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.logs import printable
 from ormo_runtime.process import end_on_signals, leave_if_asked
-from ormo_runtime.tls import Credentials, CredentialsError, Dialer, UnaryStub
+from ormo_runtime.tls import Credentials, CredentialsError
 
 A = TypeVar("A", bound=Message)
 

@@ -10,7 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.tls import through_proxy
+from ormo_runtime.channels import through_proxy
 from ormo_server.console.client import NoAnswerError, asker
 from ormo_server.console.figures import duration, phase_word
 from ormo_server.console.settings import ControlSettings, StatusSettings

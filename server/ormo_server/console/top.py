@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import through_proxy
 from ormo_runtime.process import leave_if_asked, leave_on_signals
-from ormo_runtime.tls import through_proxy
 from ormo_server.console.client import Asker, NoAnswerError, asker
 from ormo_server.console.figures import (
     Facts,

@@ -30,7 +30,16 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from typing_extensions import override
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles, host_of, is_loopback
+from ormo_runtime.channels import host_of, is_loopback
+from ormo_runtime.tls import (
+    AUTHORIZATION,
+    BEARER,
+    CredentialsError,
+    WatchedFiles,
+    check_certificates,
+    check_pair,
+    read_bytes,
+)
 from ormo_server.core.errors import PermissionDenied, SettingsError, Unauthenticated
 
 
@@ -330,3 +339,44 @@ def _unknown(context: grpc.ServicerContext, token: str | None) -> str:
     if not names:
         return "this server serves known callers only: call with a certificate or a bearer token (--token-file)"
     return f"the access list has no line for a certificate of {', '.join(map(repr, names))}"
+
+
+# The certificates by which a server is known, and its callers if they have any. Both may be replaced while it runs.
+
+
+def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
+    """What to open a port with. The files are looked at for every connection.
+
+    Args:
+        certificate: PEM, the server's, with those between it and its authority.
+        key: PEM, of the certificate.
+        client_ca: PEM, authorities that clients' certificates must be signed by; None to ask clients for none.
+
+    Raises:
+        CredentialsError: a file can't be used.
+    """
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        check_pair(certificate, key)
+        if client_ca is not None:
+            check_certificates(client_ca)
+        authorities = None if client_ca is None else read_bytes(client_ca)
+        return grpc.ssl_server_certificate_configuration([(read_bytes(key), read_bytes(certificate))], authorities)
+
+    paths = [path for path in (certificate, key, client_ca) if path is not None]
+    files = WatchedFiles(paths, read, CredentialsError)
+    used = files.version
+
+    def newer() -> grpc.ServerCertificateConfiguration | None:
+        # gRPC asks at each handshake, and takes nothing for "as before".
+        nonlocal used
+        if files.version == used:
+            return None
+        used = files.version
+        return files.value
+
+    return grpc.dynamic_ssl_server_credentials(
+        files.value,
+        newer,  # type: ignore[arg-type] # the stubs do not know of None
+        require_client_authentication=client_ca is not None,
+    )

@@ -20,8 +20,15 @@ from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.process import serve_over_http
-from ormo_server.security.access import HEALTH, REFLECTION, SERVICE, Access, ListedAccess, OpenAccess
-from ormo_server.security.tls import server_credentials
+from ormo_server.security.access import (
+    HEALTH,
+    REFLECTION,
+    SERVICE,
+    Access,
+    ListedAccess,
+    OpenAccess,
+    server_credentials,
+)
 from ormo_server.service.admin import Controls, phase_of
 from ormo_server.service.health import Health
 from ormo_server.service.interceptors import CallCounter, Guard, methods

@@ -13,9 +13,10 @@ from ormo_protos.framing import Framing
 from ormo_protos.limits import MAX_MESSAGE_BYTES
 from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.process import end_on_signals, leave_if_asked
 from ormo_runtime.timeouts import FailureDetection
-from ormo_runtime.tls import Credentials, Dialer, UnaryStub
+from ormo_runtime.tls import Credentials
 from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.messages import require_well_formed
 from ormo_worker.client.retries import CallEnded, RetryLoop, SignsOfLife, as_call_ended
