@@ -87,13 +87,23 @@ def test_a_run_that_is_over_is_left_at_once(server: FakeServer) -> None:
     assert server.iteration == 1
 
 
-def test_a_slow_worker_takes_longer_and_says_so(server: FakeServer) -> None:
+def test_a_slow_worker_takes_longer_and_says_so(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, sleep = [], time.sleep
+
+    def note(seconds: float) -> None:
+        slept.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr("ormo_worker.training.time.sleep", note)
     run(settings(server, leave_after_gradients=3))
+    assert not slept
     server.iteration = 0
-    usual = min(announced.compute_seconds for announced in server.announced)
     server.announced.clear()
     run(settings(server, leave_after_gradients=3, slow_factor=20.0))
-    assert min(announced.compute_seconds for announced in server.announced) > 5 * usual
+    # It sleeps for 19 times as long as it computed, so both together are 20 nineteenths of that.
+    told = [announced.compute_seconds for announced in server.announced]
+    assert len(told) == len(slept) == 3
+    assert all(seconds >= 20 / 19 * each > 0 for seconds, each in zip(told, slept, strict=True))
 
 
 def test_batches_larger_than_the_data_set_count_what_there_is(server: FakeServer) -> None:
