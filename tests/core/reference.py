@@ -23,14 +23,16 @@ SCALES: dict[str, Callable[[int, Applied], float]] = {
 }
 
 
-def closed_form(start: torch.Tensor, applied: Sequence[Applied], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w, u) as sums over all gradients that counted."""
+def closed_form(
+    start: torch.Tensor, applied: Sequence[Applied], beta: float, *, ahead: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w, u) as sums over all gradients that counted; `ahead` moves of the momentum are in w before their time."""
     newest = max((each.bucket for each in applied), default=0)
     params, momentum = start.double().clone(), torch.zeros_like(start).double()
     for each in applied:
         age = newest - each.bucket
         momentum += beta**age * each.step_size * each.values
-        params -= sum(beta**k for k in range(age + 1)) * each.step_size * each.values
+        params -= sum(beta**k for k in range(age + 1 + ahead)) * each.step_size * each.values
     return params, momentum
 
 
@@ -115,6 +117,15 @@ class Formula:
         self.vectors["momentum"] += self.beta ** (self.newest - each.bucket) * each.step_size * each.values
         self.w += self.sign * each.step_size * each.values
 
+    def ormo_nesterov(self, each: Applied) -> None:
+        while self.newest < each.bucket:
+            self.newest += 1
+            self.vectors["momentum"] *= self.beta
+            self.w += self.sign * self.beta * self.vectors["momentum"]
+        lag = self.newest - each.bucket
+        self.vectors["momentum"] += self.beta**lag * each.step_size * each.values
+        self.w += self.sign * sum(self.beta**k for k in range(lag + 2)) * each.step_size * each.values
+
     def smega2(self, each: Applied) -> None:
         self.gathered += 1
         self.vectors["gathered"] += each.values
@@ -140,6 +151,7 @@ STEPS: dict[str, Callable[[Formula, Applied], None]] = {
     "naive": Formula.naive,
     "shifted": Formula.shifted,
     "ormo-vanilla": Formula.ormo_vanilla,
+    "ormo-nesterov": Formula.ormo_nesterov,
     "smega2": Formula.smega2,
     "dc": Formula.dc,
 }

@@ -19,6 +19,7 @@ from ormo_server.core.schedulers import SCHEDULERS
         ("ormo", "asynchronous", 1, 2),  # w, u
         ("ormo", "asynchronous", 8, 2),
         ("ormo-vanilla", "asynchronous", 8, 2),
+        ("ormo-nesterov", "asynchronous", 8, 2),
         ("naive", "asynchronous", 8, 2),
         ("smega2", "asynchronous", 8, 3),  # w, v, G
         ("shifted", "asynchronous", 8, 9),  # w, a u for each slot

@@ -82,7 +82,9 @@ def longest_taken(rule: UpdateRule, params: torch.Tensor, landing: Landing) -> f
 
 
 # What the momentum of a rule never exceeds, by the arguments beside `LARGEST` and in `smega2`, for β = 0.
-MOST = dict.fromkeys(("ormo", "ormo-vanilla", "naive", "shifted"), LARGEST / 2**26) | {"smega2": 2.0**67}
+MOST = dict.fromkeys(("ormo", "ormo-vanilla", "ormo-nesterov", "naive", "shifted"), LARGEST / 2**26) | {
+    "smega2": 2.0**67
+}
 MOMENTUM = dict.fromkeys(MOST, "momentum") | {"shifted": "momentum/a/0"}
 
 

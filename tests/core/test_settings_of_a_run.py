@@ -33,6 +33,7 @@ DESIGN = """
     ringmaster    sgd           constant        asynchronous
     rescaled      sgd           rescaled        asynchronous
     dc-asgd       dc            constant        asynchronous
+    ormo-nesterov ormo-nesterov constant        asynchronous
 """
 
 
@@ -92,7 +93,7 @@ def test_any_product_of_the_four_choices_trains(rule: str, scale: str, scheduler
     [
         (
             {"rule": "adam"},
-            "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, sgd, naive, shifted, smega2, dc",
+            "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, ormo-nesterov, sgd, naive, shifted, smega2, dc",
         ),
         ({"scale": "big"}, "step scale 'big' is not known: choose one of constant, delay-adaptive, inverse, rescaled"),
         (

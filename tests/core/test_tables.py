@@ -157,6 +157,26 @@ def test_vanilla_ordered_momentum_files_a_late_gradient_but_does_not_make_up_for
         assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
 
 
+# The same pushes. u is OrMo's again. In time a gradient moves w by 3/2 of itself, one or two buckets late by 7/4 and
+# 15/8; when a bucket opens w moves by u/4 besides.
+ORMO_NESTEROV = """
+    worker  g  delay  lag   param  momentum
+         0  4      0    0    -6.0       4.0
+         0  2      0    0   -10.0       4.0
+         1  8      2    1   -24.0       8.0
+         0  2      1    0   -27.0      10.0
+         0  4      0    0   -35.5       9.0
+         2  8      5    2   -50.5      11.0
+         1  2      3    1   -54.0      12.0
+"""
+
+
+def test_ordered_nesterov_momentum_is_always_one_move_of_the_momentum_ahead() -> None:
+    driver = driver_of(run_of("ormo-nesterov"), "a", "b", "c")
+    for row, state in exchanges(driver, ORMO_NESTEROV):
+        assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
 # u halves with every gradient, whoever it is from and however late.
 NAIVE = """
     worker   g  delay  lag   param  momentum

@@ -4,6 +4,7 @@ from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, Sending,
 from ormo_server.core.rules.dc import DelayCompensated
 from ormo_server.core.rules.naive import Naive
 from ormo_server.core.rules.ormo import Ormo, OrmoVanilla
+from ormo_server.core.rules.ormo_nesterov import OrmoNesterov
 from ormo_server.core.rules.sgd import Sgd
 from ormo_server.core.rules.shifted import Shifted
 from ormo_server.core.rules.smega2 import Smega2
@@ -11,6 +12,7 @@ from ormo_server.core.rules.smega2 import Smega2
 UPDATE_RULES: dict[str, type[UpdateRule]] = {
     "ormo": Ormo,
     "ormo-vanilla": OrmoVanilla,
+    "ormo-nesterov": OrmoNesterov,
     "sgd": Sgd,
     "naive": Naive,
     "shifted": Shifted,
