@@ -70,6 +70,11 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(
         0.0, ge=0, le=1e6, description="λ, which workers are told to add as λ·w to their gradients"
     )
+    bucket: Literal["sum", "mean"] = Field(
+        "sum",
+        description="what a bucket's gradients count: their sum, or their mean, which does not grow with the number of "
+        "workers",
+    )
     bucket_size: int | None = Field(
         None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
@@ -112,6 +117,7 @@ class TrainingSettings(Settings):
             method=self._method(),
             momentum=self.momentum,
             delay_compensation=self.delay_compensation,
+            bucket=self.bucket,
             bucket_size=self.bucket_size,
             min_workers=min_workers,
             max_workers=max_workers,

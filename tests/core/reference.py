@@ -49,13 +49,17 @@ def rounding(start: torch.Tensor, applied: Sequence[Applied], beta: float) -> to
 
 
 def step_sizes(run: Run, applied: Sequence[Applied]) -> list[float]:
-    """η × scale of each gradient: η is looked up at t when a bucket opens and holds while that bucket is the newest."""
+    """η × scale of each gradient: η is looked up at t when a bucket opens and holds while that bucket is the newest.
+
+    Of a bucket's mean not under the synchronous scheduler, whose weight goes by its round.
+    """
     learning_rate, newest, expected = run.learning_rate.at(0), 0, []
     for iteration, each in enumerate(applied):
         if each.bucket > newest:
             newest, learning_rate = each.bucket, run.learning_rate.at(iteration)
         delay = 0 if run.method.scheduler == "synchronous" else each.delay
-        expected.append(learning_rate * SCALES[run.method.scale](delay, each))
+        weight = 1 / max(each.bucket_size_before, each.bucket_size) if run.bucket == "mean" else 1
+        expected.append(learning_rate * SCALES[run.method.scale](delay, each) * weight)
     return expected
 
 

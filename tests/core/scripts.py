@@ -10,6 +10,7 @@ from core.driving import Driver
 from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.method import Method, Run
+from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
@@ -66,8 +67,19 @@ def runs(draw: st.DrawFn, rules: Iterable[str] = ("ormo",), schedulers: Iterable
         staleness_bound=draw(BOUNDS) if scheduler == "bounded-staleness" else None,
     )
     fixed = None if scheduler == "synchronous" else draw(st.sampled_from([None, 1, 3]))
+    bucket = "sum"
+    if scheduler != "synchronous" and UPDATE_RULES[method.rule].takes_mean_of_bucket:
+        bucket = draw(st.sampled_from(["sum", "mean"]))
     compensation = draw(st.sampled_from([0.0, 1e-6, 1e-5]))  # more would blow up on gradients of this size
-    return Run(draw(learning_rates()), method, draw(BETAS), fixed, max_workers=10, delay_compensation=compensation)
+    return Run(
+        draw(learning_rates()),
+        method,
+        draw(BETAS),
+        fixed,
+        max_workers=10,
+        delay_compensation=compensation,
+        bucket=bucket,
+    )
 
 
 def carry_out(driver: Driver, command: Command) -> None:

@@ -1,6 +1,7 @@
 """A method is a preset of four independent choices; a run is a method with its numbers."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ormo_server.core.errors import SettingsError
@@ -8,6 +9,7 @@ from ormo_server.core.rules import UPDATE_RULES, Coefficients
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
+BUCKETS = ("sum", "mean")
 # In multiples of K. A hundredth leaves nothing of a step, and no delay is a million times K.
 LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD = 0.01, 1e6
 
@@ -91,8 +93,7 @@ class Method:
         return self.discard_delay
 
 
-def _known(what: str, name: str, table: object) -> None:
-    assert isinstance(table, dict)
+def _known(what: str, name: str, table: Collection[str]) -> None:
     if name not in table:
         raise SettingsError(f"{what} {name!r} is not known: choose one of {', '.join(table)}")
 
@@ -138,6 +139,7 @@ class Run:
         delay_compensation: λ of the update rule `dc`, at least 0.
         waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
             waits for the next round. No run begins like this any more; files of earlier versions do.
+        bucket: `sum`: each gradient counts in full; `mean`: as its share of the bucket, see `Scheduler.weight_in_mean`.
 
     Raises:
         SettingsError: a value outside its limits, or values that contradict each other.
@@ -154,12 +156,18 @@ class Run:
     seed: int = 0
     delay_compensation: float = 0.04
     waits_for_idle: bool = False
+    bucket: str = "sum"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
         if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
             raise SettingsError(f"delay compensation {self.delay_compensation}: expected a finite number of at least 0")
+        _known("bucket", self.bucket, BUCKETS)
+        if self.bucket == "mean" and not UPDATE_RULES[self.method.rule].takes_mean_of_bucket:
+            raise SettingsError(
+                f"bucket 'mean' with the update rule {self.method.rule!r}, which averages by itself: use bucket 'sum'"
+            )
         if self.bucket_size is not None and self.bucket_size < 1:
             raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
         if not 1 <= self.min_workers <= self.max_workers:
