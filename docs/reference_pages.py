@@ -17,7 +17,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 import ormo_worker
-from ormo_protos.limits import LONGEST_LISTS
+from ormo_protos import limits
 from ormo_protos.refusals import refusals_table
 from ormo_runtime.settings import settings_table
 from ormo_runtime.timeouts import DESCRIPTIONS, FailureDetection
@@ -43,9 +43,9 @@ SETTINGS = (
     ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
-    ("`ormo-local`", "ormo_worker.local.settings:LocalSettings", False),
+    ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
     ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
-    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.settings:ReproduceSettings", False),
+    ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.command:ReproduceSettings", False),
 )
 
 
@@ -270,7 +270,8 @@ def protocol_page() -> str:
     for kind, name, comment, _ in entries:
         if kind == "rpc":
             parts += [f"### {name.partition('(')[0]}", f"```proto\nrpc {name}\n```", _prose(comment)]
-    parts += ["## Reasons", refusals_table().strip(), "## Lengths of lists", lists_table().strip(), "## Messages"]
+    parts += ["## Reasons", refusals_table().strip(), "## Limits", limits_table().strip()]
+    parts += ["## Lengths of lists", lists_table().strip(), "## Messages"]
     for kind, name, comment, fields in entries:
         if kind != "rpc":
             parts += [f"### {name}", _prose(comment)]
@@ -280,10 +281,36 @@ def protocol_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def limits_table() -> str:
+    """A Markdown table of the numbers that the contract states; how long its lists may be is in `lists_table`."""
+    mib, kib = 1 << 20, 1 << 10
+    chunks = f"{limits.FREE_CHUNKS}, and one more for each {limits.BYTES_PER_CHUNK // kib} KiB"
+    parts = f"{limits.FREE_PARTS}, and one more for each {limits.TENSORS_PER_PART} tensors"
+    bounds = {
+        "a worker's id": limits.WORKER_ID_IN_WORDS,
+        "slots of a worker": f"1 to {limits.MAX_SLOTS}",
+        "samples of a gradient": f"0 to {limits.MAX_SAMPLES:,}",
+        "seconds that a gradient took to compute": f"0 to {limits.MAX_COMPUTE_SECONDS:,.0f}",
+        "tensors of a model": f"1 to {limits.MAX_TENSORS:,}",
+        "a tensor's name": f"1 to {limits.MAX_NAME_BYTES} bytes of UTF-8",
+        "dimensions of a tensor": f"at most {limits.MAX_DIMENSIONS}",
+        "elements of a tensor, and of a section of the payload": f"at most {limits.MAX_ELEMENTS:,}",
+        "messages of an offered manifest": f"at most {parts}",
+        "a chunk": f"1 byte to {limits.MAX_CHUNK_BYTES // mib} MiB; senders use {limits.CHUNK_BYTES // mib} MiB",
+        "chunks of a payload": f"at most {chunks}",
+        "a request that is one message": f"at most {limits.SMALL_MESSAGE_BYTES // kib} KiB",
+        "any message": f"at most {limits.MAX_MESSAGE_BYTES // kib:,} KiB",
+    }
+    rows = ["| what | limit |", "| --- | --- |", *(f"| {what} | {bound} |" for what, bound in bounds.items())]
+    return "\n".join(rows) + "\n"
+
+
 def lists_table() -> str:
     """A Markdown table of how many elements each list of the contract may have in one message."""
     rows = ["| list | most elements |", "| --- | ---: |"]
-    rows += [f"| `{name.removeprefix('ormo.v1.')}` | {number:,} |" for name, number in sorted(LONGEST_LISTS.items())]
+    rows += [
+        f"| `{name.removeprefix('ormo.v1.')}` | {number:,} |" for name, number in sorted(limits.LONGEST_LISTS.items())
+    ]
     return "\n".join(rows) + "\n"
 
 

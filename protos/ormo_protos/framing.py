@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from ormo_protos.limits import Malformed, Parser
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.tensors import Chunk
 
 M = TypeVar("M", bound=Message)
@@ -98,14 +98,19 @@ class Framing(Generic[M]):
         """Where `data` begins, if it is the last field and ends with the message."""
         at, size = 0, len(encoded)
         for _ in range(_FIELDS_LOOKED_AT):
-            if at >= size or encoded[at] & 0x87 != _LENGTH_DELIMITED:  # a tag of one byte
+            if at + 1 >= size or encoded[at] & 0x87 != _LENGTH_DELIMITED:  # a tag of one byte
                 return None
-            length = _read_varint(encoded, at + 1, _BYTES_OF_LENGTH)
-            if length is None or length.end + length.value > size:
+            length, start = encoded[at + 1], at + 2
+            if length >= 0x80:  # few heads are that long
+                long = _read_varint(encoded, at + 1, _BYTES_OF_LENGTH)
+                if long is None:
+                    return None
+                length, start = long
+            if start + length > size:
                 return None
-            if length.end + length.value == size:
-                return _Start(at, length.end) if encoded[at : at + 1] == self._data_tag else None
-            at = length.end + length.value
+            if start + length == size:
+                return _Start(at, start) if encoded[at : at + 1] == self._data_tag else None
+            at = start + length
         return None
 
 

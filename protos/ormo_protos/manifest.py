@@ -7,6 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ormo_protos.limits import (
+    FREE_PARTS,
+    MAX_DIMENSIONS,
+    MAX_ELEMENTS,
+    MAX_NAME_BYTES,
+    MAX_PART_BYTES,
+    MAX_TENSORS,
+    TENSORS_PER_PART,
+)
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 FLOAT32 = pb.DTYPE_FLOAT32
@@ -21,18 +30,8 @@ AVERAGE = pb.MERGE_AVERAGE
 MAXIMUM = pb.MERGE_MAXIMUM
 LAST = pb.MERGE_LAST
 
-MAX_TENSORS = 100_000
-MAX_NAME_BYTES = 512
-MAX_DIMENSIONS = 16
-# 1 PiB of float32: far beyond any machine, and whatever is made of it (bytes, offsets, vectors) stays in an int64.
-MAX_ELEMENTS = 2**48
 # What a tensor adds to its own bytes in a message, at most.
 _BYTES_AROUND = 8
-# Of one message, so that it fits with all that a message may have besides.
-MAX_PART_BYTES = 2 << 20
-# A manifest in crumbs would keep all others waiting for the model: parts that any may have, tensors for each one more.
-_FREE_PARTS = 64
-_TENSORS_PER_PART = 100
 _ROLES = {PARAMETER: "parameter", FROZEN: "frozen parameter", BUFFER: "buffer"}
 _DTYPES = {PARAMETER: (FLOAT32, BFLOAT16), FROZEN: (FLOAT32, BFLOAT16), BUFFER: (FLOAT32, BFLOAT16, INT64, FLOAT64)}
 _MERGES = {INT64: (UNSPECIFIED, MAXIMUM, LAST)}
@@ -142,7 +141,7 @@ class Manifest:
         for number, part in enumerate(parts):
             if not part.tensors and not part.digest:
                 raise ManifestError("a part of the manifest has neither tensors nor the digest")
-            if number >= _FREE_PARTS + len(specs) // _TENSORS_PER_PART:
+            if number >= FREE_PARTS + len(specs) // TENSORS_PER_PART:
                 raise ManifestError(
                     f"{len(specs)} tensors of the manifest came in {number} parts: send fewer and larger ones, of 2 MiB"
                 )
@@ -199,7 +198,7 @@ class Manifest:
         ]
 
     def check_names(self) -> None:
-        """Nothing, if the names are fit for files, logs and terminals, as an offered model's must be.
+        """Refuse names that are not fit for files, logs and terminals, as those of an offered model must be.
 
         Apart from all other checks: a run that has begun with other names goes on with them.
 
@@ -352,7 +351,7 @@ def _utf8_bytes(text: str) -> int:
 
 def _check_place(spec: TensorSpec, offset: int, seen: Mapping[str, TensorSpec]) -> None:
     if spec.name in seen:
-        raise ManifestError(f"tensor {spec.name!r} is there twice: names are unique")
+        raise ManifestError(f"tensor {spec.name!r} came twice: names are unique")
     if spec.alias_of:
         named = seen.get(spec.alias_of)
         if (

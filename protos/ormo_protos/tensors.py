@@ -12,19 +12,9 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from ormo_protos.limits import BYTES_PER_CHUNK, CHUNK_BYTES, FREE_CHUNKS, MAX_CHUNK_BYTES
 from ormo_protos.manifest import BFLOAT16, FLOAT32, Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
-
-# Measured: 256 KiB costs a third more per byte (a message is three hand-offs between threads); above 2 MiB nothing is
-# gained.
-CHUNK_BYTES = 2 << 20
-MAX_CHUNK_BYTES = 4 << 20
-# What a message may add to its chunk.
-MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + (64 << 10)
-
-# A payload in crumbs would keep a thread busy for hours: chunks that any payload may have, and bytes for each one more.
-_FREE_CHUNKS = 64
-_BYTES_PER_CHUNK = 16 << 10
 
 _SECTION_ALIGNMENT = 8
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -126,6 +116,8 @@ class Payload:
 
     Attributes:
         layout: where the sections lie.
+        array: all bytes, shape (`layout.total_bytes`,), uint8, for what copies them.
+        memory: the same bytes, for what sends them.
         parameters: shape (d,), dtype of the layout.
         float_buffers: shape (f,), float32; empty without buffers.
         int_buffers: shape (i,), int64, or the bits of float64; empty without buffers.
@@ -137,8 +129,8 @@ class Payload:
         if memory is None:
             memory = torch.empty(layout.total_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
         self._bytes = memory[: layout.total_bytes]
-        self._array = self._bytes.numpy()
-        self.memory: memoryview = self._array.data
+        self.array = self._bytes.numpy()
+        self.memory: memoryview = self.array.data
         self.parameters = self._view(0, layout.parameters, torch_dtype(layout.dtype))
         self.float_buffers = self._view(layout.float_buffers_offset, layout.float_buffers, torch.float32)
         self.int_buffers = self._view(layout.int_buffers_offset, layout.int_buffers, torch.int64)
@@ -155,10 +147,6 @@ class Payload:
         end_of_floats = self.layout.float_buffers_offset + self.layout.float_buffers * 4
         self._bytes[end_of_floats : self.layout.int_buffers_offset] = 0
         self._bytes[self.layout.frozen_offset + self.layout.frozen * 4 :] = 0
-
-    def put(self, offset: int, data: bytes | memoryview) -> None:
-        """Copy bytes to their place; unlike slices' assignment NumPy lets other threads run meanwhile."""
-        np.copyto(self._array[offset : offset + len(data)], np.frombuffer(data, np.uint8))
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """The payload's bytes from `start` on in pieces of `CHUNK_BYTES`, in order; views of it."""
@@ -187,19 +175,16 @@ class PayloadReceiver:
     A context manager is not needed: a payload that was never completed is simply not used.
 
     Attributes:
-        payload: that is filled.
-        received_bytes: how many are there, from the payload's start.
+        payload: what is filled.
+        received_bytes: bytes that have come, from the payload's start.
+        complete: whether all have come.
     """
 
     def __init__(self, payload: Payload) -> None:
         self.payload = payload
         self.received_bytes = 0
-        self._chunks_left = _FREE_CHUNKS + payload.layout.total_bytes // _BYTES_PER_CHUNK
-
-    @property
-    def complete(self) -> bool:
-        """Whether all bytes are there."""
-        return self.received_bytes == self.payload.layout.total_bytes
+        self.complete = payload.layout.total_bytes == 0
+        self._chunks_left = FREE_CHUNKS + payload.layout.total_bytes // BYTES_PER_CHUNK
 
     def accept(self, chunk: ChunkLike) -> Self:
         """Copy one chunk to its place.
@@ -223,12 +208,14 @@ class PayloadReceiver:
             )
         if not self._chunks_left:
             raise PayloadError(
-                f"{chunk.offset} of {total} bytes came in {_FREE_CHUNKS + total // _BYTES_PER_CHUNK} chunks: send "
+                f"{chunk.offset} of {total} bytes came in {FREE_CHUNKS + total // BYTES_PER_CHUNK} chunks: send "
                 "fewer and larger ones, of 2 MiB"
             )
         self._chunks_left -= 1
-        self.payload.put(chunk.offset, chunk.data)
+        # Unlike assignment to a slice, NumPy lets other threads run meanwhile.
+        np.copyto(self.payload.array[chunk.offset : chunk.offset + size], np.frombuffer(chunk.data, np.uint8))
         self.received_bytes += size
+        self.complete = self.received_bytes == total
         return self
 
     def missing(self) -> PayloadError:

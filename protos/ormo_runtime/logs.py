@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, TypedDict
 
 from pythonjsonlogger.json import JsonFormatter
+from typing_extensions import override
 
 from ormo_runtime.process import patient
 
@@ -52,7 +53,7 @@ class Fields(TypedDict, total=False):
         reason: of a refusal, as in `ormo_protos.refusals`.
         path: of a file.
         peer: the address that a call came from.
-        caller: name of whoever called.
+        caller: name of the caller.
         action: of an operator.
     """
 
@@ -86,10 +87,10 @@ def printable(text: object) -> str:
 
 
 def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
-    """Send the log to stderr; where somebody has set logging up before, it stays as it is.
+    """Send the log to stderr; if logging was set up before, it stays as it is.
 
     In JSON, warnings and uncaught exceptions become records as well, so that no line is anything else. Lines of one
-    kind are limited: whoever reaches the port can cause thousands a second. A stderr that takes no more stops nobody.
+    kind are limited: anyone who can reach the port can cause thousands a second. A full or closed stderr stops nothing.
 
     Args:
         level: the least important level shown.
@@ -110,12 +111,12 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
 
 
 class FewOf(logging.Filter):
-    """Lets a few records of a library through in each spell of time, and says how many it left out.
+    """Lets a few records of a library through in each period, and says how many it left out.
 
     Args:
         name: of the library's loggers.
-        count: how many in a spell.
-        seconds: of a spell.
+        count: how many in a period.
+        seconds: length of the period.
     """
 
     def __init__(self, name: str, count: int = 5, seconds: float = 10.0) -> None:
@@ -124,7 +125,7 @@ class FewOf(logging.Filter):
         self._began, self._seen = float("-inf"), 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is shown."""
+        """Whether the record is shown."""
         if not super().filter(record):
             return True  # another's
         if record.created >= self._began + self._seconds:
@@ -138,13 +139,13 @@ class FewOf(logging.Filter):
 
 
 class FewOfEach(logging.Filter):
-    """Lets so many records of each line of code through in each spell of time, so that none fills a disk.
+    """Lets a limited number of records of each line of code through in each period, so that none fills a disk.
 
-    Those for debugging pass: who asks for them wants all.
+    Debug records always pass: anyone who asks for them wants all of them.
 
     Args:
-        count: how many in a spell.
-        seconds: of a spell.
+        count: how many in a period.
+        seconds: length of the period.
     """
 
     def __init__(self, count: int = 50, seconds: float = 10.0) -> None:
@@ -153,7 +154,7 @@ class FewOfEach(logging.Filter):
         self._of: dict[tuple[str, int], FewOf] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is shown."""
+        """Whether the record is shown."""
         if record.levelno <= logging.DEBUG:
             return True
         few = self._of.setdefault((record.pathname, record.lineno), FewOf("", self._count, self._seconds))
@@ -166,7 +167,7 @@ def formatter(form: LogFormat, about: Fields | None = None) -> logging.Formatter
 
 
 def _apology(lines: logging.Formatter, left_out: int) -> str:
-    return _warning(lines, __name__, f"stderr took no more: {left_out} lines were left out")
+    return _warning(lines, __name__, f"stderr was blocked: {left_out} lines were left out")
 
 
 def _warning(lines: logging.Formatter, name: str, sentence: str) -> str:
@@ -191,20 +192,20 @@ def last_words(program: str, error: object, form: LogFormat) -> None:
 class _TextLines(logging.Formatter):
     """A line for each record, and what belongs to it indented: nothing that was sent to us looks like a record."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
+    @override
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
-        return _indented(super().formatException(ei))
+    @override
+    def formatException(self, ei: Any) -> str:
+        return _indent(super().formatException(ei))
 
-    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - logging's name
-        """See `logging.Formatter`."""
-        return _indented(super().formatStack(stack_info))
+    @override
+    def formatStack(self, stack_info: str) -> str:
+        return _indent(super().formatStack(stack_info))
 
 
-def _indented(lines: str) -> str:
+def _indent(lines: str) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""The process that a program is: its standard streams, its memory, its threads.
+"""The process that a program is: its standard streams, its memory, its threads, and the signals that end it.
 
 Standard streams may be closed, full, or a pipe that nobody reads. By default glibc gives every large block back to the
 system when it is freed, and the next message of that size is faulted in again, page by page: measured, that is four
@@ -12,11 +12,17 @@ import logging
 import os
 import platform
 import select
+import signal
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TextIO
+from types import FrameType
+from typing import Protocol, TextIO
+
+_LOG = logging.getLogger(__name__)
 
 # Images of web services set it. prometheus_client would keep our values in files of that folder, where they outlive us,
 # and find no folder where only the variable was inherited.
@@ -31,22 +37,22 @@ def prepare_process() -> None:
     Comes before prometheus_client is imported, which looks once.
     """
     open_standard_streams()
-    codecs.register_error("spelled", _spelled)
+    codecs.register_error("spelled", _spell)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # else somebody has put something of their own there
+        if isinstance(stream, io.TextIOWrapper):  # else it was replaced, as in a notebook
             stream.reconfigure(errors="spelled")
     for variable in SHARED_VALUES:
         os.environ.pop(variable, None)
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """See `codecs.register_error`: another text for what an encoding lacks."""
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Spell what an encoding lacks in ASCII; a handler for `codecs.register_error`."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
     return "".join(_SPELLED.get(letter, ascii(letter)[1:-1]) for letter in letters), error.end
 
 
-# How long a reader that is only slow is waited for, once: whoever logs may hold a lock that everybody waits for.
+# How long to wait for a slow reader, once: the thread that logs may hold a lock that all others need.
 _PATIENCE_SECONDS = 1.0
 # What a pipe takes whole, or not at all, once `poll` says that it takes something.
 _PIECE_BYTES = select.PIPE_BUF
@@ -115,8 +121,6 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
 
 
-log = logging.getLogger(__name__)
-
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
@@ -131,23 +135,23 @@ def keep_freed_memory() -> bool:
         Whether it was done; False where the C library is another than glibc.
     """
     if platform.libc_ver()[0] != "glibc":
-        log.info("freed memory goes back to the system: this C library's allocator can't be told otherwise")
+        _LOG.info("freed memory goes back to the system: the allocator of this C library has no setting to keep it")
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
     refused = [option for option, value in wanted if mallopt(option, value) != 1]
     if refused:
-        log.warning("the allocator refused its settings %s: messages may be slower", refused)
+        _LOG.warning("the allocator refused its settings %s: messages may be slower", refused)
     else:
-        log.info("freed memory is kept for the next use")
+        _LOG.info("freed memory is kept for the next use")
     return not refused
 
 
 class StartedPool(ThreadPoolExecutor):
     """A fixed number of threads, which start with the pool.
 
-    By default each starts when it is first needed. Where the system has no more by then, that fails whoever gave the
-    work: gRPC's serving thread would end, and with it the serving.
+    By default a pool starts a thread when it is first needed. If the system has none left by then, `submit` fails in
+    the caller's thread: gRPC's serving thread would end, and with it the serving.
 
     Args:
         count: of threads.
@@ -155,7 +159,7 @@ class StartedPool(ThreadPoolExecutor):
         prepare: is called by each at its start.
 
     Raises:
-        RuntimeError: the system has not so many; none is left behind.
+        RuntimeError: the system has too few left; none of ours is left running.
     """
 
     def __init__(self, count: int, name: str, prepare: Callable[[], object] | None = None) -> None:
@@ -169,3 +173,75 @@ class StartedPool(ThreadPoolExecutor):
             self.shutdown()
             raise
         begin.set()
+
+
+# SIGTERM and SIGINT as an exception that can't get lost, and does no harm where it is raised.
+#
+# Python raises `KeyboardInterrupt` wherever the main thread happens to be. Where that is a finalizer, or a callback of
+# a library, it is reported and forgotten, and the program would go on. Where gRPC, or a lock, has just been taken it is
+# never given back, and whoever needs it next waits for ever. There it is not raised: what the main thread waits for is
+# ended instead, by another thread, so that it comes to a place where it may be.
+#
+# Where the main thread is can be told from its stack alone. The simpler way, to raise nothing at the first signal and
+# have our loops look, would leave a stop unheeded while a task loads its data or sleeps: these have no loop of ours.
+
+
+_SECONDS_BETWEEN_CALLS = 0.5
+
+_asked = threading.Event()
+
+
+class Waited(Protocol):
+    """What the main thread may wait for."""
+
+    def cancel_open(self) -> None:
+        """End all calls that are under way."""
+
+
+_waited: "weakref.WeakSet[Waited]" = weakref.WeakSet()
+
+
+def leave_on_signals() -> None:
+    """From now on both signals raise `KeyboardInterrupt`, the second one in any case."""
+    _asked.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+
+
+def end_on_signals(waited: Waited) -> None:
+    """End its calls when a signal has come, for as long as it is there."""
+    _waited.add(waited)
+
+
+def leave_if_asked() -> None:
+    """Raise it again, if a signal has come and was lost: for loops to call now and then.
+
+    Raises:
+        KeyboardInterrupt: a signal has come.
+    """
+    if _asked.is_set():
+        raise KeyboardInterrupt
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    again = _asked.is_set()
+    _asked.set()
+    if again or not _holds_locks(frame):
+        raise KeyboardInterrupt
+    threading.Thread(target=_end_waits, name="ormo-interruption", daemon=True).start()
+
+
+def _holds_locks(frame: FrameType | None) -> bool:
+    modules = []
+    while frame is not None:
+        modules.append(str(frame.f_globals.get("__name__")))
+        frame = frame.f_back
+    return modules[:1] == ["threading"] or any(name.split(".")[0] == "grpc" for name in modules)
+
+
+def _end_waits() -> None:
+    # Again and again: a call may begin just after.
+    while _asked.is_set():
+        for each in list(_waited):
+            each.cancel_open()
+        time.sleep(_SECONDS_BETWEEN_CALLS)

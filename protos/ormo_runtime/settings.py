@@ -76,7 +76,13 @@ def variable_of(name: str) -> str:
 
 def variables_of(cls: type[Settings]) -> set[str]:
     """The environment variables that these settings are read from, in upper case, with those of their old names."""
-    return {variable_of(name) for name in cls.model_fields.keys() - cls.flags_only | cls.renamed.keys() | {"config"}}
+    return {variable_of(name) for name in (*names_beside_flags(cls), "config")}
+
+
+def names_beside_flags(cls: type[Settings]) -> set[str]:
+    """The fields that environment and file set, by their new and old names."""
+    new = cls.model_fields.keys() - cls.flags_only
+    return new | {old for old, now in cls.renamed.items() if now in new}
 
 
 # Forms that values of several programs have

@@ -24,6 +24,7 @@ from ormo_runtime.settings import (
     Settings,
     flag_of,
     key_of,
+    names_beside_flags,
     parser_of,
     types_of,
     variable_of,
@@ -36,22 +37,28 @@ BAD_SETTINGS_EXIT_CODE = 2
 # worker may be installed without each other, so nobody can ask all of them; a test does.
 ALL_SETTINGS = frozenset(
     """
-    access amp bandwidth batch_size bucket_size checkpoint_seconds checkpoints_kept commit compute_time
-    connect_timeout cosine_gradients crash data_dir delay_compensation delay_threshold device directory discard_delay
-    drain_seconds epochs evaluate_every every_seconds exit_when_finished failure_timeout final_learning_rate
-    give_up_after gradients in_flight insecure join journal journal_fsync journal_max_bytes json keep_freed_memory
-    latency learning_rate learning_rates leave listen loader_processes log_format log_level max_bytes_in_flight
-    max_gradient_norm max_readers max_refused_share max_workers memory_limit method methods metrics_listen
-    milestone_factor milestones min_workers model momentum once over_norm plots processes receive_window
-    reflection schedule scheduler seed seeds server server_flags setting slots slots_per_worker slow slow_factor
-    sort staleness_bound step_scale stop_after stop_after_gradients stop_after_samples suite target_accuracy task
-    test_samples threads ticket_timeout timeout tls_ca tls_cert tls_client_ca tls_key tls_server_name token_file
-    trace train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id worker_series
-    workers workload
+    access amp bandwidth_bytes_per_second batch_size bucket_size checkpoint_seconds checkpoints_kept commit
+    compute_seconds connect_timeout_seconds cosine_gradients crash data_dir delay_compensation delay_threshold device
+    directory discard_delay drain_seconds epochs evaluate_every_gradients evaluate_every_seconds every_seconds
+    exit_when_finished failure_timeout_seconds final_learning_rate give_up_after_seconds gradients in_flight insecure
+    join journal journal_fsync journal_max_bytes json keep_freed_memory latency_seconds learning_rate learning_rates
+    leave leave_after_gradients listen loader_processes log_format log_level max_bytes_in_flight max_gradient_norm
+    max_readers max_refused_share max_workers memory_limit_bytes method methods metrics_listen milestone_factor
+    milestones min_workers model momentum once over_norm plots processes receive_window_bytes reflection schedule
+    scheduler seed seeds server server_flags setting slots slots_per_worker slow slow_factor sort staleness_bound
+    step_scale stop_after_gradients stop_after_samples suite target_accuracy task test_samples threads
+    ticket_timeout_seconds timeout_seconds tls_ca tls_cert tls_client_ca tls_key tls_server_name token_file trace
+    train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id worker_series workers
+    workload
     """.split()  # noqa: SIM905 - a list would be a line for each
 )
 # What they were called before the names had units, until the next release.
-OLD_SETTINGS = frozenset[str]()
+OLD_SETTINGS = frozenset(
+    """
+    bandwidth compute_time connect_timeout evaluate_every failure_timeout give_up_after latency memory_limit
+    receive_window stop_after ticket_timeout timeout
+    """.split()  # noqa: SIM905
+)
 # Of 1. So ORMO_BATCHSIZE is near to a setting, and ORMO_SERVER_PORT, as Kubernetes says where a Service is, to none.
 _NEAR = 0.8
 
@@ -204,7 +211,7 @@ class _Given(Generic[S]):
     warnings: list[str] = field(default_factory=list)
 
     def read(self, argv: Sequence[str], environment: Mapping[str, str], program: str) -> S:
-        """The settings; `warnings` are there as well if problems were found."""
+        """Read the three places, and check what they said; `warnings` are complete even if this raises."""
         self.warnings += misspelt_variables(self.cls, environment)
         self._read_flags(argv, program)
         self._read_environment(environment)
@@ -227,15 +234,15 @@ class _Given(Generic[S]):
             sys.stdout.write(f"{program} {version_here()}\n")
             sys.exit(0)
         self.config = flags.pop("config", None)
-        self.flags = self._renamed(flags, flag_of, "as a flag")
+        self.flags = self._take_old_names(flags, flag_of, "as a flag")
         self.problems += _unknown_arguments(self.cls, unknown)
 
     def _read_environment(self, environment: Mapping[str, str]) -> None:
         # Compose files and manifests write `ORMO_X=` for "not set".
         told = {name.upper(): value for name, value in environment.items() if value}
-        names = self._read_beside_flags() | self.cls.renamed.keys()
+        names = names_beside_flags(self.cls)
         found = {name: told[variable_of(name)] for name in names if variable_of(name) in told}
-        self.environment = self._renamed(found, variable_of, "in the environment")
+        self.environment = self._take_old_names(found, variable_of, "in the environment")
         if self.config is None:
             self.config = told.get(variable_of("config"))
             self.config_is_shared = True
@@ -251,13 +258,14 @@ class _Given(Generic[S]):
         except ValueError as error:  # TOML's and UTF-8's
             self.problems.append(f"the settings file {self.config} is not valid TOML: {error}")
         else:
-            read = self._read_beside_flags()
+            read = names_beside_flags(self.cls)
             keys = {key.replace("-", "_"): value for key, value in table.items()}
-            given = self._renamed(keys, key_of, f"in the settings file {self.config}")
+            given = self._take_old_names(keys, key_of, f"in the settings file {self.config}")
             self.file = {name: value for name, value in given.items() if name in read}
             self.problems += [self._not_read(name) for name in given if name not in read | self._of_others()]
 
-    def _renamed(self, given: Mapping[str, Any], spell: Callable[[str], str], place: str) -> dict[str, Any]:
+    def _take_old_names(self, given: Mapping[str, Any], spell: Callable[[str], str], place: str) -> dict[str, Any]:
+        # Per place, before the places are merged: an old name on the command line wins over a new one in a file.
         try:
             renamed, sentences = under_new_names(self.cls, given, spell, place)
         except SettingsProblemsError as error:
@@ -265,9 +273,6 @@ class _Given(Generic[S]):
             return {}
         self.warnings += sentences
         return renamed
-
-    def _read_beside_flags(self) -> set[str]:
-        return self.cls.model_fields.keys() - self.cls.flags_only
 
     def _of_others(self) -> frozenset[str]:
         """Keys that a file may have for other programs: the environment names one file for all of them."""
@@ -295,7 +300,7 @@ class _Given(Generic[S]):
                 f"{flag_of(name)} is missing: give it as a flag, in the environment as "
                 f"{variable_of(name)}, or in the file that --config names"
             )
-        return f"{flag_of(name)} is {self._shown(name, details)}{self._place(name)}: {_lowered(message)}"
+        return f"{flag_of(name)} is {self._shown(name, details)}{self._place(name)}: {_lower_first(message)}"
 
     def _shown(self, name: str, details: ErrorDetails) -> str:
         if SecretStr in types_of(self.cls.model_fields[name].annotation):
@@ -331,5 +336,5 @@ def _guess(cls: type[Settings], word: str, spell: Callable[[str], str]) -> str:
     return f": did you mean {meant[near[0]]}?" if near else "; --help lists what there is"
 
 
-def _lowered(message: str) -> str:
+def _lower_first(message: str) -> str:
     return message[:1].lower() + message[1:]

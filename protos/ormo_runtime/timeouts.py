@@ -1,4 +1,4 @@
-"""How soon a silent peer is taken for dead: all that server and worker go by, from one number.
+"""How soon a silent peer counts as dead: every period that server and worker use, derived from one number.
 
 The server's `failure_timeout` is every worker's lease; a worker has its own for the time before it knows the lease, and
 for the channel, which gRPC sets up once. Below 15 s detection rests on heartbeats alone: gRPC sends pings every 10 s at
@@ -21,14 +21,14 @@ class FailureDetection:
     """What follows from a failure timeout.
 
     Attributes:
-        failure_timeout: seconds without a byte or heartbeat after which a peer is taken for dead.
+        failure_timeout: seconds without a byte or heartbeat after which a peer counts as dead.
     """
 
     failure_timeout: float
 
     @property
     def lease_seconds(self) -> float:
-        """A worker that is silent for longer is no member any more: its tickets are void, and nobody waits for it."""
+        """A worker that is silent for longer is no longer a member: its tickets are void, and nobody waits for it."""
         return self.failure_timeout
 
     @property

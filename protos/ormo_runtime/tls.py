@@ -1,19 +1,29 @@
-"""Files with certificates, keys and tokens: how a client proves who it is and knows its server, while they change."""
+"""How a client reaches a server: channels, proxies and TLS, with files of certificates that may change at any time."""
 
+import ipaddress
 import logging
 import math
 import os
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
+from urllib.parse import unquote
 
+import grpc
+from google.protobuf.message import Message
 from pydantic import Field, model_validator
 
+from ormo_protos.parsing import Malformed, Parser
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime.logs import printable
 from ormo_runtime.settings import Settings, UsageError
+
+_LOG = logging.getLogger(__name__)
 
 AUTHORIZATION = "authorization"
 BEARER = "Bearer "
@@ -47,18 +57,18 @@ class Credentials:
 
 
 class ClientSettings(Settings):
-    """How to reach a server that does not serve just anybody."""
+    """How to reach a server that asks its callers for certificates or tokens."""
 
     tls_ca: Path | None = Field(
         None,
         description="PEM file with the certificates that the server's must be signed by, such as "
         "/etc/ssl/certs/ca-certificates.crt for public ones; none: no TLS",
     )
-    tls_cert: Path | None = Field(None, description="PEM file with this client's own certificate; none: it has none")
+    tls_cert: Path | None = Field(None, description="PEM file with this client's own certificate; none: no certificate")
     tls_key: Path | None = Field(None, description="PEM file with the key of --tls-cert")
     tls_server_name: str = Field("", description="name in the server's certificate; none: the host in --server")
     token_file: Path | None = Field(
-        None, description="file with the bearer token that the server knows this client by; none: it has none"
+        None, description="file with the bearer token that identifies this client to the server; none: no token"
     )
 
     @model_validator(mode="after")
@@ -94,16 +104,16 @@ def read_token(path: Path) -> str:
     """The token in a file, without the white space round it.
 
     Raises:
-        CredentialsError: the file can't be read, or is no line of printable ASCII.
+        CredentialsError: the file can't be read, or is not one line of printable ASCII.
     """
     token = read_bytes(path).strip().decode("ascii", errors="replace")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise CredentialsError(f"{path} holds no token: expected one line of printable ASCII without spaces")
+        raise CredentialsError(f"{path} does not hold a token: expected one line of printable ASCII without spaces")
     return token
 
 
 def check_certificates(path: Path) -> None:
-    """Nothing, if gRPC can use the file as authorities.
+    """Check that gRPC can use the file as authorities.
 
     Raises:
         CredentialsError: it holds no certificate in PEM.
@@ -113,14 +123,14 @@ def check_certificates(path: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=text.decode("ascii"))
     except (ssl.SSLError, ValueError):
-        raise CredentialsError(f"{path} holds no certificates: expected them in PEM") from None
+        raise CredentialsError(f"{path} does not hold certificates: expected one or more in PEM") from None
 
 
 def check_pair(certificate: Path, key: Path) -> None:
-    """Nothing, if the certificate and the key are one another's.
+    """Check that the certificate and the key belong together.
 
     Raises:
-        CredentialsError: they are not, or are no PEM, or the key is encrypted.
+        CredentialsError: they do not, or are not PEM, or the key is encrypted.
     """
     for path in (certificate, key):
         read_bytes(path)
@@ -135,8 +145,6 @@ def check_pair(certificate: Path, key: Path) -> None:
         ) from None
 
 
-log = logging.getLogger(__name__)
-
 RETRY_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -144,10 +152,10 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class WatchedFiles(Generic[T]):
-    """What some files say, read again when one of them is another. Looking takes microseconds, so look often.
+    """The contents of some files, read again when one of them changes. A look takes microseconds, so look often.
 
-    Files that can't be used, as when only one of a pair has been replaced yet, leave what was read before, and a line
-    in the log. They are tried again now and then: they may be good, and this process out of descriptors.
+    If files can't be used, as when only one of a pair has been replaced so far, the previous contents stay in force,
+    and the log says so. They are tried again now and then: they may be good, and this process out of descriptors.
 
     Args:
         paths: of the files.
@@ -170,7 +178,7 @@ class WatchedFiles(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What they say."""
+        """The contents."""
         self._look()
         return self._value
 
@@ -181,22 +189,23 @@ class WatchedFiles(Generic[T]):
         return self._version
 
     def _look(self) -> None:
+        # Without the lock first: each call of a server looks, and nearly always nothing has changed.
         if self._stamp() == self._seen and time.monotonic() < self._again:
             return
-        with self._lock:
+        with self._lock:  # one thread reads the files anew; those that come meanwhile find them read
             stamp = self._stamp()
             if stamp == self._seen and time.monotonic() < self._again:
                 return
             names = ", ".join(map(str, self._paths))
-            self._seen, self._again = stamp, math.inf
+            self._seen, self._again = stamp, math.inf  # before reading: a change meanwhile is seen by the next look
             try:
                 self._value = self._read()
             except self._unusable as error:
                 self._again = time.monotonic() + RETRY_SECONDS
-                log.error("%s changed and can't be used, so what was read before stays in force: %s", names, error)
+                _LOG.error("%s changed but can't be used, so the previous contents stay in force: %s", names, error)
             else:
                 self._version += 1
-                log.info("%s changed and is in force", names)
+                _LOG.info("%s changed, and the new contents are in force", names)
 
     def _stamp(self) -> _Stamp:
         return tuple(_stamp(path) for path in self._paths)
@@ -208,3 +217,171 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+# Channels, with or without TLS or a proxy between, and the calls with one answer. Which proxy gRPC takes goes by
+# variables that are meant for browsers and package managers, too.
+
+
+A = TypeVar("A", bound=Message)
+
+ChannelOptions = Sequence[tuple[str, Any]]
+
+
+class Dialer:
+    """Makes channels to one server.
+
+    Args:
+        server: HOST:PORT.
+        credentials: None for a connection in the clear.
+        options: of gRPC.
+
+    Attributes:
+        place: the address as a sentence on a connection has it, with the proxy that leads there, if there is one.
+
+    Raises:
+        CredentialsError: a file can't be used.
+    """
+
+    def __init__(self, server: str, credentials: Credentials | None, options: ChannelOptions = ()) -> None:
+        self._server = server
+        self._options = list(options)
+        self.place = server + through_proxy(server, os.environ)
+        if is_local(server):
+            self._options.append(("grpc.enable_http_proxy", 0))
+        self._tls: WatchedFiles[grpc.ChannelCredentials] | None = None
+        self._dialled = 0  # the version of the files that the last channel was made with
+        if credentials is not None:
+            if credentials.server_name:
+                self._options.append(("grpc.ssl_target_name_override", credentials.server_name))
+            self._tls = _channel_credentials(credentials)
+
+    def dial(self) -> grpc.Channel:
+        """Make a channel; it connects when first used."""
+        if self._tls is None:
+            return grpc.insecure_channel(self._server, options=self._options)
+        self._dialled = self._tls.version
+        return grpc.secure_channel(self._server, self._tls.value, options=self._options)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether certificates have changed since the last channel was made: when it breaks, dial again."""
+        return self._tls is not None and self._tls.version != self._dialled
+
+
+class UnaryStub:
+    """The server's methods that have one request and one answer.
+
+    Generated code would make whatever a server sends into objects, and raise what only gRPC's log tells. Here an answer
+    that is too large, or none, is `Malformed`.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        service = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+
+        def call(method: str, answer: type[A]) -> "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]":
+            return channel.unary_unary(f"/{service}/{method}", _encode, Parser(answer).parse)
+
+        self.join = call("Join", pb.JoinResponse)
+        self.heartbeat = call("Heartbeat", pb.HeartbeatResponse)
+        self.leave = call("Leave", pb.LeaveResponse)
+        self.report_evaluation = call("ReportEvaluation", pb.ReportEvaluationResponse)
+        self.get_status = call("GetStatus", pb.GetStatusResponse)
+        self.control = call("Control", pb.ControlResponse)
+
+
+def _encode(request: Message) -> bytes:
+    return request.SerializeToString()
+
+
+def _channel_credentials(files: Credentials) -> WatchedFiles[grpc.ChannelCredentials]:
+    pair = [path for path in (files.certificate, files.key) if path is not None]
+    token = None
+    if files.token_file is not None:
+        path = files.token_file
+        watched = WatchedFiles([path], lambda: read_token(path), CredentialsError)
+        token = grpc.metadata_call_credentials(_Bearer(watched))
+
+    def read() -> grpc.ChannelCredentials:
+        # Checked here, for gRPC says only that it can't connect, and not which file is the reason.
+        check_certificates(files.ca)
+        if files.certificate is None or files.key is None:
+            made = grpc.ssl_channel_credentials(read_bytes(files.ca))
+        else:
+            check_pair(files.certificate, files.key)
+            made = grpc.ssl_channel_credentials(
+                read_bytes(files.ca), read_bytes(files.key), read_bytes(files.certificate)
+            )
+        return made if token is None else grpc.composite_channel_credentials(made, token)
+
+    return WatchedFiles([files.ca, *pair], read, CredentialsError)
+
+
+class _Bearer(grpc.AuthMetadataPlugin):
+    def __init__(self, token: WatchedFiles[str]) -> None:
+        self._token = token
+
+    def __call__(self, _: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        callback(((AUTHORIZATION, BEARER + self._token.value),), None)
+
+
+# As gRPC reads them: the first that is set, in lower case only.
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+_EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
+
+
+def is_local(server: str) -> bool:
+    """Whether HOST:PORT is on this machine, where no proxy has anything to do."""
+    return is_loopback(_host(server).lower())
+
+
+def through_proxy(server: str, environment: Mapping[str, str]) -> str:
+    """What a sentence on a connection to HOST:PORT says of the proxy, after the address; empty if there is none."""
+    variable = next((name for name in _PROXIES if name in environment), None)
+    if variable is None or is_local(server) or _is_excepted(_host(server), environment):
+        return ""
+    address = _proxy(environment[variable])
+    if not address:
+        return ""
+    return f" through the proxy {printable(address)} ({variable}; to do without it, name the host in no_proxy)"
+
+
+def _proxy(value: str) -> str:
+    """HOST:PORT of a proxy's URL, without the password that may be in it; empty if gRPC takes none from there."""
+    parts = urllib.parse.urlsplit(value)
+    return parts.netloc.rpartition("@")[2] if parts.scheme == "http" else ""
+
+
+def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
+    listed = next((environment[name] for name in _EXCEPTIONS if name in environment), "")
+    return any(_matches(host, entry.strip()) for entry in listed.split(",") if entry)
+
+
+def _matches(host: str, entry: str) -> bool:
+    """Whether an exception is for this host: its name, or address, or a domain that it is in, or a net of addresses."""
+    if f".{host}".lower().endswith(f".{entry.removeprefix('.')}".lower()):
+        return True
+    try:
+        return "/" in entry and ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False
+
+
+def _host(server: str) -> str:
+    return server.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this host, as in HOST:PORT."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def host_of(peer: str) -> str:
+    """The host of a gRPC peer, such as `ipv4:10.0.0.7:51234` or `ipv6:%5B::1%5D:51234`."""
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ormo_server.service.server import Server
     from ormo_server.settings import ServerSettings
 
-log = logging.getLogger("ormo_server")
+_LOG = logging.getLogger("ormo_server")
 
 _LAST_WORDS_SECONDS = 5.0
 
@@ -65,8 +65,8 @@ def _top(argv: Sequence[str]) -> int:
 
 
 def _control(argv: Sequence[str]) -> int:
-    from ormo_server.console.control import act
     from ormo_server.console.settings import ControlSettings
+    from ormo_server.console.status import act
 
     return act(load_settings(ControlSettings, argv, program="ormo-server control"))
 
@@ -103,7 +103,7 @@ def serve(settings: "ServerSettings") -> int:
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
     patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
-    log.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
+    _LOG.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 
 
@@ -116,11 +116,11 @@ def _stop_signal(server: "Server") -> threading.Event:
     signal.set_wakeup_fd(told)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_heed_signal, args=(heard, stop, server), name="signal", daemon=True).start()
+    threading.Thread(target=_obey_signal, args=(heard, stop, server), name="signal", daemon=True).start()
     return stop
 
 
-def _heed_signal(heard: int, stop: threading.Event, server: "Server") -> None:
+def _obey_signal(heard: int, stop: threading.Event, server: "Server") -> None:
     os.read(heard, 1)
     stop.set()
     limit = server.stop_seconds
@@ -129,7 +129,7 @@ def _heed_signal(heard: int, stop: threading.Event, server: "Server") -> None:
 
 
 def _insist_on_the_end(server: "Server") -> None:
-    """End the process when its stop takes longer than it may: whoever waits for that can't help it either."""
+    """End the process if its stop takes too long: nobody who waits for it could do more."""
     server.stopping.wait()
     limit = server.stop_seconds
     # By the system, should this thread not come to its turn, or wait for the log.
@@ -139,8 +139,8 @@ def _insist_on_the_end(server: "Server") -> None:
 
 
 def _end_now(seconds: float, stage: str) -> NoReturn:
-    log.critical(
-        "the stop has taken %g s, and waits for %s: the process ends now; the checkpoints and the journal that are on "
+    _LOG.critical(
+        "the stop has taken %g s and still waits for %s: the process ends now; the checkpoints and the journal on "
         "disk stay as they are",
         seconds,
         stage,
@@ -152,8 +152,8 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
     checkpointed_end = False
     while not stop.wait(0.1) and not server.told_to_stop.is_set():
         if not server.serving:
-            log.critical(
-                "gRPC's thread that takes calls has ended (see the error above): stopping, to be started again"
+            _LOG.critical(
+                "gRPC's thread that accepts calls has ended (see the error above): stopping, so that a restart can help"
             )
             server.drain()
             return 1
@@ -162,8 +162,10 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         engine = server.host.engine
         if engine.broken.is_set():
             why = engine.why_broken
-            log.critical(
-                "the state is broken, or can't be kept (%s): stopping; a restart goes on from the newest sound one", why
+            _LOG.critical(
+                "the state is broken, or can't be kept on disk (%s): stopping; a restart goes on from the newest sound "
+                "state",
+                why,
             )
             server.close()
             return 1
@@ -171,7 +173,7 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
             checkpointed_end = True
             server.host.checkpoint()
             iteration = engine.iteration()[1]
-            log.info("the run is over at iteration %d", iteration, extra=logs.Fields(iteration=iteration))
+            _LOG.info("the run is over at iteration %d", iteration, extra=logs.Fields(iteration=iteration))
         if checkpointed_end and server.settings.exit_when_finished and not _workers_left(server):
             break
     return 0 if server.drain() else 1

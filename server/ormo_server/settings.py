@@ -1,13 +1,16 @@
 """The settings of a server, and of how a run trains: the same for a server and for a simulation."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator, model_validator
+from typing_extensions import override
 
-from ormo_runtime.channels import is_loopback
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
+from ormo_runtime.tls import is_loopback
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
@@ -80,9 +83,9 @@ class TrainingSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="where the workers' data orders come from")
     stop_after_gradients: int = Field(
-        0, ge=0, le=MOST, description="end the run after so many applied gradients; 0 for never"
+        0, ge=0, le=MOST, description="end the run after this many applied gradients; 0: never"
     )
-    stop_after_samples: int = Field(0, ge=0, le=MOST, description="end the run after so many samples; 0 for never")
+    stop_after_samples: int = Field(0, ge=0, le=MOST, description="end the run after this many samples; 0: never")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -154,7 +157,13 @@ class ServerSettings(TrainingSettings):
     """Serve the parameters of one model and train them with what workers push."""
 
     # In the environment of a container that restarts it would begin anew each time.
-    flags_only = frozenset({"fresh"})
+    flags_only: ClassVar[frozenset[str]] = frozenset({"fresh"})
+    renamed: ClassVar[Mapping[str, str]] = {
+        "failure_timeout": "failure_timeout_seconds",
+        "ticket_timeout": "ticket_timeout_seconds",
+        "memory_limit": "memory_limit_bytes",
+        "receive_window": "receive_window_bytes",
+    }
 
     listen: str = Field(
         "127.0.0.1:50051", title="Where", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
@@ -188,10 +197,10 @@ class ServerSettings(TrainingSettings):
     access: Path | None = Field(
         None,
         description="TOML file that lists who may call and with which role, by certificate or bearer token; none: "
-        "whoever reaches the port",
+        "anyone who can reach the port",
     )
     insecure: bool = Field(
-        False, description="serve other machines without TLS, or without --access: where nobody else reaches the port"
+        False, description="serve other machines without TLS, or without --access: if nobody else can reach the port"
     )
     max_bytes_in_flight: ByteSize | None = Field(
         None,
@@ -201,15 +210,15 @@ class ServerSettings(TrainingSettings):
     )
 
     min_workers: int = Field(
-        1, title="Who", ge=1, description="hand out no ticket of a new run before so many workers have joined"
+        1, title="Who", ge=1, description="hand out no ticket of a new run before this many workers have joined"
     )
-    max_workers: int = Field(64, ge=1, description="refuse further workers")
-    slots_per_worker: int = Field(2, ge=1, le=16, description="in-flight places that a worker may have")
+    max_workers: int = Field(64, ge=1, description="refuse more workers than this")
+    slots_per_worker: int = Field(2, ge=1, le=MAX_SLOTS, description="in-flight places that a worker may have")
     max_readers: int = Field(8, ge=1, description="evaluators and exporters that may pull at the same time")
-    failure_timeout: float = Field(
-        30.0, ge=0.2, le=1e6, description="seconds without a byte or heartbeat after which a worker is taken for dead"
+    failure_timeout_seconds: float = Field(
+        30.0, ge=0.2, le=1e6, description="seconds without a byte or heartbeat after which a worker counts as dead"
     )
-    ticket_timeout: float | None = Field(
+    ticket_timeout_seconds: float | None = Field(
         None,
         gt=0,
         le=LONGEST_SECONDS,
@@ -256,7 +265,7 @@ class ServerSettings(TrainingSettings):
     drain_seconds: float = Field(
         20.0, gt=0, le=LONGEST_SECONDS, description="how long exchanges under way may take to end on SIGTERM"
     )
-    memory_limit: ByteSize | None = Field(
+    memory_limit_bytes: ByteSize | None = Field(
         None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
     )
 
@@ -265,10 +274,10 @@ class ServerSettings(TrainingSettings):
         title="How fast",
         ge=1,
         le=1024,
-        description="threads of PyTorch for an update; with more, each of the server's threads has so many of its own, "
-        "and updates get slower unless the processor has nothing else to do",
+        description="threads of PyTorch for an update; with more than 1, each of the server's threads starts as many "
+        "of its own, and updates get slower unless the processor has nothing else to do",
     )
-    receive_window: ByteSize = Field(
+    receive_window_bytes: ByteSize = Field(
         ByteSize(4 << 20),
         ge=1 << 16,
         le=1 << 30,
@@ -277,8 +286,8 @@ class ServerSettings(TrainingSettings):
     )
     keep_freed_memory: bool = Field(
         True,
-        description="keep the process' memory at its peak, instead of having the C library give large blocks back to "
-        "the system and fault them in again for the next message (glibc only)",
+        description="keep freed memory in the process for the next message, instead of returning large blocks to the "
+        "system and faulting them in again (glibc only); the process stays as large as its peak",
     )
 
     trace: Path | None = Field(
@@ -292,7 +301,7 @@ class ServerSettings(TrainingSettings):
         description="how many workers have metrics of their own, those that joined first; others are summed up",
     )
     reflection: bool = Field(
-        False, description="let clients list the service (for development: each one holds a thread)"
+        False, description="let clients list the service (for development: each client holds a thread)"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important log lines shown"
@@ -302,8 +311,8 @@ class ServerSettings(TrainingSettings):
     )
 
     @property
+    @override
     def workers_allowed(self) -> tuple[int, int]:
-        """See `TrainingSettings.workers_allowed`."""
         return self.min_workers, self.max_workers
 
     def recorded(self) -> dict[str, Any]:
@@ -318,13 +327,13 @@ class ServerSettings(TrainingSettings):
             raise ValueError("--tls-client-ca and --access need TLS: give --tls-cert and --tls-key, too")
         if self.tls_client_ca and not self.access:
             raise ValueError(
-                "--tls-client-ca says whose certificates are believed, and nothing of who may do what: name the roles "
-                "in a file for --access"
+                "--tls-client-ca says whose certificates are trusted, but not who may do what: name the roles in a "
+                "file for --access"
             )
         if not (self.access or self.insecure or is_loopback(self.listen.rpartition(":")[0])):
             raise ValueError(
-                f"--listen is {self.listen!r}: whoever reaches it could change or copy the model. Give --tls-cert, "
-                "--tls-key and --access; or --insecure, if nobody else can reach it; or listen on 127.0.0.1"
+                f"--listen is {self.listen!r}: anyone who can reach it could change or copy the model. Give "
+                "--tls-cert, --tls-key and --access; or --insecure, if nobody else can reach it; or listen on 127.0.0.1"
             )
         return self
 

@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ormo_runtime.workload import Computed, Model, Scores
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.plan import Plan
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import Computed, Model, Scores
 
 NO_FLOATS, NO_INTS = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
@@ -61,7 +61,7 @@ def microseconds_per_push(method: str, workers: int, gradients: int) -> float:
         workers=workers,
         slow=f"{max(1, workers // 16)}:10x",
         stop_after_gradients=gradients,
-        evaluate_every=gradients,
+        evaluate_every_gradients=gradients,
         workload="benchmarks.sim_overhead:small",
     )
     plan = Plan(settings)

@@ -136,7 +136,7 @@ def _acted(
 
 
 def _flags(options: argparse.Namespace) -> list[str]:
-    flags = ["--method", options.method, "--learning-rate", "1", "--failure-timeout", str(_LEASE_SECONDS)]
+    flags = ["--method", options.method, "--learning-rate", "1", "--failure-timeout-seconds", str(_LEASE_SECONDS)]
     flags += ["--checkpoint-seconds", str(options.checkpoint_seconds), "--max-workers", str(2 * options.workers)]
     return flags + (["--journal", "--journal-fsync", options.fsync] if options.journal else [])
 

@@ -17,8 +17,9 @@ from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import GRADIENTS_NAME, LOG_NAME, Record, numbered
 from ormo_server.store import StoreError, buffers_of
-from ormo_server.store.checkpoints import DOCUMENT_FILE, MODEL_FILE, STATE_FILE, Checkpoint, read_files
+from ormo_server.store.checkpoints import STATE_FILE, Checkpoint, read_files
 from ormo_server.store.files import SUMS_FILE
+from ormo_server.store.models import DOCUMENT_FILE, MODEL_FILE
 from ormo_server.trace.rows import TracedSettings
 
 _FILES = (DOCUMENT_FILE, MODEL_FILE, STATE_FILE, SUMS_FILE)

@@ -17,7 +17,7 @@ from chaos.lives import read_lives
 from chaos.loads import MARKS, manifest_of
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
-from ormo_server.journal.records import End, chained, opening, parsed
+from ormo_server.journal.records import End, chain_lines, opening, parse
 from ormo_server.service.server import Server
 from service.wire import WireWorker, connected, served
 from store.building import reseal
@@ -113,13 +113,13 @@ def double_a_line(archive: Path) -> None:
 
 def file_elsewhere(archive: Path) -> None:
     def moved(lines: list[bytes]) -> list[bytes]:
-        before = parsed(lines[0], 0)
+        before = parse(lines[0], 0)
         assert isinstance(before, End)
         texts = [line[line.index(b"{") : -1] for line in lines[1:]]
         record = json.loads(texts[a_push(texts)])
         record["input"]["bucket"] -= 1
         texts[a_push(texts)] = json.dumps(record, separators=(",", ":")).encode()
-        return [opening(before), chained(before.turned_over(), texts)[0]]
+        return [opening(before), chain_lines(before.turned_over(), texts)[0]]
 
     rewrite(whole_logs(archive)[3], moved)
 

@@ -98,7 +98,7 @@ def test_a_server_that_does_not_answer_makes_it_exit_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)  # signals are the test runner's
-    assert main([*command, "--server", "127.0.0.1:1", "--timeout", "2"]) == 1
+    assert main([*command, "--server", "127.0.0.1:1", "--timeout-seconds", "2"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"ormo-server {command[0]}: no answer from 127.0.0.1:1 (")
@@ -117,7 +117,7 @@ def test_a_phase_that_only_a_newer_server_knows_is_shown(
     ("argv", "sentence"),
     [
         (["status", "--server", "somewhere"], "--server is 'somewhere': expected HOST:PORT with a port from 1"),
-        (["status", "--timeout", "0"], "--timeout is '0': input should be greater than 0"),
+        (["status", "--timeout-seconds", "0"], "--timeout-seconds is '0': input should be greater than 0"),
         (["top", "--sort", "age"], "--sort is 'age': input should be 'delay', 'rate', 'silent' or 'worker'"),
         (["top", "--every-seconds", "0"], "--every-seconds is '0': input should be greater than or equal to 0.1"),
     ],

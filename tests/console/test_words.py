@@ -2,7 +2,7 @@
 
 import pytest
 
-from ormo_server.console.text import duration, memory, phase_word, rate, shortened
+from ormo_server.console.figures import duration, memory, phase_word, rate, shortened
 
 
 @pytest.mark.parametrize(

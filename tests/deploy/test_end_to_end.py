@@ -37,7 +37,7 @@ class Run:
         self.server = stage.server(
             metrics_listen="127.0.0.1:0",
             checkpoint_seconds=1.0,
-            failure_timeout=2.0,
+            failure_timeout_seconds=2.0,
             learning_rate=1e-4,
             journal=journal,
         )
@@ -47,7 +47,7 @@ class Run:
         return self.stage.metrics
 
     def worker(self, name: str, **flags: object) -> Program:
-        return self.stage.worker(name, **{"task": self.task, "failure_timeout": 2.0} | flags)
+        return self.stage.worker(name, **{"task": self.task, "failure_timeout_seconds": 2.0} | flags)
 
 
 @pytest.fixture(scope="module")

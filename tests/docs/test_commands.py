@@ -10,9 +10,9 @@ from docs.pages import PAGES, ROOT, all_text, blocks
 from ormo_runtime.settings_loader import read_settings
 from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
 from ormo_server.settings import ServerSettings
-from ormo_server.sim.reproduce.settings import ReproduceSettings
+from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

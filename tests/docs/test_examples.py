@@ -80,12 +80,13 @@ def test_two_in_flight_trains_as_it_stands(stage: Stage) -> None:
 
 def test_evaluate_and_export_scores_and_writes_what_a_worker_trained(stage: Stage) -> None:
     rings(stage)
-    stage.server(stop_after_gradients=400, learning_rate=0.05)
+    server = stage.server(stop_after_gradients=400, learning_rate=0.05)
     assert stage.worker("w", task="rings.py:Rings").wait() == 0
     printed = ran(stage, (EXAMPLES / "evaluate_and_export.py").read_text(encoding="utf-8"))
     found = re.fullmatch(r"iteration 400: test accuracy ([\d.]+) %\n", printed)
     assert found is not None
     assert float(found[1]) > 85
+    assert server.terminate() == 0  # the last gradient is in a checkpoint now
     exported, kept = load_file(stage.folder / "exported.safetensors"), load_file(stage.model())
     assert exported.keys() == kept.keys()
     assert all(exported[name].equal(kept[name]) for name in kept)

@@ -12,8 +12,9 @@ from torch import nn
 from fuzz.script import Script
 from ormo_protos.manifest import Manifest
 from ormo_server.store import StoreError
-from ormo_server.store.checkpoints import DOCUMENT_FILE, MODEL_FILE, STATE_FILE, read_files, write_files
+from ormo_server.store.checkpoints import STATE_FILE, read_files, write_files
 from ormo_server.store.files import SUMS_FILE
+from ormo_server.store.models import DOCUMENT_FILE, MODEL_FILE
 from store.building import checkpoint_of, reseal
 
 NAMES = (DOCUMENT_FILE, STATE_FILE, MODEL_FILE, SUMS_FILE)

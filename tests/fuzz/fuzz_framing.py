@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from fuzz.script import Script
 from fuzz.wire_format import NUMBERS, assembled
 from ormo_protos.framing import Framing, Headed
-from ormo_protos.limits import Malformed
+from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 

@@ -14,7 +14,7 @@ from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, reco
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, replay
-from ormo_server.journal.records import End, chained, gradients_path, log_path, opening
+from ormo_server.journal.records import End, chain_lines, gradients_path, log_path, opening
 from ormo_server.store import StoreError
 
 LONGEST_BYTES = 1 << 14  # all of the recording
@@ -69,7 +69,7 @@ def files(fuzzed: bytes) -> tuple[bytes, bytes]:
     _, log, gradients = recording()
     body = script.rest()
     if choice >= 192:
-        lines, _ = chained(End(2, 0, 7), body.split(b"\n"))
+        lines, _ = chain_lines(End(2, 0, 7), body.split(b"\n"))
         return opening(End(1, 0, 7)) + lines, gradients
     if choice >= 128:
         return b"".join(sealed(line) for line in body.split(b"\n")), gradients

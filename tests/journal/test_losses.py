@@ -20,7 +20,7 @@ from journal.recording import MANIFEST, checkpoint, journal_in, recorded, replay
 from ormo_server.core import snapshot
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Journal, Reading, is_chained, is_journal, replay, told_since
-from ormo_server.journal.records import End, Line, gradients_path, log_path, opening, parsed, record_of, sealed
+from ormo_server.journal.records import End, Line, gradients_path, log_path, opening, parse, record_of, seal
 from ormo_server.store import StoreError
 
 RUN = run_of()
@@ -261,8 +261,8 @@ def unchained(directory: Path) -> Story:
     story = Story(directory)
     (directory / "acknowledged-00000001").unlink()
     for log in (1, FIRST, SECOND):
-        lines = [parsed(line, number) for number, line in enumerate(story.lines(log))]
-        story.rewrite(log, *(sealed(line.record) for line in lines if isinstance(line, Line)))
+        lines = [parse(line, number) for number, line in enumerate(story.lines(log))]
+        story.rewrite(log, *(seal(line.record) for line in lines if isinstance(line, Line)))
     return story
 
 

@@ -228,7 +228,12 @@ def write(version: str, *names: str) -> None:
     for name in names or RECORDINGS:
         recording = RECORDINGS[name]
         folder = WRITTEN / version / name
-        common = {"learning_rate": 0.5, "momentum": 0.5, "checkpoint_seconds": 3600.0, "failure_timeout": 3600.0}
+        common = {
+            "learning_rate": 0.5,
+            "momentum": 0.5,
+            "checkpoint_seconds": 3600.0,
+            "failure_timeout_seconds": 3600.0,
+        }
         flags = common | recording.flags | {"checkpoints_kept": 1}
         with tempfile.TemporaryDirectory() as scratch:
             run = Path(scratch) / "run"

@@ -15,7 +15,7 @@ from ormo_server.core import snapshot
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.service.server import Server
-from ormo_server.settings import TrainingSettings
+from ormo_server.settings import ServerSettings, TrainingSettings
 from ormo_server.sim.plan import Plan
 from ormo_server.sim.settings import SimSettings
 from ormo_server.store import StoreError
@@ -30,7 +30,8 @@ OWN = ("epoch", "waiting")
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "settings.json").read_text()))
+    given = json.loads((run / "settings.json").read_text())
+    return {ServerSettings.renamed.get(name, name): value for name, value in given.items()}
 
 
 @contextmanager
@@ -71,7 +72,9 @@ def assert_same(machine: StateMachine, checkpoint: Checkpoint) -> None:
 
 def follow(run: Path) -> StateMachine:
     """A simulation that goes by the run's trace, at its end."""
-    plan = Plan(SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every=1000))
+    plan = Plan(
+        SimSettings(trace=run / "trace.jsonl", workload="old_versions.recorded:workload", evaluate_every_gradients=1000)
+    )
     return plan.run().training.machine
 
 

@@ -1,7 +1,9 @@
 """What the Makefile's words do, by the commands that `make` would run."""
 
+import fnmatch
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -85,7 +87,15 @@ def test_an_old_word_says_the_new_one_and_does_the_same(tmp_path: Path, word: st
 def test_what_stands_on_others_versions_is_tested_with_both_ends_of_them(tmp_path: Path, end: str) -> None:
     commands = would(f"test-{end}", folder=tmp_path).stdout
     assert f"-c constraints-{end}.txt -e '.[{RUNNING},dev]'" in commands
-    tested = commands.splitlines()[-1].split("worksteal ")[1].split()
-    assert [path for path in tested if not (ROOT / path).exists()] == []
-    assert {f"tests/{part}" for part in ("protos", "service", "journal", "store", "worker")} <= set(tested)
-    assert "tests/system/test_training.py" in tested
+    tested = shlex.split(commands.splitlines()[-1].split("worksteal ")[1])
+    left_out = [word.removeprefix("--ignore-glob=") for word in tested if word.startswith("--ignore-glob=")]
+    chosen = [word.partition("::") for word in tested if not word.startswith("--")]
+    assert len(left_out) + len(chosen) == len(tested)
+    files = [str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")]
+    assert [glob for glob in left_out if not fnmatch.filter(files, glob)] == []
+    assert [path for path, _, _ in chosen if not (ROOT / path).exists()] == []
+    assert [name for path, _, name in chosen if name and f"def {name}(" not in (ROOT / path).read_text()] == []
+    paths = {path for path, _, _ in chosen}
+    assert {f"tests/{part}" for part in ("protos", "journal", "store", "worker")} <= paths
+    assert {f"tests/service/test_{part}.py" for part in ("exchanges", "refusals", "metrics")} <= paths
+    assert "tests/system/test_training.py" in paths

@@ -17,8 +17,9 @@ from fuzz.fuzz_framing import message as read_as
 from fuzz.wire_format import field, varint
 from ormo_protos import framing
 from ormo_protos.framing import Framing, Headed
-from ormo_protos.limits import Malformed
-from ormo_protos.tensors import CHUNK_BYTES, MAX_CHUNK_BYTES, Chunk
+from ormo_protos.limits import CHUNK_BYTES, MAX_CHUNK_BYTES
+from ormo_protos.parsing import Malformed
+from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 Kind = type[Message]
@@ -335,7 +336,7 @@ def test_length_of_more_than_five_bytes_is_for_generated_code_to_judge(case: str
 def test_what_is_no_message_is_told_in_a_sentence() -> None:
     frame = FRAMINGS[pb.PushPullRequest].decode(b"\x0a\x05a")
     assert isinstance(frame, Malformed)
-    assert frame.why.startswith("3 bytes came that are no PushPullRequest: ")
+    assert frame.why.startswith("3 bytes came that are not a PushPullRequest: ")
     beside = FRAMINGS[pb.PushPullRequest].decode(CHUNK + DATA)
     assert beside == Malformed("a chunk came with data beside it: send `data` with the message that begins a payload")
 

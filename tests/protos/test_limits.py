@@ -1,7 +1,10 @@
 """No message makes more of its bytes than is good for whoever reads it, whoever wrote it and however."""
 
+import math
 import random
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,13 @@ from google.protobuf.message_factory import GetMessageClass
 
 from fuzz.script import Script
 from fuzz.wire_format import assembled, field, varint
-from ormo_protos import limits
-from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES, Malformed, Parser
+from ormo_protos import limits, parsing
+from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.refusals import Reason
+from ormo_protos.v1 import parameter_server_pb2
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_server.core.step_size import HIGHEST, LOWEST
 
 KINDS: list[type[Message]] = [GetMessageClass(kind) for kind in pb.DESCRIPTOR.message_types_by_name.values()]
 GROUP, END_OF_GROUP, DELIMITED = 3, 4, 2
@@ -59,16 +65,16 @@ def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
     assert isinstance(taken, kind)
     refused = Parser(kind).parse(with_elements(path, most + 1))
     assert isinstance(refused, Malformed)
-    assert refused.why == f"{name} came more than {most:,} times in one message: send at most so many"
+    assert refused.why == f"{name} came more than {most:,} times in one message: send at most that many"
     assert (refused.reason is Reason.BAD_MANIFEST) == name.startswith(("Manifest", "TensorSpec"))
 
 
 def test_a_list_without_a_limit_keeps_the_programs_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits._Counted.of.cache_clear()
+    parsing._Counted.of.cache_clear()
     monkeypatch.delitem(LONGEST_LISTS, "ormo.v1.HeartbeatRequest.returned")
     with pytest.raises(KeyError, match="returned"):
         Parser(pb.HeartbeatRequest)
-    limits._Counted.of.cache_clear()
+    parsing._Counted.of.cache_clear()
 
 
 def shape(packed: bytes) -> bytes:
@@ -147,11 +153,11 @@ def written(by: random.Random, kind: type[Message]) -> bytes:
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Message]], Parser[Any]]]:
-    limits._Counted.of.cache_clear()
+    parsing._Counted.of.cache_clear()
     for name in LONGEST_LISTS:
         monkeypatch.setitem(LONGEST_LISTS, name, 3)
     yield Parser
-    limits._Counted.of.cache_clear()
+    parsing._Counted.of.cache_clear()
 
 
 def test_no_bytes_make_a_message_with_more_than_the_limits_allow(
@@ -189,9 +195,82 @@ def well_formed(kind: type[Message], encoded: bytes) -> bool:
 
 def test_messages_that_are_small_and_have_no_lists_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are thousands a second, and nothing of that size does harm."""
-    monkeypatch.setattr(limits, "_count", None)
+    monkeypatch.setattr(parsing, "_count", None)
     exchange = pb.PushPullRequest(exchange=pb.Exchange(requester=pb.Requester(worker="w")))
     assert Parser(pb.PushPullRequest).parse(exchange.SerializeToString()) == exchange
     exchange.exchange.requester.worker = "w" * SMALL_MESSAGE_BYTES
     with pytest.raises(TypeError):
         Parser(pb.PushPullRequest).parse(exchange.SerializeToString())
+
+
+# The table and the sentences of the contract
+
+PROTO = Path(parameter_server_pb2.__file__).with_name("parameter_server.proto")
+COMMENTS = " ".join(
+    line.strip().removeprefix("//").strip()
+    for line in PROTO.read_text(encoding="utf-8").splitlines()
+    if line.strip().startswith("//")
+)
+MIB, KIB = 1 << 20, 1 << 10
+LENGTHS = {name.removeprefix("ormo.v1."): most for name, most in LONGEST_LISTS.items()}
+# What the contract says of each, with the number of the table.
+SENTENCES = {
+    "MAX_TENSORS": [f"1 to {limits.MAX_TENSORS:,} tensors, in one message or in several."],
+    "MAX_NAME_BYTES": [f"1 to {limits.MAX_NAME_BYTES} bytes, unique."],
+    "MAX_DIMENSIONS": [f"none for a scalar; at most {limits.MAX_DIMENSIONS}."],
+    "FREE_PARTS": [f"it may come in {limits.FREE_PARTS} messages, and one more for each"],
+    "TENSORS_PER_PART": [f"messages, and one more for each {limits.TENSORS_PER_PART} tensors."],
+    "CHUNK_BYTES": [f"senders use {limits.CHUNK_BYTES // MIB} MiB."],
+    "MAX_CHUNK_BYTES": [
+        f"1 byte to {limits.MAX_CHUNK_BYTES // MIB} MiB;",
+        f"the first bytes of its gradient's payload, up to {limits.MAX_CHUNK_BYTES // MIB} MiB;",
+        f"the first bytes of its payload, up to {limits.MAX_CHUNK_BYTES // MIB} MiB;",
+    ],
+    "FREE_CHUNKS": [f"A payload may come in {limits.FREE_CHUNKS} chunks, and one more for each"],
+    "BYTES_PER_CHUNK": [f"chunks, and one more for each {limits.BYTES_PER_CHUNK // KIB} KiB that it has."],
+    "SMALL_MESSAGE_BYTES": [f"one of more than {limits.SMALL_MESSAGE_BYTES // KIB} KiB."],
+    "LONGEST_LISTS": [
+        f"Tickets that will not be used, at most {LENGTHS['HeartbeatRequest.returned']}.",
+        f"Live workers, by id; at most {LENGTHS['GetStatusResponse.workers']:,}.",
+        f"by reason; at most {LENGTHS['GetStatusResponse.refusals']:,} of them.",
+        f"1 to {LENGTHS['Manifest.tensors']:,} tensors",
+        f"at most {LENGTHS['TensorSpec.shape']}.",
+    ],
+    "WORKER_ID_IN_WORDS": [f"The worker's id: {limits.WORKER_ID_IN_WORDS}"],
+    "MAX_SLOTS": [f"which is 2 by default and {limits.MAX_SLOTS} at most;"],
+    "MAX_SAMPLES": [f"0 to 2^{(limits.MAX_SAMPLES + 1).bit_length() - 1} - 1: counted"],
+    "MAX_COMPUTE_SECONDS": [f"up to 1e{math.log10(limits.MAX_COMPUTE_SECONDS):g}; 0 if not known."],
+}
+# What the reader of a message bounds beyond what the contract says of it, or says in another way.
+NOT_STATED = {"MAX_ELEMENTS", "MAX_PART_BYTES", "MAX_MESSAGE_BYTES", "MAX_REPEATS", "WORKER_ID", "PHASES"}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_the_contract_states_each_number_of_the_table(name: str) -> None:
+    for sentence in SENTENCES[name]:
+        assert sentence in COMMENTS
+
+
+def test_each_constant_of_the_table_has_its_sentence_or_is_known_to_have_none() -> None:
+    assert SENTENCES.keys() | NOT_STATED == {name for name in vars(limits) if name.isupper()}
+
+
+def test_each_bound_that_the_contract_states_is_one_of_the_table() -> None:
+    of_the_core = f"from {LOWEST:g} to {HIGHEST:g}.".replace("1e+06", "1e6")
+    of_formats = ["a learning rate outside 1e-15 to 1e6", "0 to 1; not set", "an accuracy outside 0 to 1"]
+    known = " ".join([*(each for sentences in SENTENCES.values() for each in sentences), of_the_core, *of_formats])
+    stated = re.findall(r"(?:at most|more than|up to|outside|\d to) [\d,.]*\d(?:e\d+)?(?:\^\d+)?", COMMENTS)
+    assert len(stated) >= 15
+    assert [bound for bound in stated if bound not in known] == []
+
+
+def test_ids_of_workers_are_what_the_words_say() -> None:
+    allowed = [chr(code) for code in range(256) if re.fullmatch(limits.WORKER_ID, chr(code))]
+    assert "".join(allowed) == "-.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
+    lengths = [length for length in range(300) if re.fullmatch(limits.WORKER_ID, "a" * length)]
+    assert f"{lengths[0]} to {lengths[-1]} of the characters A-Z a-z 0-9 . _ -" == limits.WORKER_ID_IN_WORDS
+
+
+def test_phases_are_those_of_the_contract() -> None:
+    phases = {number: name for name, number in pb.GetStatusResponse.Phase.items() if number}
+    assert {number: f"PHASE_{word.upper()}" for number, word in limits.PHASES.items()} == phases

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from ormo_protos.limits import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_PART_BYTES, MAX_TENSORS
 from ormo_protos.manifest import (
     AVERAGE,
     BFLOAT16,
@@ -16,11 +17,6 @@ from ormo_protos.manifest import (
     FROZEN,
     INT64,
     LAST,
-    MAX_DIMENSIONS,
-    MAX_ELEMENTS,
-    MAX_NAME_BYTES,
-    MAX_PART_BYTES,
-    MAX_TENSORS,
     MAXIMUM,
     PARAMETER,
     UNSPECIFIED,
@@ -226,7 +222,7 @@ REFUSALS = [
     ([spec(dtype=pb.DTYPE_UNSPECIFIED)], "has role 1 and dtype 0"),
     ([WEIGHT, spec(name="x", role=BUFFER, dtype=99)], "has role 2 and dtype 99"),
     ([WEIGHT, spec(name="x", role=pb.ROLE_UNSPECIFIED)], "has role 0 and dtype 1"),
-    ([WEIGHT, WEIGHT], "tensor 'weight' is there twice: names are unique"),
+    ([WEIGHT, WEIGHT], "tensor 'weight' came twice: names are unique"),
     ([WEIGHT, spec(name="tied", alias_of="nobody")], "tensor 'tied' says that it is 'nobody': that must be an earlier"),
     ([spec(merge=LAST)], "tensor 'weight' has role 1, dtype 1 and merge 3: expected one of 0"),
     ([WEIGHT, spec(name="x", role=BUFFER, dtype=INT64, merge=AVERAGE)], "merge 1: expected one of 0, 2, 3"),

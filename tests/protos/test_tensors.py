@@ -7,18 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ormo_protos.limits import CHUNK_BYTES, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import (
-    CHUNK_BYTES,
-    MAX_CHUNK_BYTES,
-    MAX_MESSAGE_BYTES,
-    Chunk,
-    Payload,
-    PayloadError,
-    PayloadLayout,
-    PayloadReceiver,
-    torch_dtype,
-)
+from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver, torch_dtype
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 

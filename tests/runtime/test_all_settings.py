@@ -4,16 +4,14 @@ import pytest
 
 from ormo_runtime.settings import Settings
 from ormo_runtime.settings_loader import ALL_SETTINGS, misspelt_variables, read_settings
-from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
+from ormo_server.console.settings import ControlSettings, StatusSettings
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.plots import PlotSettings
-from ormo_server.sim.reproduce.settings import ReproduceSettings
+from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
-from ormo_worker.local.settings import LocalSettings
-from ormo_worker.settings import EvaluateSettings, RunSettings
-
-SERVER = (ServerSettings, StatusSettings, TopSettings, ControlSettings, SimSettings, PlotSettings, ReproduceSettings)
-CLASSES: tuple[type[Settings], ...] = (*SERVER, RunSettings, EvaluateSettings, LocalSettings)
+from ormo_worker.local.cluster import LocalSettings
+from ormo_worker.settings import RunSettings
+from runtime.programs_settings import CLASSES
 
 
 def test_all_settings_are_those_of_all_programs() -> None:
@@ -25,7 +23,7 @@ def test_all_settings_are_those_of_all_programs() -> None:
     [
         (ControlSettings, ["--checkpoint"]),
         (SimSettings, []),
-        (PlotSettings, ["--runs", "a", "--into", "b"]),
+        (PlotSettings, ["--runs", "a", "--directory", "b"]),
         (ReproduceSettings, ["--suite", "digits"]),
         (LocalSettings, []),
     ],

@@ -154,9 +154,9 @@ def test_a_request_that_the_application_fails_on_is_answered_and_is_one_line_in_
     with contextlib.closing(port), contextlib.closing(connection):
         connection.request("GET", "/metrics", headers={"Accept": "text/plain; version=a"})
         answer = connection.getresponse()
-        assert (answer.status, answer.read()) == (400, b"this request can't be answered\n")
+        assert (answer.status, answer.read()) == (400, b"this request could not be answered\n")
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        "a request from 127.0.0.1 can't be answered"
+        "a request from 127.0.0.1 could not be answered"
     ]
     assert capfd.readouterr().err == ""
 

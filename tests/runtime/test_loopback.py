@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ormo_runtime.channels import host_of, is_loopback
+from ormo_runtime.tls import host_of, is_loopback
 
 LOOPBACK = ["localhost", "127.0.0.1", "127.0.0.2", "127.255.255.254", "[::1]", "::1", "[0:0:0:0:0:0:0:1]"]
 # What no rule here knows for sure to be this machine counts as others': a name may mean anything tomorrow.

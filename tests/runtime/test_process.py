@@ -109,8 +109,8 @@ from ormo_server.metrics import Metrics
 from ormo_worker.metrics import WorkerMetrics
 worker, server = WorkerMetrics("w", torch.device("cpu")), Metrics()
 for metrics in (worker, WorkerMetrics("w", torch.device("cpu"))):
-    metrics.stepped("applied")
-    metrics.retried("OK")
+    metrics.note_exchange((), "applied")
+    metrics.note_retry("OK")
 print(generate_latest(worker.registry).decode() + generate_latest(server.registry).decode())
 """
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import Dialer, UnaryStub, through_proxy
+from ormo_runtime.tls import Dialer, UnaryStub, through_proxy
 from ormo_server.cli import main
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ServerUnreachable
@@ -91,7 +91,7 @@ def test_what_fails_elsewhere_names_the_proxy_and_its_variable(
         RemoteOptimizer(line(), "server.invalid:50051", connect_timeout=0.2)
     assert way in str(failed.value)
     assert f"joining the run at {way}" in caplog.text
-    assert main(["status", "--server", "server.invalid:50051", "--timeout", "20"]) == 1
+    assert main(["status", "--server", "server.invalid:50051", "--timeout-seconds", "20"]) == 1
     said = capsys.readouterr().err
     assert f"ormo-server status: no answer from {way}" in said
     assert "secret" not in f"{failed.value}{caplog.text}{said}"
@@ -137,5 +137,5 @@ def test_a_proxy_is_named_where_grpc_takes_it(
     with grpc.insecure_channel(f"{host}:1") as channel, pytest.raises(grpc.RpcError):
         UnaryStub(channel).get_status(pb.GetStatusRequest(), timeout=20)
     assert bool(proxy.asked) == taken
-    monkeypatch.setattr("ormo_runtime.channels.is_loopback", lambda _: False)
+    monkeypatch.setattr("ormo_runtime.tls.is_loopback", lambda _: False)
     assert (proxy.address in through_proxy(f"{host}:1", set_)) == taken

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ormo_runtime.signals import end_on_signals, leave_if_asked, leave_on_signals
+from ormo_runtime.process import end_on_signals, leave_if_asked, leave_on_signals
 
 
 @pytest.fixture(autouse=True)

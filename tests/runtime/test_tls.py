@@ -10,9 +10,8 @@ import pytest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime import tls
-from ormo_runtime.channels import Dialer
 from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
-from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, WatchedFiles, read_token
+from ormo_runtime.tls import ClientSettings, Credentials, CredentialsError, Dialer, WatchedFiles, read_token
 from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.connection import Connection
 from security.authority import TOKEN, Authority, guarded
@@ -50,9 +49,11 @@ def test_files_that_can_not_be_used_are_named_before_anything_is_dialled(tmp_pat
     empty.touch()
     for credentials, sentence in {
         Credentials(tmp_path / "none"): r"none can't be read \(No such file",
-        Credentials(empty): "empty holds no certificates: expected them in PEM",
+        Credentials(empty): "empty does not hold certificates: expected one or more in PEM",
         Credentials(authority.ca, certificate, another): "can't be used together",
-        Credentials(authority.ca, token_file=empty): "empty holds no token: expected one line of printable ASCII",
+        Credentials(
+            authority.ca, token_file=empty
+        ): "empty does not hold a token: expected one line of printable ASCII",
         Credentials(authority.ca, certificate, key, tmp_path / "gone"): "gone can't be read",
     }.items():
         with pytest.raises(CredentialsError, match=sentence):
@@ -63,7 +64,7 @@ def test_files_that_can_not_be_used_are_named_before_anything_is_dialled(tmp_pat
 def test_what_is_no_token_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(text)
-    with pytest.raises(CredentialsError, match="holds no token"):
+    with pytest.raises(CredentialsError, match="does not hold a token"):
         read_token(path)
 
 
@@ -162,7 +163,7 @@ def test_a_broken_connection_is_dialled_anew_with_the_newest_certificates(tmp_pa
             authority.pair("evaluator", into="mine")
             trusted.write_bytes(authority.ca.read_bytes())
             first = connection.stub
-            answer = connection.retrying(
+            answer = connection.retry(
                 lambda: connection.unary(connection.stub.get_status, pb.GetStatusRequest(), 2.0), "asking"
             )
             assert answer.version

@@ -9,8 +9,7 @@ from typing import Any
 import trustme
 
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.channels import Dialer
-from ormo_runtime.tls import Credentials
+from ormo_runtime.tls import Credentials, Dialer
 from ormo_server.service.server import Server
 from service.wire import served
 

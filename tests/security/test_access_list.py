@@ -25,7 +25,7 @@ NO_LISTS = {
     '[[allow]]\nrole = "reader"\ncertificate = "a"\nworkers = ["b"]': "the role is reader",
     '[[allow]]\nrole = "worker"\ncertificate = "a"\nworker = ["b"]': "number 1, `worker`: extra inputs",
     "allow = 3": "tuple",
-    "[[allow": "is no TOML",
+    "[[allow": "is not valid TOML",
 }
 
 
@@ -117,14 +117,14 @@ def test_a_list_that_can_not_be_used_leaves_the_one_before_in_force(
     with guarded(tmp_path, authority) as server, dialled(server, authority.credentials("gpu-1")) as stub:
         authority.allow("[[allow")
         assert outcome(stub) == "OK"
-        assert any("stays in force: the access list" in said for said in caplog.messages)
+        assert any("stay in force: the access list" in said for said in caplog.messages)
         authority.allow('[[allow]]\nrole = "reader"\ncertificate = "evaluator"')
         assert outcome(stub) == "UNAUTHENTICATED"
 
 
 def test_streams_of_who_is_taken_off_the_list_end(tmp_path: Path, authority: Authority) -> None:
     with (
-        guarded(tmp_path, authority, failure_timeout=1.0) as server,
+        guarded(tmp_path, authority, failure_timeout_seconds=1.0) as server,
         dialled(server, authority.credentials("gpu-1")) as first,
         dialled(server, authority.credentials("pool.example")) as second,
     ):
@@ -141,7 +141,7 @@ def test_streams_of_who_is_taken_off_the_list_end(tmp_path: Path, authority: Aut
         with pytest.raises(Refused) as ended:
             streams[0].receive()
         assert ended.value.code == grpc.StatusCode.CANCELLED
-        with pytest.raises(Refused, match=r"nobody with a certificate for 'gpu-1', '127\.0\.0\.1' is on this server's"):
+        with pytest.raises(Refused, match=r"the access list has no line for a certificate of 'gpu-1', '127\.0\.0\.1'"):
             gone.pull()
         stays.stub.Heartbeat(pb.HeartbeatRequest(worker="pool-7", incarnation=1))
         streams[1].begin(None)
@@ -155,7 +155,7 @@ def test_whoever_is_given_another_role_loses_the_streams_of_the_one_before(
     tmp_path: Path, authority: Authority
 ) -> None:
     with (
-        guarded(tmp_path, authority, failure_timeout=2.0) as server,
+        guarded(tmp_path, authority, failure_timeout_seconds=2.0) as server,
         dialled(server, authority.credentials("gpu-1")) as stub,
     ):
         worker = WireWorker(stub, "gpu-1")
@@ -182,5 +182,5 @@ def test_a_token_that_stands_twice_is_refused_and_the_list_before_stays(tmp_path
 def test_a_list_that_is_nested_too_deeply_is_refused_like_any_other_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "access.toml"
     path.write_text("a = " + 100_000 * "[")
-    with pytest.raises(AccessError, match="is no TOML"):
+    with pytest.raises(AccessError, match="is not valid TOML"):
         read_list(path)

@@ -170,13 +170,13 @@ def test_the_command_takes_its_action_from_flags_alone(
         assert main(["control", "--server", server.address, "--drain"]) == 0
         assert server.told_to_stop.is_set()
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence == "ormo-server control: one of --checkpoint, --learning-rate and --drain was expected, as a flag"
+    assert sentence == "ormo-server control: expected one of --checkpoint, --learning-rate and --drain, as a flag"
 
 
 def test_the_command_says_what_it_needs_and_what_was_refused(stage: Stage) -> None:
     stage.server()
     for flags, code, sentence in (
-        ((), 2, "one of --checkpoint, --learning-rate and --drain was expected"),
+        ((), 2, "expected one of --checkpoint, --learning-rate and --drain"),
         (("--drain", "--checkpoint"), 2, "one of --checkpoint"),
         (("--learning-rate", "0"), 2, "--learning-rate is '0'"),
         (("--checkpoint",), 1, "this server has no model yet"),

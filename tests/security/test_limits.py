@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.core.errors import MemoryLimit, TooMuchInFlight
@@ -151,13 +151,15 @@ def test_a_model_that_needs_more_memory_than_there_may_be_is_refused_and_nothing
     """Parameters and momentum, a copy of both in a checkpoint, and four slots: eight times 300,000 bytes."""
     for limit, taken in ((2_399_999, False), (2_400_000, True)):
         directory = tmp_path / str(limit)
-        with served(directory, **SETTINGS, memory_limit=limit) as server, connected(server) as stub:
+        with served(directory, **SETTINGS, memory_limit_bytes=limit) as server, connected(server) as stub:
             worker = WireWorker(stub, "w", MIDDLE)
             if taken:
                 worker.join()
                 assert server.host.has_model
                 continue
-            with pytest.raises(Refused, match=r"needs up to 2,400,000 .* memory_limit is 2,399,999: raise") as refused:
+            with pytest.raises(
+                Refused, match=r"needs up to 2,400,000 .* memory_limit_bytes is 2,399,999: raise"
+            ) as refused:
                 worker.join()
             code, reason = refused.value.code, refused.value.reason
             assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
@@ -216,7 +218,7 @@ def test_a_stream_that_says_nothing_ends_after_the_failure_timeout_and_changes_n
     method: str, tmp_path: Path
 ) -> None:
     """As no worker's: a stream that has said whose it is ends with that worker's lease."""
-    with served(tmp_path, failure_timeout=2.0) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=2.0) as server, connected(server) as stub:
         worker = WireWorker(stub, "w")
         worker.join()
         worker.pull()

@@ -9,13 +9,11 @@ import subprocess
 from grpc_health.v1 import health_pb2
 
 from docs.pages import EXAMPLES, ROOT, example, text_of
-from ormo_protos.limits import LONGEST_LISTS, MAX_REPEATS, SMALL_MESSAGE_BYTES
-from ormo_protos.manifest import MAX_ELEMENTS, MAX_NAME_BYTES
+from ormo_protos.limits import LONGEST_LISTS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_REPEATS, SMALL_MESSAGE_BYTES
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.channels import Dialer
-from ormo_runtime.tls import Credentials
+from ormo_runtime.tls import Credentials, Dialer
 from ormo_server.security.access import ALLOWED, Role
 from ormo_server.service.server import SERVICE
 from ormo_server.settings import ServerSettings

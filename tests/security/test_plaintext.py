@@ -22,7 +22,7 @@ FLAGS = {
 }
 NEEDS_TLS = "--tls-client-ca and --access need TLS: give --tls-cert and --tls-key, too"
 REACHED = (
-    "--listen is '{}:50051': whoever reaches it could change or copy the model. Give --tls-cert, --tls-key and "
+    "--listen is '{}:50051': anyone who can reach it could change or copy the model. Give --tls-cert, --tls-key and "
     "--access; or --insecure, if nobody else can reach it; or listen on 127.0.0.1"
 )
 # tls  access  insecure      on a loopback  elsewhere
@@ -68,8 +68,8 @@ def test_the_table_has_every_combination() -> None:
         (["--tls-client-ca", "ca.pem"], NEEDS_TLS),
         (
             [*FLAGS["tls"], "--tls-client-ca", "ca.pem"],
-            "--tls-client-ca says whose certificates are believed, and nothing of who may do what: name the roles in a "
-            "file for --access",
+            "--tls-client-ca says whose certificates are trusted, but not who may do what: name the roles in a file "
+            "for --access",
         ),
     ],
 )

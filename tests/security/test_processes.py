@@ -10,13 +10,12 @@ import pytest
 from ormo_protos.manifest import Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.channels import Dialer
-from ormo_runtime.tls import Credentials
+from ormo_runtime.tls import Credentials, Dialer
 from security.authority import TOKEN, Authority, line
 from service.wire import Refused, WireWorker, payload, refusals
 from system.programs import Program, Stage
 
-BRIEF = {"task": "digits", "connect_timeout": 3, "failure_timeout": 5}
+BRIEF = {"task": "digits", "connect_timeout_seconds": 3, "failure_timeout_seconds": 5}
 
 
 def flags(credentials: Credentials) -> dict[str, Any]:
@@ -38,7 +37,7 @@ class Guarded(Stage):
         self.operator = authority.credentials("operator")
 
     def start(self, **more: Any) -> Program:
-        return self.server(**(self.authority.server() | {"learning_rate": 0.02, "failure_timeout": 5} | more))
+        return self.server(**(self.authority.server() | {"learning_rate": 0.02, "failure_timeout_seconds": 5} | more))
 
     def join(self, name: str, credentials: Credentials | None = None, **more: Any) -> Program:
         return self.worker(name, **(BRIEF | flags(credentials or self.authority.credentials(name)) | more))
@@ -99,9 +98,9 @@ def test_programs_that_can_not_prove_who_they_are_end_with_a_sentence(guarded: G
         "a reader's certificate": guarded.join("gpu-9", authority.credentials("evaluator")),
     }
     said = {
-        "not on the list": r"UNAUTHENTICATED: nobody with a certificate for 'stranger', '127\.0\.0\.1' is on",
-        "another's name": "PERMISSION_DENIED: worker id 'gpu-7' is not one of 'gpu-8', who may use 'gpu-8'",
-        "a reader's certificate": "PERMISSION_DENIED: 'evaluator' has the role reader, and .*/Join is for worker",
+        "not on the list": r"UNAUTHENTICATED: the access list has no line for a certificate of 'stranger', '127",
+        "another's name": "PERMISSION_DENIED: 'gpu-8' may not use the worker id 'gpu-7', only 'gpu-8'",
+        "a reader's certificate": "PERMISSION_DENIED: 'evaluator' has the role reader, but .*/Join is for worker",
     }
     for what, worker in strangers.items():
         code, log = ended(worker)
@@ -118,7 +117,7 @@ def test_programs_that_can_not_prove_who_they_are_end_with_a_sentence(guarded: G
 def test_a_stolen_ticket_is_worth_nothing(guarded: Guarded, authority: Authority) -> None:
     """Whoever has another worker's certificate, ticket, incarnation and request numbers can't push in its place."""
     guarded.start(stop_after_gradients=10_000)
-    guarded.join("gpu-1", stop_after=1).wait()  # offers the model
+    guarded.join("gpu-1", leave_after_gradients=1).wait()  # offers the model
     with (
         Dialer(guarded.address, authority.credentials("gpu-2")).dial() as own,
         Dialer(guarded.address, authority.credentials("gpu-3")).dial() as thiefs,
@@ -131,7 +130,7 @@ def test_a_stolen_ticket_is_worth_nothing(guarded: Guarded, authority: Authority
         thief.ticket, thief.request = victim.ticket, victim.request
         before = guarded.status().iteration.number
         for attempt in (thief.pull, thief.ask_to_join, lambda: push(thief)):
-            with pytest.raises(Refused, match="worker id 'gpu-2' is not one of 'gpu-3'") as refused, refusals():
+            with pytest.raises(Refused, match="'gpu-3' may not use the worker id 'gpu-2'") as refused, refusals():
                 attempt()
             assert refused.value.code == grpc.StatusCode.PERMISSION_DENIED
         assert guarded.status().iteration.number == before
@@ -148,7 +147,7 @@ def test_everybodys_certificates_are_replaced_while_they_train(guarded: Guarded,
     own = authority.pair("gpu-1", into="mine")
     trusted = guarded.folder / "trusted.pem"
     trusted.write_bytes(authority.ca.read_bytes())
-    worker = guarded.join("gpu-1", Credentials(trusted, *own), connect_timeout=60)
+    worker = guarded.join("gpu-1", Credentials(trusted, *own), connect_timeout_seconds=60)
     guarded.until(lambda status: status.iteration.number > 5, "training")
     old, new = authority.credentials("gpu-2"), Authority(guarded.folder)
     new.pair("gpu-1", into="mine")
@@ -178,7 +177,7 @@ def test_a_token_is_taken_away_while_its_worker_trains(guarded: Guarded, authori
     operator = line("admin", "operator", TOKEN + "operator")
     access = line("worker", "pool", TOKEN + "pool", workers='["pool-*"]') + operator
     guarded.authority.allow(access)
-    given = authority.server(access, client_certificates=False) | {"failure_timeout": 1, "learning_rate": 0.02}
+    given = authority.server(access, client_certificates=False) | {"failure_timeout_seconds": 1, "learning_rate": 0.02}
     guarded.server(**given)
     files = {name: guarded.folder / f"{name}.token" for name in ("pool", "operator")}
     for name, path in files.items():
@@ -189,7 +188,7 @@ def test_a_token_is_taken_away_while_its_worker_trains(guarded: Guarded, authori
     authority.allow(operator)
     code, log = ended(worker)
     assert code == 1
-    assert "UNAUTHENTICATED: the bearer token is not one that this server knows" in log
+    assert "UNAUTHENTICATED: this server does not know the bearer token" in log
     assert "operator.token" not in log
     assert TOKEN not in log
     guarded.until(lambda status: not status.workers, "its lease to end")

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
-from ormo_runtime.channels import Dialer
+from ormo_runtime.tls import Dialer
 from ormo_server.security.access import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
@@ -113,7 +113,7 @@ def test_no_offer_can_name_a_worker_that_is_not_the_callers(tmp_path: Path, auth
         assert WireWorker(asked, "gpu-1").ask_to_join().WhichOneof("answer") == "model_wanted"
         with dialled(server, authority.credentials("gpu-2")) as thief:
             offer = in_the_name_of("gpu-1", 1, None, thief)["OfferModel"]
-            with pytest.raises(Refused, match="'gpu-1' is not one of 'gpu-2', who may use") as refused, refusals():
+            with pytest.raises(Refused, match="'gpu-2' may not use the worker id 'gpu-1', only") as refused, refusals():
                 offer()
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
         assert not server.host.has_model
@@ -127,7 +127,7 @@ def test_a_denial_is_logged_with_who_and_why(
     (record,) = [record for record in caplog.records if record.name == "ormo_server.denied"]
     assert record.__dict__["reason"] == "PERMISSION_DENIED"
     assert record.__dict__["peer"].startswith("ipv4:127.0.0.1:")
-    assert "'evaluator' has the role reader, and /ormo.v1.ParameterServer/Control is for admin" in record.message
+    assert "'evaluator' has the role reader, but /ormo.v1.ParameterServer/Control is for admin" in record.message
 
 
 # The identity binds the worker id
@@ -184,7 +184,7 @@ def test_no_message_can_name_a_worker_that_is_not_the_callers(server: Server, au
         with pytest.raises(Refused, match="MODEL_EXISTS"), refusals():  # whoever offers one: it is not even read
             calls.pop("OfferModel")()
         for name, call in calls.items():
-            with pytest.raises(Refused, match="'gpu-1' is not one of 'gpu-2', who may use") as refused, refusals():
+            with pytest.raises(Refused, match="'gpu-2' may not use the worker id 'gpu-1', only") as refused, refusals():
                 call()
             assert (refused.value.code, refused.value.reason) == (
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -211,7 +211,7 @@ def test_a_star_in_a_certificate_is_no_pattern(tmp_path: Path, authority: Author
             WireWorker(stub, "gpu-1.example").join()
         with (
             dialled(server, authority.credentials("*.example")) as stub,
-            pytest.raises(Refused, match=r"worker id 'gpu-1\.example' is not one of '\*\.example'"),
+            pytest.raises(Refused, match=r"'\*\.example' may not use the worker id 'gpu-1\.example'"),
         ):
             WireWorker(stub, "gpu-1.example", incarnation=2).join()
 
@@ -225,7 +225,7 @@ def test_a_stream_can_not_change_whom_it_serves(server: Server, authority: Autho
         stream.delivery()
         before = state_of(server)
         stream.send(other.exchange(None))
-        with pytest.raises(Refused, match=r"worker id 'gpu-1' is not one of 'pool\.example', who may use 'pool-\*'"):
+        with pytest.raises(Refused, match=r"'pool\.example' may not use the worker id 'gpu-1', only 'pool-\*'"):
             stream.receive()
         assert state_of(server)[:2] == before[:2]
 
@@ -235,7 +235,7 @@ def test_a_reader_gets_parameters_and_no_ticket(server: Server, authority: Autho
         reader = WireWorker(stub, "evaluator")
         assert reader.pull(ticket=False).payload_bytes > 0
         before = state_of(server)
-        with pytest.raises(Refused, match="'evaluator' has not the role worker") as refused:
+        with pytest.raises(Refused, match="'evaluator' does not have the role worker, but called as worker") as refused:
             reader.pull()
         assert refused.value.code == grpc.StatusCode.PERMISSION_DENIED
         assert state_of(server) == before

@@ -10,15 +10,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import Dialer
-from ormo_runtime.tls import Credentials
+from ormo_runtime.tls import Credentials, Dialer
 from ormo_server.service.server import Server
 from ormo_server.service.streams import SILENT_CALLS
 from security.authority import TOKEN, Authority, dialled, guarded, line
 from service.wire import SMALL, WireWorker, eventually, payload, served, state_of
 
 # Two workers' streams, two readers and the reserve make 38 threads.
-FEW = {"max_workers": 2, "slots_per_worker": 1, "max_readers": 2, "failure_timeout": 2.0}
+FEW = {"max_workers": 2, "slots_per_worker": 1, "max_readers": 2, "failure_timeout_seconds": 2.0}
 METHODS = ["/ormo.v1.ParameterServer/GetStatus", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
 
 
@@ -96,7 +95,7 @@ def test_a_call_that_ends_without_its_message_is_told_so(tmp_path: Path, authori
 
 def test_who_is_taken_off_the_list_watches_no_longer(tmp_path: Path, authority: Authority) -> None:
     with (
-        guarded(tmp_path, authority, failure_timeout=2.0) as server,
+        guarded(tmp_path, authority, failure_timeout_seconds=2.0) as server,
         Dialer(server.address, authority.credentials("evaluator")).dial() as channel,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())

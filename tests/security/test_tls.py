@@ -83,7 +83,7 @@ def test_files_that_can_not_be_used_leave_those_before_in_force(
         before = key.read_bytes()
         key.write_text("no key")
         assert answers(server, authority.credentials("gpu-1"))
-        assert any("can't be used, so what was read before stays in force" in said for said in caplog.messages)
+        assert any("can't be used, so the previous contents stay in force" in said for said in caplog.messages)
         key.write_bytes(before)
         assert answers(server, authority.credentials("gpu-2"))
 
@@ -105,14 +105,14 @@ def test_files_that_can_not_be_used_at_the_start_are_named(tmp_path: Path, autho
         (none, key, None): r"none\.pem can't be read",
         (certificate, another, None): r"can't be used together \(KEY_VALUES_MISMATCH\).*the key that it was made for",
         (key, key, None): "can't be used together",
-        (certificate, key, key): "holds no certificates: expected them in PEM",
+        (certificate, key, key): "does not hold certificates: expected one or more in PEM",
     }.items():
         with pytest.raises(CredentialsError, match=sentence):
             server_credentials(*given)
 
 
 def test_who_connects_and_says_nothing_is_disconnected(tmp_path: Path, authority: Authority) -> None:
-    with guarded(tmp_path, authority, failure_timeout=1.0) as server:
+    with guarded(tmp_path, authority, failure_timeout_seconds=1.0) as server:
         host, _, port = server.address.rpartition(":")
         with socket.create_connection((host, int(port))) as silent:
             silent.settimeout(20)

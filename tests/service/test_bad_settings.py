@@ -45,14 +45,16 @@ def test_a_number_that_nothing_can_be_made_of_is_refused(name: str) -> None:
         ServerSettings.model_validate({name: 1e308 if name in FLOATS else 2**63})
 
 
-@pytest.mark.parametrize("name", ["failure_timeout", "ticket_timeout", "checkpoint_seconds", "drain_seconds"])
+@pytest.mark.parametrize(
+    "name", ["failure_timeout_seconds", "ticket_timeout_seconds", "checkpoint_seconds", "drain_seconds"]
+)
 def test_the_longest_time_of_a_setting_can_be_waited_for(name: str) -> None:
     (limit,) = [rule.le for rule in ServerSettings.model_fields[name].metadata if hasattr(rule, "le")]
     there = threading.Event()
     there.set()
     assert there.wait(limit)
     assert limit <= threading.TIMEOUT_MAX
-    assert 1000 * FailureDetection(limit).ping_timeout_seconds < 2**31 or name != "failure_timeout"
+    assert 1000 * FailureDetection(limit).ping_timeout_seconds < 2**31 or name != "failure_timeout_seconds"
 
 
 @pytest.mark.parametrize(("flags", "sentence"), SAID)

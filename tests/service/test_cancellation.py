@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.service.server import Server
 from ormo_server.service.transfers import BufferPool

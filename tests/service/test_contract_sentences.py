@@ -240,7 +240,7 @@ def test_another_call_of_the_slot_ends_its_open_stream(method: str, tmp_path: Pa
 
 
 def test_waiting_for_a_ticket_keeps_no_lease(tmp_path: Path) -> None:
-    with served(tmp_path, min_workers=2, failure_timeout=0.5) as server, connected(server) as stub:
+    with served(tmp_path, min_workers=2, failure_timeout_seconds=0.5) as server, connected(server) as stub:
         alone = WireWorker(stub, "a")
         alone.join()
         stream = alone.open()

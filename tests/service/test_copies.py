@@ -8,11 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.tensors import CHUNK_BYTES, Payload, PayloadLayout
+from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.rules.sgd import Sgd
 from ormo_server.core.vectors import BLOCK_ELEMENTS
-from ormo_server.metrics.histograms import Distribution
+from ormo_server.metrics.families import Distribution
 from ormo_server.service.delivery import Copies
 from service.wire import LARGE, Refused, WireWorker, connected, eventually, payload, served
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from ormo_server.metrics.histograms import _MOST_NOTED, Distribution, Distributions
+from ormo_server.metrics.families import _MOST_NOTED, Distribution, Distributions
 
 BOUNDS = (0, 0.5, 1, 2.5, 10)
 values = st.one_of(st.sampled_from(BOUNDS), st.floats(-1, 20), st.just(float("inf")))

@@ -44,7 +44,7 @@ def test_a_server_that_can_not_take_calls_is_not_alive_and_ends_with_its_state_k
         assert (says(server, "/alive"), says(server, "/ready")) == (503, 503)
         with caplog.at_level(logging.CRITICAL):
             assert _run_until_told(server, threading.Event()) == 1
-        assert "gRPC's thread that takes calls has ended" in caplog.text
+        assert "gRPC's thread that accepts calls has ended" in caplog.text
     with served(tmp_path, **JOURNALED) as again:
         assert everything(again) == before
         assert again.host.files.last_checkpoint is not None

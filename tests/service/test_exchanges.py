@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import BFLOAT16
-from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from service.wire import (
     LARGE,
@@ -266,7 +266,10 @@ def test_synchronous_round_waits_for_all_and_opens_for_all(tmp_path: Path) -> No
 
 
 def test_death_of_the_one_that_all_wait_for_opens_the_next_round(tmp_path: Path) -> None:
-    with served(tmp_path, method="ssgdm", min_workers=2, failure_timeout=0.4) as server, connected(server) as stub:
+    with (
+        served(tmp_path, method="ssgdm", min_workers=2, failure_timeout_seconds=0.4) as server,
+        connected(server) as stub,
+    ):
         a, b = WireWorker(stub, "a"), WireWorker(stub, "b")
         a.join()
         b.join()

@@ -16,8 +16,9 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.service.server import Server
 from service.wire import SMALL, Exchanges, WireWorker, connected, payload, served, tensor_chunks

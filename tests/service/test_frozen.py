@@ -161,7 +161,10 @@ def test_they_count_once_in_what_the_run_needs(tmp_path: Path) -> None:
 
 _PARTS = ("state", "exchanges", "checkpoint")
 LIMITS = [
-    ({"memory_limit": 147, "max_workers": 2}, "a model of 3 parameters and 7 that are frozen needs up to 148 bytes"),
+    (
+        {"memory_limit_bytes": 147, "max_workers": 2},
+        "a model of 3 parameters and 7 that are frozen needs up to 148 bytes",
+    ),
     ({"max_bytes_in_flight": 55}, "an offer of this model may have 56 bytes under way"),
 ]
 

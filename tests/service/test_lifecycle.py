@@ -197,7 +197,7 @@ def test_slow_reader_does_not_hold_the_others(tmp_path: Path) -> None:
 
 
 def test_worker_whose_bytes_keep_coming_keeps_its_lease_without_heartbeats(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.5) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=1.0) as server, connected(server) as stub:
         worker = WireWorker(stub, "a", LARGE)
         worker.join()
         worker.pull()
@@ -205,13 +205,13 @@ def test_worker_whose_bytes_keep_coming_keeps_its_lease_without_heartbeats(tmp_p
         gradient = payload(LARGE, 1.0)
         stream.send(worker.exchange(gradient, wants=False))
         for chunk in tensor_chunks(gradient):
-            time.sleep(0.1)
+            time.sleep(0.25)  # six times: longer than the lease
             stream.send(pb.PushPullRequest(chunk=chunk))
         assert stream.result().iteration.number == 1
 
 
 def test_stream_that_says_nothing_is_ended(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.3) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.3) as server, connected(server) as stub:
         WireWorker(stub, "a").join()
         stream = WireWorker(stub, "a").open()
         with pytest.raises(Refused):
@@ -220,7 +220,7 @@ def test_stream_that_says_nothing_is_ended(tmp_path: Path) -> None:
 
 
 def test_ticket_of_a_hung_worker_is_void_after_the_ticket_timeout(tmp_path: Path) -> None:
-    changes = {"method": "ssgd", "min_workers": 2, "ticket_timeout": 0.3}
+    changes = {"method": "ssgd", "min_workers": 2, "ticket_timeout_seconds": 0.3}
     with served(tmp_path, **changes) as server, connected(server) as stub:
         a, hung = WireWorker(stub, "a"), WireWorker(stub, "hung")
         a.join()

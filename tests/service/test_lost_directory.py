@@ -68,7 +68,7 @@ def test_the_next_answer_is_refused_and_the_server_stops(
 
 
 def test_it_is_noticed_while_nobody_says_anything(tmp_path: Path) -> None:
-    with crashing(tmp_path / "run", journal=False, failure_timeout=1.0) as server:
+    with crashing(tmp_path / "run", journal=False, failure_timeout_seconds=1.0) as server:
         trained(server)
         shutil.rmtree(tmp_path / "run")
         eventually(server.host.engine.broken.is_set)

@@ -13,10 +13,10 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ormo_protos import limits
-from ormo_protos.limits import LONGEST_LISTS, SMALL_MESSAGE_BYTES
+from ormo_protos import parsing
+from ormo_protos.limits import LONGEST_LISTS, MAX_CHUNK_BYTES, SMALL_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_server.service.server import SERVICE, Server
@@ -103,7 +103,7 @@ def chunk(offset: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_message_is_refused_by_each_method(raw: Raw, name: str, case: str) -> None:
     sentence = raw.refused(name, [MALFORMED[case]])
-    assert sentence.startswith(f"{len(MALFORMED[case])} bytes came that are no {METHODS[name].input_type.name}: ")
+    assert sentence.startswith(f"{len(MALFORMED[case])} bytes came that are not a {METHODS[name].input_type.name}: ")
     raw.goes_on()
 
 
@@ -122,13 +122,13 @@ def refused_before_a_model(folder: Path, name: str, request: bytes, reason: str 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_no_message_is_refused_before_there_is_a_model(tmp_path: Path, name: str) -> None:
     sentence = refused_before_a_model(tmp_path, name, MALFORMED["cut"])
-    assert sentence.startswith(f"3 bytes came that are no {METHODS[name].input_type.name}: ")
+    assert sentence.startswith(f"3 bytes came that are not a {METHODS[name].input_type.name}: ")
 
 
 def test_a_model_that_is_offered_where_there_is_one_is_refused_before_it_is_read(
     raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_count", None)  # whoever reads its lists fails
+    monkeypatch.setattr(parsing, "_count", None)  # whoever reads its lists fails
     manifest = raw.worker.manifest.to_message()
     offer = pb.OfferModelRequest(offer=pb.ModelOffer(worker="b", manifest=manifest))
     with pytest.raises(Refused, match="has a model already"), refusals():
@@ -145,13 +145,13 @@ def test_a_message_that_takes_long_to_read_keeps_nobody_from_being_served(
         begun.set()
         assert go_on.wait(20)
 
-    monkeypatch.setattr(limits, "_beyond", slow)
+    monkeypatch.setattr(parsing, "_beyond", slow)
     with futures.ThreadPoolExecutor(1) as other:
         refused = other.submit(raw.refused, "PushGradient", [bytes(2 * SMALL_MESSAGE_BYTES)])
         assert begun.wait(20)
         assert raw.call("GetStatus", [b""])
         go_on.set()
-        assert "no PushGradientRequest" in refused.result()
+        assert "not a PushGradientRequest" in refused.result()
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -257,7 +257,7 @@ AFTER_THE_END = {
     "chunk where it would go on": (chunk(40, b"x"), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
     "empty chunk": (chunk(40, b""), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
     "nothing": (b"", "BAD_REQUEST", "a message with 'nothing' came where 'chunk' was expected"),
-    "no message": (MALFORMED["cut"], "BAD_REQUEST", "bytes came that are no PushGradientRequest"),
+    "no message": (MALFORMED["cut"], "BAD_REQUEST", "bytes came that are not a PushGradientRequest"),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ormo_server.core.errors import NotWanted
-from ormo_server.service.offers import ModelOffers
+from ormo_server.service.admission import ModelOffers
 
 
 def test_the_first_who_asks_is_the_one_until_it_was_silent_for_its_lease() -> None:

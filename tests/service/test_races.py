@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.tensors import CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.cli import _run_until_told
 from ormo_server.service.server import Server
@@ -293,7 +293,7 @@ def test_model_that_can_not_be_stored_is_asked_for_again(tmp_path: Path, monkeyp
 def test_offer_is_not_ended_while_the_server_takes_long_to_store_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.2) as server, connected(server) as stub:
         store, write = server.host.files.store, server.host.files.store.write
 
         def slowly(checkpoint: object) -> Path:
@@ -308,7 +308,7 @@ def test_offer_is_not_ended_while_the_server_takes_long_to_store_it(
 
 @pytest.mark.parametrize("method", ["PushGradient", "OfferModel"])
 def test_upload_that_says_nothing_does_not_keep_its_thread(tmp_path: Path, method: str) -> None:
-    with served(tmp_path, failure_timeout=0.2) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.2) as server, connected(server) as stub:
         held = Held()
         call = getattr(stub, method).future(held.messages)
         eventually(lambda: len(server.streams) == 1)
@@ -360,7 +360,7 @@ def test_readers_that_do_not_read_leave_the_workers_their_streams(tmp_path: Path
 @pytest.mark.parametrize("task", ["expiry", "checkpoints"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_background_thread_outlives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
-    with served(tmp_path, failure_timeout=0.2, checkpoint_seconds=0.05) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.2, checkpoint_seconds=0.05) as server, connected(server) as stub:
         WireWorker(stub, "a").join()
         failed = threading.Event()
 
@@ -482,7 +482,7 @@ def test_push_that_the_drain_cut_off_is_not_applied_after_its_checkpoint(tmp_pat
 
 
 def test_worker_that_expires_in_the_middle_of_a_push_changes_nothing_and_may_join_again(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.5) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.5) as server, connected(server) as stub:
         worker = WireWorker(stub, "a", LARGE)
         worker.join()
         worker.pull()

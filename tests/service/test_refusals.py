@@ -246,7 +246,7 @@ def test_calls_before_there_is_a_model_are_told_to_come_back(tmp_path: Path) -> 
 
 
 def test_one_worker_at_a_time_is_asked_for_the_model(tmp_path: Path) -> None:
-    with served(tmp_path, failure_timeout=0.3) as server, connected(server) as stub:
+    with served(tmp_path, failure_timeout_seconds=0.3) as server, connected(server) as stub:
         a, b = WireWorker(stub, "a"), WireWorker(stub, "b")
         assert a.ask_to_join().WhichOneof("answer") == "model_wanted"
         assert b.ask_to_join().wait.retry_seconds > 0
@@ -279,8 +279,8 @@ def test_offered_model_must_be_finite_and_fit(tmp_path: Path) -> None:
             worker.join()
         assert refused.value.reason == "NON_FINITE"
         assert not server.host.has_model
-    with served(tmp_path / "b", memory_limit=1_000_000) as server, connected(server) as stub:
-        with pytest.raises(Refused, match="memory_limit") as refused:
+    with served(tmp_path / "b", memory_limit_bytes=1_000_000) as server, connected(server) as stub:
+        with pytest.raises(Refused, match="memory_limit_bytes") as refused:
             WireWorker(stub, "a", LARGE).join()
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
         assert not server.host.has_model

@@ -100,7 +100,7 @@ def ended(connection: socket.socket) -> bool:
 
 @pytest.mark.usefixtures("four_connections")
 def test_a_worker_trains_on_beside_as_many_connections_as_there_may_be_and_silent_ones_end(tmp_path: Path) -> None:
-    with served(tmp_path, **FEW, failure_timeout=1.0) as server, connected(server) as stub:
+    with served(tmp_path, **FEW, failure_timeout_seconds=1.0) as server, connected(server) as stub:
         worker = WireWorker(stub, "w", SMALL)
         worker.join()
         worker.pull()
@@ -114,7 +114,7 @@ def test_a_worker_trains_on_beside_as_many_connections_as_there_may_be_and_silen
 
 @pytest.mark.usefixtures("four_connections")
 def test_who_does_not_show_a_certificate_is_bounded_and_ends_as_well(tmp_path: Path) -> None:
-    with guarded(tmp_path, Authority(tmp_path), **FEW, failure_timeout=1.0) as server:
+    with guarded(tmp_path, Authority(tmp_path), **FEW, failure_timeout_seconds=1.0) as server:
         for says in (b"", b"\x16\x03\x01\x02\x00\x01"):
             with strangers(server, 20, says) as silent:
                 assert all(ended(connection) for connection in silent)

@@ -42,7 +42,7 @@ def settings(directory: Path, **changes: Any) -> ServerSettings:
             "directory": directory,
             "learning_rate": 1.0,
             "momentum": 0.5,
-            "failure_timeout": 10.0,
+            "failure_timeout_seconds": 10.0,
             "drain_seconds": 2.0,
             "max_workers": 4,  # each costs threads at the start
         }

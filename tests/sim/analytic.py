@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ormo_runtime.settings import UsageError
-from ormo_server.sim.workload import Computed, Model, Scores
+from ormo_runtime.workload import Computed, Model, Scores
 
 FEATURES = 8
 TRAIN_SAMPLES = 256

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_server.sim.workload import Computed, Model, Scores
+from ormo_runtime.workload import Computed, Model, Scores
 
 SIZE = 5
 NO_FLOATS, NO_INTS = torch.zeros(0), torch.zeros(0, dtype=torch.int64)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from system.forked import ran
 from system.programs import ENVIRONMENT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 METHOD = ["--method", "ormo", "--workers", "8", "--slow", "1:10x", "--learning-rate", "0.01"]
-LENGTH = ["--stop-after-gradients", "120", "--evaluate-every", "40"]
+LENGTH = ["--stop-after-gradients", "120", "--evaluate-every-gradients", "40"]
 
 
 def simulate(directory: Path, *flags: str, run: Run = ran) -> "subprocess.CompletedProcess[str]":
@@ -52,6 +54,7 @@ def test_a_simulation_leaves_rows_delays_summary_and_plots(tmp_path: Path) -> No
     assert found["digest"][:16] in done.stdout
 
 
+@pytest.mark.timeout(300)  # three of them, one after the other
 def test_two_processes_with_the_same_seed_agree_to_the_last_bit(tmp_path: Path) -> None:
     for name, seed, run in (("a", "3", started), ("b", "3", started), ("c", "4", ran)):
         flags = ["--task", "digits", *METHOD, "--stop-after-gradients", "40", "--seed", seed, "--no-plots"]
@@ -68,7 +71,7 @@ def test_a_simulation_of_a_task_learns_it(tmp_path: Path) -> None:
 
 
 def test_the_workers_that_come_and_go_are_those_of_the_command_line(tmp_path: Path) -> None:
-    flags = ["--compute-time", "constant:1", "--join", "3.5:3", "--crash", "6.5:0", "--failure-timeout", "2"]
+    flags = ["--compute-seconds", "constant:1", "--join", "3.5:3", "--crash", "6.5:0", "--failure-timeout-seconds", "2"]
     simulate(tmp_path / "run", "--workers", "1", *flags, "--stop-after-gradients", "21", "--no-plots")
     # 6 of the first worker, at 1 to 6 s, and 5 of each of the three that join, at 4.5 to 8.5 s.
     assert summary(tmp_path / "run")["virtual_seconds"] == 8.5

@@ -96,7 +96,7 @@ def test_a_run_that_diverged_at_once_can_be_drawn(tmp_path: Path) -> None:
 
 def test_the_command_draws_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(write_run(tmp_path / f"{seed}", SCORES, seed=seed)) for seed in range(2)]
-    assert cli.main(["plot", "--runs", ",".join(runs), "--into", str(tmp_path / "into")]) == 0
+    assert cli.main(["plot", "--runs", ",".join(runs), "--directory", str(tmp_path / "into")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "into" / f"{name}.png") for name in ("curves", "delays")]
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_directory_is_refused_in_one_sentence(
 
 
 def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere is no directory"):
+    with pytest.raises(UsageError, match=r"nowhere is not a directory"):
         draw([tmp_path / "nowhere"], tmp_path)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from core.driving import run_of
+from ormo_runtime.workload import Scores
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import PushResult
 from ormo_server.sim.record import Directory, Record, digest, summary
-from ormo_server.sim.workload import Scores
 
 
 def result(iteration: int, delay: int, *, discarded: bool = False) -> PushResult:

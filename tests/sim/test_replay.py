@@ -13,6 +13,7 @@ from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Computed, Model
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request
 from ormo_server.core.method import PRESETS
@@ -20,7 +21,6 @@ from ormo_server.sim.cli import main
 from ormo_server.sim.plan import Plan, Result
 from ormo_server.sim.record import read_run
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import Computed, Model
 from ormo_server.trace import Recorded, Refused, Start, read_trace
 from ormo_server.trace.rows import line_of
 from service.wire import WireWorker, connected, eventually, served, tensor_chunks
@@ -108,7 +108,9 @@ def record(trace: Path, directory: Path, settings: dict[str, Any]) -> torch.Tens
 
 
 def replay(trace: Path, **settings: Any) -> Result:
-    return Plan(SimSettings(trace=trace, workload="sim.by_ticket:workload", evaluate_every=1000, **settings)).run()
+    return Plan(
+        SimSettings(trace=trace, workload="sim.by_ticket:workload", evaluate_every_gradients=1000, **settings)
+    ).run()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -136,7 +138,7 @@ def test_another_rule_may_be_tried_on_the_recorded_order(trace: Path) -> None:
 
 def test_the_command_follows_a_trace_and_shows_what_came_of_it(trace: Path, tmp_path: Path) -> None:
     into = tmp_path / "followed"
-    flags = ["--workload", "sim.by_ticket:workload", "--evaluate-every", "1000", "--directory", str(into)]
+    flags = ["--workload", "sim.by_ticket:workload", "--evaluate-every-gradients", "1000", "--directory", str(into)]
     assert main(["--trace", str(trace), *flags]) == 0
     run = read_run(into)
     assert run.summary.digest == replay(trace).summary["digest"]
@@ -144,7 +146,7 @@ def test_the_command_follows_a_trace_and_shows_what_came_of_it(trace: Path, tmp_
 
 
 def test_another_scheduler_does_not_fit_the_recorded_order_and_the_refusal_says_what_to_do(trace: Path) -> None:
-    with pytest.raises(UsageError, match=r"input \d+ of the trace does not fit .* --compute-time trace:FILE"):
+    with pytest.raises(UsageError, match=r"input \d+ of the trace does not fit .* --compute-seconds trace:FILE"):
         replay(trace, method="ssgdm")
 
 
@@ -152,10 +154,10 @@ def test_the_compute_times_of_a_trace_go_with_any_scheduler_and_number_of_worker
     settings = SimSettings(
         method="ssgdm",
         workers=8,
-        compute_time=f"trace:{trace}",
+        compute_seconds=f"trace:{trace}",
         workload="sim.by_ticket:workload",
         stop_after_gradients=16,
-        evaluate_every=1000,
+        evaluate_every_gradients=1000,
     )
     result = Plan(settings).run()
     # Two rounds, each as long as the slowest worker's time: it slept for 6 ms.
@@ -236,7 +238,7 @@ def follow(path: Path, *entries: Any, refusals: bool = True, workload: str = "si
     path.write_bytes(
         b"".join(line_of(Recorded(each) if isinstance(each, Input) else each) for each in (start, *entries))
     )
-    plan = Plan(SimSettings(trace=path, workload=workload, evaluate_every=1000))
+    plan = Plan(SimSettings(trace=path, workload=workload, evaluate_every_gradients=1000))
     made: Any = plan._workload
     made.tickets.clear()  # plans share it
     plan.run()

@@ -46,7 +46,7 @@ def write_suite(tmp_path: Path, *, workload: str = "LeastSquares", report_seeds:
         task = "points"
         batch_size = 4
         stop_after_gradients = 120
-        evaluate_every = 40
+        evaluate_every_gradients = 40
 
         [[clusters]]
         workers = 4
@@ -101,7 +101,9 @@ def test_a_comparison_runs_once_in_parallel_and_says_what_serial_runs_say(tmp_pa
     # What is damaged or was made with other settings is simulated again, and nothing else.
     damaged = "K4-homogeneous/ormo/rate-0.001-seed-0"
     (out / "cells" / damaged / "evaluations.csv").unlink()
-    changed = suite_path.read_text().replace("evaluate_every = 40", "evaluate_every = 40\nmomentum = 0.9")
+    changed = suite_path.read_text().replace(
+        "evaluate_every_gradients = 40", "evaluate_every_gradients = 40\nmomentum = 0.9"
+    )
     suite_path.write_text(changed)
     assert reproduce(suite_path) == 0
     assert {name for name, when in summaries(out).items() if when != completed[name]} == {damaged}
@@ -130,11 +132,12 @@ def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == INTERRUPTED
+        assert process.wait(timeout=100) == INTERRUPTED
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive
     finally:
         process.kill()
+        process.wait()
     said = (tmp_path / "log").read_text()
     assert "interrupted: the same command goes on from here" in said
     assert "Traceback" not in said
@@ -201,6 +204,23 @@ def test_a_cell_of_before_thresholds_were_written_is_done_if_the_method_still_ha
     assert is_done(tmp_path, settings) == (threshold == 2.0)
     assert is_done(tmp_path, before)
     assert read_run(tmp_path).method == before.run().method.name
+
+
+def test_a_cell_of_before_names_had_units_is_done_and_can_be_drawn(tmp_path: Path) -> None:
+    settings = SimSettings(
+        workload="sim.analytic:LeastSquares", batch_size=4, stop_after_gradients=1, evaluate_every_gradients=7
+    )
+    run_cell(tmp_path, settings, "c0ffee")
+    now = read_run(tmp_path).summary.settings
+    summary = tmp_path / "summary.json"
+    found = json.loads(summary.read_text())
+    for old, new in SimSettings.renamed.items():
+        found["settings"][old] = found["settings"].pop(new)
+    assert found["settings"]["evaluate_every"] == 7
+    summary.write_text(json.dumps(found))
+    assert is_done(tmp_path, settings)
+    assert not is_done(tmp_path, settings.model_copy(update={"evaluate_every_gradients": 8}))
+    assert read_run(tmp_path).summary.settings == now
 
 
 def test_two_comparisons_do_not_write_to_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

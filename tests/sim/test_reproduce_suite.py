@@ -7,7 +7,7 @@ import pytest
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import read_settings
 from ormo_server.core.method import PRESETS
-from ormo_server.sim.reproduce.settings import ReproduceSettings, chosen
+from ormo_server.sim.reproduce.command import ReproduceSettings, chosen
 from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged
 
 SUITE = """
@@ -61,6 +61,30 @@ def test_a_suite_says_what_to_simulate(tmp_path: Path) -> None:
     assert (settings.learning_rate, settings.batch_size, settings.stop_after_gradients) == (0.002, 4, 60)
 
 
+def test_old_names_of_settings_are_taken_with_one_line_for_the_suite(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = SUITE.replace("batch_size = 4", "batch_size = 4\nevaluate_every = 9\nlatency = [2]")
+    suite = load(tmp_path, text.replace("{ slow", "{ evaluate_every = 5, slow"))
+    told = [suite.settings(Cell(cluster, "asgd", 0.002, 3)) for cluster in ("K4-homogeneous", "K8-heterogeneous")]
+    assert [each.evaluate_every_gradients for each in told] == [9, 5]
+    assert [each.latency_seconds for each in told] == [(2.0,), (2.0,)]
+    place = f"given in the suite {tmp_path / 'mine.toml'}, is now called"
+    to_do = "change it, for the next release will not know the old name"
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        f"ormo-sim reproduce: evaluate_every, {place} evaluate_every_gradients: {to_do}",
+        f"ormo-sim reproduce: latency, {place} latency_seconds: {to_do}",
+    ]
+
+
+def test_both_names_of_a_setting_are_refused(tmp_path: Path) -> None:
+    both = SUITE.replace("batch_size = 4", "evaluate_every = 9\nevaluate_every_gradients = 9")
+    with pytest.raises(
+        UsageError, match="evaluate_every_gradients and evaluate_every, its old name, are both given in"
+    ):
+        load(tmp_path, both)
+
+
 def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> None:
     text = SUITE.replace("[simulation]", "milestone_epochs = [2, 3.5]\nepoch_samples = 256\n[simulation]")
     suite = load(tmp_path, text)
@@ -71,11 +95,11 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ('title = "least squares"', "title = ", "is no valid TOML: Invalid value (at line 2, column 9)"),
+        ('title = "least squares"', "title = ", "is not valid TOML: Invalid value (at line 2, column 9)"),
         ('title = "least squares"\n', "", "can't be used: title is missing"),
         ('title = "', 'name = "x"\ntitle = "', "its name is that of the file, leave `name` out"),
-        ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is no setting"),
-        ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is no method: choose from ormo, ormo-da, "),
+        ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is not a setting"),
+        ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is not a method: choose from ormo, ormo-da, "),
         ('"asgd"', '"ormo"', "methods is ['ormo', 'ormo']: expected each of them once"),
         ('["ormo", "asgd"]', "[]", "methods is []: tuple should have at least 1 item"),
         ("[0.01, 0.001]", "[0.01, -1]", "learning_rates.1 is -1: input should be greater than 0"),
@@ -87,13 +111,13 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
         ('8\nsetting = "heterogeneous"', '4\nsetting = "homogeneous"', "expected each of them once"),
         ('"1:10x"', '"9:10x"', "K8-heterogeneous, ormo: 9:10x makes 9 workers slower, but there are only 8"),
         ("batch_size = 4", "batch_size = 0", "K4-homogeneous, ormo: batch_size is 0: input should be greater than"),
-        ("batch_size = 4", "speed = 4", "K4-homogeneous, ormo: speed is no setting"),
+        ("batch_size = 4", "speed = 4", "K4-homogeneous, ormo: speed is not a setting"),
         ("batch_size = 4", "seed = 4", "seed differs from cell to cell, so it can't be set here: leave it out"),
         ("stop_after_gradients = 60", "", "K4-homogeneous has no end: set stop_after_gradients or epochs"),
         ("target_accuracy", "report_seeds = [0, 1]\ntarget_accuracy", "seed 0 chooses the rates"),
         ("target_accuracy = 0.9", "target_accuracy = 90", "target_accuracy is 90: input should be less than"),
         ("target_accuracy", "milestone_epochs = [80]\ntarget_accuracy", "milestone_epochs needs epoch_samples"),
-        ("\n", "\x00", "is no valid TOML"),
+        ("\n", "\x00", "is not valid TOML"),
     ],
 )
 def test_a_bad_suite_is_refused_in_one_sentence(tmp_path: Path, old: str, new: str, sentence: str) -> None:
@@ -189,11 +213,11 @@ def test_fewer_gradients_replace_the_epochs() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--methods", "adam"], "--methods adam: the suite has no such one, choose from ormo, asgd"),
-        (["--methods", "smega2"], "--methods smega2: the suite has no such one"),
-        (["--workers", "5"], "--workers 5: the suite has no such one, choose from 4, 8"),
-        (["--setting", "odd"], "--setting odd: the suite has no such one, choose from homogeneous, heterogeneous"),
-        (["--workers", "4", "--setting", "heterogeneous"], "no machines that are of both --workers and --setting"),
+        (["--methods", "adam"], "--methods adam: the suite does not have it: choose from ormo, asgd"),
+        (["--methods", "smega2"], "--methods smega2: the suite does not have it"),
+        (["--workers", "5"], "--workers 5: the suite does not have it: choose from 4, 8"),
+        (["--setting", "odd"], "--setting odd: the suite does not have it: choose from homogeneous, heterogeneous"),
+        (["--workers", "4", "--setting", "heterogeneous"], "no machines that match both --workers and --setting"),
         (["--seeds", "0"], "seed 0 chooses the rates"),
         (["--learning-rates", "-1"], "learning_rates.0 is -1.0: input should be greater than 0"),
     ],

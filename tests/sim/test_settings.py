@@ -28,14 +28,17 @@ def settings(*flags: str) -> SimSettings:
         (["--workers", "0"], "--workers is '0'"),
         (["--slow", "fast"], "'fast' came, expected COUNT:FACTORx"),
         (["--workers", "3", "--slow", "4:10x"], "4:10x makes 4 workers slower, but there are only 3"),
-        (["--compute-time", "normal:1"], "compute time 'normal:1': expected constant:MEAN, normal:MEAN,DEVIATION"),
-        (["--latency", "-1"], "--latency is '-1': expected one number or more, each at least 0"),
-        (["--bandwidth", "fast"], "--bandwidth is 'fast'"),
+        (["--compute-seconds", "normal:1"], "compute time 'normal:1': expected constant:MEAN, normal:MEAN,DEVIATION"),
+        (["--latency-seconds", "-1"], "--latency-seconds is '-1': expected one number or more, each at least 0"),
+        (["--bandwidth-bytes-per-second", "fast"], "--bandwidth-bytes-per-second is 'fast'"),
         (["--join", "soon"], "join 'soon': expected SECONDS:NUMBER"),
-        (["--crash", "5:16"], "crash 5:16: there is no worker 16, they are counted from 0 to 15"),
-        (["--leave", "5:20", "--join", "1:4"], "leave 5:20: there is no worker 20, they are counted from 0 to 19"),
+        (["--crash", "5:16"], "crash 5:16: there is no worker 16: workers are numbered from 0 to 15"),
+        (["--leave", "5:20", "--join", "1:4"], "leave 5:20: there is no worker 20: workers are numbered from 0 to 19"),
         (["--epochs", "0"], "--epochs is '0'"),
-        (["--trace", "t.jsonl", "--workers", "4"], "--trace tells who computes when, so it can't go with --workers"),
+        (
+            ["--trace", "t.jsonl", "--workers", "4"],
+            "--trace says who computes when, so it excludes --workers",
+        ),
         (["--speed", "3"], "unknown flag --speed"),
     ],
 )
@@ -50,11 +53,11 @@ def test_bad_settings_are_refused_in_one_sentence(flags: Sequence[str], sentence
     ("flags", "sentence"),
     [
         (["--trace", "none.jsonl"], "the trace none.jsonl can't be read"),
-        (["--trace", "text"], "text, line 1: no JSON"),
-        (["--compute-time", "trace:none.csv"], "the trace none.csv can't be read"),
+        (["--trace", "text"], "text, line 1: not JSON"),
+        (["--compute-seconds", "trace:none.csv"], "the trace none.csv can't be read"),
         (["--workload", "nowhere:Nothing"], "the workload 'nowhere:Nothing' can't be imported"),
         (["--workload", "sim.by_ticket:nothing"], "the workload 'sim.by_ticket:nothing' can't be imported"),
-        (["--task", "nothing"], "There is no task named 'nothing'"),
+        (["--task", "nothing"], "there is no task named 'nothing'"),
     ],
 )
 def test_what_is_found_out_later_is_one_sentence_too(

@@ -10,6 +10,7 @@ import torch
 from core.driving import told_by
 from ormo_protos.manifest import AVERAGE, BUFFER, FLOAT32, INT64, LAST, PARAMETER, Manifest, TensorSpec
 from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Model
 from ormo_server.core.inputs import Join, Leave, Push
 from ormo_server.core.method import PRESETS, Method, Run
 from ormo_server.core.step_size import LearningRate
@@ -17,7 +18,6 @@ from ormo_server.sim.machines import Change, MachinePark, parse
 from ormo_server.sim.record import Record
 from ormo_server.sim.simulation import Simulation
 from ormo_server.sim.training import Training
-from ormo_server.sim.workload import Model
 from sim.by_ticket import SIZE, ByTicket, start
 
 WITH_STATISTIC = Manifest.laid_out(

@@ -73,7 +73,7 @@ def test_infinities_and_float64_are_in_the_model_and_the_state_as_they_are(tmp_p
     read = CheckpointStore(tmp_path, keep=1).newest()
     assert read is not None
     for name, tensor in written.snapshot.tensors.items():
-        assert torch.equal(tensor, read.snapshot.tensors[name])
+        assert torch.equal(tensor, read.checkpoint.snapshot.tensors[name])
 
 
 @pytest.mark.parametrize(("values", "named"), [((math.nan, 1.0), "'mask'"), ((0.0, math.nan), "'precise'")])

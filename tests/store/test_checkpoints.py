@@ -20,7 +20,7 @@ from store.building import Net, at, checkpoint_of, iterations
 def newest_iteration(store: CheckpointStore) -> int:
     newest = store.newest()
     assert newest is not None
-    iteration: int = newest.snapshot.fields["iteration"]
+    iteration: int = newest.checkpoint.snapshot.fields["iteration"]
     return iteration
 
 

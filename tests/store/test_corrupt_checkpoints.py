@@ -83,14 +83,14 @@ DAMAGES = {
     "no JSON": (remove("checkpoint.json"), "checkpoint.json is missing"),
     "no sums": (remove("SHA256SUMS"), "SHA256SUMS is missing"),
     "empty JSON": (empty("checkpoint.json"), "checkpoint.json has the SHA-256"),
-    "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum of"),
+    "empty sums": (empty("SHA256SUMS"), "SHA256SUMS is malformed: it has no checksum for"),
     "no JSON in the JSON": (sealed(replace("checkpoint.json", "{")), "checkpoint.json is malformed"),
     "a list in the JSON": (sealed(replace("checkpoint.json", "[]")), "checkpoint.json is malformed"),
     "an unknown version": (sealed(document(format_version=99)), "has format version 99, and this server reads 1"),
     "an unknown field": (sealed(document(surprise=1)), "checkpoint.json is malformed"),
     "a manifest that contradicts itself": (sealed(document(manifest=[])), "checkpoint.json is malformed"),
     "NaN in the state": (sealed(poison), "state.safetensors has NaN or infinite values in 'rule.momentum'"),
-    "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is no whole safetensors file"),
+    "no safetensors": (sealed(truncate("state.safetensors")), "state.safetensors is not a whole safetensors file"),
 }
 
 
@@ -103,7 +103,7 @@ def test_the_one_before_is_used_and_the_log_says_why(
     damage(bad)
     newest = CheckpointStore(tmp_path, keep=3).newest()
     assert newest is not None
-    assert newest.snapshot.fields["iteration"] == 1
+    assert newest.checkpoint.snapshot.fields["iteration"] == 1
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert told in record.getMessage()
@@ -128,7 +128,9 @@ def test_an_older_one_no_longer_counts_as_drained(tmp_path: Path) -> None:
     remove("checkpoint.json")(store.write(at(2)))
     newest = store.newest()
     assert newest is not None
-    assert not newest.drained
+    assert not newest.checkpoint.drained
+    assert not newest.read_again().drained
+    assert newest.skipped == 1
 
 
 def test_corrupt_ones_do_not_count_among_those_kept_and_go_with_their_elders(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_the_model_file_is_a_copy_and_nothing_is_lost_with_it(
     damage(store.write(at(2)))
     newest = store.newest()
     assert newest is not None
-    assert (newest.snapshot.fields["iteration"], newest.drained, store.newer_lost) == (2, True, False)
+    assert (newest.checkpoint.snapshot.fields["iteration"], newest.checkpoint.drained, newest.skipped) == (2, True, 0)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "nothing is lost: the state has the model too" in record.getMessage()
@@ -177,7 +179,7 @@ def test_a_folder_without_files_is_no_checkpoint_whatever_its_name(
     store.write(at(1))
     newest = store.newest()
     assert newest is not None
-    assert (newest.drained, store.newer_lost, caplog.records) == (True, False, [])
+    assert (newest.checkpoint.drained, newest.skipped, caplog.records) == (True, 0, [])
     assert store.write(at(2)).name == "checkpoint-00000002-iteration-2"
     assert stray.exists()
 
@@ -193,7 +195,7 @@ def test_the_last_one_is_missed_where_latest_names_it(tmp_path: Path, caplog: py
     gone.rename(tmp_path / "moved")
     newest = store.newest()
     assert newest is not None
-    assert (newest.snapshot.fields["iteration"], newest.drained, store.newer_lost) == (1, False, True)
+    assert (newest.checkpoint.snapshot.fields["iteration"], newest.checkpoint.drained, newest.skipped) == (1, False, 1)
     assert f"{gone} is missing, and {tmp_path / 'latest'} names it as the last one; {good} is used" in caplog.text
     assert store.write(at(1)).name == "checkpoint-00000003-iteration-1", "the missing one may come back"
 
@@ -216,7 +218,7 @@ def test_latest_may_be_behind(tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(stays)
     newest = store.newest()
     assert newest is not None
-    assert (newest.drained, store.newer_lost) == (True, False)
+    assert (newest.checkpoint.drained, newest.skipped) == (True, 0)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
@@ -238,5 +240,5 @@ def test_a_checkpoint_that_can_not_be_read_for_want_of_something_is_not_taken_fo
             store.newest()
     found = store.newest()
     assert found is not None
-    assert found.snapshot.fields["iteration"] == 2
-    assert not store.newer_lost
+    assert found.checkpoint.snapshot.fields["iteration"] == 2
+    assert found.skipped == 0

@@ -20,7 +20,7 @@ def written_and_read(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
     CheckpointStore(directory, keep=2).write(checkpoint)
     read = CheckpointStore(directory, keep=2).newest()
     assert read is not None
-    return read
+    return read.checkpoint
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _IMPORTED = [
     "ormo_server.cli",
-    "ormo_server.console.control",
+    "ormo_server.console.status",
     "ormo_server.console.status",
     "ormo_server.service.server",
     "ormo_server.sim.cli",
@@ -25,6 +25,7 @@ _IMPORTED = [
     "ormo_worker.local.cli",
     "ormo_worker.tasks.digits",
     "ormo_worker.training",
+    "torch._dynamo",  # by the first optimizer of a process, in more than a second
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(_IMPORTED)

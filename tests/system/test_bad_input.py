@@ -1,7 +1,6 @@
 """Wrong use of the programs: one clear sentence on stderr, a fitting exit code, no traceback."""
 
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,9 +52,9 @@ def test_server_says_what_is_wrong(stage: Stage, arguments: list[str], code: int
 WORKER = [
     (["run", "--task", "imagenet"], 2, "imagenet"),
     (["run", "--task", "image-folder", "--data-dir", "nowhere"], 2, "nowhere"),
-    (["run", "--server", "127.0.0.1:1", "--connect-timeout", "1"], 1, "127.0.0.1:1"),
+    (["run", "--server", "127.0.0.1:1", "--connect-timeout-seconds", "1"], 1, "127.0.0.1:1"),
     (["run", "--batch-size", "0"], 2, "--batch-size is '0'"),
-    (["evaluate", "--server", "127.0.0.1:1", "--connect-timeout", "1"], 1, "127.0.0.1:1"),
+    (["evaluate", "--server", "127.0.0.1:1", "--connect-timeout-seconds", "1"], 1, "127.0.0.1:1"),
 ]
 
 
@@ -86,8 +85,9 @@ def test_port_and_directory_in_use_are_told_apart(stage: Stage) -> None:
 def test_worker_waits_for_a_server_that_is_not_up_yet(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         stage.address = f"127.0.0.1:{free.getsockname()[1]}"
-    worker = stage.worker("early", stop_after=5)
-    time.sleep(3.0)
+        worker = stage.worker("early", leave_after_gradients=5)
+        free.settimeout(60)
+        free.accept()[0].close()  # it has asked, and nobody was there
     assert worker.process.poll() is None
     stage.server()
     assert worker.wait() == 0
@@ -107,7 +107,7 @@ class Other(Digits):
 def test_worker_with_another_model_is_told_which_tensors_differ(stage: Stage) -> None:
     (stage.folder / "other.py").write_text(OTHER_TASK)
     stage.server()
-    assert stage.worker("right", stop_after=2).wait() == 0
+    assert stage.worker("right", leave_after_gradients=2).wait() == 0
     other = stage.worker("wrong", task="other.py:Other")
     assert other.wait() in (1, 2)
     said = other.log.read_text()
@@ -125,12 +125,12 @@ def test_worker_with_another_model_is_told_so_also_when_the_run_is_over(stage: S
     assert "trains another model than this worker has" in other.log.read_text()
     late = stage.worker("late")
     assert late.wait() == 0
-    assert "the run was over already, at iteration 2" in late.log.read_text()
+    assert "the run is already over, at iteration 2" in late.log.read_text()
 
 
 def test_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(stage: Stage) -> None:
     server = stage.server()
-    assert stage.worker("a", stop_after=3).wait() == 0
+    assert stage.worker("a", leave_after_gradients=3).wait() == 0
     assert server.terminate() == 0
     newest = stage.model().with_name("state.safetensors")
     assert newest.parent.name.endswith("iteration-3")

@@ -89,7 +89,7 @@ def test_top_shows_workers_survives_a_restart_and_leaves_the_terminal_as_it_was(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_top_leaves_at_once_while_it_waits_for_an_answer(number: signal.Signals) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        terminal = Terminal(f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "100")
+        terminal = Terminal(f"127.0.0.1:{silent.getsockname()[1]}", "--timeout-seconds", "100")
         try:
             terminal.until(ENTER_SCREEN)
             with silent.accept()[0]:

@@ -107,7 +107,7 @@ def test_pauses_of_a_run_are_seen(seen: list[tuple[float, int]], per_second: flo
 
 
 def test_training_goes_on_as_if_nothing_came(stage: Stage) -> None:
-    server = stage.server(learning_rate=0.01, failure_timeout=10.0, journal=True)
+    server = stage.server(learning_rate=0.01, failure_timeout_seconds=10.0, journal=True)
     workers = [stage.worker(name) for name in ("a", "b")]
     stage.until(lambda s: s.iteration.number > 50 and len(s.workers) == 2, "training")
     heard = call_all(stage.address)
@@ -150,7 +150,7 @@ def summary(attack: Hostile, alone: Watch, attacked: Watch) -> str:
 
 @contextlib.contextmanager
 def with_a_model(folder: Path, failure_timeout: float) -> Iterator[Server]:
-    with served(folder, failure_timeout=failure_timeout) as server:
+    with served(folder, failure_timeout_seconds=failure_timeout) as server:
         server.host.offers.ask("w", 1, server.host.clock())
         server.host.accept_model("w", 1, SMALL, payload(SMALL, 0.0, buffers=True))
         yield server

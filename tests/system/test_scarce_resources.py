@@ -67,9 +67,12 @@ def answers(stage: Stage, path: str) -> int:
 def test_joined_workers_train_on_while_strangers_take_all_connections(stage: Stage, where: str) -> None:
     limit = 160
     server = stage.server(
-        through=["prlimit", f"--nofile={limit // 2}:{limit}"], metrics_listen="127.0.0.1:0", failure_timeout=5, **SMALL
+        through=["prlimit", f"--nofile={limit // 2}:{limit}"],
+        metrics_listen="127.0.0.1:0",
+        failure_timeout_seconds=5,
+        **SMALL,
     )
-    worker = stage.worker("w", failure_timeout=5)
+    worker = stage.worker("w", failure_timeout_seconds=5)
     stage.until(lambda status: status.iteration.number > 10, "it trains")
     with grpc.insecure_channel(stage.address) as operator:  # joined before the flood, as the worker
         status = ParameterServerStub(operator).GetStatus

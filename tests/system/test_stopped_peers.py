@@ -16,13 +16,13 @@ WAITING: dict[str, dict[str, Any]] = {
 
 
 def training(stage: Stage, **flags: Any) -> None:
-    stage.server(failure_timeout=LEASE, learning_rate=0.01, min_workers=2, **flags)
+    stage.server(failure_timeout_seconds=LEASE, learning_rate=0.01, min_workers=2, **flags)
 
 
 @pytest.mark.parametrize("scheduler", WAITING)
 def test_nobody_waits_for_a_stopped_worker_beyond_its_lease_and_it_comes_back(stage: Stage, scheduler: str) -> None:
     training(stage, **WAITING[scheduler])
-    stopped, other = (stage.worker(name, failure_timeout=LEASE) for name in ("stopped", "other"))
+    stopped, other = (stage.worker(name, failure_timeout_seconds=LEASE) for name in ("stopped", "other"))
     stage.until(lambda s: s.iteration.number > 20 and len(s.workers) == 2, "both train")
     os.kill(stopped.process.pid, signal.SIGSTOP)
     try:
@@ -36,16 +36,16 @@ def test_nobody_waits_for_a_stopped_worker_beyond_its_lease_and_it_comes_back(st
 
 @pytest.mark.parametrize("scheduler", WAITING)
 def test_nobody_waits_for_a_worker_that_hangs_beyond_the_ticket_timeout(stage: Stage, scheduler: str) -> None:
-    training(stage, ticket_timeout=1.0, **WAITING[scheduler])
-    stage.worker("hung", slow_factor=1e6, failure_timeout=LEASE)
-    stage.worker("other", failure_timeout=LEASE)
+    training(stage, ticket_timeout_seconds=1.0, **WAITING[scheduler])
+    stage.worker("hung", slow_factor=1e6, failure_timeout_seconds=LEASE)
+    stage.worker("other", failure_timeout_seconds=LEASE)
     status = stage.until(lambda s: s.iteration.number > 10, "the other one goes on")
     assert sorted(worker.worker for worker in status.workers) == ["hung", "other"], "its heartbeats keep it a member"
 
 
 def test_workers_go_on_when_a_stopped_server_does(stage: Stage) -> None:
-    server = stage.server(failure_timeout=LEASE, learning_rate=0.01)
-    workers = [stage.worker(name, failure_timeout=LEASE) for name in ("a", "b")]
+    server = stage.server(failure_timeout_seconds=LEASE, learning_rate=0.01)
+    workers = [stage.worker(name, failure_timeout_seconds=LEASE) for name in ("a", "b")]
     before = stage.until(lambda s: s.iteration.number > 20 and len(s.workers) == 2, "both train")
     os.kill(server.process.pid, signal.SIGSTOP)
     try:

@@ -19,7 +19,7 @@ def test_a_run_goes_on_and_is_shown_in_strange_surroundings(stage: Stage) -> Non
     )
     assert server.process.stdout is not None
     address = server.process.stdout.readline().split()[1].partition("=")[2]
-    worker = ("--server", address, "--stop-after", "3")
+    worker = ("--server", address, "--leave-after-gradients", "3")
     assert program("worker", "run", *worker, module="ormo_worker").wait() == 0
     code, said = program("control", "control", "--server", address, "--checkpoint").printed()
     assert code == 0

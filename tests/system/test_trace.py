@@ -53,7 +53,7 @@ def test_trace_of_a_run_that_was_killed_and_restarted_has_a_segment_for_each_sta
 
 
 def test_run_of_a_worker_that_was_stopped_for_longer_than_its_lease_is_followed_to_the_same_bits(stage: Stage) -> None:
-    lease = {"failure_timeout": 1.5}
+    lease = {"failure_timeout_seconds": 1.5}
     server = stage.server(trace="run.jsonl", learning_rate=0.01, min_workers=2, **lease)
     stopped, _ = (stage.worker(name, slow_factor=8, **lease) for name in "ab")
     stage.until(lambda s: s.iteration.number > 20, "both train")
@@ -68,7 +68,7 @@ def test_run_of_a_worker_that_was_stopped_for_longer_than_its_lease_is_followed_
     (segment,) = read_trace(stage.folder / "run.jsonl")
     assert [given.worker for given in inputs(segment) if isinstance(given, Join)][2:] == ["a"]
     kept = read_files(max((stage.folder / "run").glob("checkpoint-*"))).snapshot
-    settings = SimSettings(trace=stage.folder / "run.jsonl", evaluate_every=1000)
+    settings = SimSettings(trace=stage.folder / "run.jsonl", evaluate_every_gradients=1000)
     state = Plan(settings).run().training.machine.state
     followed = {"params": state.params, "float_buffers": state.float_buffers, "int_buffers": state.int_buffers}
     assert {name: followed[name].numpy().tobytes() for name in followed} == {

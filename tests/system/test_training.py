@@ -18,7 +18,7 @@ FINISHED = pb.GetStatusResponse.PHASE_FINISHED
 
 
 def test_training_goes_on_while_one_worker_is_killed_and_another_joins(stage: Stage) -> None:
-    server = stage.server(stop_after_gradients=3000, failure_timeout=1.0, learning_rate=0.02)
+    server = stage.server(stop_after_gradients=3000, failure_timeout_seconds=1.0, learning_rate=0.02)
     # Slowed down, so that the newcomer has time to start before the end.
     first, second = stage.worker("first"), stage.worker("second", slow_factor=4)
     stage.until(lambda s: len(s.workers) == 2 and s.iteration.number > 50, "two workers train together")
@@ -74,7 +74,12 @@ def test_synchronous_run_equals_single_process_sgd_with_momentum(stage: Stage) -
 
 
 def test_workers_ride_out_a_killed_server_and_one_that_is_stopped_in_order(stage: Stage) -> None:
-    flags = {"stop_after_gradients": 700, "failure_timeout": 2.0, "checkpoint_seconds": 0.2, "learning_rate": 0.02}
+    flags = {
+        "stop_after_gradients": 700,
+        "failure_timeout_seconds": 2.0,
+        "checkpoint_seconds": 0.2,
+        "learning_rate": 0.02,
+    }
     server = stage.server(**flags)
     workers = [stage.worker(name) for name in ("a", "b")]
     stage.until(lambda s: s.iteration.number > 50 and s.checkpoint_iteration > 0, "training with a checkpoint")
@@ -94,7 +99,7 @@ def test_workers_ride_out_a_killed_server_and_one_that_is_stopped_in_order(stage
 
 
 def test_worker_that_comes_back_under_its_name_replaces_the_old_one(stage: Stage) -> None:
-    stage.server(failure_timeout=20.0)
+    stage.server(failure_timeout_seconds=20.0)
     old = stage.worker("same")
     stage.until(lambda s: s.applied > 5, "the first one trains")
     new = stage.worker("same")
@@ -106,7 +111,13 @@ def test_worker_that_comes_back_under_its_name_replaces_the_old_one(stage: Stage
 
 
 def test_local_run_trains_evaluates_and_cleans_up(stage: Stage) -> None:
-    flags = {"workers": 2, "slow": "1:3x", "stop_after_gradients": 250, "directory": "run", "evaluate_every": 0.5}
+    flags = {
+        "workers": 2,
+        "slow": "1:3x",
+        "stop_after_gradients": 250,
+        "directory": "run",
+        "evaluate_every_seconds": 0.5,
+    }
     local = stage.program("local", *as_flags(flags), module="ormo_worker.local")
     code, output = local.printed()
     assert code == 0, output + local.log.read_text()

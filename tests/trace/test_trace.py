@@ -173,9 +173,9 @@ def changed(**columns: Any) -> str:
 
 START = line_of(start_of()).decode().strip()
 BAD = [
-    ("{", "line 2: no JSON: EOF"),
-    ("\udcff", "line 2: no JSON"),
-    ("", "line 2: no JSON"),
+    ("{", "line 2: not JSON: EOF"),
+    ("\udcff", "line 2: not JSON"),
+    ("", "line 2: not JSON"),
     ("17", "line 2: event 17 is not known: expected one of start, joined, left"),
     ("{}", "line 2: event None is not known"),
     (changed(event="jumped"), "line 2: event 'jumped' is not known"),

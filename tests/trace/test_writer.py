@@ -89,7 +89,7 @@ def test_crash_in_the_first_line_leaves_a_file_that_can_be_gone_on_with(tmp_path
 @pytest.mark.parametrize("content", [b"name: precious\n", b"\x00" * 3_000_000, b'{"event":"start","format":2,"x":1}\n'])
 def test_file_that_is_no_trace_is_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t").write_bytes(content)
-    with pytest.raises(StoreError, match=r"is no trace of this version: choose another --trace"):
+    with pytest.raises(StoreError, match=r"is not a trace of this version: choose another --trace"):
         TraceWriter(tmp_path / "t", lambda: None)
     assert (tmp_path / "t").read_bytes() == content
 

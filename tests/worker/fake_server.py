@@ -16,9 +16,10 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from ormo_protos.limits import MAX_MESSAGE_BYTES
 from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.refusals import ERROR_DOMAIN, Reason
-from ormo_protos.tensors import MAX_MESSAGE_BYTES, Payload, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
 from service.wire import tensor_chunks

@@ -46,7 +46,7 @@ MISTAKES = [
     (["run", "--amp", "fp8"], "--amp is 'fp8': input should be 'off', 'bfloat16' or 'float16'"),
     (["run", "--worker-id", "a b"], "--worker-id is 'a b': string should match pattern"),
     (["run", "--device", "cuda:99"], "ormo-worker run: --device is cuda:99, but PyTorch finds"),
-    (["run", "--task", "nothing"], "ormo-worker run: There is no task named 'nothing'"),
+    (["run", "--task", "nothing"], "ormo-worker run: there is no task named 'nothing'"),
     (["run", "--task", "worker.lines:Lines", "--data-dir", "/no"], "The data folder /no does not exist"),
     (["evaluate", "--metrics-listen", "9000"], "--metrics-listen is '9000': expected HOST:PORT"),
     (["evaluate", "--every-seconds", "0"], "--every-seconds is '0': input should be greater than 0"),
@@ -65,7 +65,7 @@ def test_bad_settings_exit_with_2_and_a_sentence(
 
 @pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_nobody_at_the_address_exits_with_1(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    arguments = ["--server", "127.0.0.1:1", "--connect-timeout", "0.1", "--task", "worker.lines:Lines"]
+    arguments = ["--server", "127.0.0.1:1", "--connect-timeout-seconds", "0.1", "--task", "worker.lines:Lines"]
     assert run(command, *arguments) == 1
     assert f"ormo-worker {command}: no parameter server answered at 127.0.0.1:1 within" in capsys.readouterr().err
 
@@ -77,7 +77,7 @@ def test_a_worker_that_is_replaced_exits_with_3(server: FakeServer, capsys: pyte
 
 
 def test_another_model_exits_with_1(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("run", "--server", server.address, "--task", "worker.lines:Lines", "--stop-after", "1") == 0
+    assert run("run", "--server", server.address, "--task", "worker.lines:Lines", "--leave-after-gradients", "1") == 0
     assert run("run", "--server", server.address, "--task", "digits") == 1
     assert "trains another model than this worker has" in capsys.readouterr().err
 
@@ -93,7 +93,7 @@ def test_what_is_no_sentence_of_ours_keeps_its_traceback(monkeypatch: pytest.Mon
 
 def test_settings_come_from_a_file_too(server: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "worker.toml"
-    file.write_text(f'server = "{server.address}"\ntask = "worker.lines:Lines"\nstop-after = 2\n')
+    file.write_text(f'server = "{server.address}"\ntask = "worker.lines:Lines"\nleave-after-gradients = 2\n')
     assert run("run", "--config", str(file)) == 0
     assert server.iteration == 2
 

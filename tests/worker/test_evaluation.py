@@ -32,7 +32,12 @@ def training(server: FakeServer) -> FakeServer:
 
 def settings(server: FakeServer, **more: Any) -> EvaluateSettings:
     return EvaluateSettings(
-        server=server.address, task="worker.lines:Lines", device="cpu", batch_size=2, connect_timeout=5.0, **more
+        server=server.address,
+        task="worker.lines:Lines",
+        device="cpu",
+        batch_size=2,
+        connect_timeout_seconds=5.0,
+        **more,
     )
 
 
@@ -156,7 +161,7 @@ def test_the_metrics_are_served_while_it_runs(training: FakeServer, monkeypatch:
 def test_a_port_in_use_is_one_sentence(training: FakeServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(OptionRefused, match=f"--metrics-listen is {listen}, but that can't be listened on"):
+        with pytest.raises(OptionRefused, match=f"--metrics-listen is {listen}, but nothing can listen there"):
             evaluation.run(settings(training, metrics_listen=listen))
 
 

@@ -93,7 +93,13 @@ def train(
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(Interrupted, "on_gradient", Losses(stub, server, losses).on_gradient)
-        common = {"server": server.address, "task": task, "batch_size": BATCH, "device": "cpu", "connect_timeout": 10.0}
+        common = {
+            "server": server.address,
+            "task": task,
+            "batch_size": BATCH,
+            "device": "cpu",
+            "connect_timeout_seconds": 10.0,
+        }
         workers = []
         for name in "ab":
             told = RunSettings(worker_id=name, **common)
@@ -115,7 +121,7 @@ def members(server: Server) -> list[str]:
 
 
 def followed(trace: Path, task: str) -> dict[str, bytes]:
-    settings = SimSettings(trace=trace, task=task, batch_size=BATCH, evaluate_every=1000)
+    settings = SimSettings(trace=trace, task=task, batch_size=BATCH, evaluate_every_gradients=1000)
     return tensors(Plan(settings).run().training.machine)
 
 

@@ -103,7 +103,7 @@ def test_the_port_is_free_again_after_the_end_and_without_an_address_there_is_no
 def test_port_that_is_taken_is_one_sentence_and_nothing_joins(server: FakeServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(OptionRefused, match=f"--metrics-listen is {listen}, but that can't be listened on"):
+        with pytest.raises(OptionRefused, match=f"--metrics-listen is {listen}, but nothing can listen there"):
             RemoteOptimizer(line(weight=2.0), server.address, connect_timeout=5.0, metrics_listen=listen)
     assert server.asked == []
 

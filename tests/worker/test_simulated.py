@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
-from ormo_runtime.workload import Computed, Model
-from ormo_server.sim.plan import Plan
-from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.workload import (
+from ormo_runtime.workload import (
     TASKS_OF_THE_WORKER,
+    Computed,
+    Model,
     SimulatedWorker,
     Workload,
     WorkloadSettings,
     load_workload,
 )
+from ormo_server.sim.plan import Plan
+from ormo_server.sim.settings import SimSettings
 from ormo_worker import simulated as module
 from ormo_worker import training
 from ormo_worker.client.messages import Delivered
@@ -149,7 +150,13 @@ def test_a_real_worker_pushes_the_same_bits(server: FakeServer, task: str) -> No
     server.weight_decay = 0.01
     training.run(
         RunSettings(
-            server=server.address, task=task, batch_size=BATCH, device="cpu", connect_timeout=5.0, stop_after=5, seed=3
+            server=server.address,
+            task=task,
+            batch_size=BATCH,
+            device="cpu",
+            connect_timeout_seconds=5.0,
+            leave_after_gradients=5,
+            seed=3,
         )
     )
     data_seed = 1234 + server.asked.index("join", 1) + 1  # as the fake server has it
@@ -334,8 +341,8 @@ def test_training_samples_are_augmented_for_gradients_and_not_for_scores() -> No
 @pytest.mark.parametrize(
     ("task", "kind", "sentence"),
     [
-        ("imagenet", TaskError, "There is no task named 'imagenet'"),
-        ("image-folder-cnn", TaskError, "The task 'image-folder-cnn' was given no data folder"),
+        ("imagenet", TaskError, "there is no task named 'imagenet'"),
+        ("image-folder-cnn", TaskError, "the task 'image-folder-cnn' was given no data folder"),
         ("worker.lines:NoData", TaskError, "is empty"),
         ("worker.peculiar:NothingToTest", TaskError, "is empty"),
         ("worker.peculiar:Double", ModelUnusable, "must be torch.float32 or torch.bfloat16"),
@@ -376,7 +383,7 @@ def test_the_simulator_finds_it_and_trains_with_it() -> None:
     found = load_workload(TASKS_OF_THE_WORKER, settings)
     assert isinstance(found, TaskWorkload)
     assert (found.epoch_samples, found.batch_samples) == (1437, 32)
-    plan = Plan(SimSettings(workers=4, stop_after_gradients=300, learning_rate=0.01, evaluate_every=300))
+    plan = Plan(SimSettings(workers=4, stop_after_gradients=300, learning_rate=0.01, evaluate_every_gradients=300))
     assert plan.run().summary["test_accuracy"] > 0.9
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ormo_worker import training
-from ormo_worker.pytorch.groups import decay_groups
+from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import TaskError
 from ormo_worker.tasks.batches import batches
@@ -26,7 +26,9 @@ def _threads() -> Any:
 
 
 def settings(server: FakeServer, **more: Any) -> RunSettings:
-    return RunSettings(server=server.address, task=LINES, batch_size=4, device="cpu", connect_timeout=5.0, **more)
+    return RunSettings(
+        server=server.address, task=LINES, batch_size=4, device="cpu", connect_timeout_seconds=5.0, **more
+    )
 
 
 def trained(server: FakeServer) -> float:
@@ -52,7 +54,7 @@ def test_mixed_precision_trains_as_well(server: FakeServer, amp: str) -> None:
 
 
 def test_a_worker_can_leave_before_the_end(server: FakeServer) -> None:
-    run(settings(server, stop_after=3))
+    run(settings(server, leave_after_gradients=3))
     assert server.iteration == 3
     assert server.asked[-1] == "leave"
 
@@ -62,10 +64,10 @@ def test_a_worker_with_gradients_in_flight_leaves_after_as_many(
     server: FakeServer, caplog: pytest.LogCaptureFixture, stop_after: int
 ) -> None:
     with caplog.at_level("INFO"):
-        run(settings(server, stop_after=stop_after, in_flight=2))
+        run(settings(server, leave_after_gradients=stop_after, in_flight=2))
     assert server.iteration == stop_after
     assert server.asked[-1] == "leave"
-    assert f": {stop_after} gradients from here in" in caplog.text
+    assert f": {stop_after} gradients from this worker in" in caplog.text
 
 
 def test_a_task_is_trained_with_gradients_in_flight_until_the_run_is_over(
@@ -75,43 +77,43 @@ def test_a_task_is_trained_with_gradients_in_flight_until_the_run_is_over(
     with caplog.at_level("INFO"):
         run(settings(server, in_flight=2))
     assert trained(server) == pytest.approx(3.0, abs=1e-2)
-    assert "the run is over at iteration 40: 40 gradients from here" in caplog.text
+    assert "the run is over at iteration 40: 40 gradients from this worker" in caplog.text
 
 
 def test_a_run_that_is_over_is_left_at_once(server: FakeServer) -> None:
-    run(settings(server, stop_after=1))
+    run(settings(server, leave_after_gradients=1))
     server.stop_after, server.iteration = 1, 1
     run(settings(server))
     assert server.iteration == 1
 
 
 def test_a_slow_worker_takes_longer_and_says_so(server: FakeServer) -> None:
-    run(settings(server, stop_after=3))
+    run(settings(server, leave_after_gradients=3))
     server.iteration = 0
     usual = min(announced.compute_seconds for announced in server.announced)
     server.announced.clear()
-    run(settings(server, stop_after=3, slow_factor=20.0))
+    run(settings(server, leave_after_gradients=3, slow_factor=20.0))
     assert min(announced.compute_seconds for announced in server.announced) > 5 * usual
 
 
 def test_batches_larger_than_the_data_set_count_what_there_is(server: FakeServer) -> None:
-    run(settings(server, stop_after=1).model_copy(update={"batch_size": 100}))
+    run(settings(server, leave_after_gradients=1).model_copy(update={"batch_size": 100}))
     assert server.samples == 8
 
 
 def test_the_task_scales_the_weight_decay(server: FakeServer) -> None:
     task = Lines()
-    (group,) = decay_groups(task, task.build_model())
+    (group,) = decay_groups(task.build_model(), task.weight_decay_scale)
     assert group["weight_decay_scale"] == 0.25
     assert [name for name, _ in group["params"]] == ["0.weight"]
 
 
 def test_the_first_worker_starts_the_run_from_its_seed(server: FakeServer) -> None:
-    run(settings(server, stop_after=1, seed=3).model_copy(update={"task": "digits"}))
+    run(settings(server, leave_after_gradients=1, seed=3).model_copy(update={"task": "digits"}))
     first, server.manifest = server.model, None
     assert first is not None
     start = first.parameters + 0.5 * server.gradients[0]
-    run(settings(server, stop_after=1, seed=3).model_copy(update={"task": "digits"}))
+    run(settings(server, leave_after_gradients=1, seed=3).model_copy(update={"task": "digits"}))
     assert server.model is not None
     torch.testing.assert_close(server.model.parameters + 0.5 * server.gradients[1], start)
 
@@ -124,7 +126,7 @@ def test_a_set_without_data_is_an_error_before_the_run_is_joined(server: FakeSer
 
 def test_refused_gradients_do_not_count_as_the_workers(server: FakeServer) -> None:
     server.told(("received", lambda context: server.slots.clear()))
-    run(settings(server, stop_after=2))
+    run(settings(server, leave_after_gradients=2))
     assert server.iteration == 2
 
 
@@ -133,15 +135,15 @@ def test_a_line_is_logged_every_few_seconds(
 ) -> None:
     monkeypatch.setattr("ormo_worker.training._SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"):
-        run(settings(server, stop_after=2))
-    assert "iteration 2: 2 gradients from here" in caplog.text
-    assert "left the run at iteration 2: 2 gradients from here in" in caplog.text
+        run(settings(server, leave_after_gradients=2))
+    assert "iteration 2: 2 gradients from this worker" in caplog.text
+    assert "left the run at iteration 2: 2 gradients from this worker in" in caplog.text
 
 
 def test_a_busy_server_slows_the_loop_down_and_no_more(server: FakeServer) -> None:
     server.told(("exchange", refuse("RESOURCE_EXHAUSTED", "TOO_MANY_STREAMS", retry_seconds=0.2)))
     start = time.monotonic()
-    run(settings(server, stop_after=2))
+    run(settings(server, leave_after_gradients=2))
     assert time.monotonic() - start >= 0.2
     assert server.iteration == 2
 

@@ -7,31 +7,20 @@ a `Task` is what `ormo-worker run` trains.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ormo_runtime.process import keep_freed_memory
-    from ormo_runtime.tls import Credentials
-    from ormo_worker.client.api import ParameterClient
-    from ormo_worker.client.arguments import Patience
-    from ormo_worker.errors import OrmoError, RunFinished
-    from ormo_worker.pytorch.module import manifest_of
-    from ormo_worker.pytorch.optimizer import RemoteOptimizer
-    from ormo_worker.tasks import ClassificationTask, Score, Task, TaskError, load_task
-
-__all__ = [
-    "ClassificationTask",
-    "Credentials",
-    "OrmoError",
-    "ParameterClient",
-    "Patience",
-    "RemoteOptimizer",
-    "RunFinished",
-    "Score",
-    "Task",
-    "TaskError",
-    "keep_freed_memory",
-    "load_task",
-    "manifest_of",
-]
+if TYPE_CHECKING:  # for those who read the code without running it; the table below is what is run
+    from ormo_runtime.process import keep_freed_memory as keep_freed_memory
+    from ormo_runtime.tls import Credentials as Credentials
+    from ormo_worker.client.api import ParameterClient as ParameterClient
+    from ormo_worker.client.arguments import Patience as Patience
+    from ormo_worker.errors import OrmoError as OrmoError
+    from ormo_worker.errors import RunFinished as RunFinished
+    from ormo_worker.pytorch.module import manifest_of as manifest_of
+    from ormo_worker.pytorch.optimizer import RemoteOptimizer as RemoteOptimizer
+    from ormo_worker.tasks import ClassificationTask as ClassificationTask
+    from ormo_worker.tasks import Score as Score
+    from ormo_worker.tasks import Task as Task
+    from ormo_worker.tasks import TaskError as TaskError
+    from ormo_worker.tasks import load_task as load_task
 
 # Imported when first used: `ormo-worker --help` need not wait for PyTorch.
 _HOMES = {
@@ -49,6 +38,7 @@ _HOMES = {
     "load_task": "ormo_worker.tasks",
     "manifest_of": "ormo_worker.pytorch.module",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ormo_runtime import logs
-from ormo_runtime.process import keep_freed_memory, prepare_process
+from ormo_runtime.process import keep_freed_memory, leave_on_signals, prepare_process
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
-from ormo_runtime.signals import leave_on_signals
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
@@ -53,7 +52,7 @@ def _run(settings: RunSettings) -> int:
 
         run(named)
 
-    return _guarded(command, "ormo-worker run", settings.log_format)
+    return _run_guarded(command, "ormo-worker run", settings.log_format)
 
 
 def _evaluate(settings: EvaluateSettings) -> int:
@@ -67,10 +66,10 @@ def _evaluate(settings: EvaluateSettings) -> int:
 
         run(settings)
 
-    return _guarded(command, "ormo-worker evaluate", settings.log_format)
+    return _run_guarded(command, "ormo-worker evaluate", settings.log_format)
 
 
-def _guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
+def _run_guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
     """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
     leave_on_signals()

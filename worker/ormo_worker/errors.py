@@ -7,7 +7,9 @@ class OrmoError(Exception):
     """Anything that this package raises on purpose, but for `RunFinished`."""
 
 
-WorkerError = OrmoError  # beside the server's, which has the same name
+# For those who have the server's beside it. The class itself keeps the name that `ormo_worker` exports: it is what a
+# traceback shows, and what programs look for there.
+WorkerError = OrmoError
 
 
 class ModelUnusable(OrmoError, UsageError, ValueError):

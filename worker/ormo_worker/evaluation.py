@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.signals import leave_if_asked
+from ormo_runtime.process import leave_if_asked
 from ormo_runtime.tls import Credentials
 from ormo_worker.client.api import ParameterClient
 from ormo_worker.client.arguments import Observer, Patience, real_number
@@ -34,10 +34,10 @@ class Evaluation:
     """The test set's verdict on one iteration's parameters.
 
     Attributes:
-        epoch: of the server that had the parameters.
-        iteration: of the parameters.
-        score: of the whole test set.
-        seconds: that it took to compute.
+        epoch: number of the server start that had these parameters.
+        iteration: gradients that were applied to these parameters.
+        score: the model's, on the whole test set.
+        seconds: how long it took to compute.
     """
 
     epoch: int
@@ -75,13 +75,15 @@ def run(settings: EvaluateSettings) -> None:
     evaluator = Evaluator(task, resolve_device(settings.device), settings.batch_size)
     metrics = EvaluatorMetrics()
     exporter = Exporter(settings.metrics_listen, metrics.registry)
-    patience = Patience(settings.connect_timeout, settings.failure_timeout, settings.give_up_after)
+    patience = Patience(
+        settings.connect_timeout_seconds, settings.failure_timeout_seconds, settings.give_up_after_seconds
+    )
     try:
         with evaluator.client(settings.server, patience, metrics, settings.credentials()) as client:
             for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
                 sys.stdout.write(evaluation.line() + "\n")
                 sys.stdout.flush()
-                metrics.evaluated(evaluation.iteration, evaluation.seconds)
+                metrics.note_evaluation(evaluation.iteration, evaluation.seconds)
                 _report(client, evaluation)
     finally:
         exporter.close()
@@ -101,9 +103,9 @@ def evaluations(
     """Evaluate each time that there is something newer, and for the last time when the run is over.
 
     Args:
-        evaluator: of the run's task.
-        client: of the run's server.
-        every_seconds: from the beginning of an evaluation to that of the next.
+        evaluator: the task's model and test set.
+        client: a reader of the run's server.
+        every_seconds: time from the beginning of an evaluation to that of the next.
         once: whether the first evaluation is the last.
     """
     known: pb.Iteration | None = None
@@ -152,10 +154,13 @@ class Evaluator:
         )
 
     def pull(self, client: ParameterClient, newer_than: pb.Iteration | None) -> Delivered | None:
-        """See `ParameterClient.pull`. To a reader it is all the same which of the parameters the run trains.
+        """The newest parameters; None if there are none newer than those that are known.
+
+        To a reader it is all the same which of the parameters the run trains: this one describes its model as the
+        server does.
 
         Raises:
-            OrmoError: as that.
+            OrmoError: as `ParameterClient.pull`.
         """
         try:
             return client.pull(newer_than=newer_than)

@@ -1,11 +1,17 @@
-"""What a worker and an evaluator export to Prometheus, each on a port of its own, if it is given one."""
+"""What is counted: a worker's gradients, for its program and its log, and what worker and evaluator export.
 
+Each of them serves Prometheus on a port of its own, if it is given one.
+"""
+
+import collections
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from prometheus_client import (
@@ -20,11 +26,19 @@ from prometheus_client import (
     make_wsgi_app,
     values,
 )
+from typing_extensions import override
 
+from ormo_protos.refusals import UNSOUND_GRADIENT
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.http_port import HttpPort
+from ormo_runtime.logs import Fields
 from ormo_runtime.process import SHARED_VALUES
-from ormo_worker.client.arguments import Observer, Outcome, Stage, address
+from ormo_worker.client.arguments import Observer, Stage, address
+from ormo_worker.client.protocol import Fate
 from ormo_worker.errors import OptionRefused
+
+if TYPE_CHECKING:  # an evaluator has no slots
+    from ormo_worker.client import ExchangeOutcome
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +51,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 # From 1 ms, a small model's step on loopback, to 5 minutes, a large one's on a slow device.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _STAGES: tuple[Stage, ...] = ("compute", "push", "wait", "pull")
-_OUTCOMES: tuple[Outcome, ...] = ("applied", "discarded", "refused", "lost")
+_FATES: tuple[Fate, ...] = ("applied", "discarded", "refused", "lost")
+_SECONDS_BETWEEN_WARNINGS = 10.0  # in a loop that has diverged the server refuses every gradient
 _GPU_MEMORY = {
     "allocated": torch.cuda.memory_allocated,
     "reserved": torch.cuda.memory_reserved,
@@ -45,12 +60,74 @@ _GPU_MEMORY = {
 }
 
 
+class Tally:
+    """What became of the gradients of one optimizer, for the program that trains, and what its log says of it.
+
+    For the training thread alone: it counts what that thread has got to know, as the figures beside a model have to;
+    `WorkerMetrics` counts in whichever thread an exchange ends.
+
+    Args:
+        worker: the worker's id, for lines of the log.
+
+    Attributes:
+        last_result: what the server said to the last gradient whose outcome is known; None for a refused one.
+        counted: gradients that the server is known to have applied, or discarded as too late.
+        refusals: how many gradients were refused, by reason.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self.last_result: pb.PushResult | None = None
+        self.counted = 0
+        self.refusals: collections.Counter[str] = collections.Counter()
+        self._worker = worker
+        self._warned_at = float("-inf")
+
+    def note(self, outcome: "ExchangeOutcome", iteration: int) -> None:
+        """Count the gradient of this exchange, if it had one.
+
+        Args:
+            outcome: what came of the exchange.
+            iteration: the one whose parameters the model has, for the log.
+        """
+        if outcome.fate is None:
+            return
+        self.last_result = outcome.result
+        self.counted += outcome.result is not None
+        if outcome.refusal is not None and not outcome.finished:
+            self._note_refusal(outcome.refusal, iteration)
+
+    def note_mended(self, buffers: str, iteration: int) -> None:
+        """Say that these buffers have the server's values again."""
+        if self._may_warn():
+            said = "these buffers had NaN or infinity and now have the server's values, for their gradients count: %s"
+            _LOG.warning(said, buffers, extra=Fields(worker=self._worker, iteration=iteration))
+
+    def _note_refusal(self, refusal: pb.PushResult, iteration: int) -> None:
+        self.refusals[refusal.refusal] += 1
+        about = Fields(worker=self._worker, request=refusal.request, iteration=iteration, reason=refusal.refusal)
+        if refusal.refusal not in UNSOUND_GRADIENT:
+            said = "a gradient was lost, training goes on: %s: %s"
+            _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
+            return
+        if self._may_warn():
+            count = self.refusals[refusal.refusal]
+            said = "the server refused a gradient, %d so far: %s"
+            _LOG.warning(said, count, refusal.refusal_message, extra=about)
+
+    def _may_warn(self) -> bool:
+        now = time.monotonic()
+        if now - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
+            return False
+        self._warned_at = now
+        return True
+
+
 class WorkerMetrics(Observer):
     """A worker's figures.
 
     Args:
-        worker: its id.
-        device: that it computes on.
+        worker: the worker's id.
+        device: where it computes; of a GPU, its memory is exported, too.
 
     Attributes:
         registry: what is scraped.
@@ -78,7 +155,7 @@ class WorkerMetrics(Observer):
             buckets=_SECONDS,
         )
         self._stages = {stage: step.labels(stage) for stage in _STAGES}
-        self._steps = {outcome: steps.labels(outcome) for outcome in _OUTCOMES}
+        self._steps = {fate: steps.labels(fate) for fate in _FATES}
         self._retries = Counter(
             "ormo_worker_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
         )
@@ -96,25 +173,23 @@ class WorkerMetrics(Observer):
         for kind, read in _GPU_MEMORY.items():
             memory.labels(kind).set_function(functools.partial(read, device))
 
-    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
-        """See `Observer`."""
-        for stage, seconds in times:
+    @override
+    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None) -> None:
+        for stage, seconds in stages:
             self._stages[stage].observe(seconds)
+        if fate is not None:
+            self._steps[fate].inc()
 
-    def blocked(self, seconds: float) -> None:
-        """See `Observer`."""
+    @override
+    def note_wait(self, seconds: float) -> None:
         self._blocked.observe(seconds)
 
-    def stepped(self, outcome: Outcome) -> None:
-        """See `Observer`."""
-        self._steps[outcome].inc()
-
-    def retried(self, cause: str) -> None:
-        """See `Observer`."""
+    @override
+    def note_retry(self, cause: str) -> None:
         self._retries.labels(cause).inc()
 
-    def rejoined(self) -> None:
-        """See `Observer`."""
+    @override
+    def note_rejoin(self) -> None:
         self._rejoins.inc()
 
 
@@ -137,13 +212,13 @@ class EvaluatorMetrics(Observer):
             "ormo_evaluator_retries", "Calls that failed and were made again.", ["cause"], registry=self.registry
         )
 
-    def evaluated(self, iteration: int, seconds: float) -> None:
-        """An evaluation is complete."""
+    def note_evaluation(self, iteration: int, seconds: float) -> None:
+        """An evaluation of this iteration's parameters is complete, and took so long."""
         self._iteration.set(iteration)
         self._seconds.observe(seconds)
 
-    def retried(self, cause: str) -> None:
-        """See `Observer`."""
+    @override
+    def note_retry(self, cause: str) -> None:
         self._retries.labels(cause).inc()
 
 
@@ -155,7 +230,7 @@ class Exporter:
         registry: what is scraped.
 
     Raises:
-        OptionRefused: it is no address, or can't be had.
+        OptionRefused: `listen` is no address, or the port is not free.
     """
 
     def __init__(self, listen: str, registry: CollectorRegistry) -> None:
@@ -167,8 +242,8 @@ class Exporter:
             self._port = HttpPort(host, int(port), make_wsgi_app(registry))
         except OSError as error:
             raise OptionRefused(
-                f"--metrics-listen is {listen}, but that can't be listened on ({error.strerror or error}): name "
-                "another port, or end the program that has it"
+                f"--metrics-listen is {listen}, but nothing can listen there ({error.strerror or error}): name "
+                "another port, or end the program that has this one"
             ) from None
         _LOG.info("metrics on %s:%d", host, self._port.server_port)
 

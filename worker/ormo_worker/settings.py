@@ -1,12 +1,13 @@
 """The settings of `ormo-worker run` and `ormo-worker evaluate`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ormo_protos.limits import MAX_SLOTS
+from ormo_protos.limits import MAX_SLOTS, WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
 from ormo_runtime.tls import ClientSettings
 
@@ -15,6 +16,12 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 class _Common(ClientSettings):
     """What both commands need."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "connect_timeout": "connect_timeout_seconds",
+        "failure_timeout": "failure_timeout_seconds",
+        "give_up_after": "give_up_after_seconds",
+    }
 
     server: str = Field(
         "127.0.0.1:50051", title="What is trained, and where", description="host and port of the parameter server"
@@ -27,22 +34,22 @@ class _Common(ClientSettings):
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one")
     threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU")
-    connect_timeout: float = Field(
-        60.0, title="How long it waits", gt=0, le=LONGEST_SECONDS, description="seconds to wait for the server at first"
+    connect_timeout_seconds: float = Field(
+        60.0, title="How long it waits", gt=0, le=LONGEST_SECONDS, description="seconds to wait for a first contact"
     )
-    failure_timeout: float = Field(
+    failure_timeout_seconds: float = Field(
         30.0, gt=0, le=1e6, description="seconds of silence after which the connection to the server is made anew"
     )
-    give_up_after: float | None = Field(
+    give_up_after_seconds: float | None = Field(
         None,
         gt=0,
         le=LONGEST_SECONDS,
-        description="seconds without the server, once it was there, after which to fail; none: go on trying",
+        description="seconds without contact, once there was some, after which to fail; none: keep trying",
     )
     keep_freed_memory: bool = Field(
         True,
-        description="keep the process' memory at its peak, instead of having the C library give large blocks back to "
-        "the system and fault them in again for the next message (glibc only)",
+        description="keep freed memory in the process for the next message, instead of returning large blocks to the "
+        "system and faulting them in again (glibc only); the process stays as large as its peak",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", title="For people", description="least important log lines shown"
@@ -76,15 +83,17 @@ class _Common(ClientSettings):
 class RunSettings(_Common):
     """Train a task as one of a parameter server's workers."""
 
+    # Not `stop_after_gradients`, for a pod may have that in its environment for the server: it is the end of the run.
+    renamed: ClassVar[Mapping[str, str]] = {**_Common.renamed, "stop_after": "leave_after_gradients"}
+
     batch_size: int = Field(32, ge=1, description="samples in each mini-batch")
     loader_processes: int = Field(
         0, ge=0, description="processes that read samples ahead, for data sets that are not kept in memory"
     )
     worker_id: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9._-]{1,128}$",
-        description="name of this worker: 1 to 128 of the characters A-Z a-z 0-9 . _ -; none: made up from host, "
-        "process and chance",
+        pattern=f"^{WORKER_ID}$",
+        description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: made up from host, process and chance",
     )
     wire_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"
@@ -93,16 +102,18 @@ class RunSettings(_Common):
         1,
         ge=1,
         le=MAX_SLOTS,
-        description="gradients that may be on their way: with `2` the next one is computed while the last one travels; "
+        description="gradients that may be under way: with `2` the next one is computed while the last one travels; "
         "the server allows as many as its `--slots-per-worker`",
     )
     amp: Literal["off", "bfloat16", "float16"] = Field(
         "off", description="automatic mixed precision: the dtype to compute in where PyTorch thinks it safe"
     )
     slow_factor: float = Field(
-        1.0, ge=1, le=1e6, description="take so many times as long for each gradient, to stand in for a slower machine"
+        1.0, ge=1, le=1e6, description="take this many times as long for each gradient, to imitate a slower machine"
     )
-    stop_after: int = Field(0, ge=0, description="leave after so many gradients of this worker; 0: at the run's end")
+    leave_after_gradients: int = Field(
+        0, ge=0, description="leave after this many gradients of this worker; 0: at the run's end"
+    )
     seed: int = Field(
         0, ge=0, description="where the initial parameters come from, if it is this worker's model that is trained"
     )

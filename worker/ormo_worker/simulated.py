@@ -1,6 +1,6 @@
 """A worker's task without a network: what the workers of a simulation compute.
 
-`ormo-sim` names `TaskWorkload` by its import path; what it has to do is said in `ormo_server.sim.workload`.
+`ormo-sim` names `TaskWorkload` by its import path; what it has to do is said in `ormo_runtime.workload`.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ormo_protos.manifest import FLOAT32
 from ormo_runtime.workload import Computed, Model, Scores
 from ormo_worker.pytorch.devices import resolve_device
-from ormo_worker.pytorch.groups import ParameterGroup, decay_groups, decays
+from ormo_worker.pytorch.options import ParameterGroup, decay_groups, decays
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.tasks import Batch, Score, Task, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
@@ -106,9 +106,9 @@ class TaskWorker:
 
     Args:
         bench: where it computes.
-        stream: its mini-batches.
-        samples: in each of them.
-        model: for the buffers that it begins with.
+        stream: its mini-batches, without end.
+        samples: how many each mini-batch has.
+        model: gives the buffers that it begins with; they are copied.
     """
 
     def __init__(self, bench: "_Bench", stream: Iterator[Batch], samples: int, model: Model) -> None:
@@ -119,7 +119,7 @@ class TaskWorker:
         self._int_buffers = model.int_buffers.clone()
         self._random = bench.random.copy()
 
-    def gradient(self, ticket: int, params: Tensor, out: Tensor) -> Computed:  # noqa: ARG002
+    def gradient(self, ticket: int, params: Tensor, out: Tensor) -> Computed:  # noqa: ARG002 - the simulator gives it
         """Compute the gradient of the worker's next mini-batch.
 
         Args:
@@ -157,14 +157,14 @@ class _Bench:
     """The module that all compute with, and the way of their numbers into it and out of it.
 
     Args:
-        task: whose model it is.
+        task: makes the model, and computes its loss.
         device: where it computes.
         weight_decay: λ.
-        seed: of the model's first parameters, and of what the task draws to make it.
+        seed: decides the model's first parameters, and whatever else the task draws to make it.
 
     Attributes:
-        module: on the device.
-        staging: of the module.
+        module: the model, on the device.
+        staging: the module's tensors, and the ways to and from payloads.
         payload: what was loaded last, or a gradient with the buffers after it.
         device: where batches go.
         random: PyTorch's generators, once the model is made.
@@ -213,7 +213,7 @@ class _Bench:
 
 def _groups(task: Task, module: nn.Module) -> list[ParameterGroup]:
     """The groups of a `RemoteOptimizer`, without the names that it takes off."""
-    groups = [ParameterGroup(group) for group in decay_groups(task, module)]
+    groups = [ParameterGroup(group) for group in decay_groups(module, task.weight_decay_scale)]
     for group in groups:
         group["params"] = [parameter for _, parameter in group["params"]]
     return groups
@@ -251,8 +251,8 @@ class _Scored:
 
     Args:
         task: says how good a model is.
-        dataset: the task's.
-        samples: how many, 0 for all.
+        dataset: one of the task's two sets.
+        samples: how many of it to score, spread evenly; 0 for all.
         device: where they are scored.
 
     Raises:

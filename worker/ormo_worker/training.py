@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ormo_runtime.logs import Fields
-from ormo_runtime.signals import leave_if_asked
+from ormo_runtime.process import leave_if_asked
 from ormo_worker.pytorch.devices import resolve_device
-from ormo_worker.pytorch.groups import decay_groups
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
+from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device
@@ -29,7 +29,7 @@ def run(settings: RunSettings) -> None:
     Raises:
         TaskError: the task or its data can't be used.
         OptionRefused: the device is not there.
-        OrmoError: the run can't be joined, or not be kept up.
+        OrmoError: the run can't be joined, or the server has been gone for too long.
     """
     torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
@@ -42,23 +42,23 @@ def run(settings: RunSettings) -> None:
     with RemoteOptimizer(
         model,
         settings.server,
-        params=decay_groups(task, model),
+        params=decay_groups(model, task.weight_decay_scale),
         batch_size=samples,
         worker_id=settings.worker_id,
         wire_dtype=getattr(torch, settings.wire_dtype),
         in_flight=settings.in_flight,
-        connect_timeout=settings.connect_timeout,
-        failure_timeout=settings.failure_timeout,
-        give_up_after=settings.give_up_after,
+        connect_timeout=settings.connect_timeout_seconds,
+        failure_timeout=settings.failure_timeout_seconds,
+        give_up_after=settings.give_up_after_seconds,
         metrics_listen=settings.metrics_listen,
         credentials=settings.credentials(),
     ) as optimizer:
         if optimizer.finished:
-            _LOG.info("the run was over already, at iteration %d: there is nothing to train", optimizer.iteration)
+            _LOG.info("the run is already over, at iteration %d: there is nothing to train", optimizer.iteration)
         else:
             stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
             Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
-                stream, settings.stop_after
+                stream, settings.leave_after_gradients
             )
 
 
@@ -67,12 +67,12 @@ class Training:
     """One worker's loop over its batches.
 
     Attributes:
-        task: for its loss.
-        model: on the device.
-        optimizer: of the model.
+        task: gives the loss of each batch.
+        model: the one that is trained, on the device.
+        optimizer: pushes the model's gradients; closed at the end of `run`.
         device: where batches go.
         amp: the dtype of mixed precision, or "off".
-        slow_factor: how many times as long a gradient takes as it would.
+        slow_factor: how many times as long as it would a gradient shall take, to play a slower machine.
     """
 
     task: Task
@@ -97,7 +97,7 @@ class Training:
             leave_if_asked()
             started = time.monotonic()
             loss = self._backward(to_device(batch, self.device))
-            self._dawdle(started)
+            self._slow_down(started)
             self._scaler.step(self.optimizer, loss=loss)
             self._scaler.update()
             self._progress.step(loss)
@@ -118,7 +118,7 @@ class Training:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.amp))
 
-    def _dawdle(self, started: float) -> None:
+    def _slow_down(self, started: float) -> None:
         if self.slow_factor > 1:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # or there would be nothing to multiply yet
@@ -148,7 +148,7 @@ class _Progress:
         seconds = time.monotonic() - self._started
         state = "the run is over" if self._optimizer.finished else "left the run"
         iteration, refused = self._optimizer.iteration, self._optimizer.refusals.total()
-        line = "%s at iteration %d: %d gradients from here in %.1f s, %d refused"
+        line = "%s at iteration %d: %d gradients from this worker in %.1f s, %d refused"
         about = Fields(iteration=iteration, seconds=seconds)
         _LOG.info(line, state, iteration, self._optimizer.counted, seconds, refused, extra=about)
 
@@ -156,7 +156,7 @@ class _Progress:
         counted = self._optimizer.counted
         iteration, value = self._optimizer.iteration, loss.item()
         _LOG.info(
-            "iteration %d: %d gradients from here, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
+            "iteration %d: %d gradients from this worker, %.1f a second, loss %.4f, delay mean %.1f, largest %d",
             iteration,
             counted,
             (counted - self._line_counted) / (now - self._line_at),

@@ -292,7 +292,7 @@ def _expired() -> Panel:
             shows="Tickets that were out too long, and workers whose lease ran out, within each step.",
             normal="0; with spot machines a worker now and then.",
             bad="Tickets expire: a worker lives but returns nothing, such as a hung GPU; restart it. Workers expire: "
-            "they died or were cut off for --failure-timeout.",
+            "they died or were cut off for --failure-timeout-seconds.",
         ),
         Query(increase("ormo_expired_tickets_total"), "tickets {{instance}}"),
         Query(increase("ormo_expired_workers_total"), "workers {{instance}}"),

@@ -120,7 +120,7 @@ class ParameterServerServicer(object):
         INVALID_ARGUMENT     BAD_MANIFEST, BAD_PAYLOAD, NON_FINITE.
         FAILED_PRECONDITION  NOT_WANTED: this worker was not asked for the model, or its time is up: join again.
         ALREADY_EXISTS       MODEL_EXISTS: there is a model already: join again.
-        RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit` of the server allows.
+        RESOURCE_EXHAUSTED   MEMORY_LIMIT: the model needs more memory than `memory_limit_bytes` of the server allows.
         TOO_MUCH_IN_FLIGHT, TOO_MANY_STREAMS: as PushPull.
         CANCELLED            the server began to drain, or nothing came for as long as a lease lasts.
         """

@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ormo_protos.limits import Malformed
+from ormo_protos.parsing import Malformed
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.logs import printable
-from ormo_runtime.signals import end_on_signals, leave_if_asked
-from ormo_runtime.tls import Credentials, CredentialsError
+from ormo_runtime.process import end_on_signals, leave_if_asked
+from ormo_runtime.tls import Credentials, CredentialsError, Dialer, UnaryStub
 
 A = TypeVar("A", bound=Message)
 
@@ -46,7 +45,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say that it has.
         """
-        return self._answered(self._stub.control, request)
+        return self._await_answer(self._stub.control, request)
 
     def ask(self) -> pb.GetStatusResponse:
         """How things are.
@@ -54,7 +53,7 @@ class Asker:
         Raises:
             NoAnswerError: it did not say.
         """
-        return self._answered(self._stub.get_status, pb.GetStatusRequest())
+        return self._await_answer(self._stub.get_status, pb.GetStatusRequest())
 
     def cancel_open(self) -> None:
         """End the call that is under way, if there is one; from any thread."""
@@ -62,17 +61,17 @@ class Asker:
         if call is not None:
             call.cancel()
 
-    def _answered(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
+    def _await_answer(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
         self._call = method.future(request, timeout=self._timeout)
         try:
             answer = self._call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            leave_if_asked()
+            leave_if_asked()  # the call may have been cancelled for a signal, which is no answer but a reason to leave
             raise NoAnswerError(_why(error)) from None
         finally:
             self._call = None
         if isinstance(answer, Malformed):
-            raise NoAnswerError(f"what it sent can't be understood: {answer.why}")
+            raise NoAnswerError(f"its answer can't be understood: {answer.why}")
         _make_printable(answer)
         return answer
 

@@ -1,6 +1,7 @@
 """The settings of `ormo-server status`, `top` and `control`."""
 
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -12,8 +13,10 @@ from ormo_runtime.tls import ClientSettings
 class _Common(ClientSettings):
     """What all commands need."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"timeout": "timeout_seconds"}
+
     server: str = Field("127.0.0.1:50051", description="host and port of the server")
-    timeout: float = Field(5.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for an answer")
+    timeout_seconds: float = Field(5.0, gt=0, le=LONGEST_SECONDS, description="seconds to wait for an answer")
 
     @field_validator("server")
     @classmethod
@@ -28,7 +31,7 @@ with warnings.catch_warnings():
     class StatusSettings(_Common):
         """Show how a server is doing; exits with 1 if it does not answer."""
 
-        json: bool = Field(False, description="all that the server tells, as JSON")  # type: ignore[assignment]
+        json: bool = Field(False, description="print the whole status as JSON")  # type: ignore[assignment]
 
 
 class ControlSettings(_Common):
@@ -49,15 +52,15 @@ class ControlSettings(_Common):
     @model_validator(mode="after")
     def _one_action(self) -> Self:
         if self.checkpoint + self.drain + (self.learning_rate is not None) != 1:
-            raise ValueError("one of --checkpoint, --learning-rate and --drain was expected, as a flag")
+            raise ValueError("expected one of --checkpoint, --learning-rate and --drain, as a flag")
         return self
 
 
 class TopSettings(_Common):
     """Show how a server and its workers are doing, again and again; Ctrl-C or q ends it."""
 
-    every_seconds: float = Field(1.0, ge=0.1, le=LONGEST_SECONDS, description="seconds between two looks at the server")
+    every_seconds: float = Field(1.0, ge=0.1, le=LONGEST_SECONDS, description="seconds between two requests")
     sort: Literal["delay", "rate", "silent", "worker"] = Field(
         "delay", description="which workers come first: late ones, slow ones, silent ones, or by id"
     )
-    once: bool = Field(False, description="print one view, without cutting it to a screen, and exit; so it is in pipes")
+    once: bool = Field(False, description="print one view, not cut to the screen, and exit; the default in pipes")

@@ -1,4 +1,4 @@
-"""`ormo-server status`: once, as text, or as JSON that every reader takes."""
+"""The commands that ask once: `ormo-server status`, as text or as JSON that every reader takes, and `control`."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import through_proxy
+from ormo_runtime.tls import through_proxy
 from ormo_server.console.client import NoAnswerError, asker
-from ormo_server.console.settings import StatusSettings
-from ormo_server.console.text import duration, phase_word
+from ormo_server.console.figures import duration, phase_word
+from ormo_server.console.settings import ControlSettings, StatusSettings
 
 
 def as_plain(message: Message) -> dict[str, Any]:
@@ -57,7 +57,7 @@ WIDE = 200  # columns of the table where nothing is cut: files and pipes
 def show(settings: StatusSettings) -> int:
     """Print a server's status; returns 1 if it does not answer."""
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             status = server.ask()
     except NoAnswerError as error:
         sys.stderr.write(no_answer("ormo-server status", settings.server, error))
@@ -101,3 +101,32 @@ def _print(server: str, status: pb.GetStatusResponse) -> None:
         console.print()
         table = workers_table(console, rows(status, None, "worker"), console.width, live=False)
         console.print(table)
+
+
+def act(settings: ControlSettings) -> int:
+    """Have the server do it; returns 1 if it does not, or does not answer."""
+    try:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
+            answer = server.control(_request(settings))
+    except NoAnswerError as error:
+        sys.stderr.write(no_answer("ormo-server control", settings.server, error))
+        return 1
+    sys.stdout.write(_said(settings, answer) + "\n")
+    return 0
+
+
+def _request(settings: ControlSettings) -> pb.ControlRequest:
+    if settings.checkpoint:
+        return pb.ControlRequest(checkpoint=pb.CheckpointNow())
+    if settings.drain:
+        return pb.ControlRequest(drain=pb.Drain())
+    return pb.ControlRequest(set_learning_rate=pb.SetLearningRate(learning_rate=settings.learning_rate or 0.0))
+
+
+def _said(settings: ControlSettings, answer: pb.ControlResponse) -> str:
+    at = f"at iteration {answer.iteration.number}" if answer.HasField("iteration") else "before it had a model"
+    if settings.checkpoint:
+        return f"checkpoint {answer.checkpoint_path}"
+    if settings.drain:
+        return f"the server drains and stops, {at}"
+    return f"the learning rate is {settings.learning_rate:g} from the next bucket on, {at}"

@@ -18,13 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import through_proxy
-from ormo_runtime.signals import leave_if_asked, leave_on_signals
+from ormo_runtime.process import leave_if_asked, leave_on_signals
+from ormo_runtime.tls import through_proxy
 from ormo_server.console.client import Asker, NoAnswerError, asker
 from ormo_server.console.figures import (
     Facts,
     History,
+    duration,
     of_the_moment,
+    phase_word,
     position,
     refusals,
     seconds_left,
@@ -33,7 +35,6 @@ from ormo_server.console.figures import (
 )
 from ormo_server.console.settings import TopSettings
 from ormo_server.console.status import WIDE, no_answer
-from ormo_server.console.text import duration, phase_word
 from ormo_server.console.workers import (
     LATE,
     LATE_COLOUR,
@@ -62,7 +63,7 @@ def single_keys() -> Iterator[None]:
 
 
 def pressed(key: str, seconds: float) -> bool:
-    """Whether the key is pressed within so many seconds; takes all of them if it is not."""
+    """Whether the key is pressed within this many seconds; waits them all if it is not."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if not sys.stdin.isatty():
@@ -169,7 +170,7 @@ def _grid(facts: Facts, console: Console, width: int) -> Table:
 
 
 def _lines_of(facts: Facts, number: int) -> Table:
-    """A table with so many facts in a line."""
+    """A table with this many facts in a line."""
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     for _ in range(number):
         grid.add_column(style="dim", no_wrap=True)
@@ -208,7 +209,7 @@ def watch(settings: TopSettings) -> int:
     console = Console(highlight=False)
     screen = sys.stdout.isatty() and not console.is_dumb_terminal
     try:
-        with asker(settings.server, settings.timeout, settings.credentials()) as server:
+        with asker(settings.server, settings.timeout_seconds, settings.credentials()) as server:
             if screen and not settings.once:
                 _live(console, server, settings)
                 return 0

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.console.figures import Rates
-from ormo_server.console.text import NOT_KNOWN, rate, shortened
+from ormo_server.console.figures import NOT_KNOWN, Rates, rate, shortened
 
 # In multiples of K, the delay that K workers of one speed have. From 2K on the steps of `ormo-da` get smaller.
 LATE, VERY_LATE = 2, 4

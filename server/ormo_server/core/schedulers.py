@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_server.core import members
 from ormo_server.core.errors import BadRequest
 from ormo_server.core.ids import SlotKey
@@ -33,7 +34,7 @@ class Scheduler(ABC):
 
     takes_fixed_bucket_size: ClassVar[bool] = True
     takes_staleness_bound: ClassVar[bool] = False
-    max_slots: ClassVar[int] = 16
+    max_slots: ClassVar[int] = MAX_SLOTS
     others_wait: ClassVar[bool] = False
     keeps_opening: ClassVar[bool] = False
 

@@ -23,11 +23,11 @@ class LogFile:
     """A new file that grows by whole appends.
 
     Args:
-        path: of the file, which must not exist.
-        opening: what it begins with.
+        path: where to make the file; nothing may be there yet.
+        opening: the first line, as bytes.
 
     Attributes:
-        size_bytes: of all that is in it.
+        size_bytes: length of the file.
 
     Raises:
         OSError: it can't be made.
@@ -61,38 +61,38 @@ class LogFile:
         self.size_bytes = end
 
     def sync(self) -> None:
-        """Return when it is on the disk.
-
-        Raises:
-            OSError: see `synced`.
-        """
-        synced(os.fsync, self._descriptor)
+        """Return when the whole file is on the disk; raises as `sync_or_fail` does."""
+        sync_or_fail(os.fsync, self._descriptor)
 
     def refuse_if_gone(self) -> None:
-        """See `refuse_if_gone`."""
+        """Fail if what is written here would not be found after a restart, as the function of this name says."""
         refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the file; it stays on the disk."""
         os.close(self._descriptor)
 
 
 def refuse_if_gone(path: Path, known: tuple[int, int]) -> None:
-    """Look whether what is written will be found.
+    """Fail if a file that this process has open is no longer at its path: a restart would not find what it holds.
 
     Raises:
-        OSError: the file is not at this path any more: it goes as soon as this process ends, or is somewhere else.
+        OSError: the file was removed, so it goes with this process, or it was moved or replaced.
     """
     if not is_at(path, known):
         raise OSError(errno.ESTALE, f"{path} was removed, moved or replaced while this server wrote to it")
 
 
-def synced(sync: Callable[[int], None], descriptor: int) -> None:
-    """Call an fsync.
+def sync_or_fail(sync: Callable[[int], None], descriptor: int) -> None:
+    """Call an fsync, and make every failure of it final.
+
+    Args:
+        sync: `os.fsync` or `os.fdatasync`.
+        descriptor: of the file.
 
     Raises:
-        OSError: the disk did not take what the system had taken, for whatever reason, also for lack of room. The system
-            may have let go of it, so that another fsync succeeds without it: nobody must try.
+        OSError: EIO, whatever the reason was, even lack of room, which `may_pass` would let a worker retry. After a
+            failed fsync the system may drop the pages, and the next fsync then succeeds without them: no retry is safe.
     """
     try:
         sync(descriptor)
@@ -112,10 +112,9 @@ def new_file(path: Path) -> int:
     return descriptor
 
 
-# Bytes to given places of one file, large ones past the page cache. Nobody reads them again but after a crash. Measured
-# with 45 MB on ext4: 100 ms, 72 ms of them of the processor, through the page cache, and 13 ms, 1 ms, past it; below
-# some 256 KiB the cache is faster.
-
+# Gradients go to places of their own in one file, large ones past the page cache: they are read again only after a
+# crash. Measured with 45 MB on ext4: 100 ms, of which the processor works 72, through the page cache; 13 ms, of which
+# the processor works 1, past it. Below some 256 KiB the cache is faster.
 
 _BLOCK_BYTES = mmap.PAGESIZE
 _DIRECT_BYTES = 256 << 10
@@ -128,10 +127,10 @@ def place_after(end: int, size: int) -> int:
 
 
 class PlacedWriter:
-    """Writes to places that do not overlap, from any thread.
+    """Writes to places that do not overlap, from any thread and without a lock.
 
     Args:
-        path: of the file, which must not exist.
+        path: where to make the file; nothing may be there yet.
 
     Raises:
         OSError: it can't be made.
@@ -147,16 +146,16 @@ class PlacedWriter:
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write all of it.
+        """Write all of `data` at this offset of the file.
 
         Raises:
             OSError: there is no room, or the disk does not take it.
         """
-        done = self._written_directly(data, offset)
+        done = self._write_directly(data, offset)
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], offset + done)
 
-    def _written_directly(self, data: memoryview, offset: int) -> int:
+    def _write_directly(self, data: memoryview, offset: int) -> int:
         aligned = len(data) - len(data) % _BLOCK_BYTES
         if self._direct is None or aligned < _DIRECT_BYTES or _address(data) % _BLOCK_BYTES:
             return 0
@@ -165,23 +164,19 @@ class PlacedWriter:
             while done < aligned:
                 done += os.pwrite(self._direct, data[done:aligned], offset + done)
         except OSError:
-            return 0  # if it is not for the way it is written, it comes again
+            return 0  # the caller writes through the cache; what is wrong with the disk itself fails there again
         return done
 
     def sync(self) -> None:
-        """Return when all of it is on the disk.
-
-        Raises:
-            OSError: see `synced`.
-        """
-        synced(os.fdatasync, self._descriptor)
+        """Return when all that was written is on the disk; raises as `sync_or_fail` does."""
+        sync_or_fail(os.fdatasync, self._descriptor)
 
     def refuse_if_gone(self) -> None:
-        """See `log_file.refuse_if_gone`."""
+        """Fail if what is written here would not be found after a restart, as the function of this name says."""
         refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
-        """Let it go; may be called again."""
+        """Close the file, which stays on the disk; may be called again."""
         if self._closed:
             return
         self._closed = True
@@ -196,15 +191,15 @@ def _address(data: memoryview) -> int:
 
 @dataclass(eq=False, slots=True)
 class _File:
-    """Each place in it is one gradient's, written once.
+    """A file of gradients: each place in it belongs to one gradient and is written once.
 
     Attributes:
-        number: in its name.
-        writer: of its bytes.
-        end: bytes given out so far.
-        users: gradients whose exchange is not over.
-        last_log: the newest log that names a gradient of it.
-        unsynced: written to since the last fsync.
+        number: the number in the file's name.
+        writer: writes the bytes.
+        end: where the next place can begin, in bytes.
+        users: gradients in it whose exchange is not over; the file stays open as long as there are any.
+        last_log: the newest log with a line that names a gradient of this file; the file stays as long as that log.
+        unsynced: whether it was written to since the last fsync.
     """
 
     number: int
@@ -218,11 +213,15 @@ class _File:
 class GradientFiles:
     """Takes payloads from many threads at once.
 
+    Places are handed out under a lock of its own, which is held for no write: gradients are written side by side, each
+    by the thread of its exchange, before the engine's lock is taken. `sync` and `let_go_before` are for one thread at a
+    time, which the journal's commit lock sees to.
+
     Args:
-        directory: of the journal.
+        directory: the journal's directory, which is there.
 
     Attributes:
-        size_bytes: of all its files.
+        size_bytes: bytes in all files that were begun by this process and are still needed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -251,7 +250,7 @@ class GradientFiles:
         except OSError as error:
             self._done_with(file)
             raise kept_back(self._directory, error) from error
-        file.unsynced = True  # from now on: an fsync before would not have had it
+        file.unsynced = True  # after the write: an fsync that clears the mark before would not cover these bytes
         return StoredGradient(
             file=file.number,
             offset=offset,
@@ -277,7 +276,7 @@ class GradientFiles:
             return file, offset
 
     def release(self, stored: StoredGradient) -> None:
-        """The exchange is over: the payload is needed only if a log names it."""
+        """Say that the exchange is over: from now on the payload is needed only if a log names it."""
         self._done_with(self._files[stored.file])
 
     def _done_with(self, file: _File) -> None:
@@ -286,12 +285,15 @@ class GradientFiles:
             if self._closed and not file.users:
                 file.writer.close()
 
-    def named(self, stored: StoredGradient, log: int) -> None:
-        """A line of this log names it."""
+    def pin(self, stored: StoredGradient, log: int) -> None:
+        """Keep the payload's file as long as this log, which has a line that names the payload.
+
+        Called under the engine's lock, so logs come in order and the last one is the newest.
+        """
         self._files[stored.file].last_log = log
 
     def begin_file(self) -> None:
-        """What comes from now on goes into a new file; else one that is always in use could never go."""
+        """Put what comes from now on into a new file; a file that is always in use could never be removed."""
         with self._lock:
             self._current = None
 
@@ -299,8 +301,10 @@ class GradientFiles:
         """Return when all that was stored so far is on the disk."""
         with self._lock:
             files = [file for file in self._files.values() if file.unsynced]
+            # Before the fsync: a write that comes during it marks the file again, and the next `sync` covers it.
             for file in files:
                 file.unsynced = False
+        # Without the lock: an fsync takes milliseconds, and others want places meanwhile.
         for file in files:
             file.writer.sync()
 
@@ -320,21 +324,25 @@ class GradientFiles:
                     file.writer.close()
 
     def refuse_if_gone(self) -> None:
-        """Look whether what is stored now will be found.
+        """Fail if the file that gradients go to now would not be found after a restart.
 
         Raises:
-            OSError: the file was removed, moved or replaced.
+            OSError: it was removed, moved or replaced.
         """
         with self._lock:
             current = self._current
-        # It is let go of by `let_go_before` alone, and not while it is the current one or this is called.
+        # Used without the lock: only `let_go_before` closes it, never while it is current, and the journal's commit
+        # lock keeps that call and this one apart.
         if current is not None:
             current.writer.refuse_if_gone()
 
     def let_go_before(self, log: int) -> list[Path]:
-        """The files that only older logs name, and those of earlier servers: nobody uses them any more.
+        """Close what only logs before this one name, and say which files may be removed.
 
-        Not to be called while `sync` is.
+        Not to be called while `sync` is: the files that it syncs must stay open.
+
+        Returns:
+            The files that are needed no more, those of earlier servers among them.
         """
         with self._lock:
             old = [file for file in self._files.values() if self._is_needless(file, log)]
@@ -348,7 +356,7 @@ class GradientFiles:
         return file is not self._current and not file.users and file.last_log < log
 
     def close(self) -> None:
-        """Let the files go, each when nobody writes to it any more."""
+        """Close the files, each once no exchange writes to it any more; nothing can be stored from now on."""
         with self._lock:
             for file in self._files.values():
                 if not self._closed and not file.users:
@@ -361,19 +369,21 @@ _RETRY_SECONDS = 2.0
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether this is for lack of something, so that it may go better later."""
+    """Whether this is for lack of room, descriptors or memory, so that a later try may succeed."""
     return error.errno in _NO_ROOM or is_scarcity(error)
 
 
 def disk_full(where: object, why: object) -> DiskFull:
-    """What a worker is told: it tries again, and training goes on once there is room."""
+    """The refusal that a worker hears: it tries again, and training goes on once there is room."""
     return _refusal(where, why, "make room there, or mend the disk")
 
 
 def kept_back(where: object, error: OSError) -> DiskFull:
-    """The same for what the system said."""
+    """The same refusal for an error of the operating system."""
     if is_scarcity(error):
-        return _refusal(where, error.strerror, "see who has them, or raise the limit of open files or of memory")
+        return _refusal(
+            where, error.strerror, "find the process that uses them up, or raise the limit of open files or of memory"
+        )
     return disk_full(where, error.strerror)
 
 
@@ -393,11 +403,11 @@ _MARK = re.compile(rb"([0-9a-f]{8}) (\d{12} \d{12})\n")
 
 
 class Mark:
-    """One server's, in a file of its own.
+    """How far one server has acknowledged, in a file of its own.
 
     Args:
-        directory: of the journal.
-        log: number of the server's first log.
+        directory: the journal's directory.
+        log: number of this server's first log.
 
     Raises:
         OSError: the file can't be made.
@@ -407,20 +417,20 @@ class Mark:
         self._descriptor = new_file(directory / f"acknowledged-{log:08d}")
 
     def move(self, place: Place) -> None:
-        """What is up to here may be told from now on."""
+        """Let workers hear of everything up to here from now on."""
         text = b"%012d %012d" % place
         try:
             os.pwrite(self._descriptor, b"%08x %s\n" % (zlib.crc32(text), text), 0)
         except OSError:
-            return  # an old mark says less, and nothing wrong
+            return  # an older mark claims less than is true, so it is still right
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the file; it stays on the disk."""
         os.close(self._descriptor)
 
 
 def marks(directory: Path) -> Iterator[Place]:
-    """All that can be read.
+    """The marks of all servers that wrote here, as far as they can be read.
 
     Raises:
         StoreError: a file can't be read.

@@ -84,8 +84,8 @@ class Record(_Line):
 
     Attributes:
         input: what the core was given, as a row of a trace.
-        gradient: of a push.
-        delivered: what went out.
+        gradient: where the payload is, if the input is a push.
+        delivered: what went out, if the line is a delivery.
     """
 
     input: InputOfTrace | None = None
@@ -105,7 +105,7 @@ class Record(_Line):
         return self.model_dump_json(exclude_none=True).encode()
 
 
-def sealed(record: Record) -> bytes:
+def seal(record: Record) -> bytes:
     """A line of a checksum and the record."""
     text = record.text()
     return b"%08x %s\n" % (zlib.crc32(text), text)
@@ -157,16 +157,16 @@ class End:
     """Where a log ends.
 
     Attributes:
-        log: its number.
+        log: the log's number.
         lines: how many it has, its opening not counted.
         link: checksum of the last line of the chain, for the next one to name.
-        unheard: how many of the last lines, in this log and before, nobody was told of.
+        unacknowledged: how many of the last lines, in this log and before, nobody was told of.
     """
 
     log: int
     lines: int
     link: int
-    unheard: int = 0
+    unacknowledged: int = 0
 
     @classmethod
     def before_all(cls, log: int) -> "End":
@@ -178,13 +178,13 @@ class End:
         """Of the last line."""
         return Place(self.log, self.lines)
 
-    def heard(self) -> "End":
-        """The same, once all of it was told."""
+    def all_acknowledged(self) -> "End":
+        """The same end, once the workers may hear of every line."""
         return End(self.log, self.lines, self.link)
 
     def turned_over(self) -> "End":
         """Where the next log ends as long as it has no lines."""
-        return End(self.log + 1, 0, self.link, self.unheard)
+        return End(self.log + 1, 0, self.link, self.unacknowledged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +193,9 @@ class Line:
 
     Attributes:
         record: what it says.
-        number: its place in its log.
+        number: the line's place in its log, from 1.
         acknowledged: how many lines of its log had been, when it was written.
-        link: its checksum.
+        link: checksum of the line, which the next one repeats.
         before: that of the line before it; None in a log without a chain.
     """
 
@@ -208,20 +208,20 @@ class Line:
 
 def opening(before: End) -> bytes:
     """The first line of a log that follows another."""
-    return sealed(Record(delivered=Delivered(worker=_OPENING.format(before.log), slot=before.lines, dtype=before.link)))
+    return seal(Record(delivered=Delivered(worker=_OPENING.format(before.log), slot=before.lines, dtype=before.link)))
 
 
-def chained(end: End, texts: Iterable[bytes]) -> tuple[bytes, End]:
+def chain_lines(end: End, texts: Iterable[bytes]) -> tuple[bytes, End]:
     """The lines of these texts behind the end of a log, and its end behind them."""
     lines, number, link = [], end.lines, end.link
     for number, text in enumerate(texts, start=end.lines + 1):
-        rest = b"%08x %d %d %s" % (link, number, end.lines - end.unheard, text)
+        rest = b"%08x %d %d %s" % (link, number, end.lines - end.unacknowledged, text)
         link = zlib.crc32(rest)
         lines.append(b"%08x %s\n" % (link, rest))
-    return b"".join(lines), End(end.log, number, link, end.unheard + number - end.lines)
+    return b"".join(lines), End(end.log, number, link, end.unacknowledged + number - end.lines)
 
 
-def parsed(line: bytes, number: int) -> Line | End | None:
+def parse(line: bytes, number: int) -> Line | End | None:
     """A line, or the end of the log before that an opening tells of; None if it is not whole.
 
     Args:

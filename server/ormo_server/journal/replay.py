@@ -34,7 +34,7 @@ from ormo_server.journal.records import (
     gradients_path,
     log_path,
     numbered,
-    parsed,
+    parse,
 )
 from ormo_server.store import StoreError
 from ormo_server.store.files import reading
@@ -44,8 +44,8 @@ class Behind:
     """Takes what is there, line by line, and tells what of it was lost.
 
     Args:
-        used: the last line that could be used.
-        marks: of what was acknowledged; see `mark`.
+        used: place of the last line that could be used.
+        marks: how far servers had acknowledged; see `Mark`.
 
     Attributes:
         anything: there is more than openings of logs.
@@ -61,7 +61,7 @@ class Behind:
 
     def add(self, log: int, number: int, raw: bytes) -> None:
         """Take what stands in a log as line `number`."""
-        line = parsed(raw, number)
+        line = parse(raw, number)
         if isinstance(line, End):
             self._ends[line.log] = max(self._ends.get(line.log, 0), line.lines)
             return
@@ -100,13 +100,13 @@ class Reading:
     """A journal, as it is iterated over: its records since a checkpoint, in order.
 
     Attributes:
-        directory: of the journal.
+        directory: the journal's directory.
         first: number of the log that began with the checkpoint.
-        manifest: of the model.
+        manifest: the model's manifest, which gives the layout of its gradients.
         records: how many were read so far.
-        torn: after them there was something, and nobody had been told of it: what a crash leaves.
-        doubled: lines come again behind them.
-        lost: one sentence if something is missing that was acknowledged, by what the files show: see `chain`.
+        torn: behind the last one there was something of which no worker had heard: what a crash leaves.
+        doubled: lines that were used already stand behind the last one once more.
+        lost: one sentence if something that was acknowledged is missing, as far as the files show; see `records`.
     """
 
     directory: Path
@@ -136,7 +136,7 @@ class Reading:
         used, self._link = Place(self.first, 0), None
         lines = raw_lines(self.directory, self.first)
         for log, number, raw in lines:
-            line = parsed(raw, number)
+            line = parse(raw, number)
             payload = None
             if isinstance(line, Line) and line.record.gradient is not None:
                 payload = self._payload(line.record.gradient)
@@ -256,7 +256,7 @@ def raw_lines(directory: Path, first: int = 0) -> Iterator[tuple[int, int, bytes
         with reading(path), path.open("rb") as file:
             number = 1
             while line := file.readline(LONGEST_LINE_BYTES):
-                if number == 1 and isinstance(parsed(line, 1), End):
+                if number == 1 and isinstance(parse(line, 1), End):
                     number = 0
                 yield log, number, line
                 number += 1
@@ -272,7 +272,7 @@ def replay(machine: StateMachine, records: Iterable[tuple[Record, Payload | None
     Args:
         machine: as it was when the first of them came.
         records: see `Reading`.
-        clock_seconds: of the run at that moment.
+        clock_seconds: the run's clock at that moment, in seconds.
 
     Returns:
         The run's clock at the last input.

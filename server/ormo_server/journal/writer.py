@@ -1,4 +1,4 @@
-"""Writes a journal."""
+"""Writes a journal: gradients before the engine's lock, the order of lines under it, lines and one fsync after it."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ from ormo_server.journal.records import (
     End,
     Record,
     StoredGradient,
-    chained,
+    chain_lines,
     log_path,
     next_log,
     numbered,
@@ -31,7 +31,7 @@ from ormo_server.journal.records import (
 from ormo_server.store.files import make_directory, sync
 from ormo_server.trace.rows import Recorded
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 Fsync = Literal["always", "interval", "off"]
 
@@ -50,11 +50,15 @@ _Entry = tuple[Input, Redeemed | None, StoredGradient | None] | Delivered | None
 class Journal:
     """Records a run's inputs.
 
-    Three groups of methods: `store` before the lock of whoever drives the core is taken, `append` to `begin_log` under
-    it, and the rest after it.
+    Three groups of methods, by when they are called: `store` before the engine's lock is taken, since it writes a whole
+    gradient; `append`, `append_delivery` and `begin_log` under it, since their order is the order in which the core
+    took its inputs, and they only put an entry into a queue; the rest after it, since they wait for the disk.
+
+    A second lock, the commit lock, is held by the one thread that writes and syncs for all who wait. It is never taken
+    under the engine's lock, and the engine's lock never under it, so that no update waits for the disk.
 
     Args:
-        directory: made if it is missing.
+        directory: the journal's own directory; made if it is missing.
         fsync: when what was written is made safe from a power cut: before every answer, once a second, or when the
             system sees fit. From a crash of the process it is safe in any case.
         max_bytes: a checkpoint is due when there is more, or `ENTRIES_BETWEEN_CHECKPOINTS`; beyond twice this no
@@ -89,12 +93,14 @@ class Journal:
         self._on_failure = on_failure
         self._on_commit = on_commit
         self._gradients = GradientFiles(directory)
-        # Under the engine's lock.
+        # Changed under the engine's lock, but for `_complained`, where a lost race means one log line too many. The
+        # queue has one end under each lock: a deque's `append` and `popleft` need none.
         self.log = next_log(directory, after)
         self.position = 0
         self._complained = float("-inf")
         self._taken: deque[_Entry] = deque()
-        # One thread at a time writes for all.
+        # The commit lock, and what only its holder changes. `_safe` and `_failed` are read without it, which is sound:
+        # they only ever go one way.
         self._committing = threading.Lock()
         self._unwritten: deque[_Entry] = deque()
         self._written = 0
@@ -116,7 +122,7 @@ class Journal:
             log_path(directory, self.log).unlink()
             raise
         self._closing = threading.Event()
-        self._syncing = threading.Thread(target=self._sync_often, name="journal", daemon=True)
+        self._syncing = threading.Thread(target=self._sync_every_second, name="journal", daemon=True)
         if fsync == "interval":
             try:
                 self._syncing.start()
@@ -142,31 +148,39 @@ class Journal:
             raise
 
     def _complain(self, refusal: DiskFull) -> None:
-        # Every worker comes again every other second: one line now and then tells it.
+        # Every worker tries again every two seconds: one line in ten seconds is enough.
         now = time.monotonic()
         if now - self._complained >= _SECONDS_BETWEEN_COMPLAINTS:
             self._complained = now
-            log.error("%s", refusal)
+            _LOG.error("%s", refusal)
 
     # Under the lock
 
     def append(self, given: Input, redeemed: Redeemed | None = None, stored: StoredGradient | None = None) -> int:
-        """An input took effect.
+        """Put an input that took effect into its place in the order.
 
         Args:
             given: the input.
-            redeemed: what became of a push.
-            stored: where a push's gradient is.
+            redeemed: what became of it, if it is a push.
+            stored: where its gradient was written, if it is a push.
 
         Returns:
             The position to wait for.
         """
         if stored is not None:
-            self._gradients.named(stored, self.log)
+            self._gradients.pin(stored, self.log)
         return self._append((given, redeemed, stored))
 
     def append_delivery(self, slot: SlotKey, dtype: int) -> int:
-        """Parameters went out that the update rule keeps; returns the position to wait for."""
+        """Record that parameters went out which the update rule keeps.
+
+        Args:
+            slot: whose they are.
+            dtype: the wire dtype they went out in.
+
+        Returns:
+            The position to wait for.
+        """
         return self._append(Delivered(worker=slot[0], slot=slot[1], dtype=dtype))
 
     def begin_log(self) -> int:
@@ -199,13 +213,15 @@ class Journal:
         if position <= self._safe:
             return
         with self._committing:
+            # Most who waited for the lock find that the thread before them has written their entry too.
             if position <= self._safe:
                 return
             started = time.perf_counter()
-            self._guarded(self._commit)
+            self._guard(self._commit)
             self._on_commit(time.perf_counter() - started)
 
-    def _guarded(self, act: Callable[[], None]) -> None:
+    def _guard(self, act: Callable[[], None]) -> None:
+        """Write or sync, under the commit lock; a disk that fails for good stops the journal for good."""
         if not (self._failed or self._closed):
             try:
                 return act()
@@ -215,30 +231,36 @@ class Journal:
                     self._complain(refusal)
                     raise refusal from error
                 self._failed = True
-                log.critical("the journal in %s can't be written: %s", self._directory, error)
+                _LOG.critical("the journal in %s can't be written: %s", self._directory, error)
         if self._failed:
             self._on_failure()
         raise NotReady(f"the journal in {self._directory} can't be written: this server stops", retry_seconds=2.0)
 
     def _commit(self) -> None:
+        # As many as are there now: others go on appending, and their entries are the next commit's.
         for _ in range(len(self._taken)):
             self._unwritten.append(self._taken.popleft())
         if self._fsync == "always":
-            self._gradients.sync()  # first: a line must not be safe before what it names
+            self._gradients.sync()  # before the lines: none may survive a power cut without the gradient it names
         self._write()
         if self._fsync == "always":
             self._file.sync()
+        # Before anybody is told: an acknowledged line in a file that was removed would be gone after a restart.
         self._gradients.refuse_if_gone()
         self._file.refuse_if_gone()
-        self._end = self._end.heard()
+        self._end = self._end.all_acknowledged()
         self._mark.move(self._last_line)
-        self._safe = self._written  # last: from now on others answer without asking
+        self._safe = self._written  # last: whoever reads it acknowledges without taking the lock
 
     def _write(self) -> None:
         while self._unwritten:
             entries = list(takewhile(lambda entry: entry is not None, self._unwritten))
             if entries:
-                lines, end = chained(self._end, (_record_of(entry).text() for entry in entries if entry is not None))
+                # Formatted here, by the thread that waits, and not under the engine's lock. If the write fails the
+                # entries stay where they are, and the next commit begins with them.
+                lines, end = chain_lines(
+                    self._end, (_record_of(entry).text() for entry in entries if entry is not None)
+                )
                 self._file.append(lines)
                 self._end, self._last_line = end, end.place
             else:
@@ -248,6 +270,8 @@ class Journal:
                 self._written += 1
 
     def _turn_over(self) -> None:
+        # A log that later ones follow is synced now, since nothing will sync it again; and the next one is made before
+        # this one is closed: without room for it, this one goes on.
         if self._fsync != "off":
             self._file.sync()
         following = self._end.turned_over()
@@ -257,11 +281,11 @@ class Journal:
         self._older_logs[self._end.log] = self._file.size_bytes
         self._end, self._file = following, after
 
-    def _sync_often(self) -> None:
+    def _sync_every_second(self) -> None:
         while not self._closing.wait(INTERVAL_SECONDS):
             with self._committing:
                 try:
-                    self._guarded(self._sync)
+                    self._guard(self._sync)
                 except NotReady:
                     return
 
@@ -283,10 +307,10 @@ class Journal:
         return self.size_bytes > self._max_bytes or entries > ENTRIES_BETWEEN_CHECKPOINTS
 
     def forget_before(self, log: int) -> None:
-        """A checkpoint holds what the logs before this one say: they go, and the gradients that only they name.
+        """Remove the logs before this one, which a checkpoint now stands for, and the gradients that only they name.
 
         Args:
-            log: that begins with the checkpoint.
+            log: number of the log that begins with the checkpoint.
 
         Raises:
             OSError: a file can't be taken away.
@@ -300,12 +324,15 @@ class Journal:
             self._forgotten = self._begun.pop(number)
         logs = [path for number, path in numbered(self._directory, LOG_NAME).items() if number < log]
         marks = [path for number, path in numbered(self._directory, MARK_NAME).items() if number < self._first]
+        # Logs first, oldest first: a crash in between leaves gradients that no line names, never a line without its
+        # gradient.
         for path in (*logs, *gradients, *marks):
             path.unlink()
         sync(self._directory)
 
     def close(self) -> None:
-        """Let the files go; nothing can be stored or settled any more."""
+        """Close the files; nothing can be stored, and nobody can wait, any more."""
+        # The thread first: it takes the commit lock, and would sync a closed file.
         self._closing.set()
         if self._syncing.ident is not None:
             self._syncing.join()

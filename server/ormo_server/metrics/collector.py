@@ -8,10 +8,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ormo_protos.limits import PHASES
 from ormo_server.metrics.families import PREFIX
 from ormo_server.metrics.view import RunView, WorkerView
-
-PHASES = ("waiting_for_model", "waiting_for_workers", "training", "finished", "draining")
 
 
 class _Figure(NamedTuple):
@@ -142,7 +141,7 @@ class RunCollector(Collector):
 
     def __init__(self, registry: CollectorRegistry, most_workers: int) -> None:
         self._most_workers = most_workers
-        self._phase: Callable[[], str] = lambda: PHASES[0]
+        self._phase: Callable[[], str] = lambda: PHASES[1]
         self._view: Callable[[], RunView | None] = lambda: None
         registry.register(self)
 
@@ -162,7 +161,7 @@ class RunCollector(Collector):
         """All families, with the figures of this moment."""
         phases = _family("run_phase", "1 for what the server is doing, 0 for all else.", labels=["phase"])
         now = self._phase()
-        for phase in PHASES:
+        for phase in PHASES.values():
             phases.add_metric([phase], float(phase == now))
         yield phases
         view = self._view()

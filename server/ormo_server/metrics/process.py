@@ -1,14 +1,16 @@
-"""What runs, with which settings, in how much memory."""
+"""What runs, with which settings, in how much memory; and the port that says so, to Prometheus and to probes."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
-from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector, make_wsgi_app
 
+from ormo_runtime.http_port import HttpPort
 from ormo_server.core.method import MemoryNeed
 from ormo_server.metrics.families import PREFIX, Families
 
@@ -97,3 +99,36 @@ class Process:
         self._need.labels("state").set(need.state_bytes)
         self._need.labels("exchanges").set(need.exchange_bytes)
         self._need.labels("checkpoint").set(need.checkpoint_bytes)
+
+
+ALIVE, READY = "/alive", "/ready"
+
+
+def serve_over_http(
+    host: str, port: int, registry: CollectorRegistry, alive: Callable[[], bool], ready: Callable[[], bool]
+) -> HttpPort:
+    """Answer until the port is closed.
+
+    Args:
+        host: to listen on.
+        port: to listen on; 0 picks a free one.
+        registry: of the metrics.
+        alive: whether calls can be answered at all; `/alive` says 503 where not, and so does `/ready`.
+        ready: whether new calls are welcome.
+
+    Raises:
+        OSError, OverflowError, RuntimeError: see `HttpPort`.
+    """
+    metrics: Any = make_wsgi_app(registry)
+    probes: dict[str, Callable[[], bool]] = {ALIVE: alive, READY: lambda: alive() and ready()}
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        probe = probes.get(environ["PATH_INFO"])
+        if probe is None:
+            answered: Iterable[bytes] = metrics(environ, start_response)
+            return answered
+        good = probe()
+        start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"yes\n" if good else b"no\n"]
+
+    return HttpPort(host, port, answer)

@@ -20,16 +20,16 @@ class WorkerObservation:
     """One worker since it joined. Delays are iterations; None and 0 where nothing was reported yet.
 
     Attributes:
-        applied: its gradients that were.
-        samples: in them.
+        applied: how many of its gradients were applied.
+        samples: samples in these.
         last_delay, smoothed_delay, max_delay: of all its gradients, discarded ones too.
-        last_loss: that it reported.
-        compute_seconds: that its last gradient took, as reported.
-        compute_seconds_sum: of all its gradients.
+        last_loss: the loss that it reported last.
+        compute_seconds: how long its last gradient took, as it reported.
+        compute_seconds_sum: how long all its gradients took, as it reported.
         ticket_seconds: how long its last redeemed ticket was out.
-        gradient_norm: Euclidean, of its last applied gradient.
-        refused: its gradients that were not finite or too large.
-        refused_share: of all its gradients, smoothed exponentially: each new one counts 1/32.
+        gradient_norm: Euclidean norm of its last applied gradient.
+        refused: how many of its gradients were not finite or too large.
+        refused_share: share of its gradients that were, smoothed exponentially: each new one counts 1/32.
         pushed_at: when its last gradient was counted, by the run's clock.
         refused_requests: of each slot, the number of its last refused gradient.
     """
@@ -77,7 +77,7 @@ class WorkerObservation:
         return anew
 
     def apply(self, samples: int, loss: float | None, norm: float) -> None:
-        """It was applied."""
+        """Count a gradient that was applied, with its samples, the loss reported with it and its Euclidean norm."""
         self.applied += 1
         self.samples += samples
         self.gradient_norm = norm
@@ -192,8 +192,8 @@ class RunView:
         phase: `waiting_for_workers`, `training` or `finished`.
         training_loss: mean of the live workers' last; None if none was reported.
         evaluation: the last that was reported.
-        staleness_bound: of the method; None if it has none.
-        discard_limit: the same.
+        staleness_bound: the method's bound on the delay, in iterations; None if it has none.
+        discard_limit: delay from which on the method discards, in iterations; None if it never does.
         workers: by id.
     """
 

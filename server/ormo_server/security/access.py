@@ -8,7 +8,7 @@ certificate = "gpu-*"         # an alternative name in the client's certificate,
 [[allow]]
 role = "worker"
 token = "at least 32 characters, drawn at random"
-name = "spot-machines"        # what the log calls whoever has the token
+name = "spot-machines"        # what the log calls those who have the token
 workers = ["spot-*"]          # the worker ids that it may use
 """
 
@@ -27,10 +27,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from typing_extensions import override
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import host_of, is_loopback
-from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles
+from ormo_runtime.tls import AUTHORIZATION, BEARER, WatchedFiles, host_of, is_loopback
 from ormo_server.core.errors import PermissionDenied, SettingsError, Unauthenticated
 
 
@@ -72,7 +72,7 @@ ALLOWED: dict[str, frozenset[Role]] = {
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody who is known, as far as the server asks.
+    """A caller whose identity the server knows, as far as it asks.
 
     Attributes:
         name: of the certificate or token; where nobody is asked for one, the host's address.
@@ -88,14 +88,14 @@ class Caller:
     proof: bytes = field(default=b"", repr=False)
 
     def check_may_call(self, method: str, allowed: frozenset[Role]) -> None:
-        """Nothing, if one of the roles is allowed.
+        """Check that one of the roles is allowed.
 
         Raises:
             PermissionDenied: none is.
         """
         if not self.roles & allowed:
             has, needed = " or ".join(sorted(self.roles)), " or ".join(sorted(allowed)) or "no role"
-            raise PermissionDenied(f"{self.name!r} has the role {has}, and {method} is for {needed}")
+            raise PermissionDenied(f"{self.name!r} has the role {has}, but {method} is for {needed}")
 
     def owns(self, worker: str) -> bool:
         """Whether this worker id is the caller's own."""
@@ -104,16 +104,16 @@ class Caller:
         return any(fnmatchcase(worker, pattern) for pattern in self.workers)
 
     def check_owns(self, worker: str) -> None:
-        """Nothing, if this worker id is the caller's own.
+        """Check that this worker id is the caller's own.
 
         Raises:
             PermissionDenied: it is somebody else's.
         """
         if Role.WORKER not in self.roles:
-            raise PermissionDenied(f"{self.name!r} has not the role worker, and asked as worker {worker!r}")
+            raise PermissionDenied(f"{self.name!r} does not have the role worker, but called as worker {worker!r}")
         if not self.owns(worker):
             own = ", ".join(map(repr, self.workers or (self.name,)))
-            raise PermissionDenied(f"worker id {worker!r} is not one of {self.name!r}, who may use {own}")
+            raise PermissionDenied(f"{self.name!r} may not use the worker id {worker!r}, only {own}")
 
 
 SHORTEST_TOKEN = 32
@@ -131,25 +131,25 @@ class Access(Protocol):
         """Who calls.
 
         Raises:
-            Unauthenticated: nobody that is known.
+            Unauthenticated: the caller is not known.
         """
 
     def still_knows(self, caller: Caller) -> bool:
         """Whether a caller of before would be known today."""
 
 
-class OpenAccess:
-    """Anyone may do all, but control the run only from the server's own machine."""
+class OpenAccess(Access):
+    """Anyone may do everything, except control the run from another machine than the server's."""
 
     _ANYONE = frozenset({Role.WORKER, Role.READER})
 
+    @override
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """See `Access`."""
         host = host_of(context.peer())
         return Caller(host, frozenset(Role) if host == "unix" or is_loopback(host) else self._ANYONE)
 
-    def still_knows(self, caller: Caller) -> bool:  # noqa: ARG002
-        """See `Access`."""
+    @override
+    def still_knows(self, caller: Caller) -> bool:
         return True
 
 
@@ -208,8 +208,8 @@ class _List(BaseModel):
         return self
 
 
-class ListedAccess:
-    """Those may call who are on a list.
+class ListedAccess(Access):
+    """Only callers on a list may call.
 
     Args:
         path: of the file.
@@ -221,8 +221,9 @@ class ListedAccess:
     def __init__(self, path: Path) -> None:
         self._lines = WatchedFiles([path], lambda: read_list(path), AccessError)
 
+    @override
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """See `Access`. Who brings a token is judged by it, anybody else by the certificate."""
+        # A token, where one is brought, decides alone; the certificate counts where there is none.
         lines = self._lines.value
         token = _token(context)
         if token is None:
@@ -232,8 +233,8 @@ class ListedAccess:
             raise Unauthenticated(_unknown(context, token))
         return found
 
+    @override
     def still_knows(self, caller: Caller) -> bool:
-        """See `Access`."""
         lines = self._lines.value
         return caller == (_by_proof(lines, caller.proof) if caller.proof else by_name(lines, [caller.name]))
 
@@ -242,14 +243,14 @@ def read_list(path: Path) -> tuple[Line, ...]:
     """The lines of a list.
 
     Raises:
-        AccessError: it can't be read, or is no such list.
+        AccessError: it can't be read, or is not such a list.
     """
     try:
         return parsed_list(path.read_text("utf-8"))
     except OSError as error:
         raise AccessError(f"the access list {path} can't be read ({error.strerror or error})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise AccessError(f"the access list {path} is no TOML: {error}") from None
+        raise AccessError(f"the access list {path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise AccessError(f"the access list {path}: {'; '.join(_problems(error))}") from None
 
@@ -258,7 +259,7 @@ def parsed_list(text: str) -> tuple[Line, ...]:
     """The lines of a list, from its text.
 
     Raises:
-        TOMLDecodeError, ValidationError: it is no such list.
+        TOMLDecodeError, ValidationError: it is not such a list.
     """
     return _List.model_validate(tomllib.loads(text)).allow
 
@@ -298,7 +299,7 @@ def _digest(token: str) -> bytes:
 
 
 def by_name(lines: Sequence[Line], names: Sequence[str]) -> Caller | None:
-    """Who has a certificate with these names; None for nobody that the lines know."""
+    """The caller who has a certificate with these names; None if no line knows any of them."""
     for line in lines:
         for name in names:
             if line.certificate is not None and fnmatchcase(name, line.certificate):
@@ -312,7 +313,7 @@ def _refuse_resumed(context: grpc.ServicerContext) -> None:
     about: Mapping[str, Any] = context.auth_context()  # the stubs have single values for the lists that come
     if about.get("ssl_session_reused") == [b"true"]:
         raise Unauthenticated(
-            "this connection takes up an earlier TLS session, in which no certificate is shown: connect without one"
+            "this connection resumes an earlier TLS session, which shows no certificate: connect without resumption"
         )
 
 
@@ -324,8 +325,8 @@ def _names(about: Mapping[str, Any]) -> list[str]:
 
 def _unknown(context: grpc.ServicerContext, token: str | None) -> str:
     if token is not None:
-        return "the bearer token is not one that this server knows: get the one in force from the server's operator"
+        return "this server does not know the bearer token: get the current one from the server's operator"
     names = _names(context.auth_context())
     if not names:
-        return "this server serves those that it knows: call with a certificate or a bearer token (--token-file)"
-    return f"nobody with a certificate for {', '.join(map(repr, names))} is on this server's access list"
+        return "this server serves known callers only: call with a certificate or a bearer token (--token-file)"
+    return f"the access list has no line for a certificate of {', '.join(map(repr, names))}"

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 
+from ormo_protos.limits import PHASES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
 from ormo_server.core.errors import BadRequest, NotReady
@@ -30,7 +31,7 @@ def run_settings(host: RunHost) -> pb.RunSettings:
 
 
 def phase_of(host: RunHost, *, draining: bool) -> str:
-    """What the server is doing, in the words of `Phase` without its prefix, in lower case."""
+    """What the server is doing: a word of `PHASES`."""
     if draining:
         return "draining"
     return host.engine.view().phase if host.has_model else "waiting_for_model"
@@ -58,7 +59,7 @@ def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
     return status
 
 
-_PHASES = {name.removeprefix("PHASE_").lower(): number for name, number in pb.GetStatusResponse.Phase.items() if number}
+_PHASES = {word: pb.GetStatusResponse.Phase.ValueType(number) for number, word in PHASES.items()}
 
 
 def _describe_checkpoint(status: pb.GetStatusResponse, host: RunHost) -> None:

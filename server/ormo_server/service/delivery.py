@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, frozen_chunks
+from ormo_protos.limits import CHUNK_BYTES
+from ormo_protos.tensors import Chunk, Payload, frozen_chunks
 from ormo_runtime.process import StartedPool
 from ormo_server.core.effects import Effects, Granted, superseded
 from ormo_server.core.errors import OrmoError
@@ -26,7 +27,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import blocks
 from ormo_server.journal import Journal
-from ormo_server.metrics.histograms import Distribution
+from ormo_server.metrics.families import Distribution
 
 # Handing a copy to another thread costs as much as copying some 2 MiB.
 _COPIED_UNDER_LOCK = 2 * CHUNK_BYTES

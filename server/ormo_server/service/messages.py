@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import NoReturn, TypeVar
 
 from ormo_protos.framing import NOTHING, Frame, Headed
-from ormo_protos.limits import MAX_SAMPLES, Malformed
+from ormo_protos.limits import MAX_COMPUTE_SECONDS, MAX_SAMPLES, WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_protos.manifest import Manifest
+from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk, Payload, PayloadLayout
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.state import PushResult
@@ -23,7 +23,7 @@ from ormo_server.service.refusals import not_understood
 M = TypeVar("M", pb.PushPullRequest, pb.PushGradientRequest, pb.OfferModelRequest)
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
 
-_WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_WORKER_ID = re.compile(WORKER_ID)
 
 
 def check_worker_id(text: str) -> None:
@@ -33,7 +33,7 @@ def check_worker_id(text: str) -> None:
         BadRequest: it is empty, too long or has other characters than the contract allows.
     """
     if not _WORKER_ID.fullmatch(text):
-        raise BadRequest(f"worker id {text[:160]!r}: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -")
+        raise BadRequest(f"worker id {text[:160]!r}: expected {WORKER_ID_IN_WORDS}")
 
 
 def ticket_key(message: pb.Ticket) -> TicketKey:
@@ -61,10 +61,10 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
             f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
             f"{message.with_buffers} makes {layout.total_bytes} bytes for this model"
         )
-    if not 0 <= message.samples <= MAX_SAMPLES or not 0 <= message.compute_seconds <= LONGEST_SECONDS:
+    if not 0 <= message.samples <= MAX_SAMPLES or not 0 <= message.compute_seconds <= MAX_COMPUTE_SECONDS:
         raise BadRequest(
             f"samples {message.samples}, compute seconds {message.compute_seconds}: expected 0 to {MAX_SAMPLES} "
-            f"samples and 0 to {LONGEST_SECONDS:g} seconds"
+            f"samples and 0 to {MAX_COMPUTE_SECONDS:g} seconds"
         )
     return layout
 

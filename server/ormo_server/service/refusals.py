@@ -11,8 +11,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.limits import Malformed
 from ormo_protos.manifest import ManifestError
+from ormo_protos.parsing import Malformed
 from ormo_protos.refusals import ERROR_DOMAIN, UNSOUND_GRADIENT, Reason
 from ormo_protos.tensors import PayloadError
 from ormo_runtime.logs import Fields, printable

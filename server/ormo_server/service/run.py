@@ -19,12 +19,11 @@ from ormo_server.core.rules import LARGEST
 from ormo_server.core.vectors import largest
 from ormo_server.journal import is_journal, told_since
 from ormo_server.metrics import Metrics
-from ormo_server.service.admission import Bounds
+from ormo_server.service.admission import Bounds, ModelOffers, check_memory
 from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
 from ormo_server.service.files import RunFiles
 from ormo_server.service.lock import RunClock
-from ormo_server.service.offers import ModelOffers, check_memory
 from ormo_server.service.restore import (
     Recovered,
     keep_aside,
@@ -38,6 +37,7 @@ from ormo_server.settings import ServerSettings
 from ormo_server.store import (
     Checkpoint,
     FlatModel,
+    Found,
     ModelFile,
     StoreError,
     buffers_of,
@@ -65,7 +65,7 @@ class RunHost:
     Raises:
         StoreError: no checkpoint is whole, the model file can't be used, or the trace can't be written.
         SettingsError: the checkpoint was written by another update rule.
-        MemoryLimit: the model needs more than `memory_limit`.
+        MemoryLimit: the model needs more than `memory_limit_bytes`.
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
@@ -73,7 +73,7 @@ class RunHost:
         self.metrics = metrics
         self.started = time.monotonic()
         self.clock = RunClock()
-        self.offers = ModelOffers(FailureDetection(settings.failure_timeout).offer_seconds)
+        self.offers = ModelOffers(FailureDetection(settings.failure_timeout_seconds).offer_seconds)
         self.checkpoint_bytes = 0
         self._run = settings.run()
         self._epoch = secrets.randbits(64)
@@ -150,9 +150,9 @@ class RunHost:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
-        checkpoint = self.files.store.newest(partial(refuse_overflowing, self._run))
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        newest = self.files.store.newest(partial(refuse_overflowing, self._run))
+        if newest is not None:
+            self._restore(newest)
             return
         told = told_since(self.files.journal_directory)
         if told or is_journal(self.files.journal_directory):
@@ -164,7 +164,8 @@ class RunHost:
         if self.settings.model is not None:
             self._load(ModelFile.load(self.settings.model))
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, newest: Found) -> None:
+        checkpoint = newest.checkpoint
         settings = settings_of_run(self.settings, checkpoint)
         if settings is not self.settings:
             self.settings, self._run = settings, settings.run()
@@ -172,12 +173,7 @@ class RunHost:
         self.files.last_log = checkpoint.journal_log or 0
         self._check_memory(checkpoint.manifest)
         warn_if_bits_may_differ(checkpoint)
-        found = recover(
-            checkpoint,
-            self.files.journal_directory,
-            self.files.store.read_again,
-            newer_lost=self.files.store.newer_lost,
-        )
+        found = recover(checkpoint, self.files.journal_directory, newest.read_again, newer_lost=newest.skipped > 0)
         if found.damage:
             _LOG.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
         if found.doubled:
@@ -227,7 +223,7 @@ class RunHost:
             self._weights = weights
             return
         self._check_memory(weights.manifest)
-        self._start(weights.manifest, weights.arranged(weights.manifest))
+        self._start(weights.manifest, weights.arrange(weights.manifest))
 
     # A new model
 
@@ -288,7 +284,7 @@ class RunHost:
 
     def _arrange(self, weights: ModelFile, manifest: Manifest) -> FlatModel:
         try:
-            return weights.arranged(manifest)
+            return weights.arrange(manifest)
         except StoreError as error:
             raise BadManifest(str(error)) from error
 
@@ -337,8 +333,8 @@ class RunHost:
             frozen,
             self.clock,
             self.metrics,
-            lease_seconds=FailureDetection(self.settings.failure_timeout).lease_seconds,
-            ticket_timeout=self.settings.ticket_timeout,
+            lease_seconds=FailureDetection(self.settings.failure_timeout_seconds).lease_seconds,
+            ticket_timeout=self.settings.ticket_timeout_seconds,
             bounds=Bounds(
                 self.settings.max_gradient_norm,
                 self.settings.over_norm == "clip",

@@ -14,11 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ormo_protos.framing import Framing
-from ormo_protos.limits import Parser
-from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.limits import MAX_MESSAGE_BYTES
+from ormo_protos.parsing import Parser
 from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
-from ormo_server.metrics import Metrics, http
+from ormo_server.metrics import Metrics
+from ormo_server.metrics.process import serve_over_http
 from ormo_server.security.access import HEALTH, REFLECTION, SERVICE, Access, ListedAccess, OpenAccess
 from ormo_server.security.tls import server_credentials
 from ormo_server.service.admin import Controls, phase_of
@@ -53,15 +54,15 @@ class AddressInUseError(OSError):
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
-    failures = FailureDetection(settings.failure_timeout)
-    silence_ms = int(1000 * settings.failure_timeout)
+    failures = FailureDetection(settings.failure_timeout_seconds)
+    silence_ms = int(1000 * settings.failure_timeout_seconds)
     ping_ms, ping_timeout_ms = int(1000 * failures.ping_seconds), int(1000 * failures.ping_timeout_seconds)
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # gRPC's own estimate of the window grows to 16 MB and more for each stream that the server has no time for.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", int(settings.receive_window)),
+        ("grpc.http2.lookahead_bytes", int(settings.receive_window_bytes)),
         # By default a second server would share the port without an error.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", ping_ms),
@@ -122,7 +123,9 @@ class Server:
         self.stopping = threading.Event()
         self.stop_stage = ""
         self._serving: list[threading.Thread] = []
-        self._upkeep = self._repeating("expiry", FailureDetection(settings.failure_timeout).check_seconds, self._expire)
+        self._upkeep = self._repeating(
+            "expiry", FailureDetection(settings.failure_timeout_seconds).check_seconds, self._expire
+        )
         self._checkpoints = self._repeating("checkpoints", settings.checkpoint_seconds, self.host.checkpoint)
         self._relief = self._repeating("journal", _RELIEF_SECONDS, self._relieve_journal)
         self._health = Health()
@@ -194,7 +197,7 @@ class Server:
             return
         host, _, port = self.settings.metrics_listen.rpartition(":")
         try:
-            server = http.serve(
+            server = serve_over_http(
                 host,
                 int(port),
                 self.metrics.registry,
@@ -229,7 +232,7 @@ class Server:
 
     def _expire(self) -> None:
         for calls in (self.streams, self._calls):
-            calls.end_silent(self.settings.failure_timeout)
+            calls.end_silent(self.settings.failure_timeout_seconds)
             calls.end_unknown(self._access)
         if self.host.has_model and not self.host.engine.broken.is_set():
             with contextlib.suppress(NotReady):  # has said so, and ends it all

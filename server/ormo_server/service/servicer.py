@@ -8,19 +8,20 @@ from dataclasses import replace
 import grpc
 
 from ormo_protos.framing import Frame, Headed
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import Manifest
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import MAX_CHUNK_BYTES, PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
 from ormo_server.security.access import Access, Caller
 from ormo_server.service import messages
 from ormo_server.service.admin import Controls, run_settings, status_of
+from ormo_server.service.admission import WAIT_SECONDS, room_for
 from ormo_server.service.delivery import Delivery
 from ormo_server.service.engine import Engine
 from ormo_server.service.figures import Outcome
-from ormo_server.service.offers import WAIT_SECONDS, room_for
 from ormo_server.service.refusals import as_ormo_error, log_refusal, maps_errors, maps_stream_errors
 from ormo_server.service.run import RunHost
 from ormo_server.service.streams import OpenStream, StreamRegistry
@@ -89,7 +90,7 @@ class Servicer:
                 manifest=manifest,
                 settings=run_settings(self._host),
                 iteration=_iteration(engine),
-                lease_seconds=self._host.settings.failure_timeout,
+                lease_seconds=self._host.settings.failure_timeout_seconds,
                 rank=member.rank,
                 data_seed=member.data_seed,
                 takes_data=True,

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 
 from ormo_runtime.settings import UsageError, slow_factors
+from ormo_runtime.workload import Workload, WorkloadSettings, load_workload
 from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim import record
-from ormo_server.sim.follow import Replay
 from ormo_server.sim.machines import MachinePark, parse
 from ormo_server.sim.record import Record, Row
 from ormo_server.sim.settings import SimSettings
-from ormo_server.sim.simulation import Simulation
+from ormo_server.sim.simulation import Replay, Simulation
 from ormo_server.sim.training import Training
-from ormo_server.sim.workload import Workload, WorkloadSettings, load_workload
 from ormo_server.trace import Recorded, Segment, Start, read_trace
 from ormo_server.trace.rows import digest_of
 
@@ -75,7 +74,7 @@ class Plan:
             settings = _as_recorded(settings, self._segment)
         self.settings = settings
         # Before anything takes long: the file with the times may be none.
-        self._compute_times = parse(settings.compute_time)
+        self._compute_times = parse(settings.compute_seconds)
         torch.set_num_threads(settings.threads)
         self._workload = _workload(settings.workload, _workload_settings(settings))
         self._run = _as_simulated(settings, self._workload, self._segment)
@@ -124,7 +123,7 @@ class Plan:
         """
         settings, workload = self.settings, self._workload
         kept = Record(workload.epoch_samples, on_row, on_gradient)
-        every = settings.evaluate_every or max(1, workload.epoch_samples // workload.batch_samples)
+        every = settings.evaluate_every_gradients or max(1, workload.epoch_samples // workload.batch_samples)
         told = {} if self._segment is None else _told_by(self._segment.start)
         training = Training(self._run, workload, kept, evaluate_every=every, **told)
         self._driver(training).run()
@@ -138,8 +137,8 @@ class Plan:
         park = MachinePark(
             self._compute_times,
             slow_factors(settings.slow, settings.workers),
-            settings.latency,
-            [limit or float("inf") for limit in settings.bandwidth],
+            settings.latency_seconds,
+            [limit or float("inf") for limit in settings.bandwidth_bytes_per_second],
             settings.seed,
         )
         return Simulation(
@@ -148,7 +147,7 @@ class Plan:
             workers=settings.workers,
             slots=settings.slots,
             changes=settings.changes(),
-            failure_seconds=settings.failure_timeout,
+            failure_seconds=settings.failure_timeout_seconds,
         )
 
 
@@ -189,12 +188,12 @@ def _followed(settings: SimSettings) -> Segment:
     if not first.start.fresh:
         raise UsageError(
             f"the trace {settings.trace} starts with a restored server, so its beginning is not known: follow a trace "
-            "from the start of a run, or replay its compute times alone with --compute-time trace:FILE"
+            "from the start of a run, or replay its compute times alone with --compute-seconds trace:FILE"
         )
     if others:
         raise UsageError(
             f"the trace {settings.trace} has {len(others)} restarts of the server, at which tickets became void: only "
-            "a run without restarts can be followed; --compute-time trace:FILE replays its compute times"
+            "a run without restarts can be followed; --compute-seconds trace:FILE replays its compute times"
         )
     return first
 

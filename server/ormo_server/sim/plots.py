@@ -4,7 +4,7 @@ import io
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -111,16 +111,17 @@ class Curve:
 class PlotSettings(Settings):
     """Draw finished simulations: runs that differ in nothing but their seed become one line with a band."""
 
-    flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "into"})
+    flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "directory"})
+    renamed: ClassVar[Mapping[str, str]] = {"into": "directory"}  # which is a file for `ormo-sim reproduce`
 
     runs: tuple[Path, ...] = Field(description="directories of finished simulations")
-    into: Path = Field(description="directory for the pictures")
+    directory: Path = Field(description="directory for the pictures")
 
 
 def plot(argv: Sequence[str]) -> int:
     """The command `ormo-sim plot`."""
     settings = load_settings(PlotSettings, argv, program="ormo-sim plot")
-    for path in draw(settings.runs, settings.into):
+    for path in draw(settings.runs, settings.directory):
         print(path)  # noqa: T201 - what the command is for
     return 0
 

@@ -8,19 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ormo_runtime.settings import UsageError
+from ormo_runtime.workload import Scores
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import PushResult, State
 from ormo_server.sim.settings import TOLD_BY_TRACE, SimSettings
-from ormo_server.sim.workload import Scores
 
 # What settings were that older summaries do not name.
-SETTINGS_BEFORE: Mapping[str, Any] = {"delay_threshold": 2.0}
+_BEFORE: dict[str, Any] = {"delay_threshold": 2.0}
 EVALUATIONS, DELAYS, SUMMARY = "evaluations.csv", "delays.csv", "summary.json"
 
 
@@ -259,12 +259,16 @@ class Delays(BaseModel):
     max: int | None
 
 
+def _under_new_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return {SimSettings.renamed.get(name, name): value for name, value in recorded.items()}
+
+
 class Summary(BaseModel):
     """What a simulation's summary says; see `record.summary` for the figures."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    settings: dict[str, Any]
+    settings: Annotated[dict[str, Any], AfterValidator(_under_new_names)]
     gradients: int
     epochs: float
     discarded: int
@@ -284,8 +288,8 @@ class FinishedRun:
     """One simulation that came to its end.
 
     Attributes:
-        path: its directory.
-        summary: of it.
+        path: the simulation's directory.
+        summary: what its summary file says.
         method: its name, or what it is made of.
         rows: one per evaluation, at least one.
         delays: how many gradients were applied with each delay.
@@ -314,10 +318,10 @@ def read_run(path: Path) -> FinishedRun:
     """Read a simulation's directory.
 
     Raises:
-        UsageError: it is no directory of a simulation, or of one that is not finished, or its files are damaged.
+        UsageError: it is not the directory of a simulation, or of one that is not finished, or its files are damaged.
     """
     if not (path / SUMMARY).is_file():
-        what = "has no" if path.is_dir() else "is no directory, so there is no"
+        what = "has no" if path.is_dir() else "is not a directory, so there is no"
         raise UsageError(f"{path} {what} {SUMMARY}: give the directory of a simulation that has come to its end")
     try:
         summary = Summary.model_validate_json((path / SUMMARY).read_bytes())
@@ -334,10 +338,15 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def _settings_of(summary: Summary) -> SimSettings:
-    given = {**SETTINGS_BEFORE, **summary.settings}
+    given = _BEFORE | summary.settings
     if given.get("trace") is not None:  # what that tells is written down with the rest, and nobody may give it
         given = {name: value for name, value in given.items() if name not in TOLD_BY_TRACE}
     return SimSettings(**given)
+
+
+def as_written_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary's settings as `SimSettings.recorded` gives them today: earlier versions had other names, or none."""
+    return _BEFORE | _under_new_names(recorded)
 
 
 def _table(path: Path) -> list[dict[str, str]]:

@@ -1,17 +1,30 @@
 """The settings of `ormo-sim`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import override
 
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.settings import UsageError, slow_factors
+from ormo_runtime.workload import TASKS_OF_THE_WORKER
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
-from ormo_server.sim.workload import TASKS_OF_THE_WORKER
 
 # What a trace decides, where one is followed.
-TOLD_BY_TRACE = ("workers", "slow", "slots", "compute_time", "latency", "bandwidth", "join", "leave", "crash")
+TOLD_BY_TRACE = (
+    "workers",
+    "slow",
+    "slots",
+    "compute_seconds",
+    "latency_seconds",
+    "bandwidth_bytes_per_second",
+    "join",
+    "leave",
+    "crash",
+)
 
 
 class SimSettings(TrainingSettings):
@@ -19,6 +32,13 @@ class SimSettings(TrainingSettings):
 
     # For `ormo-server serve` the same variables are the run's checkpoints, and a trace to write and not to follow.
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "trace"})
+    renamed: ClassVar[Mapping[str, str]] = {
+        "compute_time": "compute_seconds",
+        "latency": "latency_seconds",
+        "bandwidth": "bandwidth_bytes_per_second",
+        "failure_timeout": "failure_timeout_seconds",
+        "evaluate_every": "evaluate_every_gradients",
+    }
 
     task: str = Field(
         "digits",
@@ -35,21 +55,24 @@ class SimSettings(TrainingSettings):
 
     workers: int = Field(16, title="Who computes", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
-    slots: int = Field(1, ge=1, le=16, description="in-flight places of each worker")
-    compute_time: str = Field(
+    slots: int = Field(1, ge=1, le=MAX_SLOTS, description="in-flight places of each worker")
+    compute_seconds: str = Field(
         "normal:1,0.1",
         description=f"virtual seconds for a gradient: {FORMS}; a trace is a server's or a CSV file `worker,seconds`",
     )
-    latency: tuple[float, ...] = Field(
+    latency_seconds: tuple[float, ...] = Field(
         (0.0,), description="virtual seconds that a message takes one way; several are dealt out to the workers in turn"
     )
-    bandwidth: tuple[float, ...] = Field(
-        (0.0,), description="bytes per virtual second of a worker's line, each way; 0: no limit; several as for latency"
+    bandwidth_bytes_per_second: tuple[float, ...] = Field(
+        (0.0,),
+        description="bytes per virtual second of a worker's line, each way; 0: no limit; several as for latency",
     )
-    join: tuple[str, ...] = Field((), description="SECONDS:NUMBER, so many workers more at that time")
-    leave: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker (from 0) leaves at that time")
-    crash: tuple[str, ...] = Field((), description="SECONDS:WORKER, that worker falls silent at that time")
-    failure_timeout: float = Field(30.0, gt=0, description="virtual seconds until a silent worker is taken for dead")
+    join: tuple[str, ...] = Field((), description="SECONDS:NUMBER, this many more workers join at that time")
+    leave: tuple[str, ...] = Field((), description="SECONDS:WORKER, this worker (from 0) leaves at that time")
+    crash: tuple[str, ...] = Field((), description="SECONDS:WORKER, this worker falls silent at that time")
+    failure_timeout_seconds: float = Field(
+        30.0, gt=0, description="virtual seconds after which a silent worker counts as dead"
+    )
     trace: Path | None = Field(
         None, description="follow a server's trace input by input, instead of simulating machines"
     )
@@ -58,9 +81,11 @@ class SimSettings(TrainingSettings):
         None,
         title="What is written down",
         gt=0,
-        description="end after so many passes over the training data; none: 10 if no other end is set",
+        description="end after this many passes over the training data; none: 10 if no other end is set",
     )
-    evaluate_every: int = Field(0, ge=0, description="gradients between evaluations; 0: about one pass over the data")
+    evaluate_every_gradients: int = Field(
+        0, ge=0, description="gradients between evaluations; 0: about one pass over the data"
+    )
     train_samples: int = Field(
         2000, ge=0, description="how many training samples an evaluation looks at, spread evenly; 0: all"
     )
@@ -74,11 +99,11 @@ class SimSettings(TrainingSettings):
     plots: bool = Field(True, description="draw accuracy and loss against epochs and time, and delays")
 
     @property
+    @override
     def workers_allowed(self) -> tuple[int, int]:
-        """See `TrainingSettings.workers_allowed`."""
         return self.workers, 100_000
 
-    @field_validator("latency", "bandwidth")
+    @field_validator("latency_seconds", "bandwidth_bytes_per_second")
     @classmethod
     def _are_not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or min(value) < 0:
@@ -90,8 +115,8 @@ class SimSettings(TrainingSettings):
         try:
             slow_factors(self.slow, self.workers)
             self._check_workers_named_in_changes()
-            if not self.compute_time.startswith("trace:"):
-                parse(self.compute_time)
+            if not self.compute_seconds.startswith("trace:"):
+                parse(self.compute_seconds)
         except UsageError as error:
             raise ValueError(str(error)) from None
         return self
@@ -101,8 +126,8 @@ class SimSettings(TrainingSettings):
         contradicted = [name for name in TOLD_BY_TRACE if name in self.model_fields_set]
         if self.trace is not None and contradicted:
             raise ValueError(
-                f"--trace tells who computes when, so it can't go with --{contradicted[0].replace('_', '-')}: leave "
-                "that out, or use --compute-time trace:FILE"
+                f"--trace says who computes when, so it excludes --{contradicted[0].replace('_', '-')}: "
+                "leave that out, or use --compute-seconds trace:FILE"
             )
         return self
 
@@ -121,6 +146,6 @@ class SimSettings(TrainingSettings):
         for change in self.changes():
             if change.kind != "join" and change.number > latest:
                 raise UsageError(
-                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}, they are "
-                    f"counted from 0 to {latest}"
+                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}: workers "
+                    f"are numbered from 0 to {latest}"
                 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ormo_runtime.workload import Computed, Model, SimulatedWorker, Workload
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.ids import SlotKey
@@ -15,7 +16,6 @@ from ormo_server.core.method import Run
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import SquaredNorm
 from ormo_server.sim.record import Record
-from ormo_server.sim.workload import Computed, Model, SimulatedWorker, Workload
 from ormo_server.store import buffers_of
 
 
@@ -24,7 +24,7 @@ class Place:
     """What a simulated worker knows of one of its slots.
 
     Attributes:
-        key: of the slot.
+        key: the slot's key.
         params: as delivered with the ticket, shape (d,), float32.
         request: the highest request number that was used.
         ticket: that came last and whose gradient was not pushed yet; None while it waits.
@@ -80,7 +80,7 @@ class Training:
         workload: what the workers compute.
         record: what is written down.
         evaluate_every: gradients between evaluations.
-        epoch: of the server.
+        epoch: the server's epoch.
         clipped_at: the norm that longer gradients are scaled down to; None for none.
     """
 
@@ -113,7 +113,7 @@ class Training:
         return self.machine.state.finished or self._record.diverged
 
     def join(self, now: float, name: str, incarnation: int, slots: int) -> Process:
-        """A worker joins; it asks for no ticket yet."""
+        """Let a worker join; it asks for no ticket yet."""
         first_ticket = self.machine.state.next_ticket
         member = self.take(Join(now, name, incarnation, slots)).member
         assert member is not None
@@ -124,7 +124,7 @@ class Training:
         return self.processes[name]
 
     def join_again(self, now: float, process: Process) -> None:
-        """A process that was taken for dead is there again: it goes on with its data, and gets the model's buffers."""
+        """Let a process that was considered gone join anew: it goes on with its data, and gets the model's buffers."""
         process.first_ticket = self.machine.state.next_ticket
         process.joins += 1
         self.take(Join(now, process.name, process.incarnation, len(process.places)))
@@ -133,7 +133,7 @@ class Training:
         self.processes[process.name] = process
 
     def leave(self, now: float, process: Process) -> None:
-        """A worker leaves, or is taken for dead."""
+        """Let a worker leave, or be considered gone."""
         self.take(Leave(now, process.name, process.incarnation))
         if self.processes.get(process.name) is process:
             del self.processes[process.name]

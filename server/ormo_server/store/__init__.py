@@ -9,16 +9,16 @@ directory/
     latest -> checkpoint-00000007-iteration-1200
 """
 
-from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, unsound, unsound_tensors
+from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, Found, unsound
 from ormo_server.store.files import DirectoryLock, NotFinite, StoreError, size_bytes
-from ormo_server.store.flat_model import FlatModel, buffers_of
-from ormo_server.store.model_file import ModelFile
+from ormo_server.store.models import FlatModel, ModelFile, buffers_of, unsound_tensors
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "DirectoryLock",
     "FlatModel",
+    "Found",
     "ModelFile",
     "NotFinite",
     "StoreError",

@@ -20,7 +20,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ormo_protos.manifest import (
-    BUFFER,
     FROZEN,
     Manifest,
 )
@@ -41,14 +40,19 @@ from ormo_server.store.files import (
     sync,
     write_sums,
 )
-from ormo_server.store.flat_model import FlatModel, no_frozen
+from ormo_server.store.models import (
+    DOCUMENT_FILE,
+    MANIFEST_KEY,
+    MODEL_FILE,
+    FlatModel,
+    no_frozen,
+    unsound_tensors,
+)
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
-DOCUMENT_FILE = "checkpoint.json"
-# Where a model file carries its manifest, as JSON.
-MANIFEST_KEY = "ormo_manifest"
 
 _FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
 _MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
@@ -68,12 +72,12 @@ class Checkpoint:
 
     Attributes:
         snapshot: the core's state.
-        manifest: the model's.
+        manifest: the model's tensors, and where they lie in the snapshot's vectors.
         drained: nothing was applied after it, so tickets in flight and kept results stay good.
-        clock_seconds: the run's clock.
+        clock_seconds: the run's clock at that moment, in seconds.
         settings: of the server, as JSON holds them; they inform, a restore does not use them.
         journal_log: number of the journal's log that begins with it; None without a journal.
-        format_version: of the files.
+        format_version: version of the files' format.
         torch_version: a replay gives the same bits on the same build only.
         cpu_capability: which vector instructions torch used, for the same reason.
         frozen: the model's tensors that are not trained, shape (z,), float32.
@@ -163,25 +167,8 @@ def unsound(taken: Snapshot, manifest: Manifest) -> str:
     tensors = taken.tensors
     # What is frozen was looked at when it came.
     trained = (spec for spec in manifest.tensors if spec.role != FROZEN)
-    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).named(trained), manifest)
+    bad = unsound_tensors(FlatModel(*(tensors[name] for name in _MODEL_VECTORS)).tensors_of(trained), manifest)
     return listed(bad + non_finite({name: tensors[name] for name in tensors if name not in _MODEL_VECTORS}))
-
-
-def unsound_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
-    """Names of those of a model's tensors that have NaN, or are parameters and have infinity."""
-    return non_finite(tensors, {spec.name for spec in manifest.tensors if spec.role == BUFFER})
-
-
-def model_of(directory: Path) -> Path:
-    """The model file of a checkpoint, checked.
-
-    Raises:
-        StoreError: this is no checkpoint, or the file is not what was written.
-    """
-    if not (directory / DOCUMENT_FILE).exists():
-        raise StoreError(f"{directory} is a directory, but no checkpoint: there is no {DOCUMENT_FILE} in it")
-    check_sums(directory, (MODEL_FILE,))
-    return directory / MODEL_FILE
 
 
 def _document_text(checkpoint: Checkpoint) -> str:
@@ -229,22 +216,45 @@ def _read_document(path: Path) -> _Document:
         return _Document.model_validate(content)
 
 
-log = logging.getLogger(__name__)
-
 _NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
 _ASIDE = ".writing-"
 _LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest checkpoint that is whole.
+
+    Attributes:
+        path: its directory.
+        checkpoint: what it holds. With newer ones skipped it is not `drained`, whatever was written: gradients may have
+            been applied between it and those that are lost.
+        skipped: how many newer ones were missing or not whole.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    skipped: int
+
+    def read_again(self) -> Checkpoint:
+        """Read the same checkpoint once more, into memory of its own.
+
+        Raises:
+            StoreError: it is not whole any more.
+        """
+        return _as_found(read_files(self.path), self.skipped)
+
+
+def _as_found(checkpoint: Checkpoint, skipped: int) -> Checkpoint:
+    return replace(checkpoint, drained=False) if skipped else checkpoint
 
 
 class CheckpointStore:
     """The checkpoints in one directory, which is made when the first one is written. One process writes there.
 
     Args:
-        directory: where they are.
+        directory: holds the checkpoints, each in a folder of its own.
         keep: how many of the last whole ones stay, at least 1. Corrupt ones do not count; they go with their elders.
-
-    Attributes:
-        newer_lost: `newest` has found one, and there was a newer one that is missing or not whole.
 
     Raises:
         SettingsError: `keep` is below 1.
@@ -255,9 +265,9 @@ class CheckpointStore:
             raise SettingsError(f"checkpoints kept {keep}: expected at least 1")
         self._directory = directory
         self._keep = keep
-        self.newer_lost = False
-        self._newest: Path | None = None
+        # Those that `newest` could not read: they do not count among those that stay.
         self._corrupt: set[Path] = set()
+        # One write at a time: two would draw the same number, and each would remove what the other has half written.
         self._writing = threading.Lock()
 
     def paths(self) -> list[Path]:
@@ -269,14 +279,16 @@ class CheckpointStore:
         found = [path for path in self._entries() if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(filter(has_files, found), key=_serial)
 
-    def newest(self, refuse: Callable[[Checkpoint], object] = lambda _: None) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there is none at all.
+    def newest(self, refuse: Callable[[Checkpoint], object] = lambda _: None) -> Found | None:
+        """Find the newest checkpoint that is whole.
 
-        Each newer one that is not whole, or is missing where `latest` names it, is logged as an error, and `newer_lost`
-        is set. `drained` is false then, whatever was written: the lost ones may have applied gradients after it.
+        Each newer one that is not whole, or is missing where `latest` names it, is logged as an error.
 
         Args:
-            refuse: raises a StoreError for one that must not be gone on with; it counts as not whole.
+            refuse: raises a StoreError for a checkpoint that the run must not go on with; it counts as not whole.
+
+        Returns:
+            The checkpoint, and how many newer ones were skipped; None if there never was any.
 
         Raises:
             StoreError: there are checkpoints, or were, and none is whole; or the directory can't be read, or one of
@@ -294,15 +306,14 @@ class CheckpointStore:
                 self._corrupt.add(path)
                 continue
             for failure in failures:
-                log.error(
+                _LOG.error(
                     "corrupt checkpoint: %s; %s is used instead, what came after it is lost if no journal has it",
                     failure,
                     path,
                 )
             if damage := damage_of_model(path):
-                log.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
-            self._newest, self.newer_lost = path, bool(failures)
-            return replace(checkpoint, drained=False) if failures else checkpoint
+                _LOG.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
+            return Found(path, _as_found(checkpoint, len(failures)), len(failures))
         if failures:
             raise StoreError(
                 f"none of the checkpoints in {self._directory} is whole (the newest: {failures[0]}): "
@@ -319,16 +330,6 @@ class CheckpointStore:
         while self._corrupt:
             path = self._corrupt.pop()
             path.rename(directory / path.name)
-
-    def read_again(self) -> Checkpoint:
-        """What `newest` has found, once more.
-
-        Raises:
-            StoreError: it is not whole any more.
-        """
-        assert self._newest is not None
-        checkpoint = read_files(self._newest)
-        return replace(checkpoint, drained=False) if self.newer_lost else checkpoint
 
     def _missing(self) -> list[StoreError]:
         named = self._named_latest()
@@ -404,7 +405,7 @@ class CheckpointStore:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                log.warning("%s is no longer needed and can't be removed (%s): remove it by hand", path, error)
+                _LOG.warning("%s is no longer needed and can't be removed (%s): remove it by hand", path, error)
 
     def _outdated(self) -> list[Path]:
         paths = self.paths()

@@ -36,7 +36,7 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"{path} can't be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise StoreError(f"{path} is no whole safetensors file ({error})") from error
+        raise StoreError(f"{path} is not a whole safetensors file ({error})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is malformed ({type(error).__name__}: {error})") from error
 
@@ -116,7 +116,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
     Raises:
-        StoreError: it is missing, or no safetensors file.
+        StoreError: it is missing, or not a safetensors file.
     """
     with reading(path), safe_open(path, framework="pt") as file:
         # What comes is mapped memory: without a copy, the process would die of a file that is cut short later.
@@ -147,12 +147,12 @@ def check_sums(directory: Path, names: Sequence[str]) -> None:
         expected = {name: digest for digest, name in map(str.split, path.read_text().splitlines())}
         missing = [name for name in names if name not in expected]
     if missing:
-        raise StoreError(f"{path} is malformed: it has no checksum of {listed(missing)}")
+        raise StoreError(f"{path} is malformed: it has no checksum for {listed(missing)}")
     for name in names:
         with reading(directory / name):
             found = _sha256(directory / name)
         if found != expected[name]:
-            raise StoreError(f"{directory / name} has the SHA-256 {found}, and {expected[name]} was written")
+            raise StoreError(f"{directory / name} has the SHA-256 {found}, but was written with {expected[name]}")
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,6 @@ many readers keep 53 bits of a number. With pandas:
     rows[rows.event == "pushed"].groupby("worker").delay.describe()
 """
 
-from ormo_server.trace.reader import Segment, read_trace
-from ormo_server.trace.rows import Recorded, Refused, Start, TracedSettings
+from ormo_server.trace.rows import Recorded, Refused, Segment, Start, TracedSettings, read_trace
 
 __all__ = ["Recorded", "Refused", "Segment", "Start", "TracedSettings", "read_trace"]

@@ -16,7 +16,7 @@ from ormo_server.settings import ServerSettings
 from ormo_server.store import StoreError
 from ormo_server.trace.rows import OPENING, Entry, Start, TracedModel, TracedSettings, digest_of, line_of
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 # Rows reach the file about this soon.
 _WRITE_SECONDS = 0.5
@@ -31,7 +31,7 @@ _LONGEST_TAIL_BYTES = 1 << 20
 
 
 class TraceWriter:
-    """Appends to a trace. Whoever gives it an input, under whatever lock, never waits for the disk.
+    """Appends to a trace. The caller of `append`, which holds the engine's lock, never waits for the disk.
 
     When the disk fails, or is too slow for what may wait in memory, the trace ends there, without a gap in it.
 
@@ -40,13 +40,13 @@ class TraceWriter:
         on_failure: is called once if the trace ends early.
 
     Raises:
-        StoreError: the file can't be written, is another server's, or is no trace.
+        StoreError: the file can't be written, is in use by another server, or is not a trace.
     """
 
     def __init__(self, path: Path, on_failure: Callable[[], None]) -> None:
         self._path = path
         self._on_failure = on_failure
-        self._file = _opened(path)
+        self._file = _open_trace(path)
         self._waiting: deque[Start | Entry] = deque()
         self._complete = True
         self._closing = threading.Event()
@@ -58,8 +58,8 @@ class TraceWriter:
 
         Args:
             machine: whose inputs follow; at its start, or just restored.
-            settings: of the server.
-            fresh: it is at its start.
+            settings: the server's; of them, those of training are written down.
+            fresh: whether the machine is at its start, and not restored.
         """
         state = machine.state
         start = Start(
@@ -90,7 +90,11 @@ class TraceWriter:
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
-            log.error("the trace %s was not written within %g s: its end is missing", self._path, _CLOSE_SECONDS)
+            _LOG.error(
+                "the disk did not take the end of the trace %s within %g s: that end is missing",
+                self._path,
+                _CLOSE_SECONDS,
+            )
 
     # The thread's
 
@@ -111,7 +115,7 @@ class TraceWriter:
 
     def _fail(self, why: object) -> None:
         self._on_failure()
-        log.error(
+        _LOG.error(
             "the trace %s ends here (%s): training goes on without it; restart the server to go on with it",
             self._path,
             why,
@@ -130,7 +134,7 @@ class TraceWriter:
             rest = rest[self._file.write(rest) or 0 :]
 
 
-def _opened(path: Path) -> FileIO:
+def _open_trace(path: Path) -> FileIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
@@ -163,5 +167,7 @@ def _cut_torn_line(path: Path, file: FileIO) -> None:
     tail = os.pread(file.fileno(), size - begin, begin)
     lines_end = tail.rfind(b"\n") + 1
     if not OPENING.startswith(head) or (begin and not lines_end):
-        raise StoreError(f"{path} is there and is no trace of this version: choose another --trace, or move it away")
+        raise StoreError(
+            f"{path} exists and is not a trace of this version: choose another --trace, or move the file away"
+        )
     file.truncate(begin + lines_end)

@@ -128,9 +128,9 @@ def test_model_that_fits_the_memory_limit_leaves_room_in_the_container() -> None
     service = ours()["server"]
     settings = settings_of(service)
     assert isinstance(settings, ServerSettings)
-    assert settings.memory_limit is not None
+    assert settings.memory_limit_bytes is not None
     assert service["deploy"]["resources"]["limits"]["memory"] == "2g"
-    assert settings.memory_limit + 2**29 <= 2 * 2**30, "512 MiB for Python, PyTorch and the health check"
+    assert settings.memory_limit_bytes + 2**29 <= 2 * 2**30, "512 MiB for Python, PyTorch and the health check"
 
 
 def test_server_may_have_the_threads_that_it_needs() -> None:

@@ -94,7 +94,7 @@ def test_image_sets_what_its_program_understands(
 
 
 def test_server_image_does_not_serve_just_anybody_unless_it_is_told_to() -> None:
-    with pytest.raises(SettingsProblemsError, match="whoever reaches it could change or copy the model"):
+    with pytest.raises(SettingsProblemsError, match="anyone who can reach it could change or copy the model"):
         read_settings(ServerSettings, [], Dockerfile("server.Dockerfile").stages["server"].environment, program="image")
 
 

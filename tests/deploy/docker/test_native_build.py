@@ -227,7 +227,10 @@ def test_server_trains_with_a_worker_and_keeps_its_state_without_writing_anywher
 ) -> None:
     address = address_of(server)
     worker_image.run(
-        worker_image.entry(), ORMO_SERVER=address, ORMO_STOP_AFTER="20", ORMO_METRICS_LISTEN=f"127.0.0.1:{free_port()}"
+        worker_image.entry(),
+        ORMO_SERVER=address,
+        ORMO_LEAVE_AFTER_GRADIENTS="20",
+        ORMO_METRICS_LISTEN=f"127.0.0.1:{free_port()}",
     )
     status = server_image.run(["ormo-server", "status", "--server", address])
     assert "training, iteration 20, 640 samples" in status

@@ -7,7 +7,7 @@ from deploy.kubernetes.rendering import FOREIGN_CLAIMS, KUBERNETES, Manifests, O
 from deploy.kubernetes.settings import command, environment, program_settings, settings, unknown
 from ormo_runtime.settings_loader import SettingsProblemsError
 from ormo_server.core.method import memory_need
-from ormo_server.metrics.http import ALIVE, READY
+from ormo_server.metrics.process import ALIVE, READY
 from ormo_server.security.access import Role, by_name, parsed_list
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_server.settings import ServerSettings
@@ -252,16 +252,16 @@ def grace_period(manifests: Manifests) -> Iterator[str]:
 def memory(manifests: Manifests) -> Iterator[str]:
     """The server's memory holds the largest model that it takes, and its disk the checkpoints."""
     told, container = _server_settings(manifests), manifests.server.container
-    if told.memory_limit is None:
+    if told.memory_limit_bytes is None:
         yield "a model of any size is taken"
         return
     exchanges = told.max_workers * told.slots_per_worker + told.max_readers
     wanted = memory_need(told.run(), _largest_model(manifests), exchanges).total_bytes
-    if told.memory_limit < wanted:
-        yield f"the largest model needs {wanted:,} bytes, ORMO_MEMORY_LIMIT is {int(told.memory_limit):,}"
+    if told.memory_limit_bytes < wanted:
+        yield f"the largest model needs {wanted:,} bytes, ORMO_MEMORY_LIMIT_BYTES is {int(told.memory_limit_bytes):,}"
     requested = quantity(container["resources"]["requests"]["memory"])
-    if requested < told.memory_limit + INTERPRETER_BYTES:
-        yield f"{requested:,.0f} bytes are not ORMO_MEMORY_LIMIT and {INTERPRETER_BYTES:,} for the interpreter"
+    if requested < told.memory_limit_bytes + INTERPRETER_BYTES:
+        yield f"{requested:,.0f} bytes are not ORMO_MEMORY_LIMIT_BYTES and {INTERPRETER_BYTES:,} for the interpreter"
     (claim,) = manifests.server.owner["spec"]["volumeClaimTemplates"]
     disk = quantity(claim["spec"]["resources"]["requests"]["storage"])
     journal = 2 * told.journal_max_bytes if told.journal else 0
@@ -279,8 +279,8 @@ def _checkpoint_bytes(manifests: Manifests) -> int:
 
 
 def _largest_model(manifests: Manifests) -> int:
-    """As the comment beside ORMO_MEMORY_LIMIT says it: in the overlay whose limit this is, or else in the base."""
-    limit = f"ORMO_MEMORY_LIMIT={manifests.config('ormo-server')['data']['ORMO_MEMORY_LIMIT']}"
+    """As the comment beside ORMO_MEMORY_LIMIT_BYTES says: in the overlay whose limit this is, or else in the base."""
+    limit = f"ORMO_MEMORY_LIMIT_BYTES={manifests.config('ormo-server')['data']['ORMO_MEMORY_LIMIT_BYTES']}"
     places = [KUBERNETES / "base", *(KUBERNETES / "overlays" / name for name in ("local", "gpu"))]
     (text,) = (text for text in ((place / "server.env").read_text() for place in places) if limit in text)
     (stated,) = re.findall(r"for up to ([\d,]+)\s+parameters", " ".join(text.replace("#", " ").split()), re.IGNORECASE)
@@ -304,7 +304,7 @@ def workers(manifests: Manifests) -> Iterator[str]:
         yield f"{len(told)} workers come, and the server takes {_server_settings(manifests).max_workers}"
     if len({each.batch_size for each in runs}) != 1:
         yield "batches differ in size: samples of the larger ones count less"
-    if any(each.give_up_after is not None or each.stop_after for each in runs):
+    if any(each.give_up_after_seconds is not None or each.leave_after_gradients for each in runs):
         yield "a worker leaves before the run is over"
     tasks = {(each.task, each.data_dir) for each in (settings(manifests, pod) for pod in _clients(manifests))}
     if len(tasks) != 1:

@@ -202,7 +202,7 @@ FAULTS: dict[str, tuple[Check, Fault, str]] = {
     "a pod with too little memory": (
         checks.memory,
         lambda it: it.server.container["resources"]["requests"].update(memory="512Mi"),
-        "are not ORMO_MEMORY_LIMIT and",
+        "are not ORMO_MEMORY_LIMIT_BYTES and",
     ),
     "a small disk": (
         checks.memory,

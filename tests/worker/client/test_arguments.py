@@ -18,7 +18,7 @@ from ormo_runtime.tls import Credentials
 from ormo_worker import ParameterClient, Patience, RemoteOptimizer
 from ormo_worker.client.messages import Gradient, Outgoing
 from ormo_worker.errors import OptionRefused, ServerUnreachable
-from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH
+from ormo_worker.pytorch.options import OPTIONS_OF_TORCH
 from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import line

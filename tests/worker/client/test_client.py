@@ -390,7 +390,7 @@ ERRORS = [
     (refuse("FAILED_PRECONDITION", Reason.REPLACED), Replaced, "a newer process has joined with this worker's id"),
     (refuse("INVALID_ARGUMENT", Reason.BAD_PAYLOAD), Refused, "BAD_PAYLOAD: as scripted"),
     (refuse("INVALID_ARGUMENT", Reason.MANIFEST_DIGEST), Refused, "MANIFEST_DIGEST: as scripted"),
-    (refuse("UNIMPLEMENTED"), Refused, "what listens there is no ormo-server"),
+    (refuse("UNIMPLEMENTED"), Refused, "what listens there is not an ormo-server"),
 ]
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from ormo_protos.limits import CHUNK_BYTES, MAX_CHUNK_BYTES
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import CHUNK_BYTES, MAX_CHUNK_BYTES
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ProtocolBroken
 from worker.client.test_client import Worker, value_of
@@ -154,5 +154,5 @@ def test_parameters_without_a_ticket_that_are_no_messages_are_told(server: FakeS
     with worker.client:
         worker.client.join()
         server.written = instead(b"\x0a\x05a")
-        with pytest.raises(ProtocolBroken, match="can't be understood: 3 bytes came that are no PullParamsResponse"):
+        with pytest.raises(ProtocolBroken, match="can't be understood: 3 bytes came that are not a PullParamsResponse"):
             worker.client.pull()

@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, Any]]] = {
     "run": (["run"], ("join", refuse("FAILED_PRECONDITION", message=EVIL))),
     "run, with a reason of its own": (["run"], ("join", refuse("FAILED_PRECONDITION", EVIL, message=EVIL))),
     "evaluate": (["evaluate", "--once"], ("pull", refuse("FAILED_PRECONDITION", message=EVIL))),
-    "run, tried again": (["run", "--stop-after", "1"], ("join", refuse("UNAVAILABLE", message=EVIL))),
+    "run, tried again": (["run", "--leave-after-gradients", "1"], ("join", refuse("UNAVAILABLE", message=EVIL))),
 }
 
 
@@ -67,7 +67,7 @@ class Causes(Observer):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def retried(self, cause: str) -> None:
+    def note_retry(self, cause: str) -> None:
         self.seen.append(cause)
 
 

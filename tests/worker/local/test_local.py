@@ -10,8 +10,7 @@ from typing import NoReturn
 import pytest
 
 from ormo_worker.local import cli, cluster
-from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN])
@@ -51,7 +50,7 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
 
 
 UNUSABLE = {
-    "an unknown task": (["--task", "mnist"], r"There is no task named 'mnist': use one of digits"),
+    "an unknown task": (["--task", "mnist"], r"there is no task named 'mnist': use one of digits"),
     "a data folder that is not there": (["--task", "image-folder", "--data-dir", "gone"], r"folder gone has no folder"),
 }
 

@@ -44,7 +44,7 @@ class Loop:
 
     @property
     def exchanges(self) -> Any:
-        return self.optimizer._exchanges
+        return self.optimizer._pipeline
 
     @classmethod
     def close_all(cls) -> None:

@@ -88,7 +88,7 @@ def test_a_bad_batch_costs_no_gradient_and_its_statistics_are_mended_soon(
             assert model.pointer.tolist() == [9 % 4], "its own were not overwritten"
         assert (optimizer.counted, optimizer.refusals) == (9, {})
         assert all(found.isfinite().all() for name, found in stored(server).items() if name != "mask")
-        assert "the server's values again, as their gradients count: 'norm.running_mean', 'norm.running_var'" in (
+        assert "now have the server's values, for their gradients count: 'norm.running_mean', 'norm.running_var'" in (
             caplog.text
         )
 

@@ -264,7 +264,7 @@ def test_to_an_older_server_they_are_parameters_as_all_others(
     assert [len(gradient) * 4 for gradient in server.gradients] == [BASE_BYTES + ADAPTER_BYTES] * 2
     for gradient in server.gradients:
         assert gradient[: BASE_BYTES // 4].unique().tolist() == [0.0]
-    assert "does not know frozen parameters: in the run that it has, they travel too" in caplog.text
+    assert "does not know frozen parameters: in its run, they travel as all others do" in caplog.text
 
 
 def test_a_newer_server_with_the_run_of_an_older_one_is_told_of_with_what_to_do(tmp_path: Path) -> None:
@@ -403,7 +403,11 @@ def test_a_base_that_the_program_changes_can_be_an_error(server: FakeServer) -> 
 def test_a_group_that_comes_later_is_an_error(server: FakeServer) -> None:
     model = Adapted()
     with joined(model, server, params=model.up.parameters()) as optimizer:
-        with pytest.raises(OptionRefused, match="came after the optimizer was made: which parameters are trained"):
+        with pytest.raises(
+            OptionRefused,
+            match="came after the optimizer was made: a run's optimizer decides when it is made which parameters "
+            "are trained",
+        ):
             optimizer.add_param_group({"params": model.down.parameters()})
         assert len(optimizer.param_groups) == 1
 

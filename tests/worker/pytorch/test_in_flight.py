@@ -19,8 +19,7 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
-from ormo_worker.local.cluster import Cluster
-from ormo_worker.local.settings import LocalSettings
+from ormo_worker.local.cluster import Cluster, LocalSettings
 from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
@@ -460,9 +459,9 @@ class CopiesUntil(Copies):
 def test_time_in_which_a_device_was_still_at_the_gradient_before_counts_once() -> None:
     payload = Staging(line()).payload(FLOAT32, with_buffers=False)
     first, second = CopiesUntil(14.0), CopiesUntil(17.0)
-    before, after = Gathered(payload, first, 1, lambda: 0.5, 10.0), Gathered(payload, second, 1, None, 11.0, first)
-    assert [each.arrived().compute_seconds for each in (before, after, before)] == [4.0, 3.0, 4.0]
-    assert [each.arrived().loss for each in (before, after)] == [0.5, None]
+    before, after = Gathered(payload, first, 1, 0.5, 10.0), Gathered(payload, second, 1, None, 11.0, first)
+    assert [each.wait().compute_seconds for each in (before, after, before)] == [4.0, 3.0, 4.0]
+    assert [each.wait().loss for each in (before, after)] == [0.5, None]
 
 
 @pytest.mark.parametrize(

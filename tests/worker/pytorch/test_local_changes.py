@@ -50,10 +50,10 @@ class Watched:
         self.parameters = dict(zip(NAMES, map(nn.Parameter, tensors), strict=True))
         self.values = [parameter.detach().float().clone() for parameter in self.parameters.values()]
         self.changes = LocalChanges(NAMES, list(self.parameters.values()), fetch)
-        self.changes.loaded()
+        self.changes.note_loaded()
 
-    def found(self, *known: str) -> list[str]:
-        return self.changes.found(self.values, known)
+    def find(self, *known: str) -> list[str]:
+        return self.changes.find(self.values, known)
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.parameters[name]
@@ -95,21 +95,21 @@ WAYS = [clamp, clamp_data, replace_data, load, nn.init.zeros_]
 def test_what_is_done_to_a_parameter_is_found(name: str, way: Callable[[nn.Parameter], object]) -> None:
     watched = Watched()
     way(watched[name])
-    assert watched.found() == [name]
-    assert watched.found("small", name) == []
-    watched.changes.loaded()
-    assert watched.found() == []
+    assert watched.find() == [name]
+    assert watched.find("small", name) == []
+    watched.changes.note_loaded()
+    assert watched.find() == []
 
 
 @pytest.mark.parametrize("way", [renormalise, one_element])
 def test_a_few_elements_are_enough(way: Callable[[nn.Parameter], object]) -> None:
     watched = Watched()
     way(watched["large"])
-    assert watched.found() == ["large"]
+    assert watched.find() == ["large"]
 
 
 def test_nothing_is_found_where_nothing_was_done() -> None:
-    assert Watched().found() == []
+    assert Watched().find() == []
 
 
 def test_values_that_were_put_back_are_no_change() -> None:
@@ -120,16 +120,16 @@ def test_values_that_were_put_back_are_no_change() -> None:
         for name, parameter in watched.parameters.items():
             way(parameter)
             parameter.data.copy_(kept[name])
-        assert watched.found() == []
+        assert watched.find() == []
 
 
 def test_memory_that_was_moved_is_watched_where_it_is_now() -> None:
     watched = Watched()
     watched["large"].data = watched["large"].data.clone()
-    assert watched.found() == []
-    watched.changes.loaded()
+    assert watched.find() == []
+    watched.changes.note_loaded()
     clamp_data(watched["large"])
-    assert watched.found() == ["large"]
+    assert watched.find() == ["large"]
 
 
 def test_64_elements_of_a_tensor_are_looked_at_through_data_and_all_of_a_small_one() -> None:
@@ -137,31 +137,31 @@ def test_64_elements_of_a_tensor_are_looked_at_through_data_and_all_of_a_small_o
     for row in range(100):
         watched = Watched()
         watched["large"].data[row, :].add_(1.0)
-        changed += watched.found() == ["large"]
+        changed += watched.find() == ["large"]
     assert 60 <= changed <= 64
     for number in range(9):
         watched = Watched()
         watched["half"].data[number] += 1.0
-        assert watched.found() == ["half"]
+        assert watched.find() == ["half"]
 
 
 def test_answers_of_a_device_are_taken_when_they_are_there() -> None:
     device = Late()
     watched = Watched(device.fetch)
     clamp_data(watched["small"])
-    assert watched.found() == []
+    assert watched.find() == []
     watched["small"].data.copy_(watched.values[1])
     device.let = 1
-    assert watched.found() == ["small"]
+    assert watched.find() == ["small"]
     device.let = 10
-    assert watched.found() == []
+    assert watched.find() == []
     assert len(device.asked) == 1  # for all tensors; on a real device in each step, changed or not
 
 
 def test_a_change_that_its_version_tells_of_waits_for_no_answer() -> None:
     watched = Watched(Late().fetch)
     clamp(watched["small"])
-    assert watched.found() == ["small"]
+    assert watched.find() == ["small"]
 
 
 class Counting(TorchDispatchMode):
@@ -179,8 +179,8 @@ class Counting(TorchDispatchMode):
 def test_a_step_without_changes_costs_a_few_operations_for_all_tensors_together() -> None:
     parameters = [torch.randn(100) for _ in range(500)]
     changes = LocalChanges([str(n) for n in range(500)], parameters, lambda value: Arriving(value, Copies()))
-    changes.loaded()
+    changes.note_loaded()
     with Counting() as counted:
-        assert changes.found(parameters, ()) == []
-        changes.loaded()
+        assert changes.find(parameters, ()) == []
+        changes.note_loaded()
     assert counted.operations < 10

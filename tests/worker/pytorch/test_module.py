@@ -221,8 +221,8 @@ BECOMES = [
     (lambda model: model.to(torch.bfloat16), "has become torch.bfloat16 of shape (2,)"),
     (lambda model: setattr(model, "held", torch.zeros(2).to_sparse()), "has become torch.sparse_coo"),
     (lambda model: setattr(model, "held", torch.zeros(1).expand(2)), "is a view with several elements"),
-    (lambda model: setattr(model, "held", None), "is no tensor any more"),
-    (lambda model: delattr(model, "held"), "is no tensor any more"),
+    (lambda model: setattr(model, "held", None), "is no longer a tensor"),
+    (lambda model: delattr(model, "held"), "is no longer a tensor"),
 ]
 
 

@@ -176,7 +176,11 @@ def test_named_parameters_and_a_part_of_the_model_can_be_given(server: FakeServe
     with optimizer_of(model, server, params=[("weight", model.weight)]) as optimizer:
         model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
         optimizer.step()
-        with pytest.raises(OptionRefused, match="came after the optimizer was made: which parameters are trained is"):
+        with pytest.raises(
+            OptionRefused,
+            match="came after the optimizer was made: a run's optimizer decides when it is made which parameters "
+            "are trained",
+        ):
             optimizer.add_param_group({"params": [("bias", model.bias)]})
         optimizer.step()
     assert [gradient.tolist() for gradient in server.gradients] == [[1.0], [1.0]]

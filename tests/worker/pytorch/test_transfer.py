@@ -298,8 +298,8 @@ def test_a_loss_arrives_as_it_was_when_it_was_asked_for(device: Device) -> None:
         loss.fill_(2.5)
         arriving = device.staging.fetch(loss)
         loss.fill_(7.5)
-    assert arriving.arrived() == 2.5
-    assert arriving.here()
+    assert arriving.wait() == 2.5
+    assert arriving.is_here()
     assert len(device.streams.kept) == 1
 
 

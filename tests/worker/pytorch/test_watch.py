@@ -16,7 +16,7 @@ from ormo_worker.pytorch.watch import Notice
 from worker.fake_server import LEARNING_RATE, FakeServer
 from worker.models import Tied
 
-NO_GRADIENT, CHANGED = "no gradient any more", "the program changed"
+NO_GRADIENT, CHANGED = "there is no longer a gradient", "the program changed"
 
 
 class Experts(nn.Module):
@@ -81,10 +81,10 @@ def test_experts_that_are_idle_in_many_steps_are_named_a_few_at_a_time(
 def test_what_was_put_off_is_said_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     notice = Notice("%s")
     for name in "abc":
-        notice.of(name)
+        notice.note(name)
     assert [record.getMessage() for record in caplog.records] == ["'a'"]
-    notice.end()
-    notice.end()
+    notice.flush()
+    notice.flush()
     assert [record.getMessage() for record in caplog.records] == ["'a'", "'b', 'c'"]
 
 
@@ -228,7 +228,7 @@ def test_a_parameter_that_gets_another_shape_is_named_before_anything_is_pushed(
     kept = model.weight.data
     with made(model, server) as optimizer:
         model.weight.data, model.weight.grad = torch.zeros(1, 3), torch.zeros(1, 3)  # which would fit, twice
-        with pytest.raises(ModelUnusable, match=r"'weight' has got the shape \(1, 3\), and the run .* \(2, 3\)"):
+        with pytest.raises(ModelUnusable, match=r"'weight' now has the shape \(1, 3\), and the run .* \(2, 3\)"):
             optimizer.step()
         assert server.gradients == []
         model.weight.data, model.weight.grad = kept, torch.zeros(2, 3)

@@ -109,7 +109,7 @@ def test_evaluation_can_stop_after_some_samples(dataset: Dataset[Any], samples: 
 def test_an_empty_set_is_refused_at_once() -> None:
     with pytest.raises(TaskError) as refused:
         batches(TensorDataset(torch.empty(0)), 4, seed=0)
-    assert str(refused.value) == ("The data set TensorDataset is empty, which makes no batch: check the data folder.")
+    assert str(refused.value) == ("the data set TensorDataset is empty and gives no batches: check the data folder")
 
 
 def test_a_set_without_a_length_is_refused_at_once() -> None:
@@ -119,7 +119,7 @@ def test_a_set_without_a_length_is_refused_at_once() -> None:
     with pytest.raises(TaskError) as refused:
         evaluation_batches(Stream(), 4)
     assert str(refused.value) == (
-        "The data set Stream has no length: a task's data sets are map-style, so give it __len__ and __getitem__."
+        "the data set Stream has no length: a task's data sets are map-style, so give it __len__ and __getitem__"
     )
 
 

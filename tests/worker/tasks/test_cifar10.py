@@ -97,7 +97,7 @@ def test_a_failed_download_says_what_to_put_where(tmp_path: Path) -> None:
     assert refusal(load_task("cifar10", tmp_path)) == (
         f"{tmp_path} has no CIFAR-10, and downloading it failed (<urlopen error no such host>): unpack "
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there, so that it holds "
-        "'cifar-10-batches-py', or name the folder that does with --data-dir."
+        "'cifar-10-batches-py', or name the folder that does with --data-dir"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -106,14 +106,14 @@ def test_damaged_files_are_to_be_removed(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     (tmp_path / FOLDER / "data_batch_1").unlink()
     message = refusal(load_task("cifar10", tmp_path))
-    assert message.startswith(f"The CIFAR-10 files in {tmp_path}/cifar-10-batches-py are damaged (")
-    assert message.endswith("): remove that folder and start again to download it.")
+    assert message.startswith(f"the CIFAR-10 files in {tmp_path}/cifar-10-batches-py are damaged (")
+    assert message.endswith("): remove that folder and start again to download it")
 
 
 def test_no_data_folder_is_refused_at_once() -> None:
     with pytest.raises(TaskError) as refused:
         load_task("cifar10")
     assert str(refused.value) == (
-        "The task 'cifar10' was given no data folder: add --data-dir FOLDER, where FOLDER holds "
-        "'cifar-10-batches-py', or is where to download it to."
+        "the task 'cifar10' was given no data folder: add --data-dir FOLDER, where FOLDER holds "
+        "'cifar-10-batches-py', or is where to download it to"
     )

@@ -14,7 +14,7 @@ from ormo_worker.tasks.image_folder import ImageFiles, ImageFolder
 from ormo_worker.tasks.images import ImageTensors
 
 CLASSES = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-LAYOUT = "it must hold images as train/CLASS/*.jpg and test/CLASS/*.jpg (or val/), or *.png and the like."
+LAYOUT = "it must hold images as train/CLASS/*.jpg and test/CLASS/*.jpg (or val/), or *.png and the like"
 
 
 @pytest.fixture
@@ -83,21 +83,21 @@ def test_a_set_too_large_for_memory_gives_the_same_stream_with_or_without_loader
 
 
 def test_no_data_folder_is_refused_at_once() -> None:
-    assert refusal(None) == (f"The task 'image-folder' was given no data folder: add --data-dir FOLDER; {LAYOUT}")
+    assert refusal(None) == (f"the task 'image-folder' was given no data folder: add --data-dir FOLDER; {LAYOUT}")
 
 
 @pytest.mark.parametrize(("missing", "named"), [("train", "train"), ("test", "test or val")])
 def test_a_missing_part_is_named_with_the_layout(data_dir: Path, missing: str, named: str) -> None:
     (data_dir / missing).rename(data_dir / "other")
     assert refusal(data_dir) == (
-        f"The data folder {data_dir} has no folder {named}: name another with --data-dir; {LAYOUT}"
+        f"the data folder {data_dir} has no folder {named}: name another with --data-dir; {LAYOUT}"
     )
 
 
 def test_an_empty_class_folder_is_named(data_dir: Path) -> None:
     (data_dir / "train" / "yellow").mkdir()
     message = refusal(data_dir)
-    assert message.startswith(f"{data_dir}/train cannot be used as a data set (")
+    assert message.startswith(f"{data_dir}/train can't be used as a data set (")
     assert "yellow" in message
     assert message.endswith(f"): {LAYOUT}")
 
@@ -106,7 +106,7 @@ def test_other_classes_for_testing_are_refused(data_dir: Path) -> None:
     (data_dir / "test" / "red").rename(data_dir / "test" / "yellow")
     assert refusal(data_dir) == (
         f"{data_dir}/train and {data_dir}/test must have the same class folders, but only one of them has "
-        "red, yellow: add or remove these."
+        "red, yellow: add or remove these"
     )
 
 
@@ -114,5 +114,5 @@ def test_a_damaged_image_is_named(data_dir: Path) -> None:
     damaged = data_dir / "test" / "red" / "1.png"
     damaged.write_bytes(b"no image")
     message = refusal(data_dir)
-    assert message.startswith(f"The image {damaged} cannot be read (")
-    assert message.endswith("): replace or remove it.")
+    assert message.startswith(f"the image {damaged} can't be read (")
+    assert message.endswith("): replace or remove it")

@@ -89,15 +89,15 @@ def test_a_file_is_named_by_its_path_and_may_import_its_neighbours(tmp_path: Pat
 @pytest.mark.parametrize("name", ["mnist", "module:", ":Task", ""])
 def test_an_unknown_task_lists_the_built_in_ones_and_the_form_of_an_import_path(name: str) -> None:
     assert refusal(name) == (
-        f"There is no task named {name!r}: use one of digits, cifar10, image-folder, image-folder-cnn, or the import "
-        "path of your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'."
+        f"there is no task named {name!r}: use one of digits, cifar10, image-folder, image-folder-cnn, or the import "
+        "path of your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'"
     )
 
 
 def test_a_module_that_is_not_found_says_where_to_start_the_worker() -> None:
     assert refusal("no_such_package.tasks:Mine") == (
-        "The task 'no_such_package.tasks:Mine' cannot be imported (No module named 'no_such_package'): start "
-        "the worker in the folder that 'no_such_package' lies in, or install what is missing."
+        "the task 'no_such_package.tasks:Mine' can't be imported (No module named 'no_such_package'): start "
+        "the worker in the folder that 'no_such_package' is in, or install what is missing"
     )
 
 
@@ -115,15 +115,15 @@ def test_an_error_in_a_users_module_keeps_its_traceback(tmp_path: Path) -> None:
 def test_a_missing_attribute_is_named_with_its_module(tmp_path: Path) -> None:
     file = write(tmp_path / "mine_attribute.py")
     assert refusal("mine_attribute:Yours") == (
-        f"The task 'mine_attribute:Yours' was not found, for its module ({file}) has no 'Yours': put the "
-        "name of a Task class, or of a function that returns a task, after the colon."
+        f"the task 'mine_attribute:Yours' was not found, for its module ({file}) has no 'Yours': put the "
+        "name of a Task class, or of a function that returns a task, after the colon"
     )
 
 
 def test_a_file_that_does_not_exist_is_named_in_full(tmp_path: Path) -> None:
     assert refusal("nowhere/mine.py:Mine") == (
-        f"The task 'nowhere/mine.py:Mine' names the file {tmp_path}/nowhere/mine.py, which does not exist: "
-        f"correct the path, which starts from {tmp_path}."
+        f"the task 'nowhere/mine.py:Mine' names the file {tmp_path}/nowhere/mine.py, which does not exist: "
+        f"correct the path, which starts from {tmp_path}"
     )
 
 
@@ -131,7 +131,7 @@ def test_a_file_with_the_name_of_another_module_has_to_be_renamed(tmp_path: Path
     write(tmp_path / "json.py")
     message = refusal("json.py:Mine")
     assert "because Python already has another module 'json' (" in message
-    assert message.endswith("): rename the file.")
+    assert message.endswith("): rename the file")
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_a_file_with_the_name_of_another_module_has_to_be_renamed(tmp_path: Path
 def test_what_cannot_be_called_with_a_data_folder_alone_is_refused(tmp_path: Path, attribute: str, reason: str) -> None:
     write(tmp_path / f"mine_{attribute}.py")
     message = refusal(f"mine_{attribute}:{attribute}")
-    assert message.startswith(f"The task 'mine_{attribute}:{attribute}' cannot be made (")
+    assert message.startswith(f"the task 'mine_{attribute}:{attribute}' can't be made (")
     assert message.endswith(
-        f"{reason}): it must be a class or function that can be called with the keyword data_dir alone, a Path or None."
+        f"{reason}): it must be a class or function that can be called with the keyword data_dir alone, a Path or None"
     )
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_called_with_a_data_folder_alone_is_refused(tmp_path: Pat
 def test_what_is_no_whole_task_is_told_what_it_lacks(tmp_path: Path, attribute: str, missing: str) -> None:
     write(tmp_path / f"lacking_{attribute}.py", OWN_TASK + "\nfrom ormo_worker.tasks import Task")
     assert refusal(f"lacking_{attribute}:{attribute}") == (
-        f"The task 'lacking_{attribute}:{attribute}' lacks {missing}: a task is a subclass of "
+        f"the task 'lacking_{attribute}:{attribute}' lacks {missing}: a task is a subclass of "
         "ormo_worker.tasks.Task, or has the methods build_model, train_set, test_set, loss, score, "
-        "weight_decay_scale."
+        "weight_decay_scale"
     )

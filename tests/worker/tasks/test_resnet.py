@@ -34,4 +34,4 @@ def test_a_shortcut_takes_every_second_pixel_and_fills_new_channels_with_zeros()
 def test_a_depth_that_the_paper_does_not_have_is_refused() -> None:
     with pytest.raises(TaskError) as refused:
         ResNet(18, 10)
-    assert str(refused.value) == ("A ResNet of depth 18 cannot be built: take 6n + 2, such as 20, 32 or 44.")
+    assert str(refused.value) == ("a ResNet of depth 18 can't be built: take 6n + 2, such as 20, 32 or 44")

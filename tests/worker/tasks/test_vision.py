@@ -19,8 +19,8 @@ def test_missing_torchvision_names_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(TaskError) as refused:
         import_torchvision()
-    assert str(refused.value).startswith("This task needs torchvision, which cannot be imported (")
-    assert str(refused.value).endswith("): run pip install 'ormo-parameter-server[vision]'.")
+    assert str(refused.value).startswith("this task needs torchvision, which can't be imported (")
+    assert str(refused.value).endswith("): run pip install 'ormo-parameter-server[vision]'")
 
 
 def test_another_failure_of_torchvision_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

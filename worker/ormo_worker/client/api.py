@@ -11,8 +11,8 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
 from ormo_worker.client.arguments import Identity, Observer, Patience, address, whole_number
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.membership import Membership, described
-from ormo_worker.client.messages import Delivered, DeliveryReceiver, Wire, understood
+from ormo_worker.client.membership import Membership, describe_model
+from ormo_worker.client.messages import Delivered, DeliveryReceiver, Wanted, Wire, require_well_formed
 from ormo_worker.client.retries import TryAgain
 from ormo_worker.client.slot import Slot
 from ormo_worker.errors import OrmoError
@@ -22,16 +22,16 @@ class ParameterClient:
     """A connection to a parameter server, which mends itself.
 
     As a reader it pulls parameters without a ticket. As a worker it joins the run, has a thread that keeps
-    its lease, and exchanges gradients for parameters in its slots.
+    its lease, and exchanges gradients for parameters in its slots. Any thread may call it, but each slot is for one.
 
     Args:
         server: HOST:PORT.
-        manifest: of the model; checked against the server's at every join.
+        manifest: the model's; checked against the server's at every join.
         model: makes the payload of all of the model as it is now, in float32: asked for if the server
             has no model. None for readers, and for workers that should not offer theirs.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
             process and chance. Or a whole identity, that of a client that is closed.
-        slots: in-flight places, 1 to 16.
+        slots: gradients that may be in flight, 1 to 16.
         wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
         pin_memory: whether payloads are received into page-locked memory.
         patience: how long to wait for the server.
@@ -134,9 +134,9 @@ class ParameterClient:
         known = self._membership.frozen_epoch
 
         def pulled(newer_than: pb.Iteration | None, *, with_frozen: bool) -> Delivered | None:
-            asked = self._wire.delivery_request(with_buffers=with_buffers, with_frozen=with_frozen)
-            request = pb.PullParamsRequest(delivery=asked, newer_than=newer_than)
-            return self._connection.retrying(lambda: self._pull(request), "pulling parameters", within=within)
+            wanted = self._wire.wanted[with_buffers, with_frozen]
+            request = pb.PullParamsRequest(delivery=wanted.request, newer_than=newer_than)
+            return self._connection.retry(lambda: self._pull(request, wanted), "pulling parameters", within=within)
 
         delivered = pulled(newer_than, with_frozen=known is None)
         if delivered is not None and self._wire.has_frozen and known not in (None, delivered.iteration.epoch):
@@ -147,11 +147,11 @@ class ParameterClient:
 
     def frozen_names(self) -> set[str]:
         """Names of what the run has frozen; none if the server does not tell."""
-        theirs = described(self._connection)
+        theirs = describe_model(self._connection)
         return set() if theirs is None else {spec.name for spec in theirs.tensors if spec.role == FROZEN}
 
     def read_as(self, manifest: Manifest) -> None:
-        """Take the model for described so from now on; for readers."""
+        """From now on expect parameters of a model with this manifest; for readers."""
         self._wire = replace(self._wire, manifest=manifest)
         self._receiver = DeliveryReceiver(self._wire)
 
@@ -163,7 +163,7 @@ class ParameterClient:
             Refused: the server won't tell.
         """
         get_status = self._connection.stub.get_status
-        return self._connection.retrying(
+        return self._connection.retry(
             lambda: self._connection.unary(get_status, pb.GetStatusRequest()), "asking for the status"
         )
 
@@ -180,7 +180,7 @@ class ParameterClient:
         """
         request = pb.ReportEvaluationRequest(evaluation=evaluation)
         method = self._connection.stub.report_evaluation
-        self._connection.retrying(
+        self._connection.retry(
             lambda: self._connection.unary(method, request), "reporting an evaluation", within=within
         )
 
@@ -191,6 +191,8 @@ class ParameterClient:
         """
         if self.inherited:
             return
+        # In this order: streams end before the membership that they belong to, the server is told while there is a
+        # channel to tell it through, and the heartbeat's thread is waited for when nothing can hold its last call up.
         for slot in self.slots:
             slot.close()
         self._membership.leave()
@@ -203,23 +205,23 @@ class ParameterClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _pull(self, request: pb.PullParamsRequest) -> Delivered | None:
+    def _pull(self, request: pb.PullParamsRequest, wanted: Wanted) -> Delivered | None:
         complete = False
-        with self._connection.watched():
+        with self._connection.errors_as_call_ended():
             call = self._connection.tensors.pull_params(request)
-            with self._connection.guarded(call):
+            with self._connection.guard(call):
                 for answer in call:
-                    self._connection.heard()
+                    self._connection.mark_alive()
                     if isinstance(answer, Chunk):
                         complete = self._receiver.accept(answer)
                         continue
-                    delivery = understood(answer).message.delivery
+                    delivery = require_well_formed(answer).message.delivery
                     if delivery.payload_bytes == 0 and request.HasField("newer_than"):
                         return None
-                    self._receiver.begin(delivery, request.delivery)
+                    self._receiver.begin(delivery, wanted)
         if not complete:
             raise TryAgain("the server ended the stream before the last parameter")
-        return self._receiver.delivered()
+        return self._receiver.finish()
 
 
 def _no_model() -> Payload:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ormo_protos.limits import WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_runtime.settings import LONGEST_SECONDS, checked_address
+from ormo_worker.client.protocol import Fate
 from ormo_worker.errors import OptionRefused
 
-_ALLOWED = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST_CHARACTERS = 80  # so that the rest fits into 128
 _LONGEST_SILENCE = 1e6  # gRPC counts milliseconds with 32 bits
 
@@ -40,7 +41,7 @@ def one_number(value: Any) -> float | Tensor | None:
         return None
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
     """What came, in a few words: a tensor may be large."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
@@ -57,7 +58,7 @@ def whole_number(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
-        raise OptionRefused(f"{name} is {described(value)}: expected a whole number from {least} to {most}")
+        raise OptionRefused(f"{name} is {describe(value)}: expected a whole number from {least} to {most}")
     return number
 
 
@@ -69,7 +70,7 @@ def real_number(name: str, value: Any) -> float:
     """
     number = one_number(plain(value))
     if number is None:
-        raise OptionRefused(f"{name} is {described(value)}: expected one real number")
+        raise OptionRefused(f"{name} is {describe(value)}: expected one real number")
     return float(number)
 
 
@@ -81,7 +82,7 @@ def positive_seconds(name: str, value: Any, most: float = LONGEST_SECONDS) -> fl
     """
     number = plain(value)
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number <= most:
-        raise OptionRefused(f"{name} is {described(value)}: expected seconds, above 0 and up to {most:g}")
+        raise OptionRefused(f"{name} is {describe(value)}: expected seconds, above 0 and up to {most:g}")
     return float(number)
 
 
@@ -120,10 +121,8 @@ class Identity:
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.worker, str) or not _ALLOWED.fullmatch(self.worker):
-            raise OptionRefused(
-                f"the worker id {self.worker!r} can't be used: expected 1 to 128 of the characters A-Z a-z 0-9 . _ -"
-            )
+        if not isinstance(self.worker, str) or not re.fullmatch(WORKER_ID, self.worker):
+            raise OptionRefused(f"the worker id {self.worker!r} can't be used: expected {WORKER_ID_IN_WORDS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,32 +152,33 @@ class Patience:
 
 
 Stage = Literal["compute", "push", "wait", "pull"]
-Outcome = Literal["applied", "discarded", "refused", "lost"]
 
 
 class Observer:
-    """Takes no notice. Methods are called from any thread."""
+    """What a worker or reader tells of itself while it works; who wants to know overrides a method.
 
-    def stages(self, times: Iterable[tuple[Stage, float]]) -> None:
-        """Parts of a step are over: computing the gradient; pushing it, up to its result; waiting for the next
-        parameters, up to their first byte; pulling them.
+    Methods are called from any thread: a slot's, the heartbeat's, the caller's.
+    """
+
+    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None) -> None:
+        """An exchange is over, or was given up.
 
         Args:
-            times: each of them with its seconds; those of an exchange come together, when that is over.
+            stages: what took how many seconds: computing the gradient; pushing it, up to its result; waiting for the
+                next parameters, up to their first byte; pulling them. Those that the exchange did not come to are left
+                out, and those of an attempt that failed are in it, too.
+            fate: what became of its gradient; None if it had none, or was given up.
         """
 
-    def blocked(self, seconds: float) -> None:
+    def note_wait(self, seconds: float) -> None:
         """A step has waited so long for parameters; less than its exchange took, where others are in flight."""
 
-    def stepped(self, outcome: Outcome) -> None:
-        """A gradient was given to the server; `lost` if its result was, with the connection or the server."""
-
-    def retried(self, cause: str) -> None:
+    def note_retry(self, cause: str) -> None:
         """A call failed and is made again.
 
         Args:
             cause: the server's reason, or gRPC's status code.
         """
 
-    def rejoined(self) -> None:
+    def note_rejoin(self) -> None:
         """The worker joined once more."""

@@ -10,16 +10,15 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from ormo_protos.framing import Framing
-from ormo_protos.limits import Malformed, Parser
-from ormo_protos.tensors import MAX_MESSAGE_BYTES
+from ormo_protos.limits import MAX_MESSAGE_BYTES
+from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import Dialer, UnaryStub
-from ormo_runtime.signals import end_on_signals, leave_if_asked
+from ormo_runtime.process import end_on_signals, leave_if_asked
 from ormo_runtime.timeouts import FailureDetection
-from ormo_runtime.tls import Credentials
+from ormo_runtime.tls import Credentials, Dialer, UnaryStub
 from ormo_worker.client.arguments import Observer, Patience
-from ormo_worker.client.messages import understood
-from ormo_worker.client.retries import CallEnded, RetryLoop, SignsOfLife, ended
+from ormo_worker.client.messages import require_well_formed
+from ormo_worker.client.retries import CallEnded, RetryLoop, SignsOfLife, as_call_ended
 from ormo_worker.errors import ClientClosed, OrmoError
 
 T = TypeVar("T")
@@ -35,17 +34,23 @@ class Cancellable(Protocol):
 class Connection:
     """One channel to the server: made at once, connected when first used, made again when it breaks.
 
+    Shared by all threads of a client: its slots', the heartbeat's, the caller's. The lock guards which channels and
+    which calls there are, and is held for no call to gRPC: to cancel or close may call back into this object.
+
     Args:
+        server: HOST:PORT.
+        patience: how long to wait for the server.
+        observer: is told of each call that is made again.
         credentials: to connect with; None for no TLS. New certificates are used from the next broken connection on.
 
     Attributes:
         server: the address as the user gave it.
-        patience: how long to wait.
-        observer: is told what happens.
-        stub: the server's methods, but for those that carry tensors.
-        tensors: those.
-        heard: notes that the server is alive.
-        retrying: calls an attempt until it succeeds; arguments and errors as for `RetryLoop.run`.
+        patience: as given.
+        observer: as given.
+        stub: the server's methods that carry no tensors.
+        tensors: the server's methods that carry tensors.
+        mark_alive: notes that something has come from the server just now.
+        retry: calls an attempt until it succeeds; arguments and errors as for `RetryLoop.run`.
 
     Raises:
         CredentialsError: a certificate, key or token can't be used.
@@ -67,8 +72,8 @@ class Connection:
         self._fatal: OrmoError | None = None
         self._signs = SignsOfLife()
         end_on_signals(self)
-        self.heard = self._signs.heard
-        self.retrying = RetryLoop(self._dialer.place, patience, self._signs, self._closed, self.check, observer).run
+        self.mark_alive = self._signs.mark_alive
+        self.retry = RetryLoop(self._dialer.place, patience, self._signs, self._closed, self.check, observer).run
 
     @property
     def inherited(self) -> bool:
@@ -108,8 +113,8 @@ class Connection:
         """Make one call with one answer, without retries.
 
         Args:
-            method: of the stub.
-            request: its message.
+            method: one of the stub's.
+            request: the message that it takes.
             seconds: time limit; the failure timeout by default.
 
         Raises:
@@ -117,15 +122,15 @@ class Connection:
             ProtocolBroken: the answer is none.
         """
         limit = FailureDetection(self.patience.failure_timeout).call_seconds if seconds is None else seconds
-        if not self._signs.any:
+        if not self._signs.any:  # or a wrong address would be found out only after a time limit meant for a live server
             limit = min(limit, self.patience.connect_timeout)
-        with self.watched():
+        with self.errors_as_call_ended():
             answer = method(request, timeout=limit)
-        self.heard()
-        return understood(answer)
+        self.mark_alive()
+        return require_well_formed(answer)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def errors_as_call_ended(self) -> Iterator[None]:
         """Turn gRPC's errors into `CallEnded`, and those with the server's reason into signs of life.
 
         Raises:
@@ -142,15 +147,19 @@ class Connection:
 
     def end_of(self, error: grpc.RpcError) -> CallEnded:
         """What gRPC's error says of the call that raised it, which is also what is now known of the connection."""
-        end = ended(error)
-        if end.reason:
-            self.heard()
+        end = as_call_ended(error)
+        if end.reason:  # only the server gives one: a proxy's or gRPC's own error is no sign of life
+            self.mark_alive()
         elif self._dialer.outdated:
             self._dial()
         return end
 
     def _dial(self) -> None:
-        """From now on calls go through a new channel; those that are under way go on, through the one before."""
+        """From now on calls go through a new channel; those that are under way go on, through the one before.
+
+        The one before that is closed: its calls have ended, or this is the second time that certificates changed under
+        them.
+        """
         channel = self._dialer.dial()
         with self._lock:
             older, self._channels = self._channels[:-1], [*self._channels[-1:], channel]
@@ -159,10 +168,11 @@ class Connection:
             each.close()
 
     @contextmanager
-    def guarded(self, call: Cancellable) -> Iterator[None]:
+    def guard(self, call: Cancellable) -> Iterator[None]:
         """End this call if the server falls silent while the block runs, or if `cancel_open` is called.
 
-        For callers without a lease; where there is one, its heartbeat watches all calls.
+        For callers without a lease; where there is one, its heartbeat watches all calls. The watching needs a thread of
+        its own: the caller's is inside gRPC, waiting for an answer that a dead network never brings.
         """
         started, done = time.monotonic(), threading.Event()
         limit = self.patience.failure_timeout
@@ -198,17 +208,17 @@ class Connection:
         """End all calls that are under way, so that whoever waits for them wakes up and tries again."""
         with self._lock:
             calls = list(self._open)
-        for call in calls:
+        for call in calls:  # outside the lock: whoever wakes up takes its call off the list
             call.cancel()
 
     def stop_with(self, error: OrmoError) -> None:
         """End all calls, and fail all attempts from now on with this error."""
-        self._fatal = error
+        self._fatal = error  # first: who wakes up asks `check` whether to try again
         self.cancel_open()
 
     def close(self) -> None:
         """End all calls and the channel; may be called from any thread, and again."""
-        self._closed.set()
+        self._closed.set()  # first, as in `stop_with`; it also ends the pauses between attempts
         self.cancel_open()
         with self._lock:
             channels = list(self._channels)
@@ -222,7 +232,7 @@ def _channel_options(patience: Patience) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.enable_retries", 0),  # they would be off for large requests alone; `retrying` serves all
+        ("grpc.enable_retries", 0),  # they would be off for large requests alone; `retry` serves all
         ("grpc.keepalive_time_ms", int(1000 * failures.ping_seconds)),
         ("grpc.keepalive_timeout_ms", ping_timeout_ms),
         # Without it a stopped server on a live host is noticed after a minute only.

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import grpc
 
+from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import Manifest, ManifestError
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import MAX_CHUNK_BYTES, Payload
+from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
@@ -17,9 +18,9 @@ from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import Identity
 from ormo_worker.client.connection import Connection
-from ormo_worker.client.messages import Outgoing, Wire, offer, understood
+from ormo_worker.client.messages import Outgoing, Wire, offer_messages, require_well_formed
 from ormo_worker.client.protocol import Step
-from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced
+from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced_error
 from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
 
 T = TypeVar("T")
@@ -38,11 +39,16 @@ _LEAVE_SECONDS = 2.0  # a server that can't be reached finds out by itself
 class Membership:
     """Joins when needed, and keeps the lease meanwhile.
 
+    Three kinds of threads come here: each slot's before each exchange (`ensure`), the heartbeat's with what the server
+    says meanwhile (`_on_lost`, `_on_finished`), and whichever thread closes the client (`leave`, `stop`). The lock is
+    held while a join is under way, so that slots that lost their membership together join once; the heartbeat never
+    takes it, or it could not end the calls that a join waits for.
+
     Args:
-        connection: to the server.
-        identity: of this worker.
-        wire: of its model.
-        slots: in-flight places wanted.
+        connection: to the server, shared with the slots.
+        identity: this worker's.
+        wire: the messages of its model.
+        slots: how many gradients this worker wants to have in flight.
         model: makes the payload of all of the model as it is now, in float32, for a server without one.
 
     Attributes:
@@ -51,7 +57,7 @@ class Membership:
         finished: whether the server has said that the run is over.
         digest: what the server that was joined knows this model by.
         server_takes_data: whether a gradient may begin in the message that announces it.
-        frozen_epoch: of the server whose frozen tensors the model has; None before they came.
+        frozen_epoch: epoch of the server whose frozen tensors the model has; None before they came.
     """
 
     def __init__(
@@ -94,13 +100,14 @@ class Membership:
         """
         with self._lock:
             if not self._is_member:
-                self.welcome = self._connection.retrying(self._join, "joining the run")
+                self.welcome = self._connection.retry(self._join, "joining the run")
                 self.digest = self.welcome.manifest.digest or self._wire.manifest.model_digest
                 self.server_takes_data = self.welcome.takes_data
                 self.joins += 1
+                # After `joins`: who reads them without the lock, as `lose` does, must not void the join that is new.
                 self._is_member, self._asked = True, False
                 if self.joins > 1:
-                    self._connection.observer.rejoined()
+                    self._connection.observer.note_rejoin()
                 self._heartbeat.start(self.welcome.lease_seconds)
                 self._log_welcome(self.welcome)
             return self.joins
@@ -117,6 +124,7 @@ class Membership:
 
     def leave(self) -> None:
         """Give the lease up, if there is one, as far as the server can be reached."""
+        # Without the lock, which a join that the server does not answer may hold for as long as patience lasts.
         if not (self._is_member or self._asked) or self._connection.closed:
             return
         self._is_member = self._asked = False
@@ -138,28 +146,31 @@ class Membership:
             self._asked = False
             if end.reason != Reason.MANIFEST_DIGEST:
                 raise
-            raise self._mismatch(end.message, described(self._connection)) from None
+            raise self._mismatch(end.message, describe_model(self._connection)) from None
         self._asked = answer.HasField("welcome")
         match answer.WhichOneof("answer"):
             case "welcome":
-                return self._checked(answer.welcome)
+                return self._check_welcome(answer.welcome)
             case "model_wanted":
                 self._offer(answer.model_wanted)
                 raise Waiting("the server has its model now")
             case "wait":
                 raise Waiting("the server waits for its model from another worker", answer.wait.retry_seconds)
             case _:
-                raise ProtocolBroken("the server answered Join with nothing that version 1 of the protocol knows")
+                raise ProtocolBroken(
+                    "the server answered Join with something that version 1 of the protocol does not know: are server "
+                    "and worker of the same version?"
+                )
 
     def _refuse_older(self) -> None:
         if self._wire.has_frozen:
             raise OlderServer(
                 f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
-                "this model has some: update the server, or make this optimizer anew, which then sends them as all "
+                "this model has some: update the server, or make this optimizer again, which then sends them like all "
                 "others"
             )
 
-    def _checked(self, welcome: pb.Welcome) -> pb.Welcome:
+    def _check_welcome(self, welcome: pb.Welcome) -> pb.Welcome:
         try:
             _check_lease(welcome.lease_seconds)
             # Older servers tell it all, and count a worker before it knows what they train.
@@ -186,26 +197,26 @@ class Membership:
         )
 
     def _offer(self, wanted: pb.ModelWanted) -> None:
-        manifest = self._offered(older=wanted.manifest_version < 1)
+        manifest = self._manifest_to_offer(older=wanted.manifest_version < 1)
         payload = self._model()
         elements, size = self._wire.manifest.sizes["parameters"], payload.layout.total_bytes
         _LOG.info("the server has no model yet: offering this one, %d parameters, %d bytes", elements, size)
-        requests = Outgoing(self._moving(offer(self._identity, manifest, payload)))
+        requests = Outgoing(self._mark_moving(offer_messages(self._identity, manifest, payload)))
         try:
-            with self._connection.watched():
+            with self._connection.errors_as_call_ended():
                 call = self._connection.tensors.offer_model.future(iter(requests))
-                with self._connection.guarded(call):
+                with self._connection.guard(call):
                     call.result()
-            self._connection.heard()
+            self._connection.mark_alive()
         except grpc.FutureCancelledError:
-            raise TryAgain("offering the model: nothing moved any more, so the call was ended") from None
+            raise TryAgain("offering the model: nothing was sent for too long, so the call was ended") from None
         except CallEnded as end:
             requests.check()
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
                 raise TryAgain.after(end, "offering the model: ") from None
             raise end.error("the model that this worker offered") from None
 
-    def _offered(self, *, older: bool) -> Manifest:
+    def _manifest_to_offer(self, *, older: bool) -> Manifest:
         manifest = self._wire.manifest
         try:
             manifest.check_names()
@@ -220,15 +231,15 @@ class Membership:
             if manifest.newer is not None:
                 what = f"{manifest.newer.name!r}, {manifest.newer.described()}"
             raise ModelUnusable(
-                f"this model has {what}, and the server at {self._connection.server} is of a version that takes no "
-                "such thing: install this program's version of the package there"
+                f"this model has {what}, which the version of the server at {self._connection.server} does not take: "
+                "install this program's version of the package there"
             )
         return manifest
 
-    def _moving(self, requests: Iterable[T]) -> Iterator[T]:
+    def _mark_moving(self, requests: Iterable[T]) -> Iterator[T]:
         """The requests; that the network takes one is a sign of life, however long the whole upload takes."""
         for request in requests:
-            self._connection.heard()
+            self._connection.mark_alive()
             yield request
 
     def _log_welcome(self, welcome: pb.Welcome) -> None:
@@ -260,17 +271,17 @@ class Membership:
         self.finished = True
 
 
-def described(connection: Connection) -> Manifest | None:
+def describe_model(connection: Connection) -> Manifest | None:
     """The server's manifest; None if it can't be had.
 
     Raises:
         ProtocolBroken: it contradicts itself or the contract.
     """
     try:
-        with connection.watched():
+        with connection.errors_as_call_ended():
             call = connection.tensors.describe_model(pb.DescribeModelRequest())
-            with connection.guarded(call):
-                return _read(understood(answer).manifest for answer in call)
+            with connection.guard(call):
+                return _read(require_well_formed(answer).manifest for answer in call)
     except (CallEnded, grpc.FutureCancelledError):
         return None
 
@@ -290,9 +301,12 @@ def _check_lease(seconds: float) -> None:
 class Heartbeat:
     """Sends heartbeats from its own thread while the worker computes or waits.
 
+    From its own, because the others are busy: a gradient may take longer than the lease, and an exchange may wait for
+    slower workers. It is also what finds out that the network has gone while they wait, and ends their calls.
+
     Args:
         connection: to the server.
-        identity: of the worker.
+        identity: the worker's.
         on_lost: called when the server no longer knows the worker.
         on_finished: called when the run is over.
     """
@@ -349,7 +363,7 @@ class Heartbeat:
         if end.step is Step.JOIN:
             self._on_lost()
         elif end.step is Step.REPLACED:
-            self._connection.stop_with(replaced(end.message))
+            self._connection.stop_with(replaced_error(end.message))
         elif self._connection.silent_seconds >= self._lease_seconds:
             # Whoever waits for an answer would wait for ever if the network lost what was sent.
             self._connection.cancel_open()

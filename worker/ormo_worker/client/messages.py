@@ -1,16 +1,16 @@
 """From tensors to messages and back, and who a worker is in them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from ormo_protos.framing import NOTHING, Headed
-from ormo_protos.limits import MAX_SAMPLES, Malformed
+from ormo_protos.limits import CHUNK_BYTES, MAX_COMPUTE_SECONDS, MAX_SAMPLES
 from ormo_protos.manifest import FLOAT32, Manifest
-from ormo_protos.tensors import CHUNK_BYTES, Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
+from ormo_protos.parsing import Malformed
+from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_worker.client.arguments import Identity, real_number, whole_number
 from ormo_worker.client.protocol import Ask
 from ormo_worker.errors import ModelMismatch, OptionRefused, ProtocolBroken
@@ -25,9 +25,10 @@ class Gradient:
     """A gradient on its way out; its ticket is the slot's.
 
     Attributes:
-        payload: the mean over the mini-batch with weight decay added, and the buffers if the model has any.
-        samples: in the mini-batch, 0 to 2^31 - 1.
-        loss: the mini-batch's mean; None if not known.
+        payload: the mean over the mini-batch with weight decay added, and the buffers if the model has any; it must not
+            change before its exchange is over.
+        samples: how many the mini-batch had, 0 to 2^31 - 1.
+        loss: the mean over the mini-batch; None if not known.
         compute_seconds: from having the parameters to having the gradient, 0 to 1e9.
 
     Raises:
@@ -41,13 +42,14 @@ class Gradient:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the plain numbers of tensors and of NumPy
-        set_(self, "samples", whole_number("samples", self.samples, 0, MAX_SAMPLES))
+        if type(self.samples) is not int or not 0 <= self.samples <= MAX_SAMPLES:
+            set_(self, "samples", whole_number("samples", self.samples, 0, MAX_SAMPLES))
         if self.loss is not None and type(self.loss) is not float:
             set_(self, "loss", real_number("loss", self.loss))
         if type(self.compute_seconds) is not float:
             set_(self, "compute_seconds", real_number("compute_seconds", self.compute_seconds))
-        if not 0 <= self.compute_seconds <= LONGEST_SECONDS:
-            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {LONGEST_SECONDS:g}")
+        if not 0 <= self.compute_seconds <= MAX_COMPUTE_SECONDS:
+            raise OptionRefused(f"compute_seconds is {self.compute_seconds}: expected 0 to {MAX_COMPUTE_SECONDS:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,10 @@ class Delivered:
 
     Attributes:
         payload: overwritten by the next delivery of the same slot or reader.
-        iteration: of the parameters.
+        iteration: epoch of the server, and gradients that it had applied when it sent these parameters.
         ticket: the right to push one gradient computed at them; None for readers.
-        samples: that the run has counted so far.
-        joins: how often the worker had joined; None for readers.
+        samples: how many the run had counted by then.
+        joins: how often the worker had joined when it asked for them; None for readers.
     """
 
     payload: Payload
@@ -69,44 +71,63 @@ class Delivered:
     joins: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+class Wanted(NamedTuple):
+    """How parameters are wanted.
+
+    Attributes:
+        request: as the server is asked for them; read only.
+        layout: the one that the payload has to have that comes then.
+    """
+
+    request: pb.DeliveryRequest
+    layout: PayloadLayout
+
+
+@dataclass(frozen=True)
 class Wire:
     """The messages of one model.
 
     Attributes:
-        manifest: the model's.
-        dtype: in which parameters and gradients travel.
+        manifest: describes the model to the server.
+        dtype: the number format in which parameters and gradients travel.
         pin_memory: whether received payloads lie in page-locked memory.
+        wanted: by whether buffers, and whether frozen tensors, shall come along: they do only if the model has any.
+
+    Raises:
+        PayloadError: `dtype` is none in which parameters can travel.
     """
 
     manifest: Manifest
     dtype: pb.Dtype.ValueType = FLOAT32
     pin_memory: bool = False
+    wanted: dict[tuple[bool, bool], Wanted] = field(init=False, compare=False)
 
-    @property
-    def has_buffers(self) -> bool:
-        """Whether the model has buffers that travel."""
-        return self.manifest.sizes["float_buffers"] + self.manifest.sizes["int_buffers"] > 0
+    def __post_init__(self) -> None:
+        # Once, and not in each exchange: there are but four.
+        both = (False, True)
+        wanted = {(buffers, frozen): self._wanted(buffers, frozen) for buffers in both for frozen in both}
+        object.__setattr__(self, "wanted", wanted)
 
     @property
     def has_frozen(self) -> bool:
         """Whether the model has frozen tensors."""
         return self.manifest.sizes["frozen"] > 0
 
-    def delivery_request(self, *, with_buffers: bool, with_frozen: bool) -> pb.DeliveryRequest:
-        """How parameters are wanted; buffers and frozen tensors only if the model has any."""
-        return pb.DeliveryRequest(
-            dtype=self.dtype,
-            with_buffers=with_buffers and self.has_buffers,
-            with_frozen=with_frozen and self.has_frozen,
+    def _wanted(self, with_buffers: bool, with_frozen: bool) -> Wanted:
+        sizes = self.manifest.sizes
+        buffers = with_buffers and sizes["float_buffers"] + sizes["int_buffers"] > 0
+        frozen = with_frozen and self.has_frozen
+        return Wanted(
+            pb.DeliveryRequest(dtype=self.dtype, with_buffers=buffers, with_frozen=frozen),
+            PayloadLayout.of(self.manifest, self.dtype, with_buffers=buffers, with_frozen=frozen),
         )
 
-    def exchange(
+    def exchange_messages(
         self,
         identity: Identity,
         slot: int,
         ask: Ask,
-        wanted: pb.DeliveryRequest,
+        wanted: Wanted,
         gradient: Gradient | None,
         *,
         digest: bytes = b"",
@@ -115,8 +136,8 @@ class Wire:
         """The messages of an exchange; the head is made at once, where the caller sees what is wrong with it.
 
         Args:
-            identity: of the worker.
-            slot: its number.
+            identity: the worker's.
+            slot: the slot's number.
             ask: what to send; the gradient goes along only if it names a ticket.
             wanted: how the next parameters are wanted, if they are.
             gradient: must not change until the exchange is over.
@@ -128,7 +149,7 @@ class Wire:
         )
         exchange = pb.Exchange(requester=requester)
         if ask.wants_next:
-            exchange.next.CopyFrom(wanted)
+            exchange.next.CopyFrom(wanted.request)
             exchange.next.takes_data = True
         if ask.ticket is None or gradient is None:
             return (Headed(pb.PushPullRequest(exchange=exchange)),)
@@ -152,7 +173,7 @@ class Wire:
         return (head,) if len(data) == layout.total_bytes else chain((head,), payload.chunks(len(data)))
 
 
-def offer(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
+def offer_messages(identity: Identity, manifest: Manifest, payload: Payload) -> Iterator[OfferFrame]:
     """The messages that hand the server a model; the payload is float32 with buffers and frozen tensors."""
     parts = manifest.to_messages()
     who = pb.ModelOffer(worker=identity.worker, incarnation=identity.incarnation, manifest=next(parts))
@@ -184,22 +205,27 @@ class Outgoing(Generic[A]):
             raise self._failure
 
 
-def understood(answer: A | Malformed) -> A:
+def require_well_formed(answer: A | Malformed) -> A:
     """What the server sent.
 
     Raises:
-        ProtocolBroken: bytes that are no message, or too large a one.
+        ProtocolBroken: it is no message, or too large a one.
     """
     if isinstance(answer, Malformed):
-        raise ProtocolBroken(f"the server sent what can't be understood: {answer.why}")
+        raise malformed(answer)
     return answer
+
+
+def malformed(answer: Malformed) -> ProtocolBroken:
+    """The error for bytes that are no message, or too large a one."""
+    return ProtocolBroken(f"the server sent a message that can't be understood: {answer.why}")
 
 
 class DeliveryReceiver:
     """Takes deliveries in, one after the other, into memory that is used again.
 
     Attributes:
-        ticket: of the delivery that has begun; None for one without.
+        ticket: the one that came with the delivery that has begun; None if it came without.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -209,8 +235,8 @@ class DeliveryReceiver:
         self._delivery = pb.Delivery()
         self._receiver: PayloadReceiver | None = None
 
-    def begin(self, delivery: pb.Delivery, asked: pb.DeliveryRequest) -> None:
-        """Take the first message of a delivery.
+    def begin(self, delivery: pb.Delivery, wanted: Wanted) -> None:
+        """Read the first message of a delivery that was asked for in this way.
 
         Raises:
             ModelMismatch: it is of another model.
@@ -222,15 +248,13 @@ class DeliveryReceiver:
                 f"the server announced parameters of the model with digest {digest[:8].hex()}…, but this model's is "
                 f"{self._wire.manifest.model_digest[:8].hex()}…: give the server and this program the same model"
             )
-        layout = PayloadLayout.of(
-            self._wire.manifest, asked.dtype, with_buffers=asked.with_buffers, with_frozen=asked.with_frozen
-        )
+        asked, layout = wanted
         came = (delivery.dtype, delivery.with_buffers, delivery.with_frozen, delivery.payload_bytes)
-        wanted = (asked.dtype, asked.with_buffers, asked.with_frozen, layout.total_bytes)
-        if came != wanted:
+        expected = (asked.dtype, asked.with_buffers, asked.with_frozen, layout.total_bytes)
+        if came != expected:
             raise ProtocolBroken(
                 f"the server announced parameters as (dtype, with buffers, with frozen ones, bytes) = {came}, but this "
-                f"model's are {wanted}: give the server and this program the same model"
+                f"model's are {expected}: give the server and this program the same model"
             )
         self._delivery = delivery
         self.ticket = delivery.ticket if delivery.HasField("ticket") else None
@@ -254,7 +278,7 @@ class DeliveryReceiver:
         except PayloadError as error:
             raise ProtocolBroken(f"the server sent parameters that can't be used: {error}") from None
 
-    def delivered(self, joins: int | None = None) -> Delivered:
+    def finish(self, joins: int | None = None) -> Delivered:
         """What has arrived, once `accept` has said that it is complete; `joins` is passed on."""
         receiver, self._receiver = self._receiver, None
         assert receiver is not None

@@ -6,9 +6,13 @@ the `Step` that it is told. Gradients and parameters pass by outside.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from ormo_protos.refusals import UNSOUND_GRADIENT, Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
+
+# What became of a gradient that a slot was given; lost is one whose result was, with the connection or the server.
+Fate = Literal["applied", "discarded", "refused", "lost"]
 
 
 class Step(Enum):
@@ -29,8 +33,8 @@ class Ask:
     """What an exchange sends.
 
     Attributes:
-        request: its number in the slot; a retry has the same.
-        ticket: of the gradient that goes with it; None for no gradient.
+        request: number of the exchange in its slot; a retry has the same.
+        ticket: the right to push the gradient that goes along; None for no gradient.
         wants_next: whether it asks for the next ticket and its parameters.
         wants_buffers: whether these come with the model's buffers.
         wants_frozen: whether they come with its frozen tensors.
@@ -75,17 +79,20 @@ class SlotSession:
 
     Attributes:
         ask: what to send now: the exchange in hand, or what became of it.
-        ticket: of the parameters last delivered; None if the next exchange can have no gradient.
-        result: of this exchange's gradient, once it came; None if there was none, or it was refused.
-        refusal: the refused result, once it came.
+        ticket: the one that came with the last parameters; None if the next exchange can have no gradient.
+        result: the server's word on this exchange's gradient, once it came; None if there was none, or it was refused.
+        refusal: the server's word on a gradient that it refused, once it came.
+        fate: what became of this exchange's gradient, lost until its result came; None if there was none.
     """
 
     def __init__(self) -> None:
+        self.fate: Fate | None = None
         self.ticket: pb.Ticket | None = None
         self.result: pb.PushResult | None = None
         self.refusal: pb.PushResult | None = None
         self.ask = Ask(request=0, ticket=None, wants_next=False, wants_buffers=False, wants_frozen=False)
         self._wants_buffers = self._wants_frozen = True
+        self._awaits_result = False  # the exchange has a gradient whose result is still to come
 
     def begin(self, *, with_gradient: bool, wants_next: bool) -> Ask:
         """Start an exchange; one that was given up earlier is forgotten.
@@ -98,19 +105,22 @@ class SlotSession:
         if not with_gradient and not wants_next:
             raise ValueError("an exchange without a gradient must want a ticket")
         self.result = self.refusal = None
+        self.fate = "lost" if with_gradient else None
+        self._awaits_result = with_gradient
         self.ask = self._asking(self.ask.request + 1, self.ticket if with_gradient else None, wants_next=wants_next)
         return self.ask
 
     def on_result(self, result: pb.PushResult) -> Step:
         """The gradient was applied or refused; parameters follow if they were wanted."""
-        if result.request != self.ask.request or self._settled:
+        if result.request != self.ask.request or not self._awaits_result:
             return Step.FAIL
+        self._awaits_result = False
         if result.refusal:
-            self.refusal = result
+            self.refusal, self.fate = result, "refused"
             if result.refusal == Reason.FINISHED:
                 return self.on_finished()
         else:
-            self.result = result
+            self.result, self.fate = result, "discarded" if result.discarded else "applied"
             self._wants_buffers |= result.buffers_kept
         if not self.ask.wants_next:
             self.ticket = self.ticket if result.refusal in UNSOUND_GRADIENT else None
@@ -119,7 +129,7 @@ class SlotSession:
 
     def on_delivery(self, ticket: pb.Ticket | None) -> Step:
         """The next ticket is here and all bytes of its parameters."""
-        if ticket is None or not self.ask.wants_next or not self._settled:
+        if ticket is None or not self.ask.wants_next or self._awaits_result:
             return Step.FAIL
         self.ticket = ticket
         # From now on the worker keeps its own, but for those that the server did not take. It may have said so after
@@ -142,8 +152,10 @@ class SlotSession:
         step = step_after(code, reason)
         if step is Step.FINISHED:
             return self.on_finished()
-        if step is Step.PULL or (self._settled and self.ask.ticket and step in (Step.SEND_AGAIN, Step.JOIN)):
+        has_result = self.ask.ticket is not None and not self._awaits_result
+        if step is Step.PULL or (has_result and step in (Step.SEND_AGAIN, Step.JOIN)):
             # The gradient is applied or lost; what is missing are the parameters.
+            self._awaits_result = False
             self.ask = self._asking(self.ask.request + 1, None, wants_next=True)
             return Step.JOIN if step is Step.JOIN else Step.PULL
         return step
@@ -156,11 +168,6 @@ class SlotSession:
         """
         self._wants_buffers, self._wants_frozen = True, wants_frozen
         self.ask = self._asking(self.ask.request, self.ask.ticket, wants_next=self.ask.wants_next)
-
-    @property
-    def _settled(self) -> bool:
-        """Whether the exchange has no gradient whose result is still to come."""
-        return self.ask.ticket is None or self.result is not None or self.refusal is not None
 
     def _asking(self, request: int, ticket: pb.Ticket | None, *, wants_next: bool) -> Ask:
         return Ask(request, ticket, wants_next, wants_next and self._wants_buffers, wants_next and self._wants_frozen)

@@ -78,11 +78,11 @@ class CallEnded(Exception):
         if self.step is Step.FINISHED:
             return RunFinished(f"the run is over: {self.message}")
         if self.step is Step.REPLACED:
-            return replaced(self.message)
+            return replaced_error(self.message)
         return Refused(f"the server refused {what} ({self}){_ADVICE.get(self.code, '')}", self.reason)
 
 
-def replaced(message: str) -> Replaced:
+def replaced_error(message: str) -> Replaced:
     """The error of a worker whose place another process has taken."""
     return Replaced(
         f"a newer process has joined with this worker's id ({message}): if that was not meant, give each "
@@ -92,7 +92,7 @@ def replaced(message: str) -> Replaced:
 
 
 _ADVICE = {
-    "UNIMPLEMENTED": ": what listens there is no ormo-server, or one of another version; check the address",
+    "UNIMPLEMENTED": ": what listens there is not an ormo-server, or is one of another version; check the address",
     "UNAUTHENTICATED": ": give this worker the credentials that the server expects",
     "PERMISSION_DENIED": ": ask the operator of the server for access",
 }
@@ -106,7 +106,7 @@ def _details(call: grpc.Call) -> list[any_pb2.Any]:
     return list(status.details) if status is not None else []
 
 
-def ended(error: grpc.RpcError) -> CallEnded:
+def as_call_ended(error: grpc.RpcError) -> CallEnded:
     """The end of the call that raised this: gRPC's errors are calls, though their type does not say so."""
     return CallEnded.of(cast(grpc.Call, error))
 
@@ -150,7 +150,7 @@ class SignsOfLife:
         """Seconds since anything came from the server, or since there was somebody to hear it."""
         return time.monotonic() - self._heard_at
 
-    def heard(self) -> None:
+    def mark_alive(self) -> None:
         """Note that the server is alive."""
         self._heard_at = time.monotonic()
         self.any = True
@@ -162,7 +162,7 @@ class RetryLoop:
     Args:
         server: where it is, for logs and errors.
         patience: how long to go on.
-        signs: of the server's life.
+        signs: when the server was last heard.
         closed: ends all pauses.
         check: raises what stands against another attempt.
         observer: is told of every attempt that failed and is followed by another.
@@ -207,7 +207,7 @@ class RetryLoop:
         if within is not None:
             within = positive_seconds("within", within)
         for failures in count(1):
-            self._check()
+            self._check()  # before each attempt: a closed client or a signal must not wait for another time limit
             try:
                 outcome = attempt()
             except (TryAgain, CallEnded) as failure:
@@ -227,9 +227,9 @@ class RetryLoop:
             raise failure.error(what) from None
         if self._is_over(began, within):
             self._check()
-            raise self._given_up(failure, what, within) from None
+            raise self._unreachable(failure, what, within) from None
         if not isinstance(failure, Waiting):
-            self._observer.retried(failure.cause)
+            self._observer.note_retry(failure.cause)
         self._log(failure, what)
         # At random, so that the workers of a server that is back do not all come in the same moment.
         longest = max(
@@ -261,7 +261,7 @@ class RetryLoop:
             sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
             _LOG.log(level, sentence, what, self._server, failure)
 
-    def _given_up(self, failure: TryAgain | CallEnded, what: str, within: float | None) -> ServerUnreachable:
+    def _unreachable(self, failure: TryAgain | CallEnded, what: str, within: float | None) -> ServerUnreachable:
         seconds = f"{self._patience_seconds() if within is None else within:g} seconds"
         if not self._signs.any:
             return ServerUnreachable(

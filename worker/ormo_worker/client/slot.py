@@ -11,14 +11,15 @@ from itertools import chain
 import grpc
 
 from ormo_protos.framing import Frame
+from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
 from ormo_worker.client.arguments import Identity, Stage
 from ormo_worker.client.connection import Connection
 from ormo_worker.client.membership import Membership
-from ormo_worker.client.messages import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, understood
-from ormo_worker.client.protocol import SlotSession, Step
+from ormo_worker.client.messages import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, malformed
+from ormo_worker.client.protocol import Fate, SlotSession, Step
 from ormo_worker.client.retries import CallEnded, TryAgain
 from ormo_worker.errors import ProtocolBroken, RunFinished
 
@@ -30,14 +31,18 @@ class ExchangeOutcome:
     """What came of an exchange.
 
     Attributes:
-        result: of the gradient; None if there was none, if it was refused, or if its result was lost with
-            the end of the run.
+        slot: number of the slot that made it.
+        fate: what became of its gradient; None if it had none, and parameters alone were asked for.
+        result: the server's word on the gradient; None if there was none, if it was refused, or if its result was
+            lost with the end of the run.
         refusal: why the gradient was refused (NON_FINITE, NORM_TOO_LARGE, TICKET_UNKNOWN or FINISHED), with a
             sentence for people; None if it was not.
         delivered: the next parameters; None if none were wanted, or the run is over.
         finished: whether the run is over.
     """
 
+    slot: int
+    fate: Fate | None
     result: pb.PushResult | None
     refusal: pb.PushResult | None
     delivered: Delivered | None
@@ -45,14 +50,17 @@ class ExchangeOutcome:
 
 
 class Slot:
-    """Holds at most one ticket, and carries out one exchange at a time; for one thread.
+    """Holds at most one ticket, and carries out one exchange at a time.
+
+    Not locked: each slot belongs to the one thread that calls `exchange`. What slots share is locked where it is kept,
+    in `Membership` and `Connection`.
 
     Args:
-        number: from 0 up.
-        connection: to the server.
-        identity: of the worker.
-        wire: of its model.
-        membership: of the worker, shared by its slots.
+        number: the slot's, from 0 up; the server counts requests for each slot on its own.
+        connection: to the server, shared by the worker's slots.
+        identity: the worker's.
+        wire: the messages of the worker's model.
+        membership: the worker's place in the run, shared by its slots.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class Slot:
         self._joins = 0
         self._since = 0.0
         self._stages: list[tuple[Stage, float]] = []
-        self._wanted = pb.DeliveryRequest()
+        self._wanted = wire.wanted[False, False]
 
     @property
     def holds_ticket(self) -> bool:
@@ -90,23 +98,31 @@ class Slot:
             OrmoError: what waiting and trying again can't mend; the exchange is given up.
         """
         self._session.begin(with_gradient=gradient is not None, wants_next=wants_next)
-        if self._membership.finished:
-            self._session.on_finished()
-            return self._finished()
+        self._stages = [] if gradient is None else [("compute", gradient.compute_seconds)]
+        fate: Fate | None = None
         try:
-            return self._connection.retrying(partial(self._attempt, gradient), "exchanging with the server")
+            if self._membership.finished:  # a heartbeat has said so: the server would wait for nothing more
+                self._session.on_finished()
+                outcome = self._finished()
+            else:
+                outcome = self._connection.retry(partial(self._attempt, gradient), "exchanging with the server")
+            fate = outcome.fate
         except BaseException:
             self._drop_stream()  # answers that are still to come belong to an exchange that nobody waits for
             raise
         finally:
             # Once, when nobody waits for the next parameters any more: each figure costs about 1 µs.
-            self._connection.observer.stages(self._stages)
-            self._stages.clear()
+            self._connection.observer.note_exchange(self._stages, fate)
+        return outcome
 
-    def taken(self, outcome: ExchangeOutcome) -> None:
-        """The caller has what came: if the frozen tensors did, what any slot asks for from now on needs none."""
-        if outcome.delivered is not None and outcome.delivered.payload.layout.frozen:
-            self._membership.frozen_epoch = outcome.delivered.iteration.epoch
+    def note_loaded(self, delivered: Delivered) -> None:
+        """The caller has what came: if the frozen tensors did, what any slot asks for from now on needs none.
+
+        Not noted when they arrive, in the slot's thread: until the caller's thread has come to load them, another
+        slot's parameters must bring them, too, for theirs may be loaded first.
+        """
+        if delivered.payload.layout.frozen:
+            self._membership.frozen_epoch = delivered.iteration.epoch
 
     def close(self) -> None:
         """Let the stream end; an exchange that is under way ends with the connection."""
@@ -116,31 +132,33 @@ class Slot:
             stream.half_close()
 
     def _attempt(self, gradient: Gradient | None) -> ExchangeOutcome:
+        session = self._session
         try:
             joins = self._membership.ensure()
             if joins != self._joins:
                 self._joins = joins
-                self._session.on_joined(wants_frozen=self._membership.wants_frozen)
+                session.on_joined(wants_frozen=self._membership.wants_frozen)
                 self._drop_stream()  # a server that did not know the worker does not know its stream
             step = self._converse(gradient)
         except RunFinished:
-            step = self._session.on_finished()
+            step = session.on_finished()
         except CallEnded as end:
+            # The session decides: whether the gradient goes out once more depends on whether its result has come.
             self._drop_stream()
-            step = self._session.on_end(end.code, end.reason)
+            step = session.on_end(end.code, end.reason)
             if step is Step.JOIN:
-                self._membership.lose(self._joins)
+                self._membership.lose(self._joins)  # this slot's join only: another slot may have joined again since
             if step in (Step.SEND_AGAIN, Step.PULL, Step.JOIN):
                 raise TryAgain.after(end) from None
             if step is not Step.FINISHED:
                 raise
         if _LOG.isEnabledFor(logging.DEBUG):
-            self._tell(self._session.ask.ticket, self._session.result)
+            self._log_result(session.ask.ticket, session.result)
         if step is Step.FINISHED:
             self.close()
             return self._finished()
-        delivered = self._receiver.delivered(self._joins) if self._session.ask.wants_next else None
-        return ExchangeOutcome(self._session.result, self._session.refusal, delivered, finished=False)
+        delivered = self._receiver.finish(self._joins) if session.ask.wants_next else None
+        return ExchangeOutcome(self.number, session.fate, session.result, session.refusal, delivered, finished=False)
 
     def _converse(self, gradient: Gradient | None) -> Step:
         ask, membership = self._session.ask, self._membership
@@ -148,9 +166,9 @@ class Slot:
             self._stream = _Stream(self._connection)
             self._connection.add(self._stream)
         stream, self._since = self._stream, time.monotonic()
-        self._wanted = self._wire.delivery_request(with_buffers=ask.wants_buffers, with_frozen=ask.wants_frozen)
+        self._wanted = self._wire.wanted[ask.wants_buffers, ask.wants_frozen]
         stream.send(
-            self._wire.exchange(
+            self._wire.exchange_messages(
                 self._identity,
                 self.number,
                 ask,
@@ -162,7 +180,7 @@ class Slot:
         )
         step = Step.READ
         while step is Step.READ:
-            step = self._take(stream.receive())
+            step = self._on_answer(stream.receive())
         if step is Step.FAIL:
             raise ProtocolBroken(
                 f"the server answered request {ask.request} of slot {self.number} with what the protocol does not "
@@ -170,42 +188,44 @@ class Slot:
             )
         return step
 
-    def _take(self, answer: Frame[pb.PushPullResponse]) -> Step:
+    def _on_answer(self, answer: Frame[pb.PushPullResponse]) -> Step:
         if isinstance(answer, Chunk):
-            return self._take_chunk(answer)
-        message, data = understood(answer)
+            return self._on_chunk(answer)
+        if isinstance(answer, Malformed):
+            raise malformed(answer)
+        message, data = answer
         match message.WhichOneof("part"):
             case "result":
-                return self._take_result(message.result)
+                return self._on_result(message.result)
             case "delivery":
-                return self._take_delivery(message.delivery, data)
+                return self._on_delivery(message.delivery, data)
             case "finished":
                 return self._session.on_finished()
             case _:
                 return Step.FAIL
 
-    def _take_result(self, result: pb.PushResult) -> Step:
-        self._over("push")
+    def _on_result(self, result: pb.PushResult) -> Step:
+        self._end_stage("push")
         if result.refusal:
             result.refusal, result.refusal_message = printable(result.refusal), printable(result.refusal_message)
         return self._session.on_result(result)
 
-    def _take_delivery(self, delivery: pb.Delivery, data: memoryview) -> Step:
-        if delivery.HasField("result"):
-            step = self._take_result(delivery.result)
+    def _on_delivery(self, delivery: pb.Delivery, data: memoryview) -> Step:
+        if delivery.HasField("result"):  # in one message with the parameters: a hand-off between threads less
+            step = self._on_result(delivery.result)
             if step is not Step.READ:
                 return step
-        self._over("wait")
+        self._end_stage("wait")
         self._receiver.begin(delivery, self._wanted)
-        return self._take_chunk(Chunk(0, data)) if data else Step.READ
+        return self._on_chunk(Chunk(0, data)) if data else Step.READ
 
-    def _take_chunk(self, chunk: Chunk) -> Step:
+    def _on_chunk(self, chunk: Chunk) -> Step:
         if not self._receiver.accept(chunk):
             return Step.READ
-        self._over("pull")
+        self._end_stage("pull")
         return self._session.on_delivery(self._receiver.ticket)
 
-    def _tell(self, ticket: pb.Ticket | None, result: pb.PushResult | None) -> None:
+    def _log_result(self, ticket: pb.Ticket | None, result: pb.PushResult | None) -> None:
         if ticket is None or result is None:
             return
         about = Fields(
@@ -219,13 +239,14 @@ class Slot:
         )
         _LOG.debug("a gradient was counted with delay %d", result.delay, extra=about)
 
-    def _over(self, stage: Stage) -> None:
+    def _end_stage(self, stage: Stage) -> None:
         now = time.monotonic()
         self._stages.append((stage, now - self._since))
         self._since = now
 
     def _finished(self) -> ExchangeOutcome:
-        return ExchangeOutcome(self._session.result, self._session.refusal, None, finished=True)
+        session = self._session
+        return ExchangeOutcome(self.number, session.fate, session.result, session.refusal, None, finished=True)
 
     def _drop_stream(self) -> None:
         stream, self._stream = self._stream, None
@@ -235,18 +256,25 @@ class Slot:
 
 
 class _Stream:
-    """One open PushPull call. A thread of gRPC's takes the requests from here as fast as they can be sent."""
+    """One open PushPull call, kept from exchange to exchange: opening one costs a round trip.
+
+    Two threads meet here. The slot's thread puts in what each exchange sends, and reads the answers; a thread of
+    gRPC's takes the messages out as fast as the network does, and waits in the queue between exchanges. A message with
+    a chunk is a view of the gradient's payload: it is not copied before gRPC's thread has come to it, which is why the
+    payload must not change until the exchange is over.
+
+    Attributes:
+        send: gives gRPC's thread the messages of one exchange; `None` ends the thread.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._exchanges: queue.SimpleQueue[Iterable[PushPullFrame] | None] = queue.SimpleQueue()
+        exchanges: queue.SimpleQueue[Iterable[PushPullFrame] | None] = queue.SimpleQueue()
+        self.send = exchanges.put
         # Until `None`: gRPC's thread waits in here for the next exchange.
-        self._outgoing = Outgoing(chain.from_iterable(iter(self._exchanges.get, None)))
-        with connection.watched():
+        self._outgoing = Outgoing(chain.from_iterable(iter(exchanges.get, None)))
+        with connection.errors_as_call_ended():
             self._call = connection.tensors.push_pull(iter(self._outgoing))
-
-    def send(self, requests: Iterable[PushPullFrame]) -> None:
-        self._exchanges.put(requests)
 
     def receive(self) -> Frame[pb.PushPullResponse]:
         """The next answer.
@@ -259,7 +287,7 @@ class _Stream:
             answer = next(self._call, None)
         except grpc.RpcError as error:
             end = self._connection.end_of(error)
-            self._outgoing.check()
+            self._outgoing.check()  # before: what kept a message from being made ended the call, too, and is the cause
             raise end from None
         except ValueError:
             self._connection.check()  # gRPC's way to say that the channel is closed
@@ -267,13 +295,13 @@ class _Stream:
         if answer is None:
             self._outgoing.check()
             raise CallEnded("OK", "", "the server ended the stream in the middle of an exchange")
-        self._connection.heard()
+        self._connection.mark_alive()
         return answer
 
     def half_close(self) -> None:
         """Say that no more exchanges will come."""
-        self._exchanges.put(None)
+        self.send(None)
 
     def cancel(self) -> None:
-        self._exchanges.put(None)  # or gRPC's thread would wait for ever
+        self.send(None)  # or gRPC's thread would wait in the queue for ever
         self._call.cancel()

@@ -12,12 +12,10 @@ from rich.live import Live
 from rich.text import Text
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.channels import Dialer, UnaryStub
-from ormo_runtime.process import prepare_process
+from ormo_runtime.process import leave_if_asked, leave_on_signals, prepare_process
 from ormo_runtime.settings_loader import load_settings
-from ormo_runtime.signals import leave_if_asked, leave_on_signals
-from ormo_worker.local.cluster import Cluster, ClusterError, refuse_unusable_task
-from ormo_worker.local.settings import LocalSettings
+from ormo_runtime.tls import Dialer, UnaryStub
+from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""The processes of one local run: started in order, watched, stopped in order."""
+"""The processes of one local run: how many and which, started in order, watched, stopped in order."""
 
 import os
 import shlex
@@ -9,25 +9,77 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
+from pydantic import Field, model_validator
+
+from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.logs import printable
-from ormo_runtime.settings import variables_of
-from ormo_worker.local.settings import LocalSettings
+from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors, variables_of
 
 _STOP_SECONDS = 30.0
 _KIB = 1024
+
+
+class LocalSettings(Settings):
+    """Train on this machine: a server, some workers, an evaluator, and a line that shows how it goes."""
+
+    # Where a pod or an image sets ORMO_DIRECTORY for `ormo-server serve`, this would train that run's model further.
+    flags_only: ClassVar[frozenset[str]] = frozenset({"directory"})
+    renamed: ClassVar[Mapping[str, str]] = {"evaluate_every": "evaluate_every_seconds"}
+
+    task: str = Field("digits", description="what to train: a built-in task or an import path, as for `ormo-worker`")
+    data_dir: Path | None = Field(None, description="where the task's data is")
+    workers: int = Field(4, ge=1, le=256, description="worker processes")
+    slow: str = Field("", description="make some slower: `1:10x` is one worker ten times slower, `1:10x,2:3x` three")
+    batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
+    in_flight: int = Field(
+        1,
+        ge=1,
+        le=MAX_SLOTS,
+        description="gradients of each worker that may be on their way, as for `ormo-worker`",
+    )
+    device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
+    stop_after_gradients: int = Field(1500, ge=0, description="end the run after this many gradients; 0: no such end")
+    stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
+    method: str = Field("ormo", description="the server's preset to train by")
+    learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
+    momentum: float = Field(0.9, ge=0, lt=1, description="β")
+    weight_decay: float = Field(0.0, ge=0, description="λ")
+    evaluate_every_seconds: float = Field(
+        2.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations on the test set"
+    )
+    directory: Path | None = Field(
+        None,
+        description="where checkpoints and logs go; an earlier run's directory goes on with that run; none: a new one "
+        "under `runs/`, named by the time",
+    )
+    metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
+    server_flags: str = Field("", description="more flags for `ormo-server serve`, in one string")
+    worker_flags: str = Field("", description="more flags for `ormo-worker run`, in one string")
+
+    @model_validator(mode="after")
+    def _slow_workers_exist(self) -> "LocalSettings":
+        try:
+            self.slow_factors()
+        except ValueError as error:
+            raise ValueError(f"--slow: {error}") from None
+        return self
+
+    def slow_factors(self) -> list[float]:
+        """How much slower each worker is made; 1 for not at all. The slow ones come last."""
+        return slow_factors(self.slow, self.workers)
 
 
 class Child:
     """One program of this package, run by this Python.
 
     Args:
-        name: for messages, and of the log file.
-        module: to run.
-        arguments: after it.
-        environment: of the program.
-        log: directory for what it writes on stderr.
+        name: what messages and its log file call it.
+        module: the module that Python runs.
+        arguments: the words after it on the command line.
+        environment: the variables that it sees.
+        log: directory for the file with what it writes on stderr.
 
     Attributes:
         peak_bytes: the most memory that it had, known after its end.
@@ -143,8 +195,8 @@ class Cluster:
 
     Attributes:
         directory: where checkpoints and logs are.
-        address: of the server.
-        metrics_address: of its metrics; empty if there are none.
+        address: HOST:PORT of the server, once it is up.
+        metrics_address: HOST:PORT of the server's metrics; empty if there are none.
         workers: the worker processes.
     """
 
@@ -273,7 +325,7 @@ class Cluster:
         return ["run", *_flags(flags), *self._task_arguments(), *shlex.split(settings.worker_flags)]
 
     def _evaluator_arguments(self) -> list[str]:
-        return ["evaluate", *_flags({"--every-seconds": self.settings.evaluate_every}), *self._task_arguments()]
+        return ["evaluate", *_flags({"--every-seconds": self.settings.evaluate_every_seconds}), *self._task_arguments()]
 
     def _task_arguments(self) -> list[str]:
         settings = self.settings

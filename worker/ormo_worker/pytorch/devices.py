@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _parsed(name)
+    device = _parse_device(name)
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         number = device.index or 0
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _parsed(name: str) -> torch.device:
+def _parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -66,8 +66,8 @@ class Streams:
     With one for both, parameters that have arrived would wait behind a gradient that is still being computed.
 
     Attributes:
-        outward: for copies from the device.
-        inward: for copies to it.
+        outward: where copies from the device are queued.
+        inward: where copies to the device are queued.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,6 +100,9 @@ class Copies:
     """Copies that are under way; those without an event are done when this is made.
 
     Waiting for an event leaves what is queued behind it running, which synchronizing the device would not.
+
+    Not locked, though two slots' threads may wait for the same copies, the one for its gradient and the other to know
+    when the gradient before its own was done: each waits for the event itself, and both note nearly the same time.
     """
 
     def __init__(self, event: Event | None = None) -> None:
@@ -109,14 +112,17 @@ class Copies:
     def done(self) -> bool:
         """Whether they are done, without waiting; for the thread that would wait for them."""
         if self._event is not None and self._event.query():
-            self._event, self._done_at = None, time.monotonic()
+            self._done_at = time.monotonic()
+            self._event = None
         return self._event is None
 
     def wait(self) -> float:
         """Wait until they are done, in any thread; returns when the first to wait saw that, by `time.monotonic`."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event, self._done_at = None, time.monotonic()
+        event = self._event  # read once: another thread may see it done meanwhile
+        if event is not None:
+            event.synchronize()
+            self._done_at = time.monotonic()
+            self._event = None  # after the time, which whoever finds no event returns
         return self._done_at
 
 
@@ -124,23 +130,23 @@ class Arriving:
     """A tensor that may still be on its way from the device.
 
     Args:
-        tensor: on the CPU, complete once the copies are done.
-        copies: of it; None if none are under way.
+        tensor: where it arrives, on the CPU; complete once the copies are done.
+        copies: those that fill it; None if it is complete already.
     """
 
     def __init__(self, tensor: Tensor, copies: Copies | None = None) -> None:
         self._tensor = tensor
         self._copies = copies
 
-    def here(self) -> bool:
+    def is_here(self) -> bool:
         """Whether it is there, so that nobody has to wait; for the thread that would."""
         return self._copies is None or self._copies.done()
 
     def number(self) -> float:
         """Its only element, once it is there; in any thread."""
-        return float(self.arrived())
+        return float(self.wait())
 
-    def arrived(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The tensor, once it is there; in any thread."""
         if self._copies is not None:
             self._copies.wait()
@@ -151,7 +157,7 @@ def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable
     """Copy on this stream, once the event has come.
 
     Args:
-        streams: of the device.
+        streams: the device's.
         stream: one of its two for copies.
         after: when the sources are written, and the targets no longer read.
         pairs: target and source each, one of them on the device, the other in page-locked memory.
@@ -166,7 +172,7 @@ def queue_copies(streams: Streams, stream: Stream, after: Event, pairs: Iterable
     return streams.mark(stream)
 
 
-def shared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
     """Pairs of tensors that have a byte in common, and (paired with itself) a tensor that has one byte twice.
 
     Args:
@@ -210,17 +216,17 @@ def length_of(tensor: Tensor) -> int:
 def _has_a_byte_twice(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return False
-    return int(_marked(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
+    return int(_mark(tensor, length_of(tensor), 0).count_nonzero()) < tensor.numel() * tensor.element_size()
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
     """Whether they share a byte; columns of one matrix, say, do not, though each lies between the other's."""
     apart = second.data_ptr() - first.data_ptr()
     length = max(length_of(first), apart + length_of(second))
-    return bool((_marked(first, length, 0) & _marked(second, length, apart)).any())
+    return bool((_mark(first, length, 0) & _mark(second, length, apart)).any())
 
 
-def _marked(tensor: Tensor, length: int, start: int) -> Tensor:
+def _mark(tensor: Tensor, length: int, start: int) -> Tensor:
     """Bytes of memory, true where the tensor has an element of its own; shape (length,)."""
     marks = torch.zeros(length, dtype=torch.bool, device="cpu")
     size = tensor.element_size()

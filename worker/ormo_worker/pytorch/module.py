@@ -25,7 +25,7 @@ from ormo_protos.manifest import (
 )
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.errors import ModelUnusable
-from ormo_worker.pytorch.devices import shared
+from ormo_worker.pytorch.devices import find_shared
 
 # By the last part of a buffer's name, as batch norm has them; all else is the program's own, and whole at any time.
 _AVERAGED = ("running_mean", "running_var")
@@ -33,7 +33,7 @@ _COUNTERS = ("num_batches_tracked",)
 _PARAMETER_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: importing them takes longer than all else here
 _WHOLE = (
-    "a worker needs the whole model, of plain tensors; if it is too large for one device, put its layers on several"
+    "a worker needs the whole model, in plain tensors; if it is too large for one device, put its layers on several"
 )
 
 
@@ -54,13 +54,13 @@ class ModelTensors:
     """The model's distinct tensors, without aliases, in the order of the payload's sections.
 
     Args:
-        model: that has them.
+        model: the module whose tensors they are.
         frozen: parameters that this run does not train; by default those that require no gradient.
 
     Attributes:
         manifest: what the server must agree to.
         parameters: the module's own parameter objects, of those that are trained; they stay the same ones throughout.
-        frozen: as `parameters`, of the others.
+        frozen: the module's own parameter objects, of those that are not trained.
 
     Raises:
         ModelUnusable: as for `manifest_of`.
@@ -165,16 +165,16 @@ class _Buffer:
         tensor, joined = self.entry.current(), self.entry.tensor
         if tensor is joined and joined.shape == self.shape and joined.dtype == self.dtype:
             return joined  # most are, and all else that is asked of a tensor takes longer
-        return self._checked(tensor)
+        return self._check(tensor)
 
-    def _checked(self, tensor: object) -> Tensor:
+    def _check(self, tensor: object) -> Tensor:
         if not isinstance(tensor, Tensor):
-            raise ModelUnusable(f"the buffer {self.spec.name!r} is no tensor any more: {self._wanted()}")
+            raise ModelUnusable(f"the buffer {self.spec.name!r} is no longer a tensor: {self._advice()}")
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             became = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {became}: {self._wanted()}")
+            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {became}: {self._advice()}")
         if tensor.layout != torch.strided:
-            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {tensor.layout}: {self._wanted()}")
+            raise ModelUnusable(f"the buffer {self.spec.name!r} has become {tensor.layout}: {self._advice()}")
         if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ModelUnusable(
                 f"the buffer {self.spec.name!r} is a view with several elements in one place in memory, as `expand` "
@@ -197,7 +197,7 @@ class _Buffer:
             return True
         return False
 
-    def _wanted(self) -> str:
+    def _advice(self) -> str:
         return (
             f"the run has it as {self.dtype} of shape {self.spec.shape}; keep it so, or register it with "
             "persistent=False if it need not be kept"
@@ -248,7 +248,7 @@ def _plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The plain module in a compiled or parallel one."""
     while (name := _wrapped(model)) is not None:
         model = model.get_submodule(name)
@@ -288,7 +288,7 @@ def _check_usable(entries: dict[str, _Entry]) -> None:
                 f"parallelism and quantisation make them: {_WHOLE}"
             )
     own = ((name, entry.tensor) for name, entry in entries.items() if not entry.alias_of)
-    for name, other in shared(own):  # each delivery would write the one memory twice, with different values
+    for name, other in find_shared(own):  # each delivery would write the one memory twice, with different values
         if name == other:
             raise ModelUnusable(
                 f"the tensor {name!r} has several elements in the same place in memory, as `expand` makes them: give "

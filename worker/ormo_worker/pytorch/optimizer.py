@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
-from ormo_protos.manifest import BFLOAT16, FLOAT32
-from ormo_protos.refusals import UNSOUND_GRADIENT
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_runtime.logs import Fields
 from ormo_runtime.tls import Credentials
-from ormo_worker.client import Delivered, Identity, ParameterClient, Patience
-from ormo_worker.client.arguments import address, described, one_number, whole_number
+from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
+from ormo_worker.client.arguments import Identity, Patience, describe, one_number, whole_number
 from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
@@ -30,26 +27,20 @@ from ormo_worker.errors import (
     Replaced,
     RunFinished,
 )
-from ormo_worker.metrics import Exporter, WorkerMetrics
+from ormo_worker.metrics import Exporter, Tally, WorkerMetrics
 from ormo_worker.pytorch.devices import Copies
-from ormo_worker.pytorch.groups import OPTIONS_OF_TORCH, SCALE, ParameterGroup, decays, refused_option
-from ormo_worker.pytorch.module import frozen_in, unwrapped
-from ormo_worker.pytorch.pipeline import Exchanged, Exchanges, Gathered, InFlight, OneAtATime
+from ormo_worker.pytorch.module import frozen_in, unwrap
+from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
+from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
 from ormo_worker.pytorch.transfer import Staging, Transfer
-from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
+from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
-_WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
 _SETTLE_SECONDS = 5.0
-_SECONDS_BETWEEN_WARNINGS = 10.0
-_FIXED = (
-    "which parameters are trained is decided for a run when its optimizer is made. Have all of them require gradients, "
-    "and be in params=, before; or load the last checkpoint's model.safetensors into the model, and begin a new run "
-    "with it, in another --directory"
-)
-# By plain model and server, for one that is made again, as by a cell of a notebook.
+# By plain model and server, for one that is made again, as by a cell of a notebook. Weak in both, or neither the model
+# nor the place in the run would ever be let go.
 _made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
 
@@ -72,18 +63,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Closures, gradient clipping, gradient accumulation, `torch.amp.GradScaler`, frozen parameters, tied
     weights and parameters without a gradient work as with any optimizer. Use it from one thread, and make
-    it after the model is on its device. It leaves the run when closed, at the end of the program, or when another is
-    made for the same model at the same server. A fork of the process has no part in the run, and it can't be copied.
+    it after the model is on its device. It leaves the run when it is closed, when the program ends, or when another
+    is made for the same model at the same server. A fork of the process has no part in the run, and the optimizer
+    can't be copied.
 
     With several gradients in flight, `step` hands the gradient to a thread and loads the parameters of another
     slot, so that the next gradient is computed while this one travels. What the server says of a gradient is
     then known some steps later; an error, too, is raised in a later step, and in each one after it.
 
     Args:
-        model: parameters float32 or bfloat16; updated in place.
+        model: the module to train, its parameters float32 or bfloat16; updated in place.
         server: HOST:PORT, where an ormo-server listens.
         params: parameters, named parameters or groups, as for any optimizer; all of the model's by default.
-            Those left out are frozen, as those are that require no gradient when this is made: they travel once
+            Those left out are frozen, as are those that require no gradient when this is made: they travel once
             in each join, and are the same on all workers. A group may set `weight_decay_scale`.
         batch_size: samples that a step counts if it is not told; 1 by default.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
@@ -100,19 +92,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         credentials: files with certificates or a token to connect with; None for no TLS.
 
     Attributes:
-        last_result: what the server said to the last gradient whose outcome is known, with several in flight not
-            the last that was pushed; None before the first, and for one that was refused.
-        counted: how many gradients the server is known to have counted: applied, or discarded as too late.
         iteration: gradients that the server had applied when it sent the parameters that the model has.
         finished: whether the run is over. The model then has the parameters and buffers that it ended with,
             if the server could still be asked for them.
-        refusals: how many gradients were refused, by reason.
 
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
         CredentialsError: a certificate, key or token can't be used.
-        OptionRefused: no module, an address that is none, an option that the server decides, a parameter of another
-            model, a bad id, number or dtype, or an address for metrics that can't be had.
+        OptionRefused: `model` is no module, `server` no address, a parameter another model's, an option the server's,
+            an id or number out of its limits, the dtype another one, or the address for metrics not free.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
         Refused: the server won't have this worker.
@@ -136,7 +124,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         credentials: Credentials | None = None,
         **others: Never,
     ) -> None:
-        _check_first(model, server, others)
+        check_model_and_server(model, server, others)
         self._own = set(model.parameters())
         if not self._own:
             raise ModelUnusable("the model has no parameters: there is nothing to train")
@@ -144,21 +132,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._process = os.getpid()
         super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
         self._began = True
-        self._given = {parameter for group in self.param_groups for parameter in group["params"]}
-        staging = Staging(model, (self._own - self._given) | frozen_in(model))
+        given = {parameter for group in self.param_groups for parameter in group["params"]}
+        staging = Staging(model, (self._own - given) | frozen_in(model))
         self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
-        self.last_result: pb.PushResult | None = None
         self.iteration = 0
         self.finished = False
-        self.counted = 0
-        self.refusals: Counter[str] = Counter()
-        self._warned_at = float("-inf")
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
+        self._weight_decay = 0.0  # as the server had it at that join
         self._gathered: Copies | None = None
         self._in_flight = whole_number("in_flight", in_flight, 1, MAX_SLOTS)
-        self._dtype = _wire_dtype(wire_dtype)
+        self._dtype = wire_dtype_of(wire_dtype)
         identity = Identity() if worker_id is None else Identity(worker_id)
+        self._tally = Tally(identity.worker)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
         connect = partial(
             ParameterClient,
@@ -170,17 +156,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
             observer=self._metrics,
             credentials=credentials,
         )
-        watch = Watch(staging, on_local_change)
-        self._place = (unwrapped(model), server)
+        watch = Watch(staging, given, on_local_change)
+        self._place = (unwrap(model), server)
         _close_older(*self._place)
         try:
             self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
             _LOG.warning(
-                "the server at %s does not know frozen parameters: in the run that it has, they travel too", server
+                "the server at %s does not know frozen parameters: in its run, they travel as all others do", server
             )
             whole = Staging(model, frozenset())
-            self._join(whole, Watch(whole, on_local_change), connect, metrics_listen)
+            self._join(whole, Watch(whole, given, on_local_change), connect, metrics_listen)
 
     def _join(
         self, staging: Staging, watch: Watch, connect: Callable[..., ParameterClient], metrics_listen: str
@@ -188,20 +174,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Join the run with this description of the model."""
         self._staging = staging
         self._watch = watch
-        self._resting = [
-            (name, parameter, parameter in self._given)
-            for name, parameter in staging.tensors.named_frozen()
-            if not parameter.requires_grad
-        ]
         with_buffers = staging.tensors.has_buffers
-        self._outgoing = tuple(self._transfer(self._dtype, with_buffers=with_buffers) for _ in range(self._in_flight))
+        self._outgoing = tuple(
+            staging.transfer(staging.payload(self._dtype, with_buffers=with_buffers)) for _ in range(self._in_flight)
+        )
         self._incoming: dict[int | None, Transfer] = {}
         self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
         exporter = Exporter(metrics_listen, self._metrics.registry)
         slots, metrics = self._client.slots, self._metrics
-        self._exchanges: Exchanges = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
-        # Also at the end of the program.
-        self._close = weakref.finalize(self, _close, self._exchanges, self._client, exporter)
+        self._pipeline: Pipeline = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
+        # Also at the end of the program, and in whichever thread forgets the last reference: it may not know `self`.
+        self._close = weakref.finalize(self, _close, self._pipeline, self._client, exporter)
         _remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
         try:
             self._start()
@@ -225,9 +208,27 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._client.welcome.settings
 
     @property
+    def last_result(self) -> pb.PushResult | None:
+        """What the server said to the last gradient whose outcome is known; None before, and for a refused one.
+
+        With several in flight that is not the one that was pushed last.
+        """
+        return self._tally.last_result
+
+    @property
+    def counted(self) -> int:
+        """How many gradients the server is known to have counted: applied, or discarded as too late."""
+        return self._tally.counted
+
+    @property
+    def refusals(self) -> Counter[str]:
+        """How many gradients were refused, by reason."""
+        return self._tally.refusals
+
+    @property
     def under_way(self) -> int:
-        """Gradients that were pushed and whose outcome is not known yet; always below the number in flight."""
-        return self._exchanges.under_way
+        """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
+        return self._pipeline.under_way
 
     def step(
         self,
@@ -243,7 +244,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and its gradients, and returns the loss.
-            samples: in the mini-batch or, after accumulation, in all of them, 0 to 2**31 - 1; `batch_size` by default.
+            samples: how many the mini-batch had or, after accumulation, all of them, 0 to 2**31 - 1; `batch_size` by
+                default.
                 A float or tensor will do if it is whole, such as a mask's sum.
             loss: the mini-batch's mean, to be shown; by default what the closure returned, if that is one number.
 
@@ -265,20 +267,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         count = self._batch_size if samples is None else whole_number("samples", samples, 0, MAX_SAMPLES)
         shown = one_number(loss)
         if loss is not None and shown is None:
-            raise OptionRefused(f"loss is {described(loss)}: expected one real number, the mini-batch's mean")
+            raise OptionRefused(f"loss is {describe(loss)}: expected one real number, the mini-batch's mean")
         returned = None
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
             if loss is None:  # a closure may return anything: other optimizers hand it on and look at none of it
                 shown = one_number(returned)
-        if self._resting:
-            self._refuse_unfrozen()
-        slot = self._exchanges.current
+        if self._watch.resting:
+            self._watch.refuse_unfrozen()
+        slot = self._pipeline.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
-            self._take(self._exchanges.next())
+            self._apply(self._pipeline.next())
         else:
-            self._take(self._exchanges.swap(self._gather(slot, count, shown)))
+            self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
         return returned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -298,7 +300,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         if self._began:
             self.param_groups.pop()
-            raise OptionRefused(f"a group of parameters came after the optimizer was made: {_FIXED}")
+            raise OptionRefused(f"a group of parameters came after the optimizer was made: {FIXED}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the groups' options; there is no other state, for momentum and iterations are the server's.
@@ -319,7 +321,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._close()
         if not self._client.inherited:
             self._settle(0.0)
-            self._watch.end()
+            self._watch.flush()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Refuse to be copied or pickled.
@@ -344,59 +346,40 @@ class RemoteOptimizer(torch.optim.Optimizer):
         except RunFinished:
             self._finish()
         except Refused as error:
-            raise self._explained(error) from None
+            raise self._explain(error) from None
         else:
-            self._take(self._exchanges.start())
+            self._apply(self._pipeline.start())
 
-    def _explained(self, error: Refused) -> Refused:
+    def _explain(self, error: Refused) -> Refused:
         if self._in_flight == 1 or isinstance(error, Replaced):
             return error
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
     def _gather(self, slot: int, samples: int, loss: float | Tensor | None) -> Gathered:
         outgoing = self._outgoing[slot]
-        weight_decay = self._client.welcome.settings.weight_decay
-        scaled = decays(self.param_groups, self._staging.tensors.parameters, weight_decay)
-        self._watch.parameters()
-        self._watch.gradients(scaled)
-        before, self._gathered = self._gathered, outgoing.begin_gradients(scaled)
-        self._watch.given()
+        scaled = decays(self.param_groups, self._staging.tensors.parameters, self._weight_decay)
+        self._watch.check(
+            scaled
+        )  # before the gradient is packed: an error here leaves it, and the ticket, as they were
+        # With one slot the gradient before was exchanged before these parameters came: there is no time to count twice.
+        before = self._gathered if self._in_flight > 1 else None
+        self._gathered = outgoing.begin_gradients(scaled)
         return Gathered(
             payload=outgoing.payload,
             copies=self._gathered,
             samples=samples,
-            loss=self._staging.fetch(loss).number if isinstance(loss, Tensor) else _known(loss),
+            loss=self._staging.fetch_number(loss) if isinstance(loss, Tensor) else loss,
             loaded_at=self._loaded_at,
             before=before,
         )
 
-    def _refuse_unfrozen(self) -> None:
-        """Parameters that no gradient goes out of must not look as if they were trained.
-
-        Raises:
-            ModelUnusable: one of them is not frozen any more.
-        """
-        for name, parameter, given in self._resting:
-            # The gradient of one that is in no group is nobody's, and may have been there before.
-            if parameter.requires_grad or (given and _moves(parameter.grad)):
-                what = "requires a gradient" if parameter.requires_grad else "has a gradient"
-                raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {_FIXED}")
-
-    def _take(self, exchanged: Exchanged) -> None:
-        self._note(exchanged)
-        if exchanged.outcome.delivered is not None:
-            self._load(exchanged.slot, exchanged.outcome.delivered)
-        if exchanged.outcome.finished:
+    def _apply(self, outcome: ExchangeOutcome) -> None:
+        """Bring the program up to date with what came: figures, parameters, the end of the run."""
+        self._tally.note(outcome, self.iteration)
+        if outcome.delivered is not None:
+            self._load(outcome.slot, outcome.delivered)
+        if outcome.finished:
             self._finish()
-
-    def _note(self, exchanged: Exchanged) -> None:
-        outcome = exchanged.outcome
-        if exchanged.gathered is None:
-            return
-        self.last_result = outcome.result
-        self.counted += outcome.result is not None
-        if outcome.refusal is not None and not outcome.finished:
-            self._note_refusal(outcome.refusal)
 
     def _load(self, slot: int | None, delivered: Delivered) -> None:
         incoming = self._incoming.get(slot)
@@ -409,21 +392,22 @@ class RemoteOptimizer(torch.optim.Optimizer):
         mends = delivered.joins is not None and delivered.joins <= self._joins
         mended = incoming.load(mends=mends)
         if mended:
-            self._note_mended(mended)
-        self._joins = self._joins if delivered.joins is None else delivered.joins
-        self._watch.loaded(incoming)
+            self._tally.note_mended(listed(mended), self.iteration)
+        if delivered.joins is not None and delivered.joins != self._joins:
+            self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
+        self._watch.note_loaded(incoming)
         self.iteration = delivered.iteration.number
         self._loaded_at = time.monotonic()
 
     def _settle(self, seconds: float) -> None:
         """Wait for gradients in flight, and note what became of those that are through."""
-        self._exchanges.settle(seconds)
-        for exchanged in self._exchanges.collected():
-            self._note(exchanged)
+        self._pipeline.settle(seconds)
+        for outcome in self._pipeline.drain():
+            self._tally.note(outcome, self.iteration)
 
     def _finish(self) -> None:
         self.finished = True
-        self._settle(_FINAL_PULL_SECONDS)
+        self._settle(_FINAL_PULL_SECONDS)  # before the last parameters are asked for: these gradients may be in them
         try:
             delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
         except ModelMismatch:
@@ -433,36 +417,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         if delivered is not None:
             self._load(None, delivered)
-
-    def _note_refusal(self, refusal: pb.PushResult) -> None:
-        self.refusals[refusal.refusal] += 1
-        worker = self._client.identity.worker
-        about = Fields(worker=worker, request=refusal.request, iteration=self.iteration, reason=refusal.refusal)
-        if refusal.refusal not in UNSOUND_GRADIENT:
-            said = "a gradient was lost, training goes on: %s: %s"
-            _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
-            return
-        if self._may_warn():  # a loop that has diverged refuses every gradient
-            count = self.refusals[refusal.refusal]
-            said = "the server refused a gradient, %d so far: %s"
-            _LOG.warning(said, count, refusal.refusal_message, extra=about)
-
-    def _note_mended(self, buffers: list[str]) -> None:
-        if self._may_warn():
-            said = "buffers had NaN or infinity, and have the server's values again, as their gradients count: %s"
-            _LOG.warning(
-                said, listed(buffers), extra=Fields(worker=self._client.identity.worker, iteration=self.iteration)
-            )
-
-    def _may_warn(self) -> bool:
-        now = time.monotonic()
-        if now - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
-            return False
-        self._warned_at = now
-        return True
-
-    def _transfer(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Transfer:
-        return self._staging.transfer(self._staging.payload(dtype, with_buffers=with_buffers))
 
 
 def _close_older(model: nn.Module, server: str) -> None:
@@ -476,43 +430,14 @@ def _remember(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None
     _made.setdefault(model, {})[server] = weakref.ref(optimizer)
 
 
-def _close(exchanges: Exchanges, client: ParameterClient, exporter: Exporter) -> None:
+def _close(pipeline: Pipeline, client: ParameterClient, exporter: Exporter) -> None:
     if client.inherited:  # a fork that ends must not leave in the name of its parent
         return
+    # In this order: gradients under way are worth some seconds, the connection ends the calls that slots' threads wait
+    # in, and only then is there no thread that would be waited for in vain.
     try:
-        exchanges.settle(_SETTLE_SECONDS)
+        pipeline.settle(_SETTLE_SECONDS)
     finally:  # an interrupted wait ends the rest all the sooner
         client.close()
-        exchanges.stop()
+        pipeline.stop()
         exporter.close()
-
-
-def _check_first(model: object, server: object, others: Iterable[str]) -> None:
-    """Have a sentence for who puts this in the place of another optimizer, arguments and all."""
-    if not isinstance(model, nn.Module):
-        raise OptionRefused(
-            f"the model is a {type(model).__name__}: expected the torch.nn.Module itself, as in RemoteOptimizer(model, "
-            "'HOST:PORT'); which of its parameters are trained is said with params="
-        )
-    for option in others:
-        if option in OPTIONS_OF_TORCH:
-            raise refused_option(option)
-        raise TypeError(f"RemoteOptimizer() got an unexpected keyword argument {option!r}")
-    address("server", server, lowest_port=1)
-
-
-def _moves(gradient: Tensor | None) -> bool:
-    """Whether another optimizer would use it: zeros are what `zero_grad(set_to_none=False)` leaves of an old one."""
-    return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
-
-
-def _known(loss: float | None) -> Callable[[], float] | None:
-    if loss is None:
-        return None
-    return lambda: loss
-
-
-def _wire_dtype(dtype: torch.dtype) -> pb.Dtype.ValueType:
-    if dtype not in _WIRE_DTYPES:
-        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16")
-    return _WIRE_DTYPES[dtype]

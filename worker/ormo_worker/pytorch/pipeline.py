@@ -1,19 +1,25 @@
-"""A worker's slots at work: in which thread each exchanges its gradient, and whose parameters come next."""
+"""A worker's slots at work: in which thread each exchanges its gradient, and whose parameters come next.
+
+A gradient's way out: the training thread packs it (`Gathered`), the thread that exchanges it waits for the copies from
+the device (`Gradient`), and the slot sends it. Its way back is one `ExchangeOutcome`, which the training thread takes.
+"""
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+
+from typing_extensions import override
 
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
 from ormo_worker.client import ExchangeOutcome, Gradient, Slot
-from ormo_worker.client.arguments import Observer, Outcome
+from ormo_worker.client.arguments import Observer
 from ormo_worker.errors import ClientClosed
-from ormo_worker.pytorch.devices import Copies
+from ormo_worker.pytorch.devices import Arriving, Copies
 
 _LOG = logging.getLogger(__name__)
 _JOIN_SECONDS = 5.0  # the connection is closed by then, so nothing keeps a thread
@@ -24,129 +30,126 @@ class Gathered:
     """A gradient that may still be on its way from the device.
 
     Attributes:
-        payload: of it, complete once the copies are done.
-        copies: to the payload.
-        samples: in the mini-batch.
-        loss: gives the mini-batch's mean, once the copies are done; None if not known.
-        loaded_at: when the model had the parameters, by `time.monotonic`.
-        before: the copies of the gradient before this one; None for the first.
+        payload: the memory that it is sent from, complete once the copies are done; it must not change before its
+            exchange is over.
+        copies: those that fill the payload.
+        samples: how many the mini-batch had.
+        loss: the mini-batch's mean, perhaps still on its way; None if not known.
+        loaded_at: when the model had the parameters that it was computed at, by `time.monotonic`.
+        before: the copies of the gradient before this one; None for the first, and where each exchange is over before
+            the next gradient is begun.
     """
 
     payload: Payload
     copies: Copies
     samples: int
-    loss: Callable[[], float] | None
+    loss: Arriving | float | None
     loaded_at: float
     before: Copies | None = None
 
-    def arrived(self) -> Gradient:
-        """The gradient, once it is there."""
+    def wait(self) -> Gradient:
+        """The gradient, once it is there; in any thread, but in one only."""
         # A device may still be at one gradient when it gets the parameters for the next: that time counts once.
         began = self.loaded_at if self.before is None else max(self.loaded_at, self.before.wait())
         seconds = self.copies.wait() - began
-        return Gradient(self.payload, self.samples, None if self.loss is None else self.loss(), seconds)
+        loss = self.loss.number() if isinstance(self.loss, Arriving) else self.loss
+        return Gradient(self.payload, self.samples, loss, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Exchanged:
-    """An exchange that is over.
+class Pipeline(ABC):
+    """Gradients go out, parameters come in; for the training thread, but for `settle` and `stop`.
+
+    These two may come from any thread: the garbage collector closes a forgotten optimizer wherever it happens to run.
 
     Attributes:
-        slot: its number.
-        gathered: the gradient; None if parameters alone were asked for.
-        outcome: what came of it.
+        current: the slot whose parameters came last and whose gradient is due; None if another has to come first.
+        under_way: gradients that were given and whose outcome nobody has got yet.
     """
 
-    slot: int
-    gathered: Gathered | None
-    outcome: ExchangeOutcome
+    current: int | None
+    under_way: int
 
-
-class Exchanges(Protocol):
-    """Gradients go out, parameters come in; for one thread, but for `settle` and `stop`."""
-
-    @property
-    def current(self) -> int | None:
-        """The slot whose parameters came last and whose gradient is due; None if another has to come first."""
-
-    @property
-    def under_way(self) -> int:
-        """Gradients whose outcome was not taken yet."""
-
-    def start(self) -> Exchanged:
+    @abstractmethod
+    def start(self) -> ExchangeOutcome:
         """Wait for one slot's parameters, and have all others ask for theirs.
 
         Raises:
             OrmoError: as `Slot.exchange`.
         """
 
-    def swap(self, gathered: Gathered) -> Exchanged:
+    @abstractmethod
+    def swap(self, gathered: Gathered) -> ExchangeOutcome:
         """Give the current slot its gradient, and wait for the next parameters.
 
         Raises:
             OrmoError: as `Slot.exchange`, of any slot.
         """
 
-    def next(self) -> Exchanged:
+    @abstractmethod
+    def next(self) -> ExchangeOutcome:
         """Wait for the next parameters, where none are current.
 
         Raises:
             OrmoError: as `swap`.
         """
 
+    @abstractmethod
     def settle(self, seconds: float) -> None:
         """Wait until the gradients under way are exchanged, but not for longer."""
 
-    def collected(self) -> Iterator[Exchanged]:
-        """Exchanges that are over, and that nobody waited for."""
+    @abstractmethod
+    def drain(self) -> Iterator[ExchangeOutcome]:
+        """What came of exchanges that are over, and that nobody waited for."""
 
+    @abstractmethod
     def stop(self) -> None:
-        """End the threads; the connection is closed before."""
+        """End the threads. Close the connection before: an exchange that waits for the server holds its thread."""
 
 
-class OneAtATime:
-    """One slot, exchanging in the caller's thread: nothing is computed while a gradient travels."""
-
-    current = 0
-    under_way = 0
+class OneAtATime(Pipeline):
+    """One slot, exchanging in the caller's thread: nothing is computed, and nothing is under way, between two calls."""
 
     def __init__(self, slot: Slot, observer: Observer) -> None:
+        self.current = slot.number
+        self.under_way = 0
         self._slot = slot
         self._observer = observer
 
-    def start(self) -> Exchanged:
-        """See `Exchanges`, as for all of these."""
+    @override
+    def start(self) -> ExchangeOutcome:
         return self.next()
 
-    def swap(self, gathered: Gathered) -> Exchanged:
-        """See `Exchanges`."""
-        gathered.copies.wait()
+    @override
+    def swap(self, gathered: Gathered) -> ExchangeOutcome:
+        gradient = gathered.wait()  # before the clock starts: until then the device computes, and nobody waits
         began = time.monotonic()
-        exchanged = self._exchanged(gathered)
-        self._observer.blocked(time.monotonic() - began)
-        return exchanged
+        outcome = self._slot.exchange(gradient)
+        self._observer.note_wait(time.monotonic() - began)
+        if outcome.delivered is not None:
+            self._slot.note_loaded(outcome.delivered)
+        return outcome
 
-    def next(self) -> Exchanged:
-        """See `Exchanges`."""
-        return self._exchanged(None)
+    @override
+    def next(self) -> ExchangeOutcome:
+        outcome = self._slot.exchange(None)
+        if outcome.delivered is not None:
+            self._slot.note_loaded(outcome.delivered)
+        return outcome
 
+    @override
     def settle(self, seconds: float) -> None:
-        """Nothing is ever under way between two calls."""
+        pass
 
-    def collected(self) -> Iterator[Exchanged]:
-        """See `Exchanges`."""
+    @override
+    def drain(self) -> Iterator[ExchangeOutcome]:
         return iter(())
 
+    @override
     def stop(self) -> None:
-        """There is no thread."""
-
-    def _exchanged(self, gathered: Gathered | None) -> Exchanged:
-        exchanged = _exchange(self._slot, gathered, self._observer)
-        self._slot.taken(exchanged.outcome)
-        return exchanged
+        pass
 
 
-class InFlight:
+class InFlight(Pipeline):
     """Several slots, each exchanging in a thread of its own, while the caller computes.
 
     Parameters are taken in the order in which they arrived. Slots in fixed turns would mostly come in the same
@@ -154,97 +157,111 @@ class InFlight:
     bounded staleness may hand out its next ticket only when the last is redeemed. Whoever waits for one slot
     while another holds a ticket then waits for ever. Taking the first that is there, nobody ever waits with a
     ticket in hand; and the oldest goes first, so none grows staler than it must.
+
+    No lock is needed: a slot's thread touches its slot and puts the outcome into the one queue; `current`, `under_way`
+    and the failure belong to the thread that takes outcomes out.
     """
 
     def __init__(self, slots: tuple[Slot, ...], observer: Observer) -> None:
-        self.current: int | None = None
+        self.current = None
         self.under_way = 0
         self._slots = slots
         self._observer = observer
-        self._done: queue.SimpleQueue[Exchanged | _Failed] = queue.SimpleQueue()
-        self._threads = tuple(_SlotThread(slot, observer, self._done) for slot in slots)
+        self._done: queue.SimpleQueue[ExchangeOutcome | _Failed] = queue.SimpleQueue()
+        self._threads = tuple(_SlotThread(slot, self._done) for slot in slots)
         self._failure: Exception | None = None
 
-    def start(self) -> Exchanged:
-        """See `Exchanges`, as for all of these."""
+    @override
+    def start(self) -> ExchangeOutcome:
         for thread in self._threads:
             thread.start()
         first, *others = self._threads
         first.give(None)
-        exchanged = self.next()
+        outcome = self.next()
         for thread in others:  # not before: what comes first has what need not come again, such as frozen tensors
             thread.give(None)
-        return exchanged
+        return outcome
 
-    def swap(self, gathered: Gathered) -> Exchanged:
-        """See `Exchanges`."""
+    @override
+    def swap(self, gathered: Gathered) -> ExchangeOutcome:
         if self._failure is not None:
             raise self._failure
         assert self.current is not None
+        # None before it is given: who is interrupted from here on has no ticket left for another gradient.
         slot, self.current = self.current, None
         self.under_way += 1
         self._threads[slot].give(gathered)
         began = time.monotonic()
-        exchanged = self.next()
-        self._observer.blocked(time.monotonic() - began)
-        return exchanged
+        outcome = self.next()
+        self._observer.note_wait(time.monotonic() - began)
+        return outcome
 
-    def next(self) -> Exchanged:
-        """See `Exchanges`."""
+    @override
+    def next(self) -> ExchangeOutcome:
         if self._failure is None:
             done = self._done.get()
-            if isinstance(done, Exchanged):
-                return self._taken(done)
+            if isinstance(done, ExchangeOutcome):
+                return self._note(done)
             self._failure = done.error  # for good: that slot has given its exchange up
         raise self._failure
 
+    @override
     def settle(self, seconds: float) -> None:
-        """See `Exchanges`."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.wait(max(0.0, deadline - time.monotonic()))
 
-    def collected(self) -> Iterator[Exchanged]:
-        """See `Exchanges`."""
+    @override
+    def drain(self) -> Iterator[ExchangeOutcome]:
         while not self._done.empty():
             done = self._done.get()
-            if isinstance(done, Exchanged):
-                yield self._taken(done)
-            elif done.gathered is not None:
+            if isinstance(done, ExchangeOutcome):
+                yield self._note(done)
+            elif done.had_gradient:
                 self.under_way -= 1
                 said = "what became of a gradient in flight is not known: %s"
                 _LOG.info(said, done.error, extra=Fields(slot=done.slot))
 
+    @override
     def stop(self) -> None:
-        """See `Exchanges`."""
         self._failure = self._failure or ClientClosed("this worker has left the run: make a new optimizer to go on")
         for thread in self._threads:
             thread.stop()
 
-    def _taken(self, done: Exchanged) -> Exchanged:
-        if done.gathered is not None:
+    def _note(self, outcome: ExchangeOutcome) -> ExchangeOutcome:
+        if outcome.fate is not None:
             self.under_way -= 1
-        if done.outcome.delivered is not None:
-            self.current = done.slot
-        self._slots[done.slot].taken(done.outcome)
-        return done
+        if outcome.delivered is not None:
+            self.current = outcome.slot
+            self._slots[outcome.slot].note_loaded(outcome.delivered)
+        return outcome
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """An exchange that ended with an error."""
+    """An exchange that ended with an error.
+
+    Attributes:
+        slot: number of the slot that made it.
+        had_gradient: whether a gradient was in it, and not only a wish for parameters.
+        error: why it was given up.
+    """
 
     slot: int
-    gathered: Gathered | None
+    had_gradient: bool
     error: Exception
 
 
 class _SlotThread:
-    """Exchanges for one slot, one gradient after the other."""
+    """Pipeline for one slot, one gradient after the other.
 
-    def __init__(self, slot: Slot, observer: Observer, done: "queue.SimpleQueue[Exchanged | _Failed]") -> None:
+    Args:
+        slot: used by this thread alone once it has started.
+        done: where the outcomes go, in the order in which the exchanges end.
+    """
+
+    def __init__(self, slot: Slot, done: "queue.SimpleQueue[ExchangeOutcome | _Failed]") -> None:
         self._slot = slot
-        self._observer = observer
         self._done = done
         self._given: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
         self._last: _Given | None = None
@@ -272,14 +289,14 @@ class _SlotThread:
 
     def _run(self) -> None:
         while (given := self._given.get()) is not None:
-            self._done.put(self._exchanged(given.gathered))
-            given.over.set()
+            self._done.put(self._exchange(given.gathered))
+            given.over.set()  # not before: whoever has waited for it finds the outcome in the queue
 
-    def _exchanged(self, gathered: Gathered | None) -> Exchanged | _Failed:
+    def _exchange(self, gathered: Gathered | None) -> ExchangeOutcome | _Failed:
         try:
-            return _exchange(self._slot, gathered, self._observer)
+            return self._slot.exchange(None if gathered is None else gathered.wait())
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's to see
-            return _Failed(self._slot.number, gathered, error)
+            return _Failed(self._slot.number, gathered is not None, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,22 +305,8 @@ class _Given:
 
     Attributes:
         gathered: the gradient; None to ask for parameters alone.
-        over: set when its outcome can be taken.
+        over: set when its outcome is in the queue.
     """
 
     gathered: Gathered | None
     over: threading.Event = field(default_factory=threading.Event)
-
-
-def _exchange(slot: Slot, gathered: Gathered | None, observer: Observer) -> Exchanged:
-    """One exchange, in whichever thread."""
-    if gathered is None:
-        return Exchanged(slot.number, None, slot.exchange(None))
-    gradient = gathered.arrived()
-    observer.stages([("compute", gradient.compute_seconds)])
-    outcome = slot.exchange(gradient)
-    became: Outcome = "lost" if outcome.refusal is None else "refused"
-    if outcome.result is not None:
-        became = "discarded" if outcome.result.discarded else "applied"
-    observer.stepped(became)
-    return Exchanged(slot.number, gathered, outcome)

@@ -26,11 +26,11 @@ class Staging:
     Otherwise they are copied straight to and from their places, as frozen ones always are: those come once.
 
     Args:
-        model: whose tensors they are.
+        model: the module whose tensors they are.
         frozen: parameters that this run does not train; by default those that require no gradient.
 
     Attributes:
-        tensors: the model's.
+        tensors: the model's distinct tensors, in the order in which they travel.
         device: the CUDA device that holds all parameters, if there is one.
         streams: its streams, made when first needed.
     """
@@ -41,6 +41,8 @@ class Staging:
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
         self.streams: Streams | None = None
         self._mirrors: dict[tuple[int, int], _Mirror] = {}
+        # Held by who writes the model's tensors (`load`, in the training thread) and by who reads all of them as one
+        # (`snapshot`, in whichever thread joins): a model of which half is newer must not become the run's.
         self._loading = threading.Lock()
 
     @property
@@ -57,7 +59,7 @@ class Staging:
         """The way between the model and this payload; all ways of a model are for one thread.
 
         Args:
-            payload: with the model's layout.
+            payload: the memory to fill or to read, with a layout of the model's.
             mirror: number of the memory on the device in which tensors are packed. Payloads of one dtype
                 share it with those of the same number, at the price that each waits until the one before
                 has left it: what comes in while a gradient is still being computed needs another.
@@ -93,6 +95,15 @@ class Staging:
         self.streams.keep(source)
         computed = self.streams.mark(self.streams.computing())
         return Arriving(here, Copies(queue_copies(self.streams, self.streams.outward, computed, [(here, source)])))
+
+    def fetch_number(self, value: Tensor) -> Arriving | float:
+        """As `fetch`, for a tensor with one element; at once where nothing is queued that would have to be waited for.
+
+        The caller may overwrite its own from now on.
+        """
+        if self.streams is None or value.device != self.device:
+            return float(value.detach().item())
+        return self.fetch(value)
 
     def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes

@@ -23,8 +23,9 @@ _SHOWN_NAMES = 3
 # In a mixture of experts each step may have tensors of its own to name, for a while.
 _SECONDS_BETWEEN_LINES = 10.0
 _NO_GRADIENT = (
-    "no gradient any more for %s, which had one in an earlier step: it counts as zero, as in DistributedDataParallel, "
-    "so momentum still moves the parameter. To keep a layer as it is, freeze it before the run begins"
+    "there is no longer a gradient for %s, which had one in an earlier step: it counts as zero, as in "
+    "DistributedDataParallel, so momentum still moves the parameter. To keep a layer as it is, freeze it before the "
+    "run begins"
 )
 _CHANGED = (
     "the program changed %s since the last step, and each step loads the server's parameters over that. Put a "
@@ -36,26 +37,41 @@ _FROZEN_CHANGED = (
     "have those. Load what is frozen before RemoteOptimizer is made, and into the model of the worker that begins the "
     "run"
 )
+# What to do about a parameter that is to be trained and was not when the run began, or the other way round.
+FIXED = (
+    "a run's optimizer decides when it is made which parameters are trained. Before that, have all of them require "
+    "gradients and put them in params=; or load the last checkpoint's model.safetensors into the model and begin a new "
+    "run with it, in another --directory"
+)
 
 
 class Watch:
-    """Looks at the model before each of its gradients is pushed.
+    """Looks at the model before each of its gradients is pushed; for the training thread.
 
     Args:
-        staging: of the model.
+        staging: the model's tensors, and the way to look at those on a device without waiting for it.
+        given: the parameters that the optimizer has in its groups.
         on_local_change: what is done about parameters that the program has changed.
 
+    Attributes:
+        resting: the frozen parameters that required no gradient, each with its name and whether it is in a group.
+
     Raises:
-        OptionRefused: that is neither "warn" nor "error".
+        OptionRefused: `on_local_change` is neither "warn" nor "error".
     """
 
-    def __init__(self, staging: Staging, on_local_change: OnLocalChange) -> None:
+    def __init__(self, staging: Staging, given: Collection[Tensor], on_local_change: OnLocalChange) -> None:
         if on_local_change not in ("warn", "error"):
             raise OptionRefused(f"on_local_change is {on_local_change!r}: expected 'warn' or 'error'")
         self._raises = on_local_change == "error"
         specs = staging.tensors.manifest.tensors
         self._names = [spec.name for spec in specs if spec.section == "parameters" and not spec.alias_of]
         self._parameters = staging.tensors.parameters
+        self.resting = [
+            (name, parameter, parameter in given)
+            for name, parameter in staging.tensors.named_frozen()
+            if not parameter.requires_grad
+        ]
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
         self._loaded: Transfer | None = None
@@ -64,19 +80,37 @@ class Watch:
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
         self._frozen_changed = Notice(_FROZEN_CHANGED)
 
-    def loaded(self, transfer: Transfer) -> None:
-        """These parameters were loaded."""
+    def note_loaded(self, transfer: Transfer) -> None:
+        """The model has these parameters now: what is other at the next gradient was changed by the program."""
         self._loaded = transfer
-        self._changes.loaded()
+        self._changes.note_loaded()
         if transfer.payload.layout.frozen:
-            self._frozen_changes.loaded()
+            self._frozen_changes.note_loaded()
 
-    def gradients(self, decays: Sequence[float | None]) -> None:
-        """Look for those that are missing.
+    def refuse_unfrozen(self) -> None:
+        """Parameters that no gradient goes out of must not look as if they were trained.
+
+        Raises:
+            ModelUnusable: one of them is not frozen any more.
+        """
+        for name, parameter, given in self.resting:
+            # The gradient of one that is in no group is nobody's, and may have been there before.
+            if parameter.requires_grad or (given and _moves(parameter.grad)):
+                what = "requires a gradient" if parameter.requires_grad else "has a gradient"
+                raise ModelUnusable(f"the parameter {name!r} {what}, and was frozen when the run began: {FIXED}")
+
+    def check(self, decays: Sequence[float | None]) -> None:
+        """Look for parameters that the program has changed, and for gradients that are missing.
 
         Args:
-            decays: of each parameter; None for one that is not trained.
+            decays: the weight decay of each parameter, in the model's order; None for one that is not trained.
+
+        Raises:
+            ModelUnusable: a parameter has another shape.
+            ParametersChanged: some have changed, and an error is wanted for that.
         """
+        if self._loaded is not None:
+            self._find_changes(self._loaded)
         missing = []
         for name, parameter, decay in zip(self._names, self._parameters, decays, strict=True):
             if decay is not None and parameter.grad is not None:
@@ -84,50 +118,44 @@ class Watch:
             elif decay is not None and name in self._had_gradient:
                 missing.append(name)
         if missing or self._missing.unsaid:
-            self._missing.of(missing)
+            self._missing.note(missing)
+        self._loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
 
-    def parameters(self) -> None:
-        """Look for those that the program has changed.
-
-        Raises:
-            ModelUnusable: one has another shape.
-            ParametersChanged: there are some, and that is wanted.
-        """
-        if self._loaded is None:
-            return
-        for name, parameter, value in zip(self._names, self._parameters, self._loaded.values, strict=True):
+    def _find_changes(self, loaded: Transfer) -> None:
+        for name, parameter, value in zip(self._names, self._parameters, loaded.values, strict=True):
             if parameter.shape != value.shape:
                 raise ModelUnusable(
-                    f"the parameter {name!r} has got the shape {tuple(parameter.shape)}, and the run has it as "
+                    f"the parameter {name!r} now has the shape {tuple(parameter.shape)}, and the run has it as "
                     f"{tuple(value.shape)}: begin a new run, in another --directory, with a model of other shapes"
                 )
-        changed = self._changes.found(self._loaded.values, self._changed.named)
+        changed = self._changes.find(loaded.values, self._changed.named)
         if changed or self._changed.unsaid:
-            self._say(self._changed, changed)
+            self._tell(self._changed, changed)
         if self._has_frozen:
-            self._say(self._frozen_changed, self._frozen_changes.found(None, self._frozen_changed.named))
+            self._tell(self._frozen_changed, self._frozen_changes.find(None, self._frozen_changed.named))
 
-    def _say(self, notice: "Notice", changed: list[str]) -> None:
+    def _tell(self, notice: "Notice", changed: list[str]) -> None:
         if changed and self._raises:
             raise ParametersChanged(notice.sentence % listed(changed))
-        notice.of(changed)
+        notice.note(changed)
 
-    def given(self) -> None:
-        """A gradient is on its way: what comes next may take the place of the values that were loaded."""
-        self._loaded = None
-
-    def end(self) -> None:
+    def flush(self) -> None:
         """Say what was put off."""
-        self._missing.end()
-        self._changed.end()
-        self._frozen_changed.end()
+        self._missing.flush()
+        self._changed.flush()
+        self._frozen_changed.flush()
+
+
+def _moves(gradient: Tensor | None) -> bool:
+    """Whether another optimizer would use it: zeros are what `zero_grad(set_to_none=False)` leaves of an old one."""
+    return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
 
 
 class Notice:
     """A warning that names each tensor once.
 
     Args:
-        sentence: with one %s, for the names.
+        sentence: the warning, with one %s for the names.
 
     Attributes:
         sentence: as given.
@@ -141,15 +169,15 @@ class Notice:
         self.unsaid: list[str] = []
         self._said_at = float("-inf")
 
-    def of(self, names: Iterable[str]) -> None:
+    def note(self, names: Iterable[str]) -> None:
         """Say it of those that it was not said of, at once or together with the next few."""
         new = [name for name in names if name not in self.named]
         self.named.update(new)
         self.unsaid += new
         if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_LINES:
-            self.end()
+            self.flush()
 
-    def end(self) -> None:
+    def flush(self) -> None:
         """Say what was put off."""
         if self.unsaid:
             _LOG.warning(self.sentence, listed(self.unsaid))
@@ -157,15 +185,15 @@ class Notice:
             self._said_at = time.monotonic()
 
 
-def _columns(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
-    rows = list(named)
-    return [name for name, _ in rows], [tensor for _, tensor in rows]
-
-
 def listed(names: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = len(names) - _SHOWN_NAMES
     return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def _columns(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
+    rows = list(named)
+    return [name for name, _ in rows], [tensor for _, tensor in rows]
 
 
 # What changes, with the address, if a tensor does, by all ways but `.data`; it has no public name.
@@ -183,8 +211,8 @@ class LocalChanges:
     taken when it is there, one step later or a few.
 
     Args:
-        names: of the parameters.
-        parameters: in the same order.
+        names: the parameters' names, for what is found.
+        parameters: the module's own objects, in the order of the names.
         fetch: gets a tensor from its device.
     """
 
@@ -198,18 +226,18 @@ class LocalChanges:
         self._asked: deque[tuple[_Samples, Arriving]] = deque()
 
     @torch.no_grad()
-    def loaded(self) -> None:
+    def note_loaded(self) -> None:
         """The parameters are now as they are meant to be."""
         addresses = list(map(Tensor.data_ptr, self._parameters))
         self._versions = list(map(_VERSION, self._parameters))
         if addresses != self._addresses:
             self._addresses = addresses
-            self._samples = list(self._drawn())
+            self._samples = list(self._draw())
         for samples in self._samples:
             samples.note()
 
     @torch.no_grad()
-    def found(self, loaded: Sequence[Tensor] | None, known: Collection[str]) -> list[str]:
+    def find(self, loaded: Sequence[Tensor] | None, known: Collection[str]) -> list[str]:
         """The names of those that have changed since.
 
         Args:
@@ -218,10 +246,10 @@ class LocalChanges:
             known: names that need not be found again.
         """
         for samples in self._samples:
-            differing = samples.differing()
+            differing = samples.compare()
             if differing is not None:
                 self._asked.append((samples, self._fetch(differing)))
-        found = set(self._answers()) if self._asked else set()
+        found = set(self._collect_answers()) if self._asked else set()
         # There are no marks before the first loading.
         rows = zip(self._names, self._parameters, self._versions, self._addresses, strict=False)
         if loaded is None:
@@ -235,12 +263,12 @@ class LocalChanges:
                     found.add(name)
         return [name for name in self._names if name in found and name not in known] if found else []
 
-    def _answers(self) -> Iterator[str]:
-        while self._asked and self._asked[0][1].here():
+    def _collect_answers(self) -> Iterator[str]:
+        while self._asked and self._asked[0][1].is_here():
             samples, answer = self._asked.popleft()
-            yield from samples.names(answer.arrived())
+            yield from samples.names(answer.wait())
 
-    def _drawn(self) -> "Iterator[_Samples]":
+    def _draw(self) -> "Iterator[_Samples]":
         views: defaultdict[torch.device, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if parameter.numel():
@@ -252,7 +280,7 @@ class _Samples:
     """Some elements of all tensors on one device.
 
     Args:
-        views: of them, by the tensors' names.
+        views: the elements of each tensor, in its memory, by the tensor's name.
     """
 
     def __init__(self, views: dict[str, Tensor]) -> None:
@@ -265,7 +293,7 @@ class _Samples:
         """They are now as they are meant to be."""
         torch.cat(self._views, out=self._noted)
 
-    def differing(self) -> Tensor | None:
+    def compare(self) -> Tensor | None:
         """Which elements are not as noted; shape (all of them,), bool. None for none, where that is soon known."""
         now = torch.cat(self._views)
         if now.device.type == "cpu" and torch.equal(now, self._noted):

@@ -23,7 +23,7 @@ Batch: TypeAlias = Any
 
 
 class TaskError(UsageError):
-    """A task cannot be used as asked; the message says what came, what was expected and what to do."""
+    """A task can't be used as asked; the message says what came, what was expected and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +74,22 @@ class Task(ABC):
 
     @abstractmethod
     def train_set(self) -> Dataset[Any]:
-        """Return the training samples: a map-style data set, of which `batches` makes a stream."""
+        """The training samples: a map-style data set, of which `batches` makes a stream."""
 
     @abstractmethod
     def test_set(self) -> Dataset[Any]:
-        """Return the samples to evaluate on: a map-style data set, read by `evaluation_batches`."""
+        """The samples to evaluate on: a map-style data set, read by `evaluation_batches`."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the scalar to differentiate, the mean over the batch; model and batch share a device."""
+        """The scalar to differentiate, the mean over the batch; model and batch share a device."""
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Batch) -> Score:
         """Score one batch without gradients; the caller has set the model to evaluation mode."""
 
-    def weight_decay_scale(self, name: str, parameter: nn.Parameter) -> float:  # noqa: ARG002
-        """Return the factor on the server's weight decay for one parameter, 1 for all by default.
+    def weight_decay_scale(self, name: str, parameter: nn.Parameter) -> float:  # noqa: ARG002 - for those who override it
+        """The factor on the server's weight decay for one parameter, 1 for all by default.
 
         Override it to spare norms and biases: `return 0.0 if parameter.ndim == 1 else 1.0`.
 
@@ -104,7 +104,7 @@ class ClassificationTask(Task):
     """Classes by cross entropy: batches are (inputs, int64 labels of shape (N,)), the model gives (N, classes)."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of the batch."""
+        """The mean cross entropy of the batch."""
         inputs, labels = batch
         return F.cross_entropy(model(inputs), labels)
 
@@ -160,16 +160,16 @@ def _find_factory(name: str) -> Any:
     module_name, _, attribute = BUILT_IN.get(name, name).rpartition(":")
     if not module_name or not attribute:
         raise TaskError(
-            f"There is no task named {name!r}: use one of {', '.join(BUILT_IN)}, or the import path of "
-            "your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'."
+            f"there is no task named {name!r}: use one of {', '.join(BUILT_IN)}, or the import path of "
+            "your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'"
         )
     module = _import(name, module_name)
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise TaskError(
-            f"The task {name!r} was not found, for its module ({module.__file__}) has no {attribute!r}: put "
-            "the name of a Task class, or of a function that returns a task, after the colon."
+            f"the task {name!r} was not found, for its module ({module.__file__}) has no {attribute!r}: put "
+            "the name of a Task class, or of a function that returns a task, after the colon"
         ) from error
 
 
@@ -185,24 +185,24 @@ def _import_module(name: str, module_name: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ImportError as error:
         raise TaskError(
-            f"The task {name!r} cannot be imported ({error}): start the worker in the folder that "
-            f"{module_name.split('.')[0]!r} lies in, or install what is missing."
+            f"the task {name!r} can't be imported ({error}): start the worker in the folder that "
+            f"{module_name.split('.')[0]!r} is in, or install what is missing"
         ) from error
 
 
 def _import_file(name: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise TaskError(
-            f"The task {name!r} names the file {file.resolve()}, which does not exist: correct the path, "
-            f"which starts from {Path.cwd()}."
+            f"the task {name!r} names the file {file.resolve()}, which does not exist: correct the path, "
+            f"which starts from {Path.cwd()}"
         )
     # By its folder and not by its location alone: loader processes have to import the module again.
     _make_importable(file.resolve().parent)
     module = _import_module(name, file.stem)
     if module.__file__ is None or Path(module.__file__).resolve() != file.resolve():
         raise TaskError(
-            f"The file of the task {name!r} cannot be imported, because Python already has another module "
-            f"{file.stem!r} ({module.__file__ or 'built in'}): rename the file."
+            f"the file of the task {name!r} can't be imported, because Python already has another module "
+            f"{file.stem!r} ({module.__file__ or 'built in'}): rename the file"
         )
     return module
 
@@ -219,13 +219,13 @@ def _check_factory(name: str, factory: Any) -> None:
         inspect.signature(factory).bind(data_dir=None)
     except (TypeError, ValueError) as error:  # not callable, or nothing is known of its arguments
         raise TaskError(
-            f"The task {name!r} cannot be made ({error}): it must be a class or function that can be "
-            "called with the keyword data_dir alone, a Path or None."
+            f"the task {name!r} can't be made ({error}): it must be a class or function that can be "
+            "called with the keyword data_dir alone, a Path or None"
         ) from error
 
 
 def _incomplete(name: str, missing: list[str]) -> TaskError:
     return TaskError(
-        f"The task {name!r} lacks {', '.join(missing)}: a task is a subclass of ormo_worker.tasks.Task, "
-        f"or has the methods {', '.join(TASK_METHODS)}."
+        f"the task {name!r} lacks {', '.join(missing)}: a task is a subclass of ormo_worker.tasks.Task, "
+        f"or has the methods {', '.join(TASK_METHODS)}"
     )

@@ -20,7 +20,7 @@ class InMemory(Protocol):
     """A data set that gives a whole batch in a few tensor operations, without a loader."""
 
     def batch_at(self, indices: Tensor) -> Batch:
-        """Return the samples at the indices (int64, shape (N,)), stacked."""
+        """The samples at the indices (int64, shape (N,)), stacked."""
 
 
 @runtime_checkable
@@ -28,11 +28,11 @@ class Augmented(Protocol):
     """A data set whose training batches are changed at random, whole batches at a time."""
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Return the changed batch; every random number comes from the (CPU) generator."""
+        """The changed batch; every random number comes from the (CPU) generator."""
 
 
 def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_processes: int = 0) -> Iterator[Batch]:
-    """Return an endless stream of shuffled training batches, in pinned memory where CUDA is available.
+    """An endless stream of shuffled training batches, in pinned memory where CUDA is available.
 
     Each pass is a new permutation; its last, incomplete batch is dropped, except where the set is smaller
     than one batch: then the batch is the whole set. The same seed gives the same stream, augmentation
@@ -57,11 +57,11 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
         augment = dataset.augment
         # Not a generator expression, which would hold on to each batch until the next is wanted.
         stream = map(lambda batch: augment(batch, augmenting), stream)  # noqa: C417
-    return map(_pinned, stream)
+    return map(_pin, stream)
 
 
 def evaluation_batches(dataset: Dataset[Any], batch_size: int, samples: int = 0) -> Iterator[Batch]:
-    """Return every sample at most once, in order and not augmented; the last batch may be smaller.
+    """Every sample at most once, in order and not augmented; the last batch may be smaller.
 
     Args:
         dataset: map-style.
@@ -74,7 +74,7 @@ def evaluation_batches(dataset: Dataset[Any], batch_size: int, samples: int = 0)
     size = _size(dataset)
     wanted = min(samples, size) if samples else size
     order = torch.split(torch.arange(wanted, device="cpu") * size // wanted, batch_size)
-    return map(_pinned, _read(dataset, order, seed=0, loader_processes=0))
+    return map(_pin, _read(dataset, order, seed=0, loader_processes=0))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -82,29 +82,29 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     What is no tensor, such as a string, stays as it is; a mapping comes back as a dict.
     """
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def tensors_in(batch: Batch) -> list[Tensor]:
-    """Return every tensor of nested tuples, lists and mappings."""
+    """Every tensor of nested tuples, lists and mappings."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    _mapped(batch, note)
+    _map(batch, note)
     return found
 
 
 def _size(dataset: Dataset[Any]) -> int:
     if not isinstance(dataset, Sized):
         raise TaskError(
-            f"The data set {type(dataset).__name__} has no length: a task's data sets are map-style, so "
-            "give it __len__ and __getitem__."
+            f"the data set {type(dataset).__name__} has no length: a task's data sets are map-style, so "
+            "give it __len__ and __getitem__"
         )
     if len(dataset) == 0:
-        raise TaskError(f"The data set {type(dataset).__name__} is empty, which makes no batch: check the data folder.")
+        raise TaskError(f"the data set {type(dataset).__name__} is empty and gives no batches: check the data folder")
     return len(dataset)
 
 
@@ -156,19 +156,19 @@ def _batch_reader(dataset: Dataset[Any]) -> Callable[[Tensor], Batch] | None:
     return None
 
 
-def _pinned(batch: Batch) -> Batch:
+def _pin(batch: Batch) -> Batch:
     if not torch.cuda.is_available():
         return batch
-    return _mapped(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+    return _map(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
 
-def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+def _map(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: _mapped(value, change) for key, value in batch.items()}
+        return {key: _map(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple takes its fields one by one
-        return type(batch)(*(_mapped(value, change) for value in batch))
+        return type(batch)(*(_map(value, change) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_mapped(value, change) for value in batch)
+        return type(batch)(_map(value, change) for value in batch)
     return batch

@@ -30,8 +30,8 @@ class Cifar10(ClassificationTask):
     def __init__(self, *, data_dir: Path | None = None) -> None:
         if data_dir is None:
             raise TaskError(
-                "The task 'cifar10' was given no data folder: add --data-dir FOLDER, where FOLDER holds "
-                f"{FOLDER!r}, or is where to download it to."
+                "the task 'cifar10' was given no data folder: add --data-dir FOLDER, where FOLDER holds "
+                f"{FOLDER!r}, or is where to download it to"
             )
         super().__init__(data_dir=data_dir)
         self._folder = data_dir
@@ -42,11 +42,11 @@ class Cifar10(ClassificationTask):
         return ResNet(depth=20, num_classes=10)
 
     def train_set(self) -> Dataset[Any]:
-        """Return the training images; `batches` crops and flips them at random."""
+        """The training images; `batches` crops and flips them at random."""
         return self._read(train=True)
 
     def test_set(self) -> Dataset[Any]:
-        """Return the test images."""
+        """The test images."""
         return self._read(train=False)
 
     def _read(self, *, train: bool) -> ImageTensors:
@@ -56,8 +56,8 @@ class Cifar10(ClassificationTask):
             files = self._datasets.CIFAR10(self._folder, train=train)
         except RuntimeError as error:  # a file is missing, or its checksum differs
             raise TaskError(
-                f"The CIFAR-10 files in {self._folder / FOLDER} are damaged ({error}): remove that folder "
-                "and start again to download it."
+                f"the CIFAR-10 files in {self._folder / FOLDER} are damaged ({error}): remove that folder "
+                "and start again to download it"
             ) from error
         images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
         return ImageTensors(images, torch.tensor(files.targets, device="cpu"), COLOURS)
@@ -70,7 +70,7 @@ class Cifar10(ClassificationTask):
             raise TaskError(
                 f"{self._folder} has no CIFAR-10, and downloading it failed ({error}): unpack "
                 f"{self._datasets.CIFAR10.url} there, so that it holds {FOLDER!r}, or name the folder that "
-                "does with --data-dir."
+                "does with --data-dir"
             ) from error
 
     def _download_aside(self) -> None:

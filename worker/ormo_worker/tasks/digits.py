@@ -34,12 +34,12 @@ class Digits(ClassificationTask):
         )
 
     def train_set(self) -> Dataset[Any]:
-        """Return four fifths of each digit's images."""
+        """Four fifths of each digit's images."""
         train, _ = _split()
         return _samples(train)
 
     def test_set(self) -> Dataset[Any]:
-        """Return the other fifth."""
+        """The other fifth."""
         _, test = _split()
         return _samples(test)
 

@@ -50,7 +50,7 @@ class ImageFolder(ClassificationTask):
     def __init__(self, *, data_dir: Path | None = None) -> None:
         super().__init__(data_dir=data_dir)
         if data_dir is None:
-            raise TaskError(f"The task {self.name!r} was given no data folder: add --data-dir FOLDER; {LAYOUT}.")
+            raise TaskError(f"the task {self.name!r} was given no data folder: add --data-dir FOLDER; {LAYOUT}")
         self._train_folder = _part(data_dir, "train")
         self._test_folder = _part(data_dir, "test", "val")
         self._torchvision = import_torchvision()
@@ -65,13 +65,13 @@ class ImageFolder(ClassificationTask):
         return ResNet(depth=20, num_classes=self.num_classes)
 
     def train_set(self) -> Dataset[Any]:
-        """Return the training images; `batches` crops and flips them at random, where they are `augmented`."""
+        """The training images; `batches` crops and flips them at random, where they are `augmented`."""
         images = _images(self._train_listing.samples, self.image_size)
         images.augmented = self.augmented
         return images
 
     def test_set(self) -> Dataset[Any]:
-        """Return the test images.
+        """The test images.
 
         Raises:
             TaskError: they have other classes than the training images.
@@ -81,7 +81,7 @@ class ImageFolder(ClassificationTask):
             unmatched = sorted(set(listing.classes) ^ set(self._train_listing.classes))
             raise TaskError(
                 f"{self._train_folder} and {self._test_folder} must have the same class folders, but only "
-                f"one of them has {', '.join(unmatched)}: add or remove these."
+                f"one of them has {', '.join(unmatched)}: add or remove these"
             )
         return _images(listing.samples, self.image_size)
 
@@ -90,11 +90,11 @@ class ImageFolder(ClassificationTask):
         return self._list(self._train_folder)
 
     def _list(self, folder: Path) -> Any:
-        """Return torchvision's view of the folder, of which only the classes and paths are used."""
+        """Torchvision's view of the folder, of which only the classes and paths are used."""
         try:
             return self._torchvision.datasets.ImageFolder(folder)
         except FileNotFoundError as error:  # no class folder, or one without images
-            raise TaskError(f"{folder} cannot be used as a data set ({error}): {LAYOUT}.") from error
+            raise TaskError(f"{folder} can't be used as a data set ({error}): {LAYOUT}") from error
 
 
 class SmallCnnFolder(ImageFolder):
@@ -119,7 +119,7 @@ class ImageFiles(Images):
     Args:
         samples: path and label of each image.
         image_size: height and width to scale them to, in pixels.
-        colours: to normalise with.
+        colours: mean and spread that they are normalised with.
     """
 
     def __init__(self, samples: Sequence[Sample], image_size: int, colours: Colours) -> None:
@@ -145,7 +145,7 @@ def decode(path: str, image_size: int) -> Tensor:
         with Image.open(path) as image:
             fitted = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
     except OSError as error:
-        raise TaskError(f"The image {path} cannot be read ({error}): replace or remove it.") from error
+        raise TaskError(f"the image {path} can't be read ({error}): replace or remove it") from error
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
@@ -154,7 +154,7 @@ def _part(data_dir: Path, *names: str) -> Path:
         if (data_dir / name).is_dir():
             return data_dir / name
     raise TaskError(
-        f"The data folder {data_dir} has no folder {' or '.join(names)}: name another with --data-dir; {LAYOUT}."
+        f"the data folder {data_dir} has no folder {' or '.join(names)}: name another with --data-dir; {LAYOUT}"
     )
 
 

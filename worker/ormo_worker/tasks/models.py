@@ -23,7 +23,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise TaskError(f"A ResNet of depth {depth} cannot be built: take 6n + 2, such as 20, 32 or 44.")
+            raise TaskError(f"a ResNet of depth {depth} can't be built: take 6n + 2, such as 20, 32 or 44")
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
         self.stages = nn.Sequential(*_blocks(blocks_per_stage=depth // 6))
@@ -31,7 +31,7 @@ class ResNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of the images."""
+        """The logits of the images."""
         features: Tensor = self.stages(F.relu(self.norm(self.stem(images))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.new_channels = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features of shape (N, channels, H / stride, W / stride)."""
+        """Features of shape (N, channels, H / stride, W / stride)."""
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         # Option A: every second pixel, and zeros for the channels that the input does not have.
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
@@ -94,7 +94,7 @@ class SmallCnn(nn.Module):
         self.head = nn.Linear(64 * (-(-image_size // 8)) ** 2, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of the images."""
+        """The logits of the images."""
         features = F.relu(self.conv1(images))
         features = F.relu(self.conv2(features))
         features = F.relu(self.conv3(features))

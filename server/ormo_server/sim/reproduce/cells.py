@@ -16,7 +16,7 @@ from typing import Self
 import torch
 
 from ormo_server.sim.plan import Plan
-from ormo_server.sim.record import SETTINGS_BEFORE, SUMMARY, Directory
+from ormo_server.sim.record import SUMMARY, Directory, as_written_now
 from ormo_server.sim.settings import SimSettings
 
 Jobs = Mapping[Path, SimSettings]
@@ -33,7 +33,7 @@ def is_done(directory: Path, settings: SimSettings) -> bool:
     except (OSError, ValueError):
         return False
     recorded = found.get("settings") if isinstance(found, dict) else None
-    return isinstance(recorded, dict) and {**SETTINGS_BEFORE, **recorded} == settings.recorded()
+    return isinstance(recorded, dict) and as_written_now(recorded) == settings.recorded()
 
 
 def run_cell(directory: Path, settings: SimSettings, commit: str) -> None:

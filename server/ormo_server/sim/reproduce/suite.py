@@ -10,7 +10,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ormo_runtime.logs import first_words
 from ormo_runtime.settings import UsageError
+from ormo_runtime.settings_loader import SettingsProblemsError, under_new_names
 from ormo_server.core.method import PRESETS
 from ormo_server.sim.settings import SimSettings
 
@@ -30,7 +32,7 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
 
 def _preset(name: str) -> str:
     if name not in PRESETS:
-        raise ValueError(f"{name!r} is no method: choose from {', '.join(PRESETS)}")
+        raise ValueError(f"{name!r} is not a method: choose from {', '.join(PRESETS)}")
     return name
 
 
@@ -183,7 +185,7 @@ class Suite(_Table):
             UsageError: they make no sense.
         """
         told = self.model_dump(include=self.model_fields_set)
-        return _checked(told | changes, f"the suite {self.name}")
+        return _check_suite(told | changes, f"the suite {self.name}")
 
 
 def load_suite(name: str) -> Suite:
@@ -196,12 +198,12 @@ def load_suite(name: str) -> Suite:
     if not name.endswith(".toml"):
         if name not in known:
             raise UsageError(f"there is no suite {name!r}: choose from {', '.join(known)}, or name a file FILE.toml")
-        return _parsed(known[name], name, f"the suite {name}")
+        return _parse(known[name], name, f"the suite {name}")
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the suite {name} can't be read: {error}") from error
-    return _parsed(text, Path(name).stem, f"the suite {name}")
+    return _parse(text, Path(name).stem, f"the suite {name}")
 
 
 def packaged() -> dict[str, str]:
@@ -220,21 +222,43 @@ def first_problem(error: ValidationError) -> str:
     if details["type"] == "missing":
         return f"{where} is missing"
     if details["type"] == "extra_forbidden":
-        return f"{where} is no setting"
+        return f"{where} is not a setting"
     return f"{where} is {details['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _parsed(text: str, name: str, what: str) -> Suite:
+def _parse(text: str, name: str, what: str) -> Suite:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{what} is no valid TOML: {error}") from error
+        raise UsageError(f"{what} is not valid TOML: {error}") from error
     if "name" in table:
         raise UsageError(f"{what}: its name is that of the file, leave `name` out")
-    return _checked({"name": name, **table}, what)
+    return _check_suite({"name": name, **_under_new_names(table, what)}, what)
 
 
-def _checked(table: dict[str, Any], what: str) -> Suite:
+def _under_new_names(table: dict[str, Any], what: str) -> dict[str, Any]:
+    """The file with the settings of its simulations by their new names; a line on stderr for each old one."""
+    sentences: dict[str, None] = {}
+
+    def renamed(holder: Any) -> Any:
+        if not isinstance(holder, dict) or not isinstance(holder.get("simulation"), dict):
+            return holder  # which the suite's own checks are to complain of
+        simulation, said = under_new_names(SimSettings, holder["simulation"], str, f"in {what}")
+        sentences.update(dict.fromkeys(said))
+        return holder | {"simulation": simulation}
+
+    try:
+        table = renamed(table)
+        if isinstance(table.get("clusters"), list):
+            table["clusters"] = [renamed(cluster) for cluster in table["clusters"]]
+    except SettingsProblemsError as error:
+        raise UsageError(error.problems[0]) from None
+    for sentence in sentences:
+        first_words("ormo-sim reproduce", sentence, "text")
+    return table
+
+
+def _check_suite(table: dict[str, Any], what: str) -> Suite:
     try:
         return Suite(**table)
     except ValidationError as error:
@@ -250,5 +274,5 @@ def selected(what: str, wanted: Sequence[Any], there: Sequence[Any]) -> tuple[An
     missing = [value for value in wanted if value not in there]
     if missing:
         listed = ", ".join(map(str, dict.fromkeys(there)))
-        raise UsageError(f"--{what} {missing[0]}: the suite has no such one, choose from {listed}")
+        raise UsageError(f"--{what} {missing[0]}: the suite does not have it: choose from {listed}")
     return tuple(value for value in there if not wanted or value in wanted)

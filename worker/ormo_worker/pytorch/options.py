@@ -1,15 +1,20 @@
-"""The parameter groups of a `RemoteOptimizer`: they can scale the weight decay, and nothing else."""
+"""What a `RemoteOptimizer` may be given, with a sentence for what only another optimizer can do.
+
+Its parameter groups can scale the weight decay, and nothing else.
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ormo_worker.client.arguments import real_number
+from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_worker.client.arguments import address, real_number
 from ormo_worker.errors import OptionRefused
-from ormo_worker.tasks import Task
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
@@ -22,12 +27,13 @@ _INSTEAD = {
     "weight_decay": f"start ormo-server with --weight-decay, which a group may scale by {SCALE!r}, 0 for none",
 } | dict.fromkeys(
     ("alpha", "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "eps", "nesterov", "rho"),
-    "how it updates parameters is said with ormo-server's --method",
+    "choose how parameters are updated with ormo-server's --method",
 )
 _LEFT_OUT = {"maximize": "give the loss the other sign"} | dict.fromkeys(
     ("capturable", "differentiable", "foreach", "fused"), "the server updates the parameters, so leave it out"
 )
 OPTIONS_OF_TORCH = frozenset(_INSTEAD | _LEFT_OUT)
+_WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 class ParameterGroup(dict[str, Any]):
@@ -47,7 +53,7 @@ class ParameterGroup(dict[str, Any]):
     def __setitem__(self, option: str, value: Any) -> None:
         if option not in _ALLOWED:
             raise refused_option(option)
-        super().__setitem__(option, _checked_scale(value) if option == SCALE else value)
+        super().__setitem__(option, _check_scale(value) if option == SCALE else value)
 
     def setdefault(self, option: str, default: Any = None) -> Any:
         """As for any dict, for an allowed option."""
@@ -61,14 +67,19 @@ class ParameterGroup(dict[str, Any]):
             self[option] = value
 
 
-def decay_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
-    """The model's parameters in groups with the same factor on the weight decay, as the task wants it."""
+def decay_groups(model: nn.Module, scale: Callable[[str, nn.Parameter], float]) -> list[dict[str, Any]]:
+    """The model's parameters in groups, one for each factor on the weight decay.
 
-    def scale(item: tuple[str, nn.Parameter]) -> float:
-        return task.weight_decay_scale(*item)
+    Args:
+        model: the module whose parameters they are.
+        scale: gives the factor for a parameter and its name, as `Task.weight_decay_scale` does.
+    """
 
-    ordered = sorted(model.named_parameters(), key=scale)
-    return [{"params": list(alike), SCALE: factor} for factor, alike in groupby(ordered, key=scale)]
+    def factor(item: tuple[str, nn.Parameter]) -> float:
+        return scale(*item)
+
+    ordered = sorted(model.named_parameters(), key=factor)
+    return [{"params": list(alike), SCALE: shared} for shared, alike in groupby(ordered, key=factor)]
 
 
 def decays(
@@ -78,7 +89,7 @@ def decays(
 
     Args:
         groups: each with the parameters themselves in `params`.
-        parameters: in the order that the decays are wanted in.
+        parameters: the model's; the decays come in their order.
         weight_decay: the server's λ, which the groups scale.
     """
     scaled: dict[Tensor, float] = {}
@@ -99,7 +110,42 @@ def refused_option(option: str) -> OptionRefused:
     )
 
 
-def _checked_scale(value: Any) -> float:
+def check_model_and_server(model: object, server: object, others: Iterable[str]) -> None:
+    """Have a sentence for who puts a `RemoteOptimizer` in the place of another optimizer, arguments and all.
+
+    Args:
+        model: the first argument, where other optimizers have parameters.
+        server: the second, where some have a learning rate.
+        others: names of arguments that `RemoteOptimizer` has not.
+
+    Raises:
+        OptionRefused: the model is no module, the server no HOST:PORT, or an option is the server's.
+        TypeError: no optimizer has such an argument.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionRefused(
+            f"the model is a {type(model).__name__}: expected the torch.nn.Module itself, as in RemoteOptimizer(model, "
+            "'HOST:PORT'); say with params= which of its parameters are trained"
+        )
+    for option in others:
+        if option in OPTIONS_OF_TORCH:
+            raise refused_option(option)
+        raise TypeError(f"RemoteOptimizer() got an unexpected keyword argument {option!r}")
+    address("server", server, lowest_port=1)
+
+
+def wire_dtype_of(dtype: torch.dtype) -> pb.Dtype.ValueType:
+    """The contract's number for a dtype in which parameters and gradients can travel.
+
+    Raises:
+        OptionRefused: they can't travel in this one.
+    """
+    if dtype not in _WIRE_DTYPES:
+        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16")
+    return _WIRE_DTYPES[dtype]
+
+
+def _check_scale(value: Any) -> float:
     scale = real_number(repr(SCALE), value)
     if not (math.isfinite(scale) and scale >= 0):
         raise OptionRefused(f"{SCALE!r} is {value!r}: expected a finite number, at least 0")

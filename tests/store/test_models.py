@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from ormo_protos.manifest import FLOAT32, MAX_NAME_BYTES, MAX_TENSORS, PARAMETER, Manifest, TensorSpec
+from ormo_protos.limits import MAX_NAME_BYTES, MAX_TENSORS
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_server.core import snapshot
 from ormo_server.core.machine import StateMachine
 from ormo_server.store import Checkpoint, CheckpointStore, FlatModel, ModelFile, StoreError
@@ -29,7 +30,7 @@ def plain(path: Path, model: nn.Module) -> Path:
 
 def refusal(path: Path, model: nn.Module | None = None) -> str:
     with pytest.raises(StoreError) as caught:
-        ModelFile.load(path).arranged(manifest_of(model or Net()))
+        ModelFile.load(path).arrange(manifest_of(model or Net()))
     return str(caught.value)
 
 
@@ -44,7 +45,7 @@ def test_a_plain_state_dict_waits_for_the_manifest_of_a_worker(tmp_path: Path) -
     model = Net()
     file = ModelFile.load(plain(tmp_path / "model.safetensors", model))
     assert file.manifest is None
-    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+    assert_equal(file.arrange(manifest_of(model)), flat_of(model))
 
 
 def test_the_model_file_of_a_checkpoint_says_its_manifest(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_the_model_file_of_a_checkpoint_says_its_manifest(tmp_path: Path) -> Non
     for name, tensor in load_file(path / "model.safetensors").items():
         spec = next(spec for spec in file.manifest.tensors if spec.name == name)
         expected.view(spec).copy_(tensor)
-    assert_equal(file.arranged(file.manifest), expected)
+    assert_equal(file.arrange(file.manifest), expected)
 
 
 def test_a_model_of_as_many_tensors_and_as_long_names_as_there_may_be_is_written(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
     path = plain(tmp_path / "model.safetensors", model)
     file = ModelFile.load(path)
     path.write_bytes(b"")
-    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+    assert_equal(file.arrange(manifest_of(model)), flat_of(model))
 
 
 @pytest.mark.parametrize("left_out", ["head.weight", "embedding.weight"])
@@ -89,20 +90,20 @@ def test_of_tied_weights_one_name_is_enough(tmp_path: Path, left_out: str) -> No
     model = Net()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != left_out}
     path = saved(tmp_path / "model.safetensors", tensors)
-    assert_equal(ModelFile.load(path).arranged(manifest_of(model)), flat_of(model))
+    assert_equal(ModelFile.load(path).arrange(manifest_of(model)), flat_of(model))
 
 
 def test_what_save_model_wrote_is_taken(tmp_path: Path) -> None:
     model = Net()
     save_model(model, str(tmp_path / "model.safetensors"))
     file = ModelFile.load(tmp_path / "model.safetensors")
-    assert_equal(file.arranged(manifest_of(model)), flat_of(model))
+    assert_equal(file.arrange(manifest_of(model)), flat_of(model))
 
 
 def test_float32_and_bfloat16_pass_for_each_other(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     path = plain(tmp_path / "model.safetensors", nn.Linear(3, 2).to(torch.bfloat16))
-    flat = ModelFile.load(path).arranged(manifest_of(model))
+    flat = ModelFile.load(path).arrange(manifest_of(model))
     assert flat.params.dtype == torch.float32
     assert torch.equal(flat.params[:6], load_file(path)["weight"].float().reshape(-1))
 
@@ -114,17 +115,17 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(pickle.dumps({"weight": [1.0]}))
-    assert "model.pt is no whole safetensors file" in refusal(path)
+    assert "model.pt is not a whole safetensors file" in refusal(path)
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     path = plain(tmp_path / "model.safetensors", Net())
     path.write_bytes(path.read_bytes()[:-4])
-    assert "is no whole safetensors file" in refusal(path)
+    assert "is not a whole safetensors file" in refusal(path)
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert "is a directory, but no checkpoint" in refusal(tmp_path)
+    assert "is a directory, but not a checkpoint" in refusal(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def with_buffer(buffer: torch.Tensor) -> nn.Module:
 def test_a_buffer_comes_as_the_file_has_it_with_infinities_and_float64(tmp_path: Path, held: torch.Tensor) -> None:
     model = with_buffer(held)
     path = saved(tmp_path / "model.safetensors", dict(model.state_dict()))
-    arranged = ModelFile.load(path).arranged(manifest_of(model)).state_dict(manifest_of(model))["held"]
+    arranged = ModelFile.load(path).arrange(manifest_of(model)).state_dict(manifest_of(model))["held"]
     assert arranged.dtype == held.dtype
     assert torch.equal(arranged, held)
 
@@ -207,7 +208,5 @@ def test_float64_is_not_rounded_without_a_word_and_takes_float32(tmp_path: Path)
     path = saved(tmp_path / "precise.safetensors", dict(precise.state_dict()))
     told = refusal(path, plain)
     assert "'held' is float64 of shape (1,) in the file and a float32 buffer of shape (1,) in the model" in told
-    flat = ModelFile.load(saved(tmp_path / "plain.safetensors", dict(plain.state_dict()))).arranged(
-        manifest_of(precise)
-    )
+    flat = ModelFile.load(saved(tmp_path / "plain.safetensors", dict(plain.state_dict()))).arrange(manifest_of(precise))
     assert flat.int_buffers.view(torch.float64).tolist() == [1.0]
