@@ -19,6 +19,7 @@ SCALES: dict[str, Callable[[int, Applied], float]] = {
     "constant": lambda delay, each: 1.0,
     "delay-adaptive": lambda delay, each: 1.0 if delay <= 2 * each.bucket_size else 2 * each.bucket_size / delay,
     "inverse": lambda delay, each: 1.0 if delay <= 1 else 1 / delay,
+    "polynomial": lambda delay, each: (1 + delay) ** -0.5,
     "rescaled": lambda delay, each: each.seconds * statistics.mean(1 / seconds for seconds in each.seconds_of_slots),
 }
 
@@ -58,7 +59,7 @@ def step_sizes(run: Run, applied: Sequence[Applied]) -> list[float]:
         if each.bucket > newest:
             newest, learning_rate = each.bucket, run.learning_rate.at(iteration)
         delay = 0 if run.method.scheduler == "synchronous" else each.delay
-        weight = 1 / max(each.bucket_size_before, each.bucket_size) if run.bucket == "mean" else 1
+        weight = 1 / max(each.bucket_size_before, each.bucket_size) if run.method.bucket == "mean" else 1
         expected.append(learning_rate * SCALES[run.method.scale](delay, each) * weight)
     return expected
 
@@ -103,6 +104,20 @@ class Formula:
     def naive(self, each: Applied) -> None:
         self.vectors["momentum"] = self.beta * self.vectors["momentum"] + each.step_size * each.values
         self.w += self.sign * self.vectors["momentum"]
+
+    def naive_nesterov(self, each: Applied) -> None:
+        self.vectors["momentum"] = self.beta * self.vectors["momentum"] + each.step_size * each.values
+        self.w += self.sign * (each.step_size * each.values + self.beta * self.vectors["momentum"])
+
+    def delayed_nesterov(self, each: Applied) -> None:
+        self.gathered += 1
+        self.vectors["gathered"] += each.step_size * each.values
+        self.w += self.sign * each.step_size * each.values
+        if self.gathered >= each.bucket_size:
+            self.vectors["momentum"] = self.beta * self.vectors["momentum"] + self.vectors["gathered"]
+            self.w += self.sign * self.beta * self.vectors["momentum"]
+            self.vectors["gathered"] = torch.zeros_like(self.w)
+            self.gathered = 0
 
     def shifted(self, each: Applied) -> None:
         worker, _, slot = each.holder
@@ -158,6 +173,8 @@ STEPS: dict[str, Callable[[Formula, Applied], None]] = {
     "ormo-nesterov": Formula.ormo_nesterov,
     "smega2": Formula.smega2,
     "dc": Formula.dc,
+    "naive-nesterov": Formula.naive_nesterov,
+    "delayed-nesterov": Formula.delayed_nesterov,
 }
 
 

@@ -125,22 +125,32 @@ def test_what_smega2_sends_to_a_worker_alone_is_where_nesterovs_momentum_of_torc
         largest.smega2(magnitudes(driver.applied[min(done, 99)]))
 
 
+@pytest.mark.parametrize("rule", ["ormo-nesterov", "naive-nesterov", "delayed-nesterov"])
 @settings(max_examples=12, deadline=None)
 @given(seed=SEEDS, beta=st.sampled_from([0.5, 0.9, 0.99]), lr=RATES)
-def test_a_worker_alone_with_ordered_nesterov_momentum_does_what_nesterovs_of_torch_does(
-    seed: int, beta: float, lr: float
+def test_a_worker_alone_does_what_torch_sgd_with_nesterovs_momentum_does(
+    rule: str, seed: int, beta: float, lr: float
 ) -> None:
-    driver, sent = alone("ormo-nesterov", beta, lr, seed)
+    driver, sent = alone(rule, beta, lr, seed)
     largest = Formula(torch.zeros_like(START), driver.machine.run, sign=1.0)
     gradients = [each.values for each in driver.applied]
     for done, expected in enumerate(torch_sgd(torch.zeros_like(START), gradients, lr, beta, nesterov=True)):
         assert_but_for_rounding(sent[done], expected, largest.w, done)
-        largest.ormo_nesterov(magnitudes(driver.applied[min(done, 99)]))
+        STEPS[rule](largest, magnitudes(driver.applied[min(done, 99)]))
 
 
 # Where rules agree
 
-MOMENTUM_RULES = ["ormo", "ormo-vanilla", "ormo-nesterov", "naive", "shifted", "smega2"]
+MOMENTUM_RULES = [
+    "ormo",
+    "ormo-vanilla",
+    "ormo-nesterov",
+    "naive",
+    "shifted",
+    "smega2",
+    "naive-nesterov",
+    "delayed-nesterov",
+]
 
 
 @pytest.mark.parametrize("rule", MOMENTUM_RULES)

@@ -22,6 +22,8 @@ from ormo_server.core.schedulers import SCHEDULERS
         ("ormo-nesterov", "asynchronous", 8, 2),
         ("naive", "asynchronous", 8, 2),
         ("smega2", "asynchronous", 8, 3),  # w, v, G
+        ("naive-nesterov", "asynchronous", 8, 2),
+        ("delayed-nesterov", "asynchronous", 8, 3),  # w, m, B
         ("shifted", "asynchronous", 8, 9),  # w, a u for each slot
         ("dc", "asynchronous", 8, 9),  # w, what was sent to each slot
         ("ormo", "bounded-staleness", 8, 2),

@@ -1,4 +1,4 @@
-"""A method is a preset of four independent choices; a run is a method with its numbers."""
+"""A method is a preset of five independent choices; a run is a method with its numbers."""
 
 import math
 from collections.abc import Collection
@@ -16,7 +16,7 @@ LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD = 0.01, 1e6
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Update rule × step scale × discard × scheduler; any product of them may be set.
+    """Update rule × step scale × discard × scheduler × bucket; any product of them may be set.
 
     Attributes:
         rule: a key of `UPDATE_RULES`.
@@ -29,6 +29,7 @@ class Method:
         staleness_bound: s, which no applied gradient's delay exceeds; for the bounded-staleness scheduler, and only for
             it.
         delay_threshold: for the delay-adaptive scale: the delay up to which it is 1, in multiples of K.
+        bucket: `sum`: each gradient counts in full; `mean`: as its share of the bucket, see `Scheduler.weight_in_mean`.
         name: what people call it.
 
     Raises:
@@ -43,12 +44,18 @@ class Method:
     discard_buckets: int | None = None
     staleness_bound: int | None = None
     delay_threshold: float = 2.0
+    bucket: str = "sum"
     name: str = "custom"
 
     def __post_init__(self) -> None:
         _known("update rule", self.rule, UPDATE_RULES)
         _known("step scale", self.scale, STEP_SCALES)
         _known("scheduler", self.scheduler, SCHEDULERS)
+        _known("bucket", self.bucket, BUCKETS)
+        if self.bucket == "mean" and not UPDATE_RULES[self.rule].takes_mean_of_bucket:
+            raise SettingsError(
+                f"bucket 'mean' with the update rule {self.rule!r}, which averages by itself: use bucket 'sum'"
+            )
         if not LEAST_DELAY_THRESHOLD <= self.delay_threshold <= MOST_DELAY_THRESHOLD:
             raise SettingsError(
                 f"delay threshold {self.delay_threshold}: expected {LEAST_DELAY_THRESHOLD:g} to "
@@ -83,6 +90,7 @@ class Method:
             f"{self.scale} from {self.delay_threshold:g}K" if self.scale == "delay-adaptive" else self.scale,
             self.scheduler if self.staleness_bound is None else f"{self.scheduler} {self.staleness_bound}",
             "" if self.discard_limit(1) is None else f"discard from {limit}",
+            "mean of buckets" if self.bucket == "mean" else "",
         )
         return " × ".join(filter(None, choices))
 
@@ -127,7 +135,7 @@ class Run:
     """Everything that decides how the state moves, besides the inputs.
 
     Attributes:
-        method: the four choices.
+        method: the five choices.
         learning_rate: the schedule of η.
         momentum: β, in [0, 1).
         bucket_size: a fixed K, or None for the number of slots of the live workers.
@@ -139,7 +147,6 @@ class Run:
         delay_compensation: λ of the update rule `dc`, at least 0.
         waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
             waits for the next round. No run begins like this any more; files of earlier versions do.
-        bucket: `sum`: each gradient counts in full; `mean`: as its share of the bucket, see `Scheduler.weight_in_mean`.
 
     Raises:
         SettingsError: a value outside its limits, or values that contradict each other.
@@ -156,18 +163,12 @@ class Run:
     seed: int = 0
     delay_compensation: float = 0.04
     waits_for_idle: bool = False
-    bucket: str = "sum"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
         if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
             raise SettingsError(f"delay compensation {self.delay_compensation}: expected a finite number of at least 0")
-        _known("bucket", self.bucket, BUCKETS)
-        if self.bucket == "mean" and not UPDATE_RULES[self.method.rule].takes_mean_of_bucket:
-            raise SettingsError(
-                f"bucket 'mean' with the update rule {self.method.rule!r}, which averages by itself: use bucket 'sum'"
-            )
         if self.bucket_size is not None and self.bucket_size < 1:
             raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
         if not 1 <= self.min_workers <= self.max_workers:
