@@ -33,7 +33,6 @@ DESIGN = """
     ringmaster    sgd           constant        asynchronous
     rescaled      sgd           rescaled        asynchronous
     dc-asgd       dc            constant        asynchronous
-    ormo-nesterov ormo-nesterov constant        asynchronous
 """
 
 

@@ -121,7 +121,6 @@ PRESETS: dict[str, Method] = {
         Method(name="ssgdm", rule="ormo", scheduler="synchronous"),
         Method(name="ssgd", rule="sgd", scheduler="synchronous"),
         # Others.
-        Method(name="ormo-nesterov", rule="ormo-nesterov"),
         Method(name="ringmaster", rule="sgd", discard_buckets=2),
         Method(name="asgd-tau", rule="sgd", scale="inverse"),
         Method(name="rescaled", rule="sgd", scale="rescaled"),

@@ -52,7 +52,6 @@ STYLES = {
     "ormo": Style("#0072B2"),
     "ormo-da": Style("#0072B2", _DASHED),
     "ormo-vanilla": Style("#56B4E9"),
-    "ormo-nesterov": Style("#0072B2", _DOTTED),
     "asgd": Style("#E69F00"),
     "asgd-da": Style("#E69F00", _DASHED),
     "asgd-tau": Style("#E69F00", _DOTTED),
