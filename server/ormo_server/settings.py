@@ -12,7 +12,7 @@ from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.method import LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
+from ormo_server.core.method import BUCKETS, LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
@@ -73,6 +73,11 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(
         0.0, ge=0, le=1e6, description="λ, which workers are told to add as λ·w to their gradients"
     )
+    bucket: str | None = Field(
+        None,
+        description=f"instead of the preset's: {_choices(BUCKETS)}; a bucket's gradients count as their sum, or as "
+        "their mean, which does not grow with the number of workers",
+    )
     bucket_size: int | None = Field(
         None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
@@ -128,7 +133,7 @@ class TrainingSettings(Settings):
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         method = self._method()
         choices = {"method": method.name, "update_rule": method.rule, "step_scale": method.scale}
-        choices["delay_threshold"] = f"{method.delay_threshold:g}"
+        choices["delay_threshold"], choices["bucket"] = f"{method.delay_threshold:g}", method.bucket
         return {name: _text(value) for name, value in (given | choices | {"scheduler": method.scheduler}).items()}
 
     def _method(self) -> Method:
@@ -142,6 +147,7 @@ class TrainingSettings(Settings):
             "scheduler": self.scheduler,
             "discard_delay": self.discard_delay,
             "staleness_bound": self.staleness_bound,
+            "bucket": self.bucket,
         }
         method = replace(preset, **{choice: value for choice, value in chosen.items() if value is not None})
         return method if method == preset else replace(method, name=method.spelt_out())

@@ -40,6 +40,7 @@ class Place:
     result: PushResult | None = None  # of `request`, if that was a push
     seconds: float | None = None  # from ticket to push, of the last ticket that it redeemed
     released: OrmoError | None = None
+    bucket_size: int = 0  # K when `granted` came
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Applied:
 
     Attributes:
         values: float64.
+        bucket_size_before: K when its ticket was handed out, by a scheduler that hands out to who asks.
         holder: worker, incarnation and slot of the ticket.
         sent: what the ticket's delivery carried, in float64.
         seconds: from ticket to push.
@@ -60,6 +62,7 @@ class Applied:
     ticket_iteration: int
     delay: int
     bucket_size: int
+    bucket_size_before: int = 0
     holder: tuple[str, int, int] = ("", 0, 0)
     sent: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
@@ -177,6 +180,7 @@ class Driver:
         for granted in effects.granted:
             place = self.places.get(granted.slot, Place())
             place.granted, place.params = granted, torch.empty_like(self.machine.state.params, dtype=self.wire)
+            place.bucket_size = self.machine.bucket_size
             self.machine.write_delivery(granted, place.params)
             self.granted.append(granted)
 
@@ -197,6 +201,7 @@ class Driver:
                 ticket.iteration,
                 result.delay,
                 bucket_size,
+                place.bucket_size,
                 holder=(key[0], self.incarnations[key[0]], key[1]),
                 sent=place.params.double(),
                 seconds=place.seconds,
@@ -211,7 +216,7 @@ class Driver:
 
 def run_of(rule: str = "ormo", scheduler: str = "asynchronous", **choices: Any) -> Run:
     """A run with learning rate 1 and momentum 1/2, so that small whole numbers stay exact in float32."""
-    names = ("scale", "discard_delay", "discard_buckets", "staleness_bound")
+    names = ("scale", "discard_delay", "discard_buckets", "staleness_bound", "bucket")
     of_the_method = {name: choices.pop(name) for name in names if name in choices}
     settings = {"learning_rate": LearningRate(1.0), "momentum": 0.5} | choices
     return Run(method=Method(rule=rule, scheduler=scheduler, **of_the_method), **settings)

@@ -19,18 +19,21 @@ SCALES: dict[str, Callable[[int, Applied], float]] = {
     "constant": lambda delay, each: 1.0,
     "delay-adaptive": lambda delay, each: 1.0 if delay <= 2 * each.bucket_size else 2 * each.bucket_size / delay,
     "inverse": lambda delay, each: 1.0 if delay <= 1 else 1 / delay,
+    "polynomial": lambda delay, each: (1 + delay) ** -0.5,
     "rescaled": lambda delay, each: each.seconds * statistics.mean(1 / seconds for seconds in each.seconds_of_slots),
 }
 
 
-def closed_form(start: torch.Tensor, applied: Sequence[Applied], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w, u) as sums over all gradients that counted."""
+def closed_form(
+    start: torch.Tensor, applied: Sequence[Applied], beta: float, *, ahead: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w, u) as sums over all gradients that counted; `ahead` moves of the momentum are in w before their time."""
     newest = max((each.bucket for each in applied), default=0)
     params, momentum = start.double().clone(), torch.zeros_like(start).double()
     for each in applied:
         age = newest - each.bucket
         momentum += beta**age * each.step_size * each.values
-        params -= sum(beta**k for k in range(age + 1)) * each.step_size * each.values
+        params -= sum(beta**k for k in range(age + 1 + ahead)) * each.step_size * each.values
     return params, momentum
 
 
@@ -47,13 +50,17 @@ def rounding(start: torch.Tensor, applied: Sequence[Applied], beta: float) -> to
 
 
 def step_sizes(run: Run, applied: Sequence[Applied]) -> list[float]:
-    """η × scale of each gradient: η is looked up at t when a bucket opens and holds while that bucket is the newest."""
+    """η × scale of each gradient: η is looked up at t when a bucket opens and holds while that bucket is the newest.
+
+    Of a bucket's mean not under the synchronous scheduler, whose weight goes by its round.
+    """
     learning_rate, newest, expected = run.learning_rate.at(0), 0, []
     for iteration, each in enumerate(applied):
         if each.bucket > newest:
             newest, learning_rate = each.bucket, run.learning_rate.at(iteration)
         delay = 0 if run.method.scheduler == "synchronous" else each.delay
-        expected.append(learning_rate * SCALES[run.method.scale](delay, each))
+        weight = 1 / max(each.bucket_size_before, each.bucket_size) if run.method.bucket == "mean" else 1
+        expected.append(learning_rate * SCALES[run.method.scale](delay, each) * weight)
     return expected
 
 
@@ -98,6 +105,20 @@ class Formula:
         self.vectors["momentum"] = self.beta * self.vectors["momentum"] + each.step_size * each.values
         self.w += self.sign * self.vectors["momentum"]
 
+    def naive_nesterov(self, each: Applied) -> None:
+        self.vectors["momentum"] = self.beta * self.vectors["momentum"] + each.step_size * each.values
+        self.w += self.sign * (each.step_size * each.values + self.beta * self.vectors["momentum"])
+
+    def delayed_nesterov(self, each: Applied) -> None:
+        self.gathered += 1
+        self.vectors["gathered"] += each.step_size * each.values
+        self.w += self.sign * each.step_size * each.values
+        if self.gathered >= each.bucket_size:
+            self.vectors["momentum"] = self.beta * self.vectors["momentum"] + self.vectors["gathered"]
+            self.w += self.sign * self.beta * self.vectors["momentum"]
+            self.vectors["gathered"] = torch.zeros_like(self.w)
+            self.gathered = 0
+
     def shifted(self, each: Applied) -> None:
         worker, _, slot = each.holder
         name = f"momentum/{worker}/{slot}"
@@ -114,6 +135,15 @@ class Formula:
             self.w += self.sign * self.vectors["momentum"]
         self.vectors["momentum"] += self.beta ** (self.newest - each.bucket) * each.step_size * each.values
         self.w += self.sign * each.step_size * each.values
+
+    def ormo_nesterov(self, each: Applied) -> None:
+        while self.newest < each.bucket:
+            self.newest += 1
+            self.vectors["momentum"] *= self.beta
+            self.w += self.sign * self.beta * self.vectors["momentum"]
+        lag = self.newest - each.bucket
+        self.vectors["momentum"] += self.beta**lag * each.step_size * each.values
+        self.w += self.sign * sum(self.beta**k for k in range(lag + 2)) * each.step_size * each.values
 
     def smega2(self, each: Applied) -> None:
         self.gathered += 1
@@ -140,8 +170,11 @@ STEPS: dict[str, Callable[[Formula, Applied], None]] = {
     "naive": Formula.naive,
     "shifted": Formula.shifted,
     "ormo-vanilla": Formula.ormo_vanilla,
+    "ormo-nesterov": Formula.ormo_nesterov,
     "smega2": Formula.smega2,
     "dc": Formula.dc,
+    "naive-nesterov": Formula.naive_nesterov,
+    "delayed-nesterov": Formula.delayed_nesterov,
 }
 
 

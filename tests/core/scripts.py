@@ -10,6 +10,7 @@ from core.driving import Driver
 from ormo_server.core.errors import TicketUnknown
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.method import Method, Run
+from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
@@ -58,16 +59,27 @@ BOUNDS = st.sampled_from([0, 1, 2, 5, 12])
 @st.composite
 def runs(draw: st.DrawFn, rules: Iterable[str] = ("ormo",), schedulers: Iterable[str] = tuple(SCHEDULERS)) -> Run:
     scheduler = draw(st.sampled_from(list(schedulers)))
+    rule, bucket = draw(st.sampled_from(list(rules))), "sum"
+    if scheduler != "synchronous" and UPDATE_RULES[rule].takes_mean_of_bucket:
+        bucket = draw(st.sampled_from(["sum", "mean"]))
     method = Method(
-        rule=draw(st.sampled_from(list(rules))),
+        rule=rule,
         scheduler=scheduler,
         scale=draw(st.sampled_from(list(STEP_SCALES))),
         discard_delay=draw(st.sampled_from([None, None, None, 2, 6])),
         staleness_bound=draw(BOUNDS) if scheduler == "bounded-staleness" else None,
+        bucket=bucket,
     )
     fixed = None if scheduler == "synchronous" else draw(st.sampled_from([None, 1, 3]))
     compensation = draw(st.sampled_from([0.0, 1e-6, 1e-5]))  # more would blow up on gradients of this size
-    return Run(draw(learning_rates()), method, draw(BETAS), fixed, max_workers=10, delay_compensation=compensation)
+    return Run(
+        draw(learning_rates()),
+        method,
+        draw(BETAS),
+        fixed,
+        max_workers=10,
+        delay_compensation=compensation,
+    )
 
 
 def carry_out(driver: Driver, command: Command) -> None:

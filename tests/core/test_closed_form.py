@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,22 +14,24 @@ from ormo_server.core import snapshot
 from ormo_server.core.inputs import Gradient, Push
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
-from ormo_server.core.rules import Coefficients, Landing
-from ormo_server.core.rules.ormo import Ormo
+from ormo_server.core.rules import UPDATE_RULES, Coefficients, Landing
 from ormo_server.core.state import State
 from ormo_server.core.vectors import BLOCK_ELEMENTS
+
+# How many moves of the momentum each rule has in w before their time.
+AHEAD: dict[str, int] = {"ormo": 0, "ormo-nesterov": 1}
 
 
 def assert_closed_form(driver: Driver, start: torch.Tensor) -> None:
     state, beta = driver.machine.state, driver.machine.run.momentum
-    params, momentum = closed_form(start, driver.applied, beta)
+    params, momentum = closed_form(start, driver.applied, beta, ahead=AHEAD[driver.machine.run.method.rule])
     allowed = rounding(start, driver.applied, beta)
     assert bool(((state.params.double() - params).abs() <= allowed).all()), (state.params, params)
     assert bool(((state.rule.vectors["momentum"].double() - momentum).abs() <= allowed).all())
 
 
 @settings(max_examples=150, deadline=None)
-@given(run=runs(), story=stories())
+@given(run=runs(AHEAD), story=stories())
 def test_state_is_the_closed_form_at_every_moment_of_every_story(run: Run, story: list[Command]) -> None:
     driver = Driver(StateMachine.fresh(run, START.clone()))
     for command in story:
@@ -58,8 +61,8 @@ def test_the_closed_form_holds_across_the_blocks_of_a_long_vector() -> None:
     assert torch.equal(driver.machine.state.rule.vectors["momentum"].double(), momentum)
 
 
-def filed_in_order(triples: list[tuple[int, float, int]], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    rule, params, newest = Ormo(START.numel(), Coefficients(beta)), START.clone(), 0
+def filed_in_order(name: str, triples: list[tuple[int, float, int]], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    rule, params, newest = UPDATE_RULES[name](START.numel(), Coefficients(beta)), START.clone(), 0
     for value, step_size, bucket in triples:
         opened = max(0, bucket - newest)
         newest += opened
@@ -70,13 +73,14 @@ def filed_in_order(triples: list[tuple[int, float, int]], beta: float) -> tuple[
 TRIPLES = st.lists(st.tuples(st.integers(-8, 8), st.floats(0.001, 1.0), st.integers(0, 12)), min_size=1, max_size=20)
 
 
+@pytest.mark.parametrize("name", AHEAD)
 @settings(max_examples=100, deadline=None)
 @given(triples=TRIPLES, beta=BETAS, data=st.data())
 def test_given_gradients_with_their_rates_and_buckets_may_arrive_in_any_order(
-    triples: list[tuple[int, float, int]], beta: float, data: st.DataObject
+    name: str, triples: list[tuple[int, float, int]], beta: float, data: st.DataObject
 ) -> None:
-    one = filed_in_order(triples, beta)
-    other = filed_in_order(data.draw(st.permutations(triples)), beta)
+    one = filed_in_order(name, triples, beta)
+    other = filed_in_order(name, data.draw(st.permutations(triples)), beta)
     applied = [Applied(gradient(value).double(), eta, bucket, 0, 0, 1) for value, eta, bucket in triples]
     allowed = 2 * rounding(START, applied, beta)  # each of the two is within `rounding` of the closed form
     for mine, theirs in zip(one, other, strict=True):

@@ -125,9 +125,32 @@ def test_what_smega2_sends_to_a_worker_alone_is_where_nesterovs_momentum_of_torc
         largest.smega2(magnitudes(driver.applied[min(done, 99)]))
 
 
-# Where rules agree bit for bit
+@pytest.mark.parametrize("rule", ["ormo-nesterov", "naive-nesterov", "delayed-nesterov"])
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, beta=st.sampled_from([0.5, 0.9, 0.99]), lr=RATES)
+def test_a_worker_alone_does_what_torch_sgd_with_nesterovs_momentum_does(
+    rule: str, seed: int, beta: float, lr: float
+) -> None:
+    driver, sent = alone(rule, beta, lr, seed)
+    largest = Formula(torch.zeros_like(START), driver.machine.run, sign=1.0)
+    gradients = [each.values for each in driver.applied]
+    for done, expected in enumerate(torch_sgd(torch.zeros_like(START), gradients, lr, beta, nesterov=True)):
+        assert_but_for_rounding(sent[done], expected, largest.w, done)
+        STEPS[rule](largest, magnitudes(driver.applied[min(done, 99)]))
 
-MOMENTUM_RULES = ["ormo", "ormo-vanilla", "naive", "shifted", "smega2"]
+
+# Where rules agree
+
+MOMENTUM_RULES = [
+    "ormo",
+    "ormo-vanilla",
+    "ormo-nesterov",
+    "naive",
+    "shifted",
+    "smega2",
+    "naive-nesterov",
+    "delayed-nesterov",
+]
 
 
 @pytest.mark.parametrize("rule", MOMENTUM_RULES)
@@ -192,6 +215,21 @@ def test_the_momentum_of_vanilla_ordered_momentum_is_that_of_ordered_momentum(
     assert torch.equal(momentum, full.machine.state.rule.vectors["momentum"])
     _, by_sum = closed_form(START, vanilla.applied, run.momentum)
     assert bool(((momentum.double() - by_sum).abs() <= rounding(START, vanilla.applied, run.momentum)).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), story=stories())
+def test_ordered_nesterov_momentum_is_ordered_momentum_less_one_more_move_of_it(
+    data: st.DataObject, story: list[Command]
+) -> None:
+    run = data.draw(runs(["ormo"]))
+    plain = told(run, story)
+    ahead = told(replace(run, method=replace(run.method, rule="ormo-nesterov")), story).machine.state
+    momentum = plain.machine.state.rule.vectors["momentum"]
+    assert torch.equal(ahead.rule.vectors["momentum"], momentum)
+    expected = plain.machine.state.params.double() - run.momentum * momentum.double()
+    allowed = 2 * rounding(START, plain.applied, run.momentum)
+    assert bool(((ahead.params.double() - expected).abs() <= allowed).all())
 
 
 # Vectors of slots

@@ -19,8 +19,11 @@ from ormo_server.core.schedulers import SCHEDULERS
         ("ormo", "asynchronous", 1, 2),  # w, u
         ("ormo", "asynchronous", 8, 2),
         ("ormo-vanilla", "asynchronous", 8, 2),
+        ("ormo-nesterov", "asynchronous", 8, 2),
         ("naive", "asynchronous", 8, 2),
         ("smega2", "asynchronous", 8, 3),  # w, v, G
+        ("naive-nesterov", "asynchronous", 8, 2),
+        ("delayed-nesterov", "asynchronous", 8, 3),  # w, m, B
         ("shifted", "asynchronous", 8, 9),  # w, a u for each slot
         ("dc", "asynchronous", 8, 9),  # w, what was sent to each slot
         ("ormo", "bounded-staleness", 8, 2),

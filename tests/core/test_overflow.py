@@ -82,7 +82,8 @@ def longest_taken(rule: UpdateRule, params: torch.Tensor, landing: Landing) -> f
 
 
 # What the momentum of a rule never exceeds, by the arguments beside `LARGEST` and in `smega2`, for β = 0.
-MOST = dict.fromkeys(("ormo", "ormo-vanilla", "naive", "shifted"), LARGEST / 2**26) | {"smega2": 2.0**67}
+MOST = dict.fromkeys(("ormo", "ormo-vanilla", "ormo-nesterov", "naive", "shifted", "naive-nesterov"), LARGEST / 2**26)
+MOST |= {"smega2": 2.0**67, "delayed-nesterov": LARGEST / 2**26}
 MOMENTUM = dict.fromkeys(MOST, "momentum") | {"shifted": "momentum/a/0"}
 
 
@@ -96,7 +97,9 @@ def test_at_its_bounds_the_state_stays_within_them(
     """The step of the induction, in the worst direction, with the longest gradients that are taken."""
     made, params = UPDATE_RULES[rule](1, Coefficients(beta)), torch.tensor([-LARGEST])
     if rule in MOST:
-        made.vectors[MOMENTUM[rule]] = torch.tensor([MOST[rule] * (1.0 if rule == "smega2" else 1.0 - beta)])
+        made.vectors[MOMENTUM[rule]] = torch.tensor(
+            [MOST[rule] * (1.0 if rule in ("smega2", "delayed-nesterov") else 1.0 - beta)]
+        )
     if rule == "smega2":  # so many gradients in a bucket that is not full, of the largest norm each
         made.counters["gathered"] = gathered
         made.vectors["gathered"].fill_(math.e * gathered * 2.0**40)

@@ -1,5 +1,7 @@
 """Rounds, and that OrMo in rounds is SGD with momentum."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +42,21 @@ def test_rounds_are_torch_sgd_on_what_came_in_while_workers_die_and_join(
         *_, expected = torch_sgd(START, [total for _, total in round_sums(driver.applied)], lr, beta)
         difference = (driver.machine.state.params.double() - expected).abs()
         # As much again for the reference's own, far smaller, roundings.
+        assert bool((difference <= 2 * rounding(START, driver.applied, beta)).all()), (difference, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(story=stories(), beta=st.sampled_from([0.5, 0.9]), lr=st.sampled_from([0.25, 0.3]))
+def test_rounds_of_ordered_nesterov_momentum_are_torchs_nesterov_on_what_came_in(
+    story: list[Command], beta: float, lr: float
+) -> None:
+    method = replace(SSGDM, rule="ormo-nesterov")
+    driver = Driver(StateMachine.fresh(Run(LearningRate(lr), method, beta), START.clone()))
+    for command in story:
+        carry_out(driver, command)
+        totals = [total for _, total in round_sums(driver.applied)]
+        *_, expected = torch_sgd(START, totals, lr, beta, nesterov=True)
+        difference = (driver.machine.state.params.double() - expected).abs()
         assert bool((difference <= 2 * rounding(START, driver.applied, beta)).all()), (difference, expected)
 
 

@@ -157,6 +157,26 @@ def test_vanilla_ordered_momentum_files_a_late_gradient_but_does_not_make_up_for
         assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
 
 
+# The same pushes. u is OrMo's again. In time a gradient moves w by 3/2 of itself, one or two buckets late by 7/4 and
+# 15/8; when a bucket opens w moves by u/4 besides.
+ORMO_NESTEROV = """
+    worker  g  delay  lag   param  momentum
+         0  4      0    0    -6.0       4.0
+         0  2      0    0   -10.0       4.0
+         1  8      2    1   -24.0       8.0
+         0  2      1    0   -27.0      10.0
+         0  4      0    0   -35.5       9.0
+         2  8      5    2   -50.5      11.0
+         1  2      3    1   -54.0      12.0
+"""
+
+
+def test_ordered_nesterov_momentum_is_always_one_move_of_the_momentum_ahead() -> None:
+    driver = driver_of(run_of("ormo-nesterov"), "a", "b", "c")
+    for row, state in exchanges(driver, ORMO_NESTEROV):
+        assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
 # u halves with every gradient, whoever it is from and however late.
 NAIVE = """
     worker   g  delay  lag   param  momentum
@@ -172,6 +192,42 @@ def test_naive_momentum_ages_with_every_gradient_in_the_order_of_arrival() -> No
     driver = driver_of(run_of("naive"), "a", "b", "c")
     for row, state in exchanges(driver, NAIVE):
         assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
+# m is naive momentum's; w moves by the gradient and half of it.
+NAIVE_NESTEROV = """
+    worker   g  delay  lag   param  momentum
+         0   4      0    0    -6.0       4.0
+         0   2      0    0   -10.0       4.0
+         1   8      2    1   -23.0      10.0
+         2   0      3    1   -25.5       5.0
+         1  -2      1    0  -23.75       0.5
+"""
+
+
+def test_naive_nesterov_momentum_moves_w_by_the_gradient_and_the_next_move_of_the_momentum() -> None:
+    driver = driver_of(run_of("naive-nesterov"), "a", "b", "c")
+    for row, state in exchanges(driver, NAIVE_NESTEROV):
+        assert (state.params, state.rule.vectors["momentum"]) == (row["param"], row["momentum"])
+
+
+# K = 2. Every gradient moves w by itself, every second one by m/2 besides, once m has taken both in.
+DELAYED_NESTEROV = """
+    worker  g  delay  lag   param    m     B   s
+         0  4      0    0    -4.0    0   4.0   1
+         0  8      0    0   -18.0 12.0     0   0
+         1  2      2    1   -20.0 12.0   2.0   1
+         0  0      1    0   -24.0  8.0     0   0
+         1  6      1    0   -30.0  8.0   6.0   1
+"""
+
+
+def test_delayed_nesterov_takes_a_bucket_into_the_momentum_as_a_whole() -> None:
+    driver = driver_of(run_of("delayed-nesterov"), "a", "b")
+    for row, state in exchanges(driver, DELAYED_NESTEROV):
+        vectors, s = state.rule.vectors, state.rule.counters["gathered"]
+        got = (state.params, vectors["momentum"], vectors["gathered"], s)
+        assert got == (row["param"], row["m"], row["B"], row["s"])
 
 
 # Each worker's momentum halves with its own gradients only.

@@ -11,7 +11,9 @@ from ormo_server.cli import main
 from ormo_server.settings import ServerSettings
 
 SAID = [
-    ("--update-rule adam", "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, sgd, naive, shifted"),
+    ("--update-rule adam", "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, ormo-nesterov, sgd"),
+    ("--bucket median", "bucket 'median' is not known: choose one of sum, mean"),
+    ("--bucket mean --method smega2", "bucket 'mean' with the update rule 'smega2', which averages by itself: use"),
     ("--step-scale half", "step scale 'half' is not known: choose one of constant, delay-adaptive, inverse, rescaled"),
     ("--scheduler ssp", "scheduler 'ssp' is not known: choose one of asynchronous, synchronous, bounded-staleness"),
     ("--scheduler bounded-staleness", "needs a staleness bound: the largest delay that an applied gradient may have"),

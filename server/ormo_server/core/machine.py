@@ -263,6 +263,8 @@ class StateMachine:
         step_size = learning_rate * self._scale(
             Timing(counted_delay, size, self.run.method.delay_threshold, seconds, of_slots)
         )
+        if self.run.method.bucket == "mean":
+            step_size *= self.scheduler.weight_in_mean(state, ticket, size)
         return learning_rate, Landing(step_size, opened, lag, size, ticket.slot)
 
     def _merge_buffers(self, gradient: Gradient, bucket_size: int) -> bool:
@@ -306,7 +308,9 @@ class StateMachine:
     def _hand_out(self, now: float) -> Sequence[Granted]:
         if self.state.finished or not self.state.started:
             return ()
-        handed_out = self.scheduler.hand_out(self.state, now)
+        handed_out = self.scheduler.hand_out(
+            self.state, self.bucket_size if self.run.method.bucket == "mean" else 0, now
+        )
         return [Granted(ticket.slot, ticket, self.state.round_params) for ticket in handed_out]
 
     def reached_end(self) -> bool:

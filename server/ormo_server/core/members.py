@@ -112,13 +112,20 @@ MOST_LATE = 4
 
 
 def hand_out(
-    state: State, slot: SlotKey, bucket: int, now: float, *, delivered: bool, iteration: int | None = None
+    state: State,
+    slot: SlotKey,
+    bucket: int,
+    bucket_size: int,
+    now: float,
+    *,
+    delivered: bool,
+    iteration: int | None = None,
 ) -> Ticket:
     """Give a slot that has none a ticket at this iteration; None for the current one."""
     holder, number = state.slot(slot), state.next_ticket
     assert holder.ticket is None, "a slot holds at most one ticket"
     ite = state.iteration if iteration is None else iteration
-    ticket = Ticket(state.epoch, number, slot, ite, bucket, now, delivered)
+    ticket = Ticket(state.epoch, number, slot, ite, bucket, now, delivered, bucket_size)
     state.next_ticket += 1
     holder.ticket = (state.epoch, number)
     state.tickets[holder.ticket] = ticket

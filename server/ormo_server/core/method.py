@@ -1,6 +1,7 @@
-"""A method is a preset of four independent choices; a run is a method with its numbers."""
+"""A method is a preset of five independent choices; a run is a method with its numbers."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ormo_server.core.errors import SettingsError
@@ -8,13 +9,14 @@ from ormo_server.core.rules import UPDATE_RULES, Coefficients
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import STEP_SCALES, LearningRate
 
+BUCKETS = ("sum", "mean")
 # In multiples of K. A hundredth leaves nothing of a step, and no delay is a million times K.
 LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD = 0.01, 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Update rule × step scale × discard × scheduler; any product of them may be set.
+    """Update rule × step scale × discard × scheduler × bucket; any product of them may be set.
 
     Attributes:
         rule: a key of `UPDATE_RULES`.
@@ -27,6 +29,7 @@ class Method:
         staleness_bound: s, which no applied gradient's delay exceeds; for the bounded-staleness scheduler, and only for
             it.
         delay_threshold: for the delay-adaptive scale: the delay up to which it is 1, in multiples of K.
+        bucket: `sum`: each gradient counts in full; `mean`: as its share of the bucket, see `Scheduler.weight_in_mean`.
         name: what people call it.
 
     Raises:
@@ -41,12 +44,18 @@ class Method:
     discard_buckets: int | None = None
     staleness_bound: int | None = None
     delay_threshold: float = 2.0
+    bucket: str = "sum"
     name: str = "custom"
 
     def __post_init__(self) -> None:
         _known("update rule", self.rule, UPDATE_RULES)
         _known("step scale", self.scale, STEP_SCALES)
         _known("scheduler", self.scheduler, SCHEDULERS)
+        _known("bucket", self.bucket, BUCKETS)
+        if self.bucket == "mean" and not UPDATE_RULES[self.rule].takes_mean_of_bucket:
+            raise SettingsError(
+                f"bucket 'mean' with the update rule {self.rule!r}, which averages by itself: use bucket 'sum'"
+            )
         if not LEAST_DELAY_THRESHOLD <= self.delay_threshold <= MOST_DELAY_THRESHOLD:
             raise SettingsError(
                 f"delay threshold {self.delay_threshold}: expected {LEAST_DELAY_THRESHOLD:g} to "
@@ -81,6 +90,7 @@ class Method:
             f"{self.scale} from {self.delay_threshold:g}K" if self.scale == "delay-adaptive" else self.scale,
             self.scheduler if self.staleness_bound is None else f"{self.scheduler} {self.staleness_bound}",
             "" if self.discard_limit(1) is None else f"discard from {limit}",
+            "mean of buckets" if self.bucket == "mean" else "",
         )
         return " × ".join(filter(None, choices))
 
@@ -91,8 +101,7 @@ class Method:
         return self.discard_delay
 
 
-def _known(what: str, name: str, table: object) -> None:
-    assert isinstance(table, dict)
+def _known(what: str, name: str, table: Collection[str]) -> None:
     if name not in table:
         raise SettingsError(f"{what} {name!r} is not known: choose one of {', '.join(table)}")
 
@@ -125,7 +134,7 @@ class Run:
     """Everything that decides how the state moves, besides the inputs.
 
     Attributes:
-        method: the four choices.
+        method: the five choices.
         learning_rate: the schedule of η.
         momentum: β, in [0, 1).
         bucket_size: a fixed K, or None for the number of slots of the live workers.

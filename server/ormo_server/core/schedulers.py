@@ -43,12 +43,26 @@ class Scheduler(ABC):
         self.waits_for_idle = waits_for_idle
 
     @abstractmethod
-    def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
-        """Deliver tickets to waiting slots, as far as the policy allows now; each is yielded as it is delivered."""
+    def hand_out(self, state: State, bucket_size: int, now: float) -> Iterator[Ticket]:
+        """Deliver tickets to waiting slots, as far as the policy allows now; each is yielded as it is delivered.
+
+        Args:
+            state: that it goes by, and changes.
+            bucket_size: K now, which is stamped on them; 0 where nobody will ask for it.
+            now: seconds of the driver's clock.
+        """
 
     @abstractmethod
     def count_applied(self, state: State, bucket_size: int) -> None:
         """A gradient was applied: move the bucket being issued."""
+
+    def weight_in_mean(self, state: State, ticket: Ticket, bucket_size: int) -> float:  # noqa: ARG002
+        """What a gradient counts where a bucket's mean is wanted: 1/K, by the larger of K now and at its hand-out.
+
+        By K now alone, sixteen workers that leave one after the other with a last gradient would move the parameters by
+        1/16 + 1/15 + … + 1 = 3.4 means; by K at hand-out alone, so would sixteen that come one after the other.
+        """
+        return 1.0 / max(ticket.bucket_size, bucket_size)
 
     def counted_delay(self, delay: int) -> int:
         """What step scale and discard see as the delay of a gradient."""
@@ -81,9 +95,9 @@ class Scheduler(ABC):
         if not 1 <= slots <= self.max_slots:
             raise BadRequest(f"{slots} slots were asked for: this run's scheduler serves 1 to {self.max_slots}")
 
-    def _deliver_new(self, state: State, slot: SlotKey, bucket: int, now: float) -> Ticket:
+    def _deliver_new(self, state: State, slot: SlotKey, bucket_size: int, now: float) -> Ticket:
         del state.waiting[slot]
-        return members.hand_out(state, slot, bucket, now, delivered=True)
+        return members.hand_out(state, slot, state.issue, bucket_size, now, delivered=True)
 
 
 class CountedBuckets(Scheduler):
@@ -121,20 +135,20 @@ class Synchronous(Scheduler):
     keeps_opening = True
 
     @override
-    def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
+    def hand_out(self, state: State, bucket_size: int, now: float) -> Iterator[Ticket]:
         if not state.tickets:
-            self._open_round(state, now)
+            self._open_round(state, bucket_size, now)
         if state.round_params is None:
             return  # nobody can get a ticket of this round any more: whoever waits, waits for the next opening
         for slot in list(state.waiting):
-            ticket = members.held(state, slot) or self._late_ticket(state, slot, now)
+            ticket = members.held(state, slot) or self._late_ticket(state, slot, bucket_size, now)
             if ticket is not None:
                 del state.waiting[slot]
                 ticket.delivered = True
                 yield ticket
         members.drop_delivered_round(state)
 
-    def _open_round(self, state: State, now: float) -> None:
+    def _open_round(self, state: State, bucket_size: int, now: float) -> None:
         slots = [(worker, 0) for worker in state.members if self.waits_for_idle or not state.slot((worker, 0)).idle]
         if not slots:
             return
@@ -144,16 +158,25 @@ class Synchronous(Scheduler):
         state.rule.write_delivery(state.params, params, state.sending(max(1, state.live_slots)))
         first = state.next_ticket
         for slot in slots:
-            members.hand_out(state, slot, bucket, now, delivered=False)
+            members.hand_out(state, slot, bucket, len(slots) if bucket_size else 0, now, delivered=False)
         state.round_params = params
         state.round_tickets = (0, 0) if self.waits_for_idle else (first, state.next_ticket)
 
-    def _late_ticket(self, state: State, slot: SlotKey, now: float) -> Ticket | None:
+    def _late_ticket(self, state: State, slot: SlotKey, bucket_size: int, now: float) -> Ticket | None:
         """One of the open round, for a slot that has not pushed in it; None if the round takes nobody in any more."""
         of_round, redeemed = members.to_come_in(state), state.slot(slot).redeemed
         if of_round is None or (redeemed is not None and redeemed[1] >= state.round_tickets[0]):
             return None
-        return members.hand_out(state, slot, of_round.bucket, now, delivered=False, iteration=of_round.iteration)
+        tickets = 1 + state.next_ticket - state.round_tickets[0] if bucket_size else 0
+        return members.hand_out(
+            state, slot, of_round.bucket, tickets, now, delivered=False, iteration=of_round.iteration
+        )
+
+    @override
+    def weight_in_mean(self, state: State, ticket: Ticket, bucket_size: int) -> float:
+        """By the tickets that the round has had: one that is lost counts as a gradient of 0."""
+        first, end = state.round_tickets
+        return 1.0 / max(1, ticket.bucket_size, state.next_ticket - first if end else 0)
 
     @override
     def count_applied(self, state: State, bucket_size: int) -> None:
@@ -174,9 +197,9 @@ class Asynchronous(CountedBuckets):
     """A ticket is handed out at once."""
 
     @override
-    def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
+    def hand_out(self, state: State, bucket_size: int, now: float) -> Iterator[Ticket]:
         while state.waiting:
-            yield self._deliver_new(state, next(iter(state.waiting)), state.issue, now)
+            yield self._deliver_new(state, next(iter(state.waiting)), bucket_size, now)
 
 
 class BoundedStaleness(CountedBuckets):
@@ -195,9 +218,9 @@ class BoundedStaleness(CountedBuckets):
     others_wait = True
 
     @override
-    def hand_out(self, state: State, now: float) -> Iterator[Ticket]:
+    def hand_out(self, state: State, bucket_size: int, now: float) -> Iterator[Ticket]:
         while state.waiting and self._may_hand_out(state):
-            yield self._deliver_new(state, next(iter(state.waiting)), state.issue, now)
+            yield self._deliver_new(state, next(iter(state.waiting)), bucket_size, now)
 
     def _may_hand_out(self, state: State) -> bool:
         if not state.tickets:

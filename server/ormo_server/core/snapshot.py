@@ -68,7 +68,7 @@ def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
     fields["scheduler"] = machine.run.method.scheduler
     fields["staleness_bound"] = machine.run.method.staleness_bound
     fields["members"] = [_row(member) for member in state.members.values()]
-    fields["tickets"] = [dataclasses.asdict(ticket) for ticket in state.tickets.values()]
+    fields["tickets"] = [_ticket(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
     fields["departed"] = {worker: _row(process) for worker, process in state.departed.items()}
     fields["waiting"] = [list(key) for key in state.waiting]
@@ -81,6 +81,11 @@ def _row(process: Member | Departed) -> dict[str, Any]:
     return dataclasses.asdict(
         process, dict_factory=lambda pairs: dict(p for p in pairs if p != ("buffers_kept", False))
     )
+
+
+def _ticket(ticket: Ticket) -> dict[str, Any]:
+    # Without K where nobody will ask for it: older servers do not know it.
+    return dataclasses.asdict(ticket, dict_factory=lambda pairs: dict(p for p in pairs if p != ("bucket_size", 0)))
 
 
 def _copies(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

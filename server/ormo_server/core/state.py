@@ -20,6 +20,8 @@ class Ticket:
         iteration: ite, the value of t when it was handed out.
         bucket: where its gradient will count; stamped when it is handed out, never recomputed.
         handed_out_seconds: when, by the clock that is passed in.
+        bucket_size: K when it was handed out; under the synchronous scheduler the tickets of its round by then; 0 where
+            a sum is wanted, or a checkpoint does not say.
         delivered: its parameters have been given to a request of its slot. Only the synchronous scheduler hands
             tickets out before they are asked for.
     """
@@ -31,6 +33,7 @@ class Ticket:
     bucket: int
     handed_out_seconds: float
     delivered: bool
+    bucket_size: int = 0
 
     @property
     def key(self) -> TicketKey:

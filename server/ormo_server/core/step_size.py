@@ -143,6 +143,11 @@ def inverse(timing: Timing) -> float:
     return 1.0 / max(1, timing.delay)
 
 
+def polynomial(timing: Timing) -> float:
+    """(1 + τ)^(−1/2) (Xie, Koyejo, Gupta: Asynchronous Federated Optimization, arXiv 1903.03934, a = 1/2)."""
+    return 1.0 / math.sqrt(1.0 + timing.delay)
+
+
 def rescaled(timing: Timing) -> float:
     """T_k · mean_j(1/T_j): every slot moves the parameters alike, however often it pushes.
 
@@ -160,5 +165,6 @@ STEP_SCALES: dict[str, Callable[[Timing], float]] = {
     "constant": constant,
     "delay-adaptive": delay_adaptive,
     "inverse": inverse,
+    "polynomial": polynomial,
     "rescaled": rescaled,
 }

@@ -38,7 +38,8 @@ class Landing(NamedTuple):
     """Where one gradient lands and how much it counts.
 
     Attributes:
-        step_size: η, the learning rate in force, times the step scale.
+        step_size: η, the learning rate in force, times the step scale, times the weight in the bucket's mean if that is
+            what counts. No rule divides again.
         opened_buckets: m, how far this gradient moved the newest bucket; usually 0 or 1.
         lag_buckets: l, the newest bucket (after it moved) less the gradient's.
         bucket_size: K as it is now.
@@ -76,12 +77,15 @@ class UpdateRule(ABC):
         vectors_moved: how many vectors an update must read from memory or write to it. A copy of one moves two, which
             bounds how fast the rule can be.
         keeps_deliveries: whether `ticket_delivered` does anything.
+        takes_mean_of_bucket: whether gradients may come with the weight that makes a bucket's sum its mean; not where
+            the rule averages by itself.
     """
 
     vectors_per_run: ClassVar[int] = 0
     vectors_per_slot: ClassVar[int] = 0
     vectors_moved: ClassVar[int]
     keeps_deliveries: ClassVar[bool] = False
+    takes_mean_of_bucket: ClassVar[bool] = True
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         self.coefficients = coefficients

@@ -31,9 +31,9 @@ class Ormo(UpdateRule):
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
         beta, opened, lag = self.coefficients.momentum, landing.opened_buckets, landing.lag_buckets
         if opened == 1 and beta:
-            self._take_momentum_step(params, gradient, landing.step_size)
+            self.take_momentum_step(params, gradient, landing.step_size)
             return
-        aged, drift = beta**opened, beta * geometric_sum(beta, opened)
+        aged, drift = beta**opened, self.drift_of_momentum(opened)
         share = landing.step_size * beta**lag
         moved = landing.step_size * self.moves_of_late_gradient(lag)
         for w, u, g in walk(params, self.vectors["momentum"], gradient):
@@ -44,7 +44,13 @@ class Ormo(UpdateRule):
             u.add_(g, alpha=share)
             w.sub_(g, alpha=moved)
 
-    def _take_momentum_step(self, params: torch.Tensor, gradient: torch.Tensor, step_size: float) -> None:
+    def drift_of_momentum(self, opened: int) -> float:
+        """How many times its own length the momentum moves w as this many buckets open."""
+        beta = self.coefficients.momentum
+        return beta * geometric_sum(beta, opened)
+
+    def take_momentum_step(self, params: torch.Tensor, gradient: torch.Tensor, step_size: float) -> None:
+        """Apply a gradient in time that opens one bucket, as most do."""
         # With m = 1 and l = 0 the formula is u ← βu + ηg, w ← w − u: a pass over the memory less than its three lines.
         beta = self.coefficients.momentum
         for w, u, g in walk(params, self.vectors["momentum"], gradient):

@@ -27,6 +27,7 @@ class Smega2(UpdateRule):
     and G, and the counter s.
     """
 
+    takes_mean_of_bucket = False
     vectors_per_run = 2
     vectors_moved = 6  # and v once more where a bucket is full
 
