@@ -30,9 +30,13 @@ SCALES = """
 def test_a_step_scale_is_what_the_table_says() -> None:
     for row in rows(SCALES):
         timing = Timing(int(row.pop("delay")), int(row.pop("K")))
-        assert {"rescaled", *row} == set(STEP_SCALES)
+        assert {"rescaled", "polynomial", *row} == set(STEP_SCALES)
         for name, expected in row.items():
             assert STEP_SCALES[name](timing) == expected, (name, timing)
+
+
+def test_the_polynomial_scale_is_one_by_the_root_of_the_delay_and_one() -> None:
+    assert [STEP_SCALES["polynomial"](Timing(delay, 4)) for delay in (0, 3, 8, 99)] == [1, 1 / 2, 1 / 3, 1 / 10]
 
 
 THRESHOLDS = """

@@ -94,7 +94,10 @@ def test_any_product_of_the_four_choices_trains(rule: str, scale: str, scheduler
             {"rule": "adam"},
             "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, ormo-nesterov, sgd, naive, shifted",
         ),
-        ({"scale": "big"}, "step scale 'big' is not known: choose one of constant, delay-adaptive, inverse, polynomial, rescaled"),
+        (
+            {"scale": "big"},
+            "step scale 'big' is not known: choose one of constant, delay-adaptive, inverse, polynomial, rescaled",
+        ),
         (
             {"scheduler": "lazy"},
             "scheduler 'lazy' is not known: choose one of asynchronous, synchronous, bounded-staleness",

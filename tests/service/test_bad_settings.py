@@ -14,7 +14,10 @@ SAID = [
     ("--update-rule adam", "update rule 'adam' is not known: choose one of ormo, ormo-vanilla, ormo-nesterov, sgd"),
     ("--bucket median", "bucket 'median' is not known: choose one of sum, mean"),
     ("--bucket mean --method smega2", "bucket 'mean' with the update rule 'smega2', which averages by itself: use"),
-    ("--step-scale half", "step scale 'half' is not known: choose one of constant, delay-adaptive, inverse, polynomial, rescaled"),
+    (
+        "--step-scale half",
+        "step scale 'half' is not known: choose one of constant, delay-adaptive, inverse, polynomial, rescaled",
+    ),
     ("--scheduler ssp", "scheduler 'ssp' is not known: choose one of asynchronous, synchronous, bounded-staleness"),
     ("--scheduler bounded-staleness", "needs a staleness bound: the largest delay that an applied gradient may have"),
     ("--staleness-bound 3", "staleness bound 3 with the asynchronous scheduler, which has none: leave it out, or"),

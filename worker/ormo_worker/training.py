@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def run(settings: RunSettings) -> None:
-    """Train until the server says that the run is over, or for `stop_after` gradients.
+    """Train until the server says that the run is over, or for `leave_after_gradients` gradients.
 
     Raises:
         TaskError: the task or its data can't be used.
@@ -87,8 +87,8 @@ class Training:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
         self._progress = _Progress(self.optimizer)
 
-    def run(self, stream: Iterator[Any], stop_after: int = 0) -> None:
-        """Train until the run is over, the stream ends, or `stop_after` gradients (if not 0) were counted.
+    def run(self, stream: Iterator[Any], leave_after_gradients: int = 0) -> None:
+        """Train until the run is over, the stream ends, or `leave_after_gradients` gradients (if not 0) were counted.
 
         Then the optimizer is closed, which waits for those in flight: they are taken for counted before.
         """
@@ -101,7 +101,10 @@ class Training:
             self._scaler.step(self.optimizer, loss=loss)
             self._scaler.update()
             self._progress.step(loss)
-            if self.optimizer.finished or 0 < stop_after <= self.optimizer.counted + self.optimizer.under_way:
+            if (
+                self.optimizer.finished
+                or 0 < leave_after_gradients <= self.optimizer.counted + self.optimizer.under_way
+            ):
                 break
         self.optimizer.close()
         self._progress.end()

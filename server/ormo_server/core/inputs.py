@@ -128,7 +128,7 @@ class SetLearningRate:
     """From the next bucket on, η is as if the settings had said this: warm-up and schedule go on, at this peak.
 
     Raises:
-        BadRequest: below `schedule.LOWEST`, or above `HIGHEST`.
+        BadRequest: below `step_size.LOWEST`, or above `HIGHEST`.
         Finished: the run is over.
     """
 

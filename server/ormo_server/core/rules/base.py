@@ -99,7 +99,7 @@ class UpdateRule(ABC):
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:  # noqa: ARG002
         """Whether `apply` surely overflows nowhere with a gradient of this Euclidean norm, which no element exceeds.
 
-        With w_0 up to `LARGEST`, η up to `schedule.HIGHEST`, and this asked of each gradient before, no delivery does
+        With w_0 up to `LARGEST`, η up to `step_size.HIGHEST`, and this asked of each gradient before, no delivery does
         either. A rule that adds more to a vector than ηg, or multiplies by w, must say so here.
         """
         return max(1.0, norm) * landing.step_size <= LARGEST_STEP * (1.0 - self.coefficients.momentum)

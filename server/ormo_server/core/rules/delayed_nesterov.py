@@ -1,5 +1,5 @@
 """Delayed Nesterov (Liu, Chhaparia, Douillard, Kale, Rusu, Shen, Szlam, Ranzato: Asynchronous Local-SGD Training for
-Language Modeling, arXiv 2401.09135, algorithm 3).
+Language Modeling, arXiv 2401.09135).
 """
 
 import torch

@@ -12,7 +12,7 @@ class NaiveNesterov(Naive):
     """m ← βm + sg, w ← w − sg − βm, for every gradient as it comes. Keeps one vector, m.
 
     What asynchronous local SGD with an outer Nesterov momentum does, and suffers from (Liu, Chhaparia, Douillard, Kale,
-    Rusu, Shen, Szlam, Ranzato: Asynchronous Local-SGD Training for Language Modeling, arXiv 2401.09135, section 4).
+    Rusu, Shen, Szlam, Ranzato: Asynchronous Local-SGD Training for Language Modeling, arXiv 2401.09135).
     """
 
     @override
