@@ -201,7 +201,9 @@ def test_streams_that_say_nothing_can_not_take_more_places_than_there_are(server
     silent = [worker.stub.PushPull(iter(silence.wait, True)) for _ in range(4)]
     eventually(lambda: server.streams.count(reader=False) == 4)
     before = state_of(server)
-    with pytest.raises(Refused, match=r"4 streams of '127\.0\.0\.1' are open that have not said which worker") as refused:
+    with pytest.raises(
+        Refused, match=r"4 streams of '127\.0\.0\.1' are open that have not said which worker"
+    ) as refused:
         worker.push(payload(MIDDLE, 1.0))
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
     assert refused.value.retry_seconds == 1.0

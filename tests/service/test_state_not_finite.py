@@ -132,7 +132,9 @@ def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tm
         assert process.wait(60) == 1
         critical = [line for line in log.read_text().splitlines() if " CRITICAL " in line]
         assert len(critical) == 1
-        assert "can't be kept on disk (the model has NaN or infinite values): stopping; a restart goes on" in critical[0]
+        assert (
+            "can't be kept on disk (the model has NaN or infinite values): stopping; a restart goes on" in critical[0]
+        )
     with start() as again:
         worker = worker_of(again, channels)
         assert worker.push(payload(SMALL, 1.0)).iteration.number == 1
