@@ -32,7 +32,8 @@ class UsageError(Exception):
 class Settings(BaseModel):
     """What a program was told, one field each; `tuple` and `list` fields read `a,b,c`.
 
-    A field's `title` is the heading of it and of those after it, in `--help` and on the page.
+    A field's `title` is the heading of it and of those after it, in `--help` and on the page. The first field of each
+    class has one, of a subclass too: its fields come after those of its base.
 
     Attributes:
         flags_only: fields that neither the environment nor a file sets: what is done once, and only when it is typed,

@@ -42,7 +42,7 @@ class SimSettings(TrainingSettings):
 
     task: str = Field(
         "digits",
-        title="What is computed",
+        title="Task and device",
         description="model and data: a built-in task or an import path, as for `ormo-worker`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
@@ -53,7 +53,7 @@ class SimSettings(TrainingSettings):
     )
     workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
 
-    workers: int = Field(16, title="Who computes", ge=1, le=10_000, description="simulated workers at the start")
+    workers: int = Field(16, title="Simulated machines", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
     slots: int = Field(1, ge=1, le=MAX_SLOTS, description="in-flight places of each worker")
     compute_seconds: str = Field(
@@ -79,7 +79,7 @@ class SimSettings(TrainingSettings):
 
     epochs: float | None = Field(
         None,
-        title="What is written down",
+        title="Length, evaluation and output",
         gt=0,
         description="end after this many passes over the training data; none: 10 if no other end is set",
     )
