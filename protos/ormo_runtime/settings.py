@@ -121,7 +121,7 @@ def slow_factors(text: str, workers: int) -> list[float]:
     for part in filter(None, text.split(",")):
         match = _SLOW_PART.fullmatch(part.strip())
         if match is None or float(match[2]) < 1:
-            raise ValueError(f"{part!r} came, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
+            raise ValueError(f"{part!r} was given, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
         slow += [float(match[2])] * int(match[1])
     if len(slow) > workers:
         raise ValueError(f"{text} makes {len(slow)} workers slower, but there are only {workers}")

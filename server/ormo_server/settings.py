@@ -71,9 +71,7 @@ class TrainingSettings(Settings):
     )
     final_learning_rate: float = Field(0.0, ge=0, description="for `cosine`: η at its end")
     momentum: float = Field(0.9, ge=0, lt=1, description="β, the momentum coefficient")
-    weight_decay: float = Field(
-        0.0, ge=0, le=1e6, description="λ, which workers are told to add as λ·w to their gradients"
-    )
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="λ; workers add λ·w to their gradients")
     bucket_size: int | None = Field(
         None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
@@ -261,8 +259,8 @@ class ServerSettings(TrainingSettings):
     journal_max_bytes: ByteSize = Field(
         ByteSize(4 << 30),
         gt=0,
-        description="write a checkpoint, and begin the journal anew, when it has grown to this, such as 512MiB: bounds "
-        "the time of a restart; gradients wait while it is twice as large",
+        description="write a checkpoint, and begin a new journal, when this one has grown to this, such as 512MiB: "
+        "bounds the time of a restart; gradients wait while it is twice as large",
     )
 
     exit_when_finished: bool = Field(

@@ -47,7 +47,7 @@ class _Common(ClientSettings):
         60.0, title="Timeouts", gt=0, le=LONGEST_SECONDS, description="seconds to wait for a first contact"
     )
     failure_timeout_seconds: float = Field(
-        30.0, gt=0, le=1e6, description="seconds of silence after which the connection to the server is made anew"
+        30.0, gt=0, le=1e6, description="seconds of silence after which the connection to the server is made again"
     )
     give_up_after_seconds: float | None = Field(
         None,
@@ -105,7 +105,8 @@ class RunSettings(_Common):
         None,
         title="Name and transfer",
         pattern=f"^{WORKER_ID}$",
-        description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: made up from host, process and chance",
+        description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: generated from host name, "
+        "process id and a random part",
     )
     wire_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"

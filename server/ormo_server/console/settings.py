@@ -35,7 +35,7 @@ with warnings.catch_warnings():
 
 
 class ControlSettings(_Common):
-    """Have a server do one thing; exits with 1 if it does not."""
+    """Send one command to a server; exits with 1 if it fails."""
 
     # A pod has ORMO_LEARNING_RATE for `serve`, and no action may come from there.
     flags_only: ClassVar[frozenset[str]] = frozenset({"checkpoint", "learning_rate", "drain"})
@@ -47,14 +47,14 @@ class ControlSettings(_Common):
         None,
         gt=0,
         description="train with this learning rate from the next bucket on, as if the server had been started with it; "
-        "schedule and warm-up go on",
+        "schedule and warm-up continue",
     )
     drain: bool = Field(False, description="stop as on SIGTERM: let exchanges end, write a checkpoint, exit")
 
     @model_validator(mode="after")
     def _one_action(self) -> Self:
         if self.checkpoint + self.drain + (self.learning_rate is not None) != 1:
-            raise ValueError("expected one of --checkpoint, --learning-rate and --drain, as a flag")
+            raise ValueError("expected exactly one of the flags --checkpoint, --learning-rate and --drain")
         return self
 
 
@@ -67,4 +67,4 @@ class TopSettings(_Common):
     sort: Literal["delay", "rate", "silent", "worker"] = Field(
         "delay", description="which workers come first: late ones, slow ones, silent ones, or by id"
     )
-    once: bool = Field(False, description="print one view, not cut to the screen, and exit; the default in pipes")
+    once: bool = Field(False, description="print once, untruncated, and exit; default when output is not a terminal")

@@ -421,7 +421,7 @@ def test_after_first_contact_it_gives_up_only_if_told_to(caplog: pytest.LogCaptu
     worker.client.join()
     worker.slot.exchange(None)
     server.stop()
-    with caplog.at_level(logging.WARNING), pytest.raises(ServerUnreachable, match=r"did not succeed for 0\.3 seconds"):
+    with caplog.at_level(logging.WARNING), pytest.raises(ServerUnreachable, match=r"kept failing for 0\.3 seconds"):
         worker.push()
     assert len(caplog.records) == 1  # many attempts, one warning
     worker.client.close()

@@ -63,7 +63,7 @@ class LocalSettings(Settings):
     )
     directory: Path | None = Field(
         None,
-        description="where checkpoints and logs go; an earlier run's directory goes on with that run; none: a new one "
+        description="where checkpoints and logs go; an earlier run's directory continues that run; none: a new one "
         "under `runs/`, named by the time",
     )
     metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
@@ -202,7 +202,9 @@ def refuse_unusable_task(settings: LocalSettings) -> None:
     )
     if looked.returncode:
         said = "\n".join(map(printable, looked.stderr.strip().splitlines()))
-        raise ClusterError(said or f"the task {settings.task!r} ended Python with code {looked.returncode}")
+        raise ClusterError(
+            said or f"the task {settings.task!r} made Python exit with code {looked.returncode} while it was loaded"
+        )
 
 
 class Cluster:

@@ -54,7 +54,7 @@ def reproduce(argv: Sequence[str]) -> int:
         try:
             comparison = reproduction.compare()
         except KeyboardInterrupt:
-            reproduction.console.print("interrupted: the same command goes on from here")
+            reproduction.console.print("interrupted: run the same command again to resume")
             raise
         reproduction.report(comparison, shlex.join([*_PROGRAM.split(), *argv]), settings.into)
     return _SOME_FAILED_EXIT_CODE if reproduction.failures else 0
@@ -195,7 +195,7 @@ def _commit() -> str:
 
 
 class ReproduceSettings(Settings):
-    """Compare methods over workers, settings, learning rates and seeds; started again, it goes on where it was."""
+    """Compare methods over workers, settings, learning rates and seeds; started again, it resumes where it was."""
 
     # What it writes to: for `ormo-server serve` ORMO_DIRECTORY has the run's checkpoints.
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "into"})
@@ -221,7 +221,7 @@ class ReproduceSettings(Settings):
     into: Path | None = Field(
         None, description="a file such as docs/results.md that shows the table between two markers"
     )
-    commit: str = Field("", description="what to call this version of the code; none: as git says")
+    commit: str = Field("", description="label for this code version; none: git's commit")
 
 
 def chosen(settings: ReproduceSettings) -> Suite:
