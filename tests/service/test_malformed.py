@@ -311,7 +311,7 @@ def test_data_without_a_gradient_is_refused(raw: Raw) -> None:
 
 def test_data_without_an_exchange_is_refused(raw: Raw) -> None:
     sentence = raw.refused("PushPull", [pb.PushPullRequest(data=b"abc").SerializeToString()])
-    assert sentence == "a message with 'nothing' came where 'exchange' was expected"
+    assert sentence == "received a message with 'nothing' where 'exchange' was expected"
 
 
 @pytest.mark.parametrize("order", ["chunk first", "data first"])

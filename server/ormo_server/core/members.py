@@ -104,7 +104,7 @@ def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
         del memory[next(iter(memory))]
 
 
-# Tickets are handed out (`hand_out`), redeemed and voided here: `close` ends one, whether it was redeemed or became void.
+# Tickets are handed out, redeemed and voided here: `close` ends one, whether it was redeemed or became void.
 # These functions never move `issue` or the parameters.
 
 
