@@ -166,7 +166,10 @@ def test_of_many_differences_the_first_three_are_shown(server: FakeServer) -> No
 
 def test_a_client_without_a_model_says_so_when_asked_for_one(server: FakeServer) -> None:
     manifest = Worker(server).staging.tensors.manifest
-    with ParameterClient(server.address, manifest, patience=QUICK) as client, pytest.raises(OrmoError, match="none to"):
+    with (
+        ParameterClient(server.address, manifest, patience=QUICK) as client,
+        pytest.raises(OrmoError, match="it has none: start"),
+    ):
         client.join()
 
 
