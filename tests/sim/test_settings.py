@@ -26,7 +26,7 @@ def settings(*flags: str) -> SimSettings:
         (["--scheduler", "bounded-staleness"], "the bounded-staleness scheduler needs a staleness bound"),
         (["--staleness-bound", "4"], "staleness bound 4 with the asynchronous scheduler, which has none"),
         (["--workers", "0"], "--workers is '0'"),
-        (["--slow", "fast"], "'fast' came, expected COUNT:FACTORx"),
+        (["--slow", "fast"], "'fast' was given, expected COUNT:FACTORx"),
         (["--workers", "3", "--slow", "4:10x"], "4:10x makes 4 workers slower, but there are only 3"),
         (["--compute-seconds", "normal:1"], "compute time 'normal:1': expected constant:MEAN, normal:MEAN,DEVIATION"),
         (["--latency-seconds", "-1"], "--latency-seconds is '-1': expected one number or more, each at least 0"),

@@ -143,7 +143,8 @@ def test_what_cannot_be_called_with_a_data_folder_alone_is_refused(tmp_path: Pat
     message = refusal(f"mine_{attribute}:{attribute}")
     assert message.startswith(f"the task 'mine_{attribute}:{attribute}' can't be created (")
     assert message.endswith(
-        f"{reason}): it must be a class or function that can be called with the keyword data_dir alone, a Path or None"
+        f"{reason}): it must be a class or function whose only required "
+        "argument is the keyword data_dir, a Path or None"
     )
 
 
