@@ -90,7 +90,7 @@ class Framing(Generic[M]):
         if message.WhichOneof("part") != "chunk":
             return Headed(message, data)
         if data:
-            return Malformed("a chunk came with data beside it: send `data` with the message that begins a payload")
+            return Malformed("received a chunk together with data: send `data` with the message that begins a payload")
         chunk = message.chunk  # type: ignore[attr-defined]
         return Chunk(chunk.offset, memoryview(chunk.data))
 

@@ -143,7 +143,8 @@ class Manifest:
                 raise ManifestError("a part of the manifest has neither tensors nor the digest")
             if number >= FREE_PARTS + len(specs) // TENSORS_PER_PART:
                 raise ManifestError(
-                    f"{len(specs)} tensors of the manifest came in {number} parts: send fewer and larger ones, of 2 MiB"
+                    f"{len(specs)} tensors of the manifest were sent in {number} parts: send fewer and larger ones, of "
+                    "2 MiB"
                 )
             specs += [
                 TensorSpec(t.name, tuple(t.shape), t.dtype, t.role, t.offset, t.alias_of, t.merge) for t in part.tensors
@@ -266,7 +267,7 @@ class Manifest:
             if here.replace("bfloat16", "float32") != there.replace("bfloat16", "float32"):
                 found.append(f"{name!r} is {here} here and {there} there")
         if not found and self.model_digest != other.model_digest:
-            found.append("the tensors are the same but come in another order")
+            found.append("the tensors are the same, but in another order")
         return found
 
 
@@ -294,7 +295,7 @@ def _check(specs: tuple[TensorSpec, ...]) -> None:
     places = [_place_of_role(spec) for spec in specs]
     if places != sorted(places):
         raise ManifestError(
-            "a parameter comes after a frozen one, or one of them after a buffer: list all parameters first, then "
+            "a parameter is listed after a frozen one, or one of them after a buffer: list all parameters first, then "
             "frozen ones, then buffers"
         )
     seen: dict[str, TensorSpec] = {}
@@ -351,7 +352,7 @@ def _utf8_bytes(text: str) -> int:
 
 def _check_place(spec: TensorSpec, offset: int, seen: Mapping[str, TensorSpec]) -> None:
     if spec.name in seen:
-        raise ManifestError(f"tensor {spec.name!r} came twice: names are unique")
+        raise ManifestError(f"tensor {spec.name!r} appears twice: names are unique")
     if spec.alias_of:
         named = seen.get(spec.alias_of)
         if (

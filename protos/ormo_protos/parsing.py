@@ -42,7 +42,7 @@ class Parser(Generic[M]):
         try:
             return self._kind.FromString(encoded)
         except DecodeError as error:
-            return Malformed(f"{len(encoded)} bytes came that are not a {self._kind.DESCRIPTOR.name}: {error}")
+            return Malformed(f"received {len(encoded)} bytes that are not a {self._kind.DESCRIPTOR.name}: {error}")
 
 
 class _Field(NamedTuple):
@@ -100,7 +100,7 @@ def _beyond(counted: _Counted, encoded: bytes) -> Malformed | None:
         field = error.field
         model = field.name.startswith(("Manifest.", "TensorSpec."))
         return Malformed(
-            f"{field.name} came more than {field.most:,} times in one message: send at most that many",
+            f"{field.name} appears more than {field.most:,} times in one message: send at most that many",
             Reason.BAD_MANIFEST if model else Reason.BAD_REQUEST,
         )
     except IndexError:  # cut short: generated code comes no further, and says so

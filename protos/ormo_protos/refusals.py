@@ -56,13 +56,13 @@ class Reason(StrEnum):
         "BAD_REQUEST",
         "INVALID_ARGUMENT",
         Next.FAIL,
-        "Bytes that are not such a message, or a field outside its documented limits.",
+        "Bytes that are not the expected message, or a field outside its documented limits.",
     )
     DISK_FULL = (
         "DISK_FULL",
         "RESOURCE_EXHAUSTED",
         Next.SEND_AGAIN,
-        "The server's disk has no room for what came.",
+        "The server's disk is full.",
     )
     DRAINING = ("DRAINING", "UNAVAILABLE", Next.SEND_AGAIN, "The server is about to stop.")
     FINISHED = (
@@ -110,7 +110,7 @@ class Reason(StrEnum):
         "NOT_WANTED",
         "FAILED_PRECONDITION",
         Next.JOIN,
-        "A model from a worker that was not asked for it, or took too long.",
+        "A model from a worker that was not asked for one, or took too long.",
     )
     PERMISSION_DENIED = (
         "PERMISSION_DENIED",
@@ -166,7 +166,7 @@ class Reason(StrEnum):
         "UNSOUND_WORKER",
         "FAILED_PRECONDITION",
         Next.FAIL,
-        "Too many of this process's gradients were refused: it has to stop.",
+        "Too many of this process's gradients were refused: it must stop.",
     )
 
 

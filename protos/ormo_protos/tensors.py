@@ -196,19 +196,19 @@ class PayloadReceiver:
         size, total = len(chunk.data), self.payload.layout.total_bytes
         if chunk.offset != self.received_bytes:
             raise PayloadError(
-                f"a chunk for offset {chunk.offset} came where offset {self.received_bytes} was expected: send the "
+                f"received a chunk for offset {chunk.offset} where offset {self.received_bytes} was expected: send the "
                 "chunks of a payload in order, each once"
             )
         if self.received_bytes == total:
-            raise PayloadError(f"a chunk came after all {total} bytes of the payload: send each byte once")
+            raise PayloadError(f"received a chunk after all {total} bytes of the payload: send each byte once")
         if not 1 <= size <= MAX_CHUNK_BYTES or self.received_bytes + size > total:
             raise PayloadError(
-                f"a chunk of {size} bytes came at offset {chunk.offset} of a payload of {total} bytes: expected 1 to "
-                f"{min(MAX_CHUNK_BYTES, total - self.received_bytes)} bytes"
+                f"received a chunk of {size} bytes at offset {chunk.offset} of a payload of {total} bytes: expected 1 "
+                f"to {min(MAX_CHUNK_BYTES, total - self.received_bytes)} bytes"
             )
         if not self._chunks_left:
             raise PayloadError(
-                f"{chunk.offset} of {total} bytes came in {FREE_CHUNKS + total // BYTES_PER_CHUNK} chunks: send "
+                f"{chunk.offset} of {total} bytes arrived in {FREE_CHUNKS + total // BYTES_PER_CHUNK} chunks: send "
                 "fewer and larger ones, of 2 MiB"
             )
         self._chunks_left -= 1

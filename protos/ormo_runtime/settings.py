@@ -32,7 +32,8 @@ class UsageError(Exception):
 class Settings(BaseModel):
     """What a program was told, one field each; `tuple` and `list` fields read `a,b,c`.
 
-    A field's `title` is the heading of it and of those after it, in `--help` and on the page.
+    A field's `title` is the heading of it and of those after it, in `--help` and on the page. The first field of each
+    class has one, of a subclass too: its fields come after those of its base.
 
     Attributes:
         flags_only: fields that neither the environment nor a file sets: what is done once, and only when it is typed,
@@ -120,7 +121,7 @@ def slow_factors(text: str, workers: int) -> list[float]:
     for part in filter(None, text.split(",")):
         match = _SLOW_PART.fullmatch(part.strip())
         if match is None or float(match[2]) < 1:
-            raise ValueError(f"{part!r} came, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
+            raise ValueError(f"{part!r} was given, expected COUNT:FACTORx with a factor of at least 1, such as 1:10x")
         slow += [float(match[2])] * int(match[1])
     if len(slow) > workers:
         raise ValueError(f"{text} makes {len(slow)} workers slower, but there are only {workers}")

@@ -135,7 +135,7 @@ def dispatch(
         sys.stdout.write(f"{program} {version_here()}\n")
         return 0
     expected = " or ".join(commands)
-    sys.stderr.write(f"{program}: {command or 'no command'!r} came, expected {expected}\n{usage}")
+    sys.stderr.write(f"{program}: {repr(command) if command else 'no command'} was given, expected {expected}\n{usage}")
     return BAD_SETTINGS_EXIT_CODE
 
 

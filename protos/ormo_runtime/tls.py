@@ -53,6 +53,7 @@ class ClientSettings(Settings):
 
     tls_ca: Path | None = Field(
         None,
+        title="TLS and token",
         description="PEM file with the certificates that the server's must be signed by, such as "
         "/etc/ssl/certs/ca-certificates.crt for public ones; none: no TLS",
     )

@@ -163,8 +163,8 @@ def _run_until_told(server: "Server", stop: threading.Event) -> int:
         if engine.broken.is_set():
             why = engine.why_broken
             _LOG.critical(
-                "the state is broken, or can't be kept on disk (%s): stopping; a restart goes on from the newest sound "
-                "state",
+                "the state is broken, or can't be kept on disk (%s): stopping; a restart continues from the newest "
+                "sound state",
                 why,
             )
             server.close()

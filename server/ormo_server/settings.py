@@ -36,6 +36,11 @@ class TrainingSettings(Settings):
     update_rule: str | None = Field(None, description=f"instead of the preset's: {_choices(UPDATE_RULES)}")
     step_scale: str | None = Field(None, description=f"instead of the preset's: {_choices(STEP_SCALES)}")
     scheduler: str | None = Field(None, description=f"instead of the preset's: {_choices(SCHEDULERS)}")
+    bucket: str | None = Field(
+        None,
+        description=f"instead of the preset's: {_choices(BUCKETS)}; what a bucket's gradients count as: the mean does not "
+        "grow with the number of workers",
+    )
     staleness_bound: int | None = Field(
         None, ge=0, le=MOST, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
     )
@@ -55,6 +60,7 @@ class TrainingSettings(Settings):
     delay_compensation: float = Field(
         0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
     )
+
     learning_rate: float = Field(
         0.01,
         title="Step sizes",
@@ -70,18 +76,12 @@ class TrainingSettings(Settings):
     )
     final_learning_rate: float = Field(0.0, ge=0, description="for `cosine`: η at its end")
     momentum: float = Field(0.9, ge=0, lt=1, description="β, the momentum coefficient")
-    weight_decay: float = Field(
-        0.0, ge=0, le=1e6, description="λ, which workers are told to add as λ·w to their gradients"
-    )
-    bucket: str | None = Field(
-        None,
-        description=f"instead of the preset's: {_choices(BUCKETS)}; a bucket's gradients count as their sum, or as "
-        "their mean, which does not grow with the number of workers",
-    )
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="λ; workers add λ·w to their gradients")
     bucket_size: int | None = Field(
         None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
-    seed: int = Field(0, ge=0, description="where the workers' data orders come from")
+
+    seed: int = Field(0, title="Seed and end of the run", ge=0, description="where the workers' data orders come from")
     stop_after_gradients: int = Field(
         0, ge=0, le=MOST, description="end the run after this many applied gradients; 0: never"
     )
@@ -166,7 +166,9 @@ class ServerSettings(TrainingSettings):
     }
 
     listen: str = Field(
-        "127.0.0.1:50051", title="Where", description="HOST:PORT to serve gRPC on; port 0 picks a free one"
+        "127.0.0.1:50051",
+        title="Addresses and directory",
+        description="HOST:PORT to serve gRPC on; port 0 picks a free one",
     )
     metrics_listen: str = Field(
         "127.0.0.1:9464", description="HOST:PORT to serve Prometheus metrics on; empty for none"
@@ -174,8 +176,10 @@ class ServerSettings(TrainingSettings):
     directory: Path = Field(
         Path("runs/default"), description="where the run's checkpoints are written and restored from"
     )
+
     fresh: bool = Field(
         False,
+        title="How a run begins",
         description="begin a new run: what an earlier one left in the directory is moved into `before-DATE-TIME` there",
     )
     model: Path | None = Field(
@@ -185,7 +189,7 @@ class ServerSettings(TrainingSettings):
 
     tls_cert: Path | None = Field(
         None,
-        title="Who may",
+        title="Who may call",
         description="PEM file with the server's certificate, and those up to its authority; none: no TLS",
     )
     tls_key: Path | None = Field(None, description="PEM file with the key of --tls-cert")
@@ -210,7 +214,10 @@ class ServerSettings(TrainingSettings):
     )
 
     min_workers: int = Field(
-        1, title="Who", ge=1, description="hand out no ticket of a new run before this many workers have joined"
+        1,
+        title="Workers and readers",
+        ge=1,
+        description="hand out no ticket of a new run before this many workers have joined",
     )
     max_workers: int = Field(64, ge=1, description="refuse more workers than this")
     slots_per_worker: int = Field(2, ge=1, le=MAX_SLOTS, description="in-flight places that a worker may have")
@@ -228,7 +235,7 @@ class ServerSettings(TrainingSettings):
 
     max_gradient_norm: float | None = Field(
         None,
-        title="What gradients are taken",
+        title="Which gradients are accepted",
         gt=0,
         description="largest Euclidean norm of a gradient; none: any that leaves the model finite",
     )
@@ -243,10 +250,9 @@ class ServerSettings(TrainingSettings):
         "finite or too large (smoothed over some 32 gradients); none: never",
     )
 
-    exit_when_finished: bool = Field(
-        False, title="What is kept", description="exit at the end of the run instead of staying up for readers"
+    checkpoint_seconds: float = Field(
+        60.0, title="Checkpoints and journal", gt=0, le=LONGEST_SECONDS, description="time between checkpoints"
     )
-    checkpoint_seconds: float = Field(60.0, gt=0, le=LONGEST_SECONDS, description="time between checkpoints")
     checkpoints_kept: int = Field(3, ge=1, description="how many of the last checkpoints stay on disk")
     journal: bool = Field(
         False, description="keep every input since the last checkpoint on disk, so that a crash loses nothing"
@@ -259,19 +265,20 @@ class ServerSettings(TrainingSettings):
     journal_max_bytes: ByteSize = Field(
         ByteSize(4 << 30),
         gt=0,
-        description="write a checkpoint, and begin the journal anew, when it has grown to this, such as 512MiB: bounds "
-        "the time of a restart; gradients wait while it is twice as large",
+        description="write a checkpoint, and begin a new journal, when this one has grown to this, such as 512MiB: "
+        "bounds the time of a restart; gradients wait while it is twice as large",
+    )
+
+    exit_when_finished: bool = Field(
+        False, title="How the server stops", description="exit at the end of the run instead of staying up for readers"
     )
     drain_seconds: float = Field(
         20.0, gt=0, le=LONGEST_SECONDS, description="how long exchanges under way may take to end on SIGTERM"
     )
-    memory_limit_bytes: ByteSize | None = Field(
-        None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
-    )
 
     threads: int = Field(
         1,
-        title="How fast",
+        title="Speed and memory",
         ge=1,
         le=1024,
         description="threads of PyTorch for an update; with more than 1, each of the server's threads starts as many "
@@ -289,25 +296,27 @@ class ServerSettings(TrainingSettings):
         description="keep freed memory in the process for the next message, instead of returning large blocks to the "
         "system and faulting them in again (glibc only); the process stays as large as its peak",
     )
+    memory_limit_bytes: ByteSize | None = Field(
+        None, description="refuse a model that needs more memory, such as 8GiB; none: no limit"
+    )
 
-    trace: Path | None = Field(
-        None,
-        title="For people",
-        description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace",
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", title="Logs, metrics and traces", description="least important log lines shown"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="log lines for people, or for programs: one JSON object each"
     )
     worker_series: int = Field(
         100,
         ge=0,
         description="how many workers have metrics of their own, those that joined first; others are summed up",
     )
+    trace: Path | None = Field(
+        None,
+        description="file that every input of the run is appended to, for `ormo-sim` and pandas; none: no trace",
+    )
     reflection: bool = Field(
         False, description="let clients list the service (for development: each client holds a thread)"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least important log lines shown"
-    )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="log lines for people, or for programs: one JSON object each"
     )
 
     @property

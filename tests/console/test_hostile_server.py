@@ -102,7 +102,7 @@ def test_more_than_anybody_reads_is_a_sentence(liar: Liar, command: str, capfd: 
     assert main([*COMMANDS[command], "--server", liar.address]) == 1
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "its answer can't be understood: GetStatusResponse.workers came more than 10,000 times" in err
+    assert "its answer can't be understood: GetStatusResponse.workers appears more than 10,000 times" in err
 
 
 NUMBERS: dict[int, list[Any]] = {

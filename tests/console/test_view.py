@@ -50,7 +50,7 @@ def test_the_view_says_how_the_run_and_each_worker_are() -> None:
     assert lines[2].split("  learning rate  ") == ["throughput  10 gradients/s, 320 samples/s", "0.01, K 3"]
     assert "accuracy 95.3%, loss 0.2500 at iteration 90" in lines[3]
     assert "mean 2.5, largest 40" in lines[4]
-    assert "3 in flight, 1 slots waiting" in lines[4]
+    assert "3 in flight, 1 slot waiting" in lines[4]
     assert "iteration 50, 42 s ago" in lines[5]
     assert lines[5].endswith("memory         273 MB")
     titles = "worker rank slots gradients per s delay last largest compute ticket computing loss heard pushed"

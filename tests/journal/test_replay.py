@@ -283,9 +283,7 @@ def test_logs_follow_each_other_where_a_checkpoint_failed(tmp_path: Path) -> Non
 def test_another_outcome_than_the_recorded_one_is_an_error(recording: Recording) -> None:
     changed = run_of(discard_delay=1)
     machine = snapshot.resume(changed, fresh_copy(recording.taken))
-    with pytest.raises(
-        StoreError, match=r"of the journal .* can't be done again as it was: its outcome is another one"
-    ):
+    with pytest.raises(StoreError, match=r"of the journal .* can't be repeated as it was: its outcome is another one"):
         replay(machine, Reading(recording.directory, recording.log, MANIFEST), 0.0)
 
 

@@ -147,7 +147,7 @@ def test_rounds_are_done_again_by_the_rule_that_the_files_name_and_not_by_the_ot
     version: str, other: dict[str, bool], tmp_path: Path
 ) -> None:
     run = copied(WRITTEN / version / "idle", tmp_path / "other", **other)
-    with pytest.raises(StoreError, match="can't be done again as it was"), restored(run, tmp_path / "run"):
+    with pytest.raises(StoreError, match="can't be repeated as it was"), restored(run, tmp_path / "run"):
         pass
     with pytest.raises(UsageError, match=r"input \d+ of the trace does not fit"):
         follow(run)

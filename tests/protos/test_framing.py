@@ -336,9 +336,11 @@ def test_length_of_more_than_five_bytes_is_for_generated_code_to_judge(case: str
 def test_what_is_no_message_is_told_in_a_sentence() -> None:
     frame = FRAMINGS[pb.PushPullRequest].decode(b"\x0a\x05a")
     assert isinstance(frame, Malformed)
-    assert frame.why.startswith("3 bytes came that are not a PushPullRequest: ")
+    assert frame.why.startswith("received 3 bytes that are not a PushPullRequest: ")
     beside = FRAMINGS[pb.PushPullRequest].decode(CHUNK + DATA)
-    assert beside == Malformed("a chunk came with data beside it: send `data` with the message that begins a payload")
+    assert beside == Malformed(
+        "received a chunk together with data: send `data` with the message that begins a payload"
+    )
 
 
 # Hostile messages cost no more of Python's time than others.

@@ -65,7 +65,7 @@ def test_a_list_may_have_as_many_elements_as_its_limit_says_and_no_more(
     assert isinstance(taken, kind)
     refused = Parser(kind).parse(with_elements(path, most + 1))
     assert isinstance(refused, Malformed)
-    assert refused.why == f"{name} came more than {most:,} times in one message: send at most that many"
+    assert refused.why == f"{name} appears more than {most:,} times in one message: send at most that many"
     assert (refused.reason is Reason.BAD_MANIFEST) == name.startswith(("Manifest", "TensorSpec"))
 
 
@@ -83,13 +83,17 @@ def shape(packed: bytes) -> bytes:
 
 MANIFEST_TWICE = field(1, DELIMITED, field(3, DELIMITED, field(1, DELIMITED, b"") * 50_001))
 BEYOND: dict[str, tuple[type[Message], bytes, str]] = {
-    "tickets": (pb.HeartbeatRequest, b"\x1a\x00" * 2_000_000, "HeartbeatRequest.returned came more than 64 times"),
+    "tickets": (pb.HeartbeatRequest, b"\x1a\x00" * 2_000_000, "HeartbeatRequest.returned appears more than 64 times"),
     "tickets with long tags": (pb.HeartbeatRequest, field(3, DELIMITED, b"", 3) * 65, "returned"),
     "tickets after a group": (pb.HeartbeatRequest, b"\x4b\x1a\x00\x4c" + b"\x1a\x00" * 65, "returned"),
     "a packed shape": (pb.OfferModelRequest, shape(varint(2**62) * 17), "TensorSpec.shape"),
     "a packed shape of megabytes": (pb.OfferModelRequest, shape(b"\x01" * 4_000_000), "TensorSpec.shape"),
-    "a model in two parts": (pb.OfferModelRequest, MANIFEST_TWICE * 2, "Manifest.tensors came more than 100,000 times"),
-    "turns": (pb.PushPullRequest, b"\x0a\x00\x12\x00" * 1_000_000, "PushPullRequest.exchange came more than 1,000"),
+    "a model in two parts": (
+        pb.OfferModelRequest,
+        MANIFEST_TWICE * 2,
+        "Manifest.tensors appears more than 100,000 times",
+    ),
+    "turns": (pb.PushPullRequest, b"\x0a\x00\x12\x00" * 1_000_000, "PushPullRequest.exchange appears more than 1,000"),
     "a name again and again": (
         pb.JoinRequest,
         field(1, DELIMITED, bytes(20)) * (MAX_REPEATS + 1),
@@ -175,7 +179,7 @@ def test_no_bytes_make_a_message_with_more_than_the_limits_allow(
             taken += bool(found)
             assert all(number <= 3 for number in found.values()), encoded
             assert parser.parse(message.SerializeToString()) == message
-        elif "came more than" in message.why:
+        elif "appears more than" in message.why:
             refused += 1
             plain = parser._kind.FromString(encoded) if well_formed(parser._kind, encoded) else None
             if plain is not None:

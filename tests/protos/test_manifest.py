@@ -182,7 +182,9 @@ def test_a_manifest_in_crumbs_is_refused_before_it_has_ended(each: int) -> None:
     tensors = manifest.to_message().tensors
     crumbs = [pb.Manifest(tensors=tensors[at : at + each]) for at in range(0, 300, each)]
     crumbs[-1].digest = manifest.digest
-    with pytest.raises(ManifestError, match=f"{64 * each + each * (64 * each // 100)} tensors .* came in 6[45] parts"):
+    with pytest.raises(
+        ManifestError, match=f"{64 * each + each * (64 * each // 100)} tensors .* were sent in 6[45] parts"
+    ):
         Manifest.from_messages(iter(crumbs))
     parts = [pb.Manifest(tensors=tensors[at : at + 5]) for at in range(0, 300, 5)]
     parts[-1].digest = manifest.digest
@@ -222,7 +224,7 @@ REFUSALS = [
     ([spec(dtype=pb.DTYPE_UNSPECIFIED)], "has role 1 and dtype 0"),
     ([WEIGHT, spec(name="x", role=BUFFER, dtype=99)], "has role 2 and dtype 99"),
     ([WEIGHT, spec(name="x", role=pb.ROLE_UNSPECIFIED)], "has role 0 and dtype 1"),
-    ([WEIGHT, WEIGHT], "tensor 'weight' came twice: names are unique"),
+    ([WEIGHT, WEIGHT], "tensor 'weight' appears twice: names are unique"),
     ([WEIGHT, spec(name="tied", alias_of="nobody")], "tensor 'tied' says that it is 'nobody': that must be an earlier"),
     ([spec(merge=LAST)], "tensor 'weight' has role 1, dtype 1 and merge 3: expected one of 0"),
     ([WEIGHT, spec(name="x", role=BUFFER, dtype=INT64, merge=AVERAGE)], "merge 1: expected one of 0, 2, 3"),
@@ -303,7 +305,7 @@ def test_differences_name_each_tensor_and_what_it_is_on_either_side() -> None:
 def test_the_same_tensors_in_another_order_are_said_to_be_that() -> None:
     other = spec(name="other")
     differences = Manifest.laid_out([WEIGHT, other]).differences(Manifest.laid_out([other, WEIGHT]))
-    assert differences == ["the tensors are the same but come in another order"]
+    assert differences == ["the tensors are the same, but in another order"]
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "bidi\u202e", "bell\x07", "__metadata__", "half\ud800"])

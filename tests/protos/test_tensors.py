@@ -154,15 +154,18 @@ def piece(offset: int, size: int) -> pb.TensorChunk:
 
 
 BAD_CHUNKS = [
-    ([piece(8, 8)], "a chunk for offset 8 came where offset 0 was expected"),  # the first one is missing
-    ([piece(0, 8), piece(16, 8)], "a chunk for offset 16 came where offset 8 was expected"),  # a gap
-    ([piece(0, 8), piece(0, 8)], "a chunk for offset 0 came where offset 8 was expected"),  # doubled
-    ([piece(0, 8), piece(4, 8)], "a chunk for offset 4 came where offset 8 was expected"),  # an overlap
-    ([piece(-8, 8)], "a chunk for offset -8 came"),
-    ([piece(0, 0)], "a chunk of 0 bytes came at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
-    ([piece(0, 25)], "a chunk of 25 bytes came at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
-    ([piece(0, 16), piece(16, 9)], "a chunk of 9 bytes came at offset 16 of a payload of 24 bytes: expected 1 to 8"),
-    ([piece(0, 24), piece(24, 1)], "a chunk came after all 24 bytes of the payload"),  # one too many
+    ([piece(8, 8)], "received a chunk for offset 8 where offset 0 was expected"),  # the first one is missing
+    ([piece(0, 8), piece(16, 8)], "received a chunk for offset 16 where offset 8 was expected"),  # a gap
+    ([piece(0, 8), piece(0, 8)], "received a chunk for offset 0 where offset 8 was expected"),  # doubled
+    ([piece(0, 8), piece(4, 8)], "received a chunk for offset 4 where offset 8 was expected"),  # an overlap
+    ([piece(-8, 8)], "received a chunk for offset -8 where"),
+    ([piece(0, 0)], "received a chunk of 0 bytes at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
+    ([piece(0, 25)], "received a chunk of 25 bytes at offset 0 of a payload of 24 bytes: expected 1 to 24 bytes"),
+    (
+        [piece(0, 16), piece(16, 9)],
+        "received a chunk of 9 bytes at offset 16 of a payload of 24 bytes: expected 1 to 8",
+    ),
+    ([piece(0, 24), piece(24, 1)], "received a chunk after all 24 bytes of the payload"),  # one too many
 ]
 
 

@@ -1,8 +1,10 @@
 """Variables that several programs share: a typo is told by the program that it was meant for, and by no other."""
 
+import re
+
 import pytest
 
-from ormo_runtime.settings import Settings
+from ormo_runtime.settings import Settings, flag_of, parser_of
 from ormo_runtime.settings_loader import ALL_SETTINGS, misspelt_variables, read_settings
 from ormo_server.console.settings import ControlSettings, StatusSettings
 from ormo_server.settings import ServerSettings
@@ -10,7 +12,7 @@ from ormo_server.sim.plots import PlotSettings
 from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
 from ormo_worker.local.cluster import LocalSettings
-from ormo_worker.settings import RunSettings
+from ormo_worker.settings import EvaluateSettings, RunSettings
 from runtime.programs_settings import CLASSES
 
 
@@ -74,3 +76,45 @@ def test_a_variable_that_is_another_program_s_or_nobody_s_is_left_alone(cls: typ
 
 def test_an_empty_variable_says_nothing_however_it_is_spelt() -> None:
     assert misspelt_variables(ServerSettings, {"ORMO_LERNING_RATE": ""}) == []
+
+
+def headings_in_help(cls: type[Settings]) -> dict[str, str]:
+    """The heading that each flag stands under in `--help`, by flag."""
+    found, heading = {}, ""
+    for line in parser_of(cls, "any").format_help().splitlines():
+        if line and not line[0].isspace() and line.endswith(":"):
+            heading = line.removesuffix(":")
+        elif flag := re.match(r"  (?:-h, )?(--[\w-]+)", line):
+            found[flag[1]] = heading
+    return found
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_each_option_stands_under_a_heading_of_its_program(cls: type[Settings]) -> None:
+    headings = headings_in_help(cls)
+    assert headings.keys() == {"--help", "--config", "--version", *map(flag_of, cls.model_fields)}
+    assert {flag for flag, heading in headings.items() if heading == "options"} == {"--help", "--config", "--version"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "heading", "flags"),
+    [
+        (RunSettings, "Logs and metrics", "--log-level --log-format --metrics-listen"),
+        (RunSettings, "Mini-batches", "--batch-size --loader-processes --amp --slow-factor"),
+        (RunSettings, "Name and transfer", "--worker-id --wire-dtype --in-flight"),
+        (RunSettings, "Seed and end", "--seed --leave-after-gradients"),
+        (EvaluateSettings, "Evaluation", "--batch-size --every-seconds --once"),
+        (ServerSettings, "Seed and end of the run", "--seed --stop-after-gradients --stop-after-samples"),
+        (ServerSettings, "How a run begins", "--fresh --model"),
+        (ServerSettings, "How the server stops", "--exit-when-finished --drain-seconds"),
+        (ServerSettings, "Speed and memory", "--threads --memory-limit-bytes"),
+        (SimSettings, "Length, evaluation and output", "--epochs --target-accuracy --directory"),
+        (ControlSettings, "What the server does", "--checkpoint --learning-rate --drain"),
+        (LocalSettings, "Workers", "--workers --batch-size --in-flight"),
+        (LocalSettings, "How to train", "--method --learning-rate --momentum"),
+        (ReproduceSettings, "Output", "--directory --into --commit"),
+    ],
+)
+def test_options_stand_under_the_heading_that_says_what_they_are(cls: type[Settings], heading: str, flags: str) -> None:
+    headings = headings_in_help(cls)
+    assert {headings[flag] for flag in flags.split()} == {heading}

@@ -151,6 +151,19 @@ def test_the_command_does_it_with_real_processes(stage: Stage) -> None:
     assert again.terminate() == 0
 
 
+def test_a_refusal_is_no_silence_and_before_there_is_a_model_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(tmp_path) as server:
+        assert main(["control", "--server", server.address, "--checkpoint"]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"ormo-server control: the server at {server.address} refused: ")
+        assert "no answer" not in said.err
+        assert main(["control", "--server", server.address, "--drain"]) == 0
+        assert capsys.readouterr().out == "the server drains and stops; it has no model yet\n"
+
+
 def test_the_command_takes_its_action_from_flags_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,14 +183,16 @@ def test_the_command_takes_its_action_from_flags_alone(
         assert main(["control", "--server", server.address, "--drain"]) == 0
         assert server.told_to_stop.is_set()
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence == "ormo-server control: expected one of --checkpoint, --learning-rate and --drain, as a flag"
+    assert (
+        sentence == "ormo-server control: expected exactly one of the flags --checkpoint, --learning-rate and --drain"
+    )
 
 
 def test_the_command_says_what_it_needs_and_what_was_refused(stage: Stage) -> None:
     stage.server()
     for flags, code, sentence in (
-        ((), 2, "expected one of --checkpoint, --learning-rate and --drain"),
-        (("--drain", "--checkpoint"), 2, "one of --checkpoint"),
+        ((), 2, "expected exactly one of the flags --checkpoint, --learning-rate and --drain"),
+        (("--drain", "--checkpoint"), 2, "exactly one of the flags --checkpoint"),
         (("--learning-rate", "0"), 2, "--learning-rate is '0'"),
         (("--checkpoint",), 1, "this server has no model yet"),
     ):

@@ -116,11 +116,19 @@ def too_much_metadata(worker: WireWorker) -> None:
 REFUSED: dict[Callable[[WireWorker], None], tuple[grpc.StatusCode, str, str]] = {
     a_message_that_is_too_large: (grpc.StatusCode.RESOURCE_EXHAUSTED, "", "larger than max"),
     a_chunk_that_is_too_large: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD", "expected 1 to 300000 bytes"),
-    too_many_chunks: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD", "246000 of 300000 bytes came in 82 chunks"),
+    too_many_chunks: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAYLOAD", "246000 of 300000 bytes arrived in 82 chunks"),
     a_worker_id_that_is_too_long: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 1 to 128 of the char"),
-    too_many_slots: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "slots_per_worker is 2: raise it or ask less"),
+    too_many_slots: (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "BAD_REQUEST",
+        "slots_per_worker is 2: raise it or ask for less",
+    ),
     too_many_workers: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS", "max_workers is 2: raise it or wait"),
-    too_many_returned_tickets: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "HeartbeatRequest.returned came more"),
+    too_many_returned_tickets: (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "BAD_REQUEST",
+        "HeartbeatRequest.returned appears more",
+    ),
     a_request_that_is_too_long: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "at most 16,384 were expected"),
     too_many_samples: (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "expected 0 to 2147483647 samples"),
     too_much_metadata: (grpc.StatusCode.RESOURCE_EXHAUSTED, "", "metadata size"),

@@ -217,7 +217,9 @@ def test_an_exchange_that_gives_and_wants_nothing_is_refused(tmp_path: Path) -> 
     with served(tmp_path) as server, connected(server) as stub:
         stream = with_ticket(WireWorker(stub, "a"))
         stream.begin(None, wants=False)
-        with pytest.raises(Refused, match="neither a gradient nor a wish for the next ticket came") as refused:
+        with pytest.raises(
+            Refused, match="received an exchange with neither a gradient nor a request for the next ticket"
+        ) as refused:
             stream.receive()
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST")
 

@@ -153,7 +153,10 @@ def test_a_manifest_that_is_cut_short_is_refused_and_another_one_is_taken(stub: 
     offer = pb.ModelOffer(worker="first", incarnation=1, manifest=next(iter(WIDE.to_messages())))
     for more, sentence in (
         ([], "the manifest's digest is missing"),
-        ([pb.OfferModelRequest(chunk=pb.TensorChunk(data=b"0000"))], "'chunk' came where 'more' was expected"),
+        (
+            [pb.OfferModelRequest(chunk=pb.TensorChunk(data=b"0000"))],
+            "received a message with 'chunk' where 'more' was expected",
+        ),
         ([pb.OfferModelRequest(more=pb.Manifest())], "neither tensors nor the digest"),
     ):
         with pytest.raises(Refused, match=sentence), refusals():

@@ -260,7 +260,7 @@ def test_a_result_that_cant_be_had_again_stops_the_start(tmp_path: Path) -> None
     with crashing(tmp_path) as server:
         trained(server)
     _rewrite_settings(tmp_path, momentum=0.25, learning_rate=0.125)
-    with pytest.raises(StoreError, match=r"can't be done again as it was.*alone, without what the journal says, move"):
+    with pytest.raises(StoreError, match=r"can't be repeated as it was.*alone, without what the journal says, move"):
         Server(settings(tmp_path, **JOURNALED))
 
 

@@ -161,7 +161,7 @@ def test_the_one_before_will_do_as_long_as_the_journal_since_then_is_there(
     damage((tmp_path / "latest").resolve() / "state.safetensors")
     with crashing(tmp_path) as again:
         assert everything(again) == before
-        assert "what came after it is lost if no journal has it" in caplog.text
+        assert "anything newer is lost if no journal has it" in caplog.text
         assert "all tickets are void" not in caplog.text
     assert not list(tmp_path.glob("journal-damaged-*"))
 
@@ -255,7 +255,7 @@ def test_lines_that_stand_there_twice_are_left_out_and_kept(tmp_path: Path, capl
         assert everything(again) == before
         anna.stub = stub
         assert not anna.push(payload(SMALL, 1.0)).refusal
-        assert "appear a second time after its end: all that was acknowledged comes before them" in caplog.text
+        assert "appear a second time after its end: everything acknowledged is before them" in caplog.text
         assert "ERROR" not in caplog.text
     assert len(list(tmp_path.glob("journal-damaged-*"))) == 1
 
@@ -364,7 +364,7 @@ def test_a_state_that_is_not_finite_is_undone_up_to_the_gradient_that_made_it_so
     with crashing(tmp_path, **HUGE) as again, connected(again) as stub:
         assert again.host.engine.iteration()[1] == 2
         assert "the gradient of worker 'bad', led to NaN or infinite values" in caplog.text
-        assert "goes on from before it, at iteration 2" in caplog.text
+        assert "continues from before it, at iteration 2" in caplog.text
         anna.stub = stub
         with pytest.raises(Refused, match="TICKET_UNKNOWN"):
             anna.push(payload(SMALL, 1.0))

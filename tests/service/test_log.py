@@ -29,7 +29,7 @@ def test_log_tells_who_joins_and_leaves_and_warns_of_gradients_that_are_not_fini
         stub.Leave(pb.LeaveRequest(worker="w0", incarnation=1))
         stub.Leave(pb.LeaveRequest(worker="w0", incarnation=1))
     told = [record.message for record in caplog.records]
-    assert told.count("worker w0 joined (rank 0, 1 slots) from '127.0.0.1'; K is 1") == 1
+    assert told.count("worker w0 joined (rank 0, 1 slot) from '127.0.0.1'; K is 1") == 1
     assert told.count("worker w0 left") == 1
     about = [record for record in caplog.records if "NON_FINITE" in record.message]
     assert len(about) == 5, "one line for each"

@@ -103,7 +103,9 @@ def chunk(offset: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_message_is_refused_by_each_method(raw: Raw, name: str, case: str) -> None:
     sentence = raw.refused(name, [MALFORMED[case]])
-    assert sentence.startswith(f"{len(MALFORMED[case])} bytes came that are not a {METHODS[name].input_type.name}: ")
+    assert sentence.startswith(
+        f"received {len(MALFORMED[case])} bytes that are not a {METHODS[name].input_type.name}: "
+    )
     raw.goes_on()
 
 
@@ -122,7 +124,7 @@ def refused_before_a_model(folder: Path, name: str, request: bytes, reason: str 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_no_message_is_refused_before_there_is_a_model(tmp_path: Path, name: str) -> None:
     sentence = refused_before_a_model(tmp_path, name, MALFORMED["cut"])
-    assert sentence.startswith(f"3 bytes came that are not a {METHODS[name].input_type.name}: ")
+    assert sentence.startswith(f"received 3 bytes that are not a {METHODS[name].input_type.name}: ")
 
 
 def test_a_model_that_is_offered_where_there_is_one_is_refused_before_it_is_read(
@@ -199,7 +201,7 @@ def test_a_list_that_is_too_long_is_refused_by_each_method_that_has_one(
 ) -> None:
     most = LONGEST_LISTS[path[-1].full_name]
     sentence = raw.refused(name, [with_elements(path, most + 1)])
-    assert f"came more than {most:,} times in one message" in sentence
+    assert f"appears more than {most:,} times in one message" in sentence
     raw.goes_on()
 
 
@@ -209,13 +211,13 @@ def test_a_list_that_is_too_long_is_refused_in_an_offered_model(
 ) -> None:
     most = LONGEST_LISTS[path[-1].full_name]
     sentence = refused_before_a_model(tmp_path, "OfferModel", with_elements(path, most + 1), "BAD_MANIFEST")
-    assert f"came more than {most:,} times in one message" in sentence
+    assert f"appears more than {most:,} times in one message" in sentence
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in STREAMING])
 def test_a_request_that_is_alone_is_refused_if_it_is_longer_than_any_needs_to_be(raw: Raw, name: str) -> None:
     unknown = pb.PushPullResponse(data=bytes(SMALL_MESSAGE_BYTES)).SerializeToString()  # number 5
-    assert raw.refused(name, [unknown]).endswith("bytes came: at most 16,384 were expected")
+    assert raw.refused(name, [unknown]).endswith("bytes: at most 16,384 were expected")
     raw.goes_on()
 
 
@@ -224,7 +226,7 @@ def test_health_is_not_asked_about_services_with_endless_names(raw: Raw) -> None
     health = health_pb2_grpc.HealthStub(raw.channel)
     endless = health_pb2.HealthCheckRequest(service="x" * 20_000)
     for call in (health.Check, lambda request: next(health.Watch(request))):
-        with pytest.raises(grpc.RpcError, match="a request of 20,004 bytes came"):
+        with pytest.raises(grpc.RpcError, match="received a request of 20,004 bytes"):
             call(endless)
 
 
@@ -239,7 +241,7 @@ def test_anything_else_is_refused_where_a_header_is_wanted(
     tmp_path: Path, name: str, came: str, encoded: bytes
 ) -> None:
     sentence = refused_before_a_model(tmp_path, name, encoded)
-    assert sentence == f"a message with '{came}' came where '{WANTED[name]}' was expected"
+    assert sentence == f"received a message with '{came}' where '{WANTED[name]}' was expected"
 
 
 @pytest.mark.parametrize("name", ["PushPull", "PushGradient"])
@@ -248,16 +250,16 @@ def test_another_header_is_refused_where_a_chunk_is_wanted(raw: Raw, name: str, 
     first = header(raw.worker, payload(SMALL, 1.0), name)
     sentence = raw.refused(name, [first, first if second == "header" else b""])
     said = WANTED[name] if second == "header" else "nothing"
-    assert sentence == f"a message with '{said}' came where 'chunk' was expected"
+    assert sentence == f"received a message with '{said}' where 'chunk' was expected"
     raw.goes_on()
 
 
 AFTER_THE_END = {
-    "chunk": (chunk(0, GRADIENT), "BAD_PAYLOAD", "offset 0 came where offset 40"),
+    "chunk": (chunk(0, GRADIENT), "BAD_PAYLOAD", "offset 0 where offset 40"),
     "chunk where it would go on": (chunk(40, b"x"), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
     "empty chunk": (chunk(40, b""), "BAD_PAYLOAD", "after all 40 bytes of the payload"),
-    "nothing": (b"", "BAD_REQUEST", "a message with 'nothing' came where 'chunk' was expected"),
-    "no message": (MALFORMED["cut"], "BAD_REQUEST", "bytes came that are not a PushGradientRequest"),
+    "nothing": (b"", "BAD_REQUEST", "received a message with 'nothing' where 'chunk' was expected"),
+    "no message": (MALFORMED["cut"], "BAD_REQUEST", "bytes that are not a PushGradientRequest"),
 }
 
 
@@ -273,7 +275,7 @@ def test_what_comes_after_a_gradient_by_pushgradient_is_refused_and_the_gradient
 
 def test_another_gradient_in_a_stream_of_pushgradient_is_refused_with_the_first(raw: Raw) -> None:
     whole = [header(raw.worker, payload(SMALL, 1.0), "PushGradient"), chunk(0, GRADIENT)]
-    assert "'push' came where 'chunk' was expected" in raw.refused("PushGradient", whole * 2)
+    assert "received a message with 'push' where 'chunk' was expected" in raw.refused("PushGradient", whole * 2)
     raw.goes_on()
 
 
@@ -285,7 +287,7 @@ def test_what_comes_after_a_model_is_refused_and_the_model_not_taken(tmp_path: P
         model = bytes(payload(SMALL, 1.0, buffers=True).memory)
         first = header(worker, payload(SMALL, 1.0), "OfferModel")
         after = chunk(0, b"x") if more == "chunk" else first
-        with pytest.raises(Refused, match=f"offset {len(model)}|'offer' came") as refused, refusals():
+        with pytest.raises(Refused, match=f"offset {len(model)}|message with 'offer' where") as refused, refusals():
             Raw(server, channel, worker).call("OfferModel", [first, chunk(0, model), after])
         assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
         assert not server.host.has_model
@@ -303,13 +305,13 @@ def beginning(worker: WireWorker, gradient: Payload | None, data: bytes) -> byte
 
 def test_data_without_a_gradient_is_refused(raw: Raw) -> None:
     sentence = raw.refused("PushPull", [beginning(raw.worker, None, b"abc")])
-    assert sentence == "3 bytes of data came with an exchange that has no gradient"
+    assert sentence == "received 3 bytes of data with an exchange that has no gradient"
     raw.goes_on()
 
 
 def test_data_without_an_exchange_is_refused(raw: Raw) -> None:
     sentence = raw.refused("PushPull", [pb.PushPullRequest(data=b"abc").SerializeToString()])
-    assert sentence == "a message with 'nothing' came where 'exchange' was expected"
+    assert sentence == "received a message with 'nothing' where 'exchange' was expected"
 
 
 @pytest.mark.parametrize("order", ["chunk first", "data first"])
@@ -318,17 +320,17 @@ def test_a_chunk_with_data_beside_it_is_refused(raw: Raw, order: str, begun: boo
     parts = [chunk(0, bytes(8)), pb.PushPullRequest(data=b"abc").SerializeToString()]
     both = b"".join(parts if order == "chunk first" else reversed(parts))
     first = [header(raw.worker, payload(SMALL, 1.0), "PushPull")] if begun else []
-    assert raw.refused("PushPull", [*first, both]).startswith("a chunk came with data beside it")
+    assert raw.refused("PushPull", [*first, both]).startswith("received a chunk together with data")
     raw.goes_on()
 
 
 BAD_DATA = {
     "ended after 16 of 40 bytes": (GRADIENT[:16], []),
-    "a chunk of 41 bytes came at offset 0": (GRADIENT + b"x", []),  # longer than the payload
-    "offset 0 came where offset 16": (GRADIENT[:16], [(0, GRADIENT)]),  # a chunk over the data
-    "offset 8 came where offset 16": (GRADIENT[:16], [(8, GRADIENT[8:])]),
-    "offset 24 came where offset 16": (GRADIENT[:16], [(24, GRADIENT[24:])]),  # a gap
-    "a chunk of 25 bytes came at offset 16": (GRADIENT[:16], [(16, GRADIENT[16:] + b"x")]),
+    "received a chunk of 41 bytes at offset 0": (GRADIENT + b"x", []),  # longer than the payload
+    "offset 0 where offset 16": (GRADIENT[:16], [(0, GRADIENT)]),  # a chunk over the data
+    "offset 8 where offset 16": (GRADIENT[:16], [(8, GRADIENT[8:])]),
+    "offset 24 where offset 16": (GRADIENT[:16], [(24, GRADIENT[24:])]),  # a gap
+    "received a chunk of 25 bytes at offset 16": (GRADIENT[:16], [(16, GRADIENT[16:] + b"x")]),
 }
 
 
@@ -342,7 +344,10 @@ def test_data_and_chunks_that_do_not_make_a_payload_are_refused(raw: Raw, senten
 
 def test_a_chunk_after_data_that_was_all_is_refused_and_the_gradient_stands(raw: Raw) -> None:
     requests = [beginning(raw.worker, payload(SMALL, 1.0), GRADIENT), chunk(0, GRADIENT)]
-    with pytest.raises(Refused, match="'chunk' came where 'exchange' was expected") as refused, refusals():
+    with (
+        pytest.raises(Refused, match="received a message with 'chunk' where 'exchange' was expected") as refused,
+        refusals(),
+    ):
         raw.call("PushPull", requests)
     assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST")
     assert state_of(raw.server)[0] == 1

@@ -168,7 +168,7 @@ def test_the_repeated_result_says_again_that_buffers_were_kept_and_is_counted_on
         assert first.buffers_kept
         assert again.buffers_kept
         assert metric(server, "ormo_kept_buffers_total") == 1
-        told = [record for record in caplog.records if "buffers came with NaN or infinity" in record.message]
+        told = [record for record in caplog.records if "sent buffers with NaN or infinity" in record.message]
         assert [(record.worker, record.iteration) for record in told] == [("a", 1)]  # type: ignore[attr-defined]
 
 

@@ -47,8 +47,8 @@ def chunk(offset: int, size: int) -> pb.TensorChunk:
 
 BAD_CHUNKS = {
     "ended after 0 of 40 bytes": [],
-    "offset 8 came where offset 0": [chunk(8, 32)],
-    "offset 0 came where offset 16": [chunk(0, 16), chunk(0, 16)],
+    "offset 8 where offset 0": [chunk(8, 32)],
+    "offset 0 where offset 16": [chunk(0, 16), chunk(0, 16)],
     "1 to 24 bytes": [chunk(0, 16), chunk(16, 32)],
     "chunk of 0 bytes": [chunk(0, 0)],
     "ended after 16 of 40 bytes": [chunk(0, 16)],
@@ -190,7 +190,7 @@ REFUSED = [
     (_third_worker, grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS", "max_workers is 2"),
     (_second_model, grpc.StatusCode.ALREADY_EXISTS, "MODEL_EXISTS", "join again"),
     (_heartbeat_of_a_stranger, PRECONDITION, "NOT_A_MEMBER", "join first"),
-    (_chunk_without_exchange, ARGUMENT, "BAD_REQUEST", "'chunk' came where 'exchange'"),
+    (_chunk_without_exchange, ARGUMENT, "BAD_REQUEST", "received a message with 'chunk' where 'exchange'"),
     (_stream_of_two_slots, ARGUMENT, "BAD_REQUEST", "open a stream for each slot"),
 ]
 

@@ -133,7 +133,7 @@ def test_the_process_ends_with_a_sentence_and_a_restart_trains_on_from_before(tm
         critical = [line for line in log.read_text().splitlines() if " CRITICAL " in line]
         assert len(critical) == 1
         assert (
-            "can't be kept on disk (the model has NaN or infinite values): stopping; a restart goes on" in critical[0]
+            "can't be kept on disk (the model has NaN or infinite values): stopping; a restart continues" in critical[0]
         )
     with start() as again:
         worker = worker_of(again, channels)

@@ -123,7 +123,7 @@ def _forget(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (_drop("summary.json"), "has no summary.json: give the directory of a simulation that has come to its end"),
+        (_drop("summary.json"), "has no summary.json: expected the directory of a finished simulation"),
         (_drop("evaluations.csv"), "are damaged"),
         (_drop("delays.csv"), "are damaged"),
         (_write("summary.json", '{"settings": {'), "are damaged"),

@@ -168,7 +168,7 @@ def test_the_compute_times_of_a_trace_go_with_any_scheduler_and_number_of_worker
 def test_a_trace_of_a_server_that_was_restarted_is_not_followed(trace: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_text(trace.read_text() + trace.read_text())
-    with pytest.raises(UsageError, match=r"twice\.jsonl has 1 restarts of the server"):
+    with pytest.raises(UsageError, match=r"twice\.jsonl contains 1 server restart, which voids tickets"):
         replay(twice)
 
 
@@ -292,9 +292,17 @@ def test_that_a_run_began_from_another_model_is_warned_of(trace: Path, tmp_path:
 
 
 NOT_TOLD = {
-    "of a ticket that was not the last": ((*ASKED, refused(2, ticket=7)), 3, "for ticket 7 was refused, whose param"),
-    "that is taken at a second try": ((*ASKED, refused(2), pushed(2)), 4, "pushed again what had been refused"),
-    "of a process with other slots": ((*ASKED, Leave(2.0, "a", 1), Join(3.0, "a", 1, 2)), 4, "with 2 slots, not 1"),
+    "of a ticket that was not the last": (
+        (*ASKED, refused(2, ticket=7)),
+        3,
+        "refused for ticket 7, which is not the last",
+    ),
+    "that is taken at a second try": ((*ASKED, refused(2), pushed(2)), 4, "pushed a refused gradient again"),
+    "of a process with other slots": (
+        (*ASKED, Leave(2.0, "a", 1), Join(3.0, "a", 1, 2)),
+        4,
+        "rejoins with 2 slots instead of 1",
+    ),
 }
 
 
@@ -306,7 +314,9 @@ def test_where_it_cannot_be_known_what_was_computed_a_sentence_names_the_line(ca
 
 
 def test_a_trace_of_an_earlier_version_in_which_a_process_joins_again_is_not_followed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"in line 5, can't be followed \(the same process of worker a joins again"):
+    with pytest.raises(
+        UsageError, match=r"in line 5, can't be followed \(worker a rejoined, and the trace does not record"
+    ):
         follow(tmp_path / "t", *ASKED, *LEFT_AND_BACK, refusals=False)
 
 
@@ -314,6 +324,4 @@ def test_a_trace_of_an_earlier_version_in_which_a_process_joins_again_is_not_fol
 def test_that_a_trace_is_of_a_version_that_did_not_record_refusals_is_warned_of(tmp_path: Path, refusals: bool) -> None:
     follow(tmp_path / "t", *ASKED, refusals=refusals)
     warning = Plan(SimSettings(trace=tmp_path / "t", workload="sim.by_ticket:workload")).warning()
-    assert (
-        warning.startswith("the version that wrote this trace did not record gradients that were refused") != refusals
-    )
+    assert warning.startswith("this trace was written by a version that did not record refused gradients") != refusals

@@ -139,7 +139,7 @@ def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         process.kill()
         process.wait()
     said = (tmp_path / "log").read_text()
-    assert "interrupted: the same command goes on from here" in said
+    assert "interrupted: run the same command again to resume" in said
     assert "Traceback" not in said
     return suite
 

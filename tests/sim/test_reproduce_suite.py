@@ -97,7 +97,7 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
     [
         ('title = "least squares"', "title = ", "is not valid TOML: Invalid value (at line 2, column 9)"),
         ('title = "least squares"\n', "", "can't be used: title is missing"),
-        ('title = "', 'name = "x"\ntitle = "', "its name is that of the file, leave `name` out"),
+        ('title = "', 'name = "x"\ntitle = "', "the suite is named after the file: remove `name`"),
         ('title = "', 'subtitle = "x"\ntitle = "', "subtitle is not a setting"),
         ('"asgd"', '"adam"', "methods.1 is 'adam': 'adam' is not a method: choose from ormo, ormo-da, "),
         ('"asgd"', '"ormo"', "methods is ['ormo', 'ormo']: expected each of them once"),

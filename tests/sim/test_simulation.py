@@ -157,7 +157,9 @@ def test_a_crash_stops_a_synchronous_run_until_it_is_noticed_and_no_longer() -> 
 
 
 def test_a_worker_that_is_not_there_cannot_leave() -> None:
-    with pytest.raises(UsageError, match=r"leave at 2 s: there is no worker 1 then; 1 are there"):
+    with pytest.raises(
+        UsageError, match=r"leave at 2 s: no worker 1 exists at that time; there are 1, numbered from 0"
+    ):
         Told(workers=2, gradients=9, changes=[Change(1.0, "crash", 1), Change(2.0, "leave", 1)])
 
 

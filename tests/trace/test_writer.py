@@ -113,7 +113,7 @@ def test_full_disk_ends_the_trace_loudly_once_and_nothing_else(caplog: pytest.Lo
     assert len(traced.machine.state.members) == 10
     assert not traced.writer._waiting
     (said,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-    assert "the trace /dev/full ends here ([Errno 28] No space left on device): training goes on" in said.message
+    assert "the trace /dev/full ends here ([Errno 28] No space left on device): training continues" in said.message
 
 
 def test_disk_that_is_too_slow_ends_the_trace_without_a_gap_in_it(

@@ -99,14 +99,17 @@ class Tally:
     def note_mended(self, buffers: str, iteration: int) -> None:
         """Say that these buffers have the server's values again."""
         if self._may_warn():
-            said = "these buffers had NaN or infinity and now have the server's values, for their gradients count: %s"
+            said = (
+                "gradient counted, but these buffers contained NaN or infinity and were reset to the server's values: "
+                "%s"
+            )
             _LOG.warning(said, buffers, extra=Fields(worker=self._worker, iteration=iteration))
 
     def _note_refusal(self, refusal: pb.PushResult, iteration: int) -> None:
         self.refusals[refusal.refusal] += 1
         about = Fields(worker=self._worker, request=refusal.request, iteration=iteration, reason=refusal.refusal)
         if refusal.refusal not in UNSOUND_GRADIENT:
-            said = "a gradient was lost, training goes on: %s: %s"
+            said = "a gradient was lost, training continues: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
             return
         if self._may_warn():

@@ -18,10 +18,16 @@ A = TypeVar("A", bound=Message)
 
 # A server that comes back is to be seen soon; gRPC would wait for up to two minutes.
 _OPTIONS = [("grpc.initial_reconnect_backoff_ms", 250), ("grpc.max_reconnect_backoff_ms", 1000)]
+# Where gRPC has what a server says beside a status.
+_ERROR_INFO = "grpc-status-details-bin"
 
 
 class NoAnswerError(Exception):
     """The server did not answer; the text says why, as far as gRPC knows."""
+
+
+class RefusedError(NoAnswerError):
+    """The server answered that it will not; the text is its sentence."""
 
 
 class Asker:
@@ -68,7 +74,7 @@ class Asker:
             answer = self._call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             leave_if_asked()  # the call may have been cancelled for a signal, which is no answer but a reason to leave
-            raise NoAnswerError(_why(error)) from None
+            raise (RefusedError if _is_refusal(error) else NoAnswerError)(_why(error)) from None
         finally:
             self._call = None
         if isinstance(answer, Malformed):
@@ -89,6 +95,11 @@ def _make_printable(message: Message) -> None:
                 _make_printable(one)
         elif field.type == field.TYPE_STRING:
             setattr(message, field.name, printable(value))
+
+
+def _is_refusal(error: grpc.RpcError | grpc.FutureCancelledError) -> bool:
+    """Whether a server of ours ended the call: it says why in `ErrorInfo`, which gRPC itself and a proxy don't."""
+    return any(key == _ERROR_INFO for key, _ in getattr(error, "trailing_metadata", tuple)() or ())
 
 
 def _why(error: grpc.RpcError | grpc.FutureCancelledError) -> str:

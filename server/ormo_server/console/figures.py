@@ -74,12 +74,13 @@ Facts = Mapping[str, str]
 
 def of_the_moment(status: pb.GetStatusResponse) -> Facts:
     """What changes as training goes on."""
+    waiting = status.slots_waiting
     return {
         "learning rate": f"{status.learning_rate:g}, K {status.bucket_size}",
         "loss": f"{status.loss:.4f}" if status.HasField("loss") else NOT_KNOWN,
         "evaluation": _evaluation(status),
         "delay": f"mean {status.delay_mean:.1f}, largest {status.delay_max:,}",
-        "tickets": f"{status.tickets_in_flight} in flight, {status.slots_waiting} slots waiting",
+        "tickets": f"{status.tickets_in_flight} in flight, {waiting} slot{'s' * (waiting != 1)} waiting",
         "checkpoint": _checkpoint(status),
         "memory": memory(status.resident_bytes) if status.resident_bytes else NOT_KNOWN,
     }

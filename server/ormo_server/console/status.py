@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import through_proxy
-from ormo_server.console.client import NoAnswerError, asker
+from ormo_server.console.client import NoAnswerError, RefusedError, asker
 from ormo_server.console.figures import duration, phase_word
 from ormo_server.console.settings import ControlSettings, StatusSettings
 
@@ -71,8 +71,10 @@ def show(settings: StatusSettings) -> int:
 
 
 def no_answer(program: str, server: str, error: NoAnswerError) -> str:
-    """The sentence for a server that does not answer."""
+    """The sentence for a server that does not answer, or refuses."""
     place = server + through_proxy(server, os.environ)
+    if isinstance(error, RefusedError):
+        return f"{program}: the server at {place} refused: {error}\n"
     return f"{program}: no answer from {place} ({error}): is the server up, and is this its address?\n"
 
 
@@ -124,9 +126,9 @@ def _request(settings: ControlSettings) -> pb.ControlRequest:
 
 
 def _said(settings: ControlSettings, answer: pb.ControlResponse) -> str:
-    at = f"at iteration {answer.iteration.number}" if answer.HasField("iteration") else "before it had a model"
+    at = f", at iteration {answer.iteration.number}" if answer.HasField("iteration") else "; it has no model yet"
     if settings.checkpoint:
         return f"checkpoint {answer.checkpoint_path}"
     if settings.drain:
-        return f"the server drains and stops, {at}"
-    return f"the learning rate is {settings.learning_rate:g} from the next bucket on, {at}"
+        return f"the server drains and stops{at}"
+    return f"the learning rate is {settings.learning_rate:g} from the next bucket on{at}"

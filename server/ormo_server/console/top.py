@@ -20,7 +20,7 @@ from rich.text import Text
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import through_proxy
 from ormo_runtime.process import leave_if_asked, leave_on_signals
-from ormo_server.console.client import Asker, NoAnswerError, asker
+from ormo_server.console.client import Asker, NoAnswerError, RefusedError, asker
 from ormo_server.console.figures import (
     Facts,
     History,
@@ -195,7 +195,7 @@ def _foot(status: pb.GetStatusResponse) -> Iterator[ConsoleRenderable]:
             (f"up to {VERY_LATE}K ({VERY_LATE * size})", LATE_COLOUR),
             ("  ", "dim"),
             ("above", VERY_LATE_COLOUR),
-            ("  compute, ticket: seconds of the last gradient; heard, pushed: ago", "dim"),
+            ("  compute, ticket: for the last gradient; heard, pushed: time since", "dim"),
         )
     )
 
@@ -243,7 +243,8 @@ def _live(console: Console, server: Asker, settings: TopSettings) -> None:
                 answered = time.monotonic()
             except NoAnswerError as error:
                 silent = duration(time.monotonic() - answered)
-                trouble = f"no answer from {place} for {silent}, trying again: {error}"
+                what = f"{place} has refused" if isinstance(error, RefusedError) else f"no answer from {place}"
+                trouble = f"{what} for {silent}, trying again: {error}"
             view = View(settings.server, history, settings.sort, console.height, trouble)
             live.update(view, refresh=True)
             if pressed(_QUIT, due - time.monotonic()):

@@ -1,4 +1,5 @@
-"""Who takes part, and the tickets that they hold: workers come, go, and take each other's places.
+"""Members, then their tickets: workers join, leave and replace each other, and every ticket is handed out, redeemed or
+voided here (`hand_out`, `in_flight`, `close`).
 
 Clocks and leases are the driver's (`deadlines`).
 """
@@ -103,7 +104,8 @@ def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
         del memory[next(iter(memory))]
 
 
-# Their tickets: handed out, redeemed and made void. These functions never move `issue` or the parameters.
+# Tickets are handed out, redeemed and voided here: `close` ends one, whether it was redeemed or became void.
+# These functions never move `issue` or the parameters.
 
 
 # So many may be idle, one after the other, and the next who joins waits for none of them still. More would let those

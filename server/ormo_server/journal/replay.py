@@ -322,7 +322,7 @@ def _deliver(machine: StateMachine, granted: dict[SlotKey, Granted], delivered: 
 
 def _differs(number: int, record: Record, how: str) -> StoreError:
     return StoreError(
-        f"record {number} of the journal ({record}) can't be done again as it was: {how}. Was it written by another "
-        "version of this program, of PyTorch, or on another processor? Start with those: nothing was changed. To go on "
-        "from the last checkpoint alone, without what the journal says, move the folder `journal` away"
+        f"record {number} of the journal ({record}) can't be repeated as it was: {how}. Was it written by another "
+        "version of this program, of PyTorch, or on another processor? Start with those: nothing was changed. To "
+        "continue from the last checkpoint alone, without what the journal says, move the folder `journal` away"
     )

@@ -118,7 +118,7 @@ _WORKER = (
     ),
     _WorkerFigure(
         "last_heard_timestamp_seconds",
-        "When bytes or a heartbeat came from it last, Unix time.",
+        "When it last sent bytes or a heartbeat, Unix time.",
         lambda w: time.time() - w.silent_seconds,
     ),
     _WorkerFigure(

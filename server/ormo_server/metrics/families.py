@@ -159,7 +159,7 @@ class Traffic:
         refused = [("refused", reason.value) for reason in _USUAL]
         self.pushes = families.counter(
             "pushes",
-            "Gradients that came in.",
+            "Gradients received.",
             "outcome",
             "reason",
             known=[("applied", ""), ("discarded", ""), ("repeated", ""), *refused],
@@ -358,7 +358,9 @@ class JournalMetrics:
 
     def __init__(self, families: Families) -> None:
         self.commit_seconds = families.histogram(
-            "journal_commit_seconds", "Time of one write of the journal, with its fsync, for all who wait.", SECONDS
+            "journal_commit_seconds",
+            "Time of one write of the journal, with its fsync, for all calls that wait for it.",
+            SECONDS,
         )
         self._size = families.gauge("journal_size_bytes", "Bytes in the journal since the last checkpoint; 0 without.")
 

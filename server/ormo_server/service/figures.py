@@ -150,8 +150,9 @@ class Figures:
         about = Fields(
             worker=member.worker, incarnation=f"{member.incarnation:016x}", iteration=iteration, caller=caller
         )
-        said = "worker %s joined (rank %d, %d slots) from %r; K is %d"
-        _LOG.info(said, member.worker, member.rank, len(member.slots), caller or "here", bucket_size, extra=about)
+        slots = f"{len(member.slots)} slot{'s' * (len(member.slots) != 1)}"
+        said = "worker %s joined (rank %d, %s) from %r; K is %d"
+        _LOG.info(said, member.worker, member.rank, slots, caller or "here", bucket_size, extra=about)
 
     def note_leave(self, worker: str, incarnation: int, iteration: int) -> None:
         """A worker has given up its lease."""
@@ -208,7 +209,7 @@ def _tell(outcome: Outcome, received: ReceivedGradient) -> None:
 
 def _warn_of_kept_buffers(worker: str, iteration: int) -> None:
     said = (
-        "buffers came with NaN or infinity from worker %s, beside a gradient that counts: the server keeps its own and "
-        "tells the worker, whose log names them"
+        "worker %s sent buffers with NaN or infinity beside a gradient that counts: the server keeps its own and tells "
+        "the worker, whose log names them"
     )
     _bad_gradients.warning(said, worker, extra=Fields(worker=worker, iteration=iteration))

@@ -64,7 +64,7 @@ class Guard(grpc.ServerInterceptor):
         # Of our own service it still is bytes here; of others gRPC has made a message.
         size = request.ByteSize() if isinstance(request, Message) else len(request)
         if size > SMALL_MESSAGE_BYTES:
-            raise BadRequest(f"a request of {size:,} bytes came: at most {SMALL_MESSAGE_BYTES:,} were expected")
+            raise BadRequest(f"received a request of {size:,} bytes: at most {SMALL_MESSAGE_BYTES:,} were expected")
         return request
 
 

@@ -146,7 +146,7 @@ def require_head(frame: Frame[M], wanted: str) -> Headed[M]:
         raise not_understood(frame)
     got = "chunk" if isinstance(frame, Chunk) else frame.message.WhichOneof("part")
     if isinstance(frame, Chunk) or got != wanted:
-        raise BadRequest(f"a message with {got or 'nothing'!r} came where {wanted!r} was expected")
+        raise BadRequest(f"received a message with {got or 'nothing'!r} where {wanted!r} was expected")
     return frame
 
 
@@ -159,11 +159,11 @@ def check_exchange(exchange: pb.Exchange, data: memoryview) -> None:
     if exchange.HasField("gradient"):
         return
     if data:
-        raise BadRequest(f"{len(data)} bytes of data came with an exchange that has no gradient")
+        raise BadRequest(f"received {len(data)} bytes of data with an exchange that has no gradient")
     if not exchange.HasField("next"):
         # There would be no answer, and whoever waits for one would wait for ever.
         raise BadRequest(
-            "an exchange with neither a gradient nor a wish for the next ticket came: expected one or both"
+            "received an exchange with neither a gradient nor a request for the next ticket: expected one or both"
         )
 
 
@@ -187,7 +187,7 @@ def _refuse_head(frame: Headed[M] | Malformed) -> NoReturn:
     if isinstance(frame, Malformed):
         raise not_understood(frame)
     got = frame.message.WhichOneof("part")
-    raise BadRequest(f"a message with {got or 'nothing'!r} came where 'chunk' was expected")
+    raise BadRequest(f"received a message with {got or 'nothing'!r} where 'chunk' was expected")
 
 
 def check_version(version: int) -> None:

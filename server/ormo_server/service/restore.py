@@ -91,7 +91,7 @@ def _replay_all(checkpoint: Checkpoint, reading: Reading) -> Recovered | None:
         reading.records,
         checkpoint.snapshot.fields["iteration"],
         time.perf_counter() - started,
-        "; nobody had been told of what a crash left after them" if reading.torn else "",
+        "; what a crash left after them had not been acknowledged" if reading.torn else "",
     )
     doubled = f"lines of {reading.directory} appear a second time after its end" if reading.doubled else ""
     return Recovered(taken, clock_seconds, not reading.lost, reading.lost, doubled)
@@ -121,7 +121,7 @@ def _before_poison(read_again: Callable[[], Checkpoint], journal: Path, first: i
     clock_seconds = replay(machine, sound, checkpoint.clock_seconds)
     damage = (
         f"record {count + 1} of {journal}, {_describe(culprit)}, led to NaN or infinite values, or might have: the run "
-        f"goes on from before it, at iteration {machine.state.iteration}, and what came after that is lost"
+        f"continues from before it, at iteration {machine.state.iteration}, and everything after that is lost"
     )
     return Recovered(snapshot.take(machine), clock_seconds, complete=False, damage=damage)
 

@@ -158,7 +158,7 @@ class RunHost:
         if told or is_journal(self.files.journal_directory):
             raise StoreError(
                 f"{self.settings.directory} has a journal of {told or 'a run'}, and the checkpoint that it follows is "
-                "missing: bring that one back from a backup, or begin anew, with --fresh or in another --directory; "
+                "missing: restore that one from a backup, or begin a new run, with --fresh or in another --directory; "
                 "nothing was changed"
             )
         if self.settings.model is not None:
@@ -177,7 +177,7 @@ class RunHost:
         if found.damage:
             _LOG.error("the journal can be used in part only, and all tickets are void: %s", found.damage)
         if found.doubled:
-            _LOG.warning("%s: all that was acknowledged comes before them, and is used", found.doubled)
+            _LOG.warning("%s: everything acknowledged is before them, and is used", found.doubled)
         self.clock = RunClock(found.clock_seconds)
         machine = self._restore_machine(found, checkpoint.manifest, keep_tickets=found.complete)
         # Before the checkpoint: whatever starts after it has no need of the journal before, and removes it.
@@ -192,9 +192,9 @@ class RunHost:
                 lost = "Nothing more is lost" if found.damage else "Nothing is lost"
                 raise StoreError(
                     f"{error}. {lost}: the last checkpoint and {self.files.journal_directory} hold the run, leave both "
-                    "as they are; the next start goes on with them"
+                    "as they are; the next start continues with them"
                 ) from error
-            _LOG.error("the restored state could not be written anew, so all its tickets are void: %s", error)
+            _LOG.error("the restored state could not be written again, so all its tickets are void: %s", error)
             machine = self._restore_machine(found, checkpoint.manifest, keep_tickets=False)
         else:
             self.files.forget_older_journal()
@@ -211,7 +211,7 @@ class RunHost:
             "restored iteration %d from %s (%s)",
             machine.state.iteration,
             self.settings.directory,
-            "nothing came after it: tickets stay good"
+            "nothing was applied after it: tickets stay valid"
             if keep_tickets
             else "something may be lost: all tickets are void",
         )

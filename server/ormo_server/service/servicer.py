@@ -76,7 +76,7 @@ class Servicer:
         manifest = self._manifest_for(request.model_digest)  # first: a worker with another model must not count
         if request.slots > limit:
             raise BadRequest(
-                f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask less"
+                f"{request.slots} slots were asked for, and slots_per_worker is {limit}: raise it or ask for less"
             )
         try:
             member, replaced = engine.join(worker, request.incarnation, request.slots, caller.name)

@@ -80,7 +80,7 @@ class OpenStream:
             self._registry.take_over(self, requester)
         elif not self.serves(requester):
             raise BadRequest(
-                f"this stream began as slot {mine.slot} of worker {mine.worker!r} and goes on as slot "
+                f"this stream began as slot {mine.slot} of worker {mine.worker!r} and continues as slot "
                 f"{requester.slot} of worker {requester.worker!r}: open a stream for each slot"
             )
 

@@ -24,16 +24,16 @@ from ormo_server.trace.rows import digest_of
 
 DEFAULT_EPOCHS = 10.0
 _REFUSALS_ARE_MISSING = (
-    "the version that wrote this trace did not record gradients that were refused: if one was, its worker's data go on "
-    "otherwise from there, and so do the parameters"
+    "this trace was written by a version that did not record refused gradients: if any was refused, "
+    "data and parameters differ from the original run after it"
 )
 _ANOTHER_MODEL = (
-    "the run that is followed did not begin from the model that task {} makes with seed {}, but from a file, or with "
-    "another seed or task: it is followed in its order, and not to the same bits"
+    "the recorded run did not begin from the model that task {} makes with seed {}, but from a file, or with another "
+    "seed or task: the order is replayed, but results will not be bit-identical"
 )
 _ORDER_IS_NOT_TOLD = (
-    "worker {} joined with {} slots in line {}: where its gradients came in another order than it computed them in, "
-    "which a trace does not tell, the bits are others"
+    "worker {} joined with {} slots in line {}: if its gradients arrived in a different order than computed (a trace "
+    "does not record that), results are not bit-identical"
 )
 # A process that runs many simulations reads their data once.
 _workload = cache(load_workload)
@@ -191,9 +191,10 @@ def _followed(settings: SimSettings) -> Segment:
             "from the start of a run, or replay its compute times alone with --compute-seconds trace:FILE"
         )
     if others:
+        restarts = "1 server restart, which voids" if len(others) == 1 else f"{len(others)} server restarts, which void"
         raise UsageError(
-            f"the trace {settings.trace} has {len(others)} restarts of the server, at which tickets became void: only "
-            "a run without restarts can be followed; --compute-seconds trace:FILE replays its compute times"
+            f"the trace {settings.trace} contains {restarts} tickets: only a run without restarts can be "
+            "followed; --compute-seconds trace:FILE replays its compute times"
         )
     return first
 

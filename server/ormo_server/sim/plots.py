@@ -113,7 +113,7 @@ class PlotSettings(Settings):
     flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "directory"})
     renamed: ClassVar[Mapping[str, str]] = {"into": "directory"}  # which is a file for `ormo-sim reproduce`
 
-    runs: tuple[Path, ...] = Field(description="directories of finished simulations")
+    runs: tuple[Path, ...] = Field(title="Input and output", description="directories of finished simulations")
     directory: Path = Field(description="directory for the pictures")
 
 

@@ -322,7 +322,7 @@ def read_run(path: Path) -> FinishedRun:
     """
     if not (path / SUMMARY).is_file():
         what = "has no" if path.is_dir() else "is not a directory, so there is no"
-        raise UsageError(f"{path} {what} {SUMMARY}: give the directory of a simulation that has come to its end")
+        raise UsageError(f"{path} {what} {SUMMARY}: expected the directory of a finished simulation")
     try:
         summary = Summary.model_validate_json((path / SUMMARY).read_bytes())
         method = _settings_of(summary).run().method.name
@@ -330,7 +330,7 @@ def read_run(path: Path) -> FinishedRun:
         delays = _COUNTS.validate_python({row["delay"]: row["gradients"] for row in _table(path / DELAYS)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"the results in {path} are damaged or of another version ({_first_line(error)}): run that simulation anew"
+            f"the results in {path} are damaged or of another version ({_first_line(error)}): run that simulation again"
         ) from error
     if not rows:
         raise UsageError(f"the results in {path} are damaged ({EVALUATIONS} has no row): run that simulation again")

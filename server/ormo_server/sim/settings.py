@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
 from ormo_protos.limits import MAX_SLOTS
-from ormo_runtime.settings import UsageError, slow_factors
+from ormo_runtime.settings import UsageError, flag_of, slow_factors
 from ormo_runtime.workload import TASKS_OF_THE_WORKER
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
@@ -42,7 +42,7 @@ class SimSettings(TrainingSettings):
 
     task: str = Field(
         "digits",
-        title="What is computed",
+        title="Task and device",
         description="model and data: a built-in task or an import path, as for `ormo-worker`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
@@ -53,15 +53,17 @@ class SimSettings(TrainingSettings):
     )
     workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
 
-    workers: int = Field(16, title="Who computes", ge=1, le=10_000, description="simulated workers at the start")
+    workers: int = Field(16, title="Simulated machines", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
     slots: int = Field(1, ge=1, le=MAX_SLOTS, description="in-flight places of each worker")
     compute_seconds: str = Field(
         "normal:1,0.1",
-        description=f"virtual seconds for a gradient: {FORMS}; a trace is a server's or a CSV file `worker,seconds`",
+        description=f"virtual seconds for a gradient: {FORMS}; FILE is a server trace or a CSV with "
+        "columns `worker,seconds`",
     )
     latency_seconds: tuple[float, ...] = Field(
-        (0.0,), description="virtual seconds that a message takes one way; several are dealt out to the workers in turn"
+        (0.0,),
+        description="virtual seconds that a message takes one way; several values are assigned to workers round-robin",
     )
     bandwidth_bytes_per_second: tuple[float, ...] = Field(
         (0.0,),
@@ -79,7 +81,7 @@ class SimSettings(TrainingSettings):
 
     epochs: float | None = Field(
         None,
-        title="What is written down",
+        title="Length, evaluation and output",
         gt=0,
         description="end after this many passes over the training data; none: 10 if no other end is set",
     )
@@ -91,7 +93,7 @@ class SimSettings(TrainingSettings):
     )
     test_samples: int = Field(0, ge=0, description="how many test samples it looks at, spread evenly; 0: all")
     target_accuracy: tuple[float, ...] = Field(
-        (0.5, 0.8, 0.9, 0.95), description="test accuracies of which the virtual time to reach them is wanted"
+        (0.5, 0.8, 0.9, 0.95), description="test accuracies to report the virtual time to reach"
     )
     directory: Path | None = Field(
         None, description="where results go; none: a new one under `runs/`, named by the time"
@@ -125,10 +127,8 @@ class SimSettings(TrainingSettings):
     def _trace_stands_alone(self) -> Self:
         contradicted = [name for name in TOLD_BY_TRACE if name in self.model_fields_set]
         if self.trace is not None and contradicted:
-            raise ValueError(
-                f"--trace says who computes when, so it excludes --{contradicted[0].replace('_', '-')}: "
-                "leave that out, or use --compute-seconds trace:FILE"
-            )
+            flag = flag_of(contradicted[0])
+            raise ValueError(f"--trace and {flag} can't be combined: drop {flag}, or use --compute-seconds trace:FILE")
         return self
 
     def recorded(self) -> dict[str, Any]:
@@ -146,6 +146,6 @@ class SimSettings(TrainingSettings):
         for change in self.changes():
             if change.kind != "join" and change.number > latest:
                 raise UsageError(
-                    f"{change.kind} {change.seconds:g}:{change.number}: there is no worker {change.number}: workers "
+                    f"{change.kind} {change.seconds:g}:{change.number}: no worker {change.number} exists: workers "
                     f"are numbered from 0 to {latest}"
                 )

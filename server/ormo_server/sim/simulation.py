@@ -132,8 +132,8 @@ class Simulation:
         host = self._hosts.get(f"worker-{change.number}")
         if host is None or not host.alive:
             raise UsageError(
-                f"{change.kind} at {change.seconds:g} s: there is no worker {change.number} then; "
-                f"{sum(h.alive for h in self._hosts.values())} are there, counted from 0 in the order of joining"
+                f"{change.kind} at {change.seconds:g} s: no worker {change.number} exists at that time; there are "
+                f"{sum(h.alive for h in self._hosts.values())}, numbered from 0 in joining order"
             )
         host.alive = False
         seconds = self._failure_seconds if change.kind == "crash" else 0.0
@@ -220,11 +220,11 @@ class Replay:
             return
         if not self._knows_refusals:
             raise _NotTold(
-                f"the same process of worker {given.worker} joins again and goes on with its data, and the version "
-                "that wrote the trace did not record whether the gradient that it had in hand was refused"
+                f"worker {given.worker} rejoined, and the trace does not record whether its pending "
+                "gradient was refused"
             )
         if len(known.places) != given.slots:
-            raise _NotTold(f"worker {given.worker} joins again with {given.slots} slots, not {len(known.places)}")
+            raise _NotTold(f"worker {given.worker} rejoins with {given.slots} slots instead of {len(known.places)}")
         self._training.join_again(given.seconds, known)
 
     def _leave(self, given: Leave) -> None:
@@ -237,7 +237,7 @@ class Replay:
     def _process(self, worker: str, incarnation: int) -> Process:
         process = self._training.processes.get(worker)
         if process is None or process.incarnation != incarnation:
-            raise _Stray(f"worker {worker} is not there")
+            raise _Stray(f"worker {worker} is not a member at this point")
         return process
 
     def _place(self, asks: Request | Push | Refused) -> tuple[Process, Place]:
@@ -254,9 +254,9 @@ class Replay:
     def _push(self, given: Push) -> None:
         process, place = self._place(given)
         if place.ticket is None or place.ticket.key != given.ticket_key:
-            raise _Stray(f"ticket {given.ticket} is pushed, but {process.name} does not have it")
+            raise _Stray(f"worker {process.name} pushed ticket {given.ticket}, which it does not hold")
         if place.request == place.refused:
-            raise _NotTold(f"worker {process.name} pushed again what had been refused, which no worker of ours does")
+            raise _NotTold(f"worker {process.name} pushed a refused gradient again, which ormo workers never do")
         self._training.push(given.seconds, process, place, given.samples)
 
     def _lose(self, refused: Refused) -> None:
@@ -265,8 +265,8 @@ class Replay:
             return  # it joined again between two tries
         if place.ticket is None or place.ticket.key != (refused.ticket_epoch, refused.ticket):
             raise _NotTold(
-                f"a gradient of worker {process.name} for ticket {refused.ticket} was refused, whose parameters are "
-                "not the last that it got"
+                f"worker {process.name} had a gradient refused for ticket {refused.ticket}, which is not the last "
+                "ticket it received"
             )
         place.refused = refused.request
         self._training.lose(process, place)

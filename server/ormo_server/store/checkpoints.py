@@ -307,12 +307,12 @@ class CheckpointStore:
                 continue
             for failure in failures:
                 _LOG.error(
-                    "corrupt checkpoint: %s; %s is used instead, what came after it is lost if no journal has it",
+                    "corrupt checkpoint: %s; %s is used instead, anything newer is lost if no journal has it",
                     failure,
                     path,
                 )
             if damage := damage_of_model(path):
-                _LOG.warning("%s; nothing is lost: the state has the model too, and it is written anew", damage)
+                _LOG.warning("%s; nothing is lost: the state has the model too, and it is written again", damage)
             return Found(path, _as_found(checkpoint, len(failures)), len(failures))
         if failures:
             raise StoreError(

@@ -43,7 +43,7 @@ _HEXADECIMAL = re.compile(r"0x[0-9a-f]{1,16}")
 class TracedSettings(TrainingSettings):
     """How the run trained: what a `start` row says under `settings`."""
 
-    min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before so many had joined")
+    min_workers: int = Field(1, ge=1, description="no ticket of a new run went out before this many had joined")
     max_workers: int = Field(64, ge=1, description="further workers were refused")
     max_gradient_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of a gradient")
     over_norm: Literal["clip", "refuse"] = Field("clip", description="what became of longer ones")

@@ -105,7 +105,7 @@ class TraceWriter:
                 closing = self._closing.wait(_WRITE_SECONDS)
                 self._write_waiting()
             if not self._complete:
-                self._fail("its disk was too slow for what came in")
+                self._fail("its disk was too slow for the inputs received")
         except Exception as error:  # noqa: BLE001 - the trace is worth less than the training
             self._fail(error)
         finally:
@@ -116,7 +116,7 @@ class TraceWriter:
     def _fail(self, why: object) -> None:
         self._on_failure()
         _LOG.error(
-            "the trace %s ends here (%s): training goes on without it; restart the server to go on with it",
+            "the trace %s ends here (%s): training continues without it; restart the server to continue the trace",
             self._path,
             why,
             exc_info=why if isinstance(why, Exception) and not isinstance(why, OSError) else None,

@@ -130,12 +130,14 @@ def with_data(data: bytes) -> Callable[[Any], bytes]:
 
 LIES = {
     "can't be understood": instead(b"\x0a\x05a"),
-    "can't be understood: a chunk came with data beside it": instead(CHUNK + b"\x2a\x01a"),
+    "can't be understood: received a chunk together with data": instead(CHUNK + b"\x2a\x01a"),
     "without announcing any": instead(CHUNK),
     "what the protocol does not allow there": instead(b""),
     "expected 1 to 8 bytes": with_data(WHOLE + b"x"),
-    "a chunk for offset 0 came where offset 4": with_data(WHOLE[:4]),  # the chunks then come as if there were no data
-    "a chunk of 4194305 bytes came": with_data(bytes(MAX_CHUNK_BYTES + 1)),
+    "received a chunk for offset 0 where offset 4": with_data(
+        WHOLE[:4]
+    ),  # the chunks then come as if there were no data
+    "received a chunk of 4194305 bytes": with_data(bytes(MAX_CHUNK_BYTES + 1)),
 }
 
 
@@ -154,5 +156,7 @@ def test_parameters_without_a_ticket_that_are_no_messages_are_told(server: FakeS
     with worker.client:
         worker.client.join()
         server.written = instead(b"\x0a\x05a")
-        with pytest.raises(ProtocolBroken, match="can't be understood: 3 bytes came that are not a PullParamsResponse"):
+        with pytest.raises(
+            ProtocolBroken, match="can't be understood: received 3 bytes that are not a PullParamsResponse"
+        ):
             worker.client.pull()

@@ -99,7 +99,7 @@ def test_a_model_of_more_tensors_than_there_may_be_is_a_sentence(server: FakeSer
     tensors = [pb.TensorSpec()] * 100_001
     server.answers_to_join.append(pb.JoinResponse(welcome=pb.Welcome(manifest=pb.Manifest(tensors=tensors))))
     client, _ = client_of(server)
-    with client, pytest.raises(ProtocolBroken, match=r"Manifest\.tensors came more than 100,000 times"):
+    with client, pytest.raises(ProtocolBroken, match=r"Manifest\.tensors appears more than 100,000 times"):
         client.join()
 
 

@@ -87,7 +87,7 @@ def test_a_task_that_can_be_used_is_looked_at_in_a_process_of_its_own(
     ("program", "sentence"),
     [
         ("raise RuntimeError('no data today')", r"(?s)Traceback.*RuntimeError: no data today"),
-        ("import sys; sys.exit(3)", r"the task 'mine:Task' ended Python with code 3"),
+        ("import sys; sys.exit(3)", r"the task 'mine:Task' made Python exit with code 3 while it was loaded"),
     ],
     ids=["fails", "ends without a word"],
 )

@@ -272,7 +272,9 @@ def test_a_newer_server_with_the_run_of_an_older_one_is_told_of_with_what_to_do(
     with served(tmp_path) as server:
         joined(model.requires_grad_(), server).close()  # as older workers described it
         model.base.requires_grad_(False)
-        with pytest.raises(ModelMismatch, match=r"a run that an older version began, .* go on with that version, or"):
+        with pytest.raises(
+            ModelMismatch, match=r"a run that an older version began, .* continue with that version, or"
+        ):
             joined(model, server)
 
 
@@ -283,7 +285,7 @@ def test_an_older_server_in_the_place_of_a_newer_one_is_an_error_of_one_sentence
         server.manifest_version = 0
         server.forget_workers()
         server.manifest = None
-        with pytest.raises(OlderServer, match="does not know frozen parameters, and this model has some: update"):
+        with pytest.raises(OlderServer, match="is too old for frozen parameters, which this model has: upgrade"):
             step(model, optimizer, 1)
 
 
@@ -388,14 +390,17 @@ def test_a_base_that_the_program_changes_is_named_once(
         for seed in range(2):
             step(model, optimizer, seed)
     (record,) = caplog.records
-    assert "the program changed 'base.bias', frozen in this run, since the server's values came" in record.message
+    assert (
+        "the program changed 'base.bias', which is frozen in this run; other workers and checkpoints keep"
+        in record.message
+    )
 
 
 def test_a_base_that_the_program_changes_can_be_an_error(server: FakeServer) -> None:
     model = Adapted()
     with joined(model, server, on_local_change="error") as optimizer:
         model.base.bias.data.add_(1.0)
-        with pytest.raises(ParametersChanged, match=r"'base\.bias', frozen in this run"):
+        with pytest.raises(ParametersChanged, match=r"'base\.bias', which is frozen in this run"):
             step(model, optimizer, 0)
     assert server.gradients == []
 
@@ -405,8 +410,8 @@ def test_a_group_that_comes_later_is_an_error(server: FakeServer) -> None:
     with joined(model, server, params=model.up.parameters()) as optimizer:
         with pytest.raises(
             OptionRefused,
-            match="came after the optimizer was made: a run's optimizer decides when it is made which parameters "
-            "are trained",
+            match="was added after the optimizer was made: which parameters are trained is fixed "
+            "when the optimizer is created",
         ):
             optimizer.add_param_group({"params": model.down.parameters()})
         assert len(optimizer.param_groups) == 1

@@ -178,8 +178,8 @@ def test_named_parameters_and_a_part_of_the_model_can_be_given(server: FakeServe
         optimizer.step()
         with pytest.raises(
             OptionRefused,
-            match="came after the optimizer was made: a run's optimizer decides when it is made which parameters "
-            "are trained",
+            match="was added after the optimizer was made: which parameters are trained is fixed "
+            "when the optimizer is created",
         ):
             optimizer.add_param_group({"params": [("bias", model.bias)]})
         optimizer.step()

@@ -94,7 +94,7 @@ COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, pickle.dumps, la
 def test_an_optimizer_can_not_be_copied_and_its_state_can(server: FakeServer, copied: Callable[[Any], Any]) -> None:
     model = line(weight=2.0)
     with RemoteOptimizer(model, server.address, connect_timeout=5.0) as optimizer:
-        with pytest.raises(OrmoError, match="a RemoteOptimizer can't be copied or pickled: it is this process's place"):
+        with pytest.raises(OrmoError, match="a RemoteOptimizer can't be copied or pickled: it is tied to this process"):
             copied(optimizer)
         optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
         copy.deepcopy(model)
@@ -109,7 +109,7 @@ def test_an_optimizer_that_is_made_again_for_its_model_closes_the_one_before(ser
     for again in (model, torch.compile(model, backend="eager"), nn.DataParallel(model)):
         second = RemoteOptimizer(again, server.address, connect_timeout=5.0)
         assert len(server.members) == 2
-        with pytest.raises(ClientClosed, match="make a new one to go on"):
+        with pytest.raises(ClientClosed, match="create a new one to continue"):
             first.step()
         second.step()
         first = second

@@ -115,7 +115,7 @@ def test_an_error_in_a_users_module_keeps_its_traceback(tmp_path: Path) -> None:
 def test_a_missing_attribute_is_named_with_its_module(tmp_path: Path) -> None:
     file = write(tmp_path / "mine_attribute.py")
     assert refusal("mine_attribute:Yours") == (
-        f"the task 'mine_attribute:Yours' was not found, for its module ({file}) has no 'Yours': put the "
+        f"the task 'mine_attribute:Yours' was not found: its module ({file}) has no 'Yours': put the "
         "name of a Task class, or of a function that returns a task, after the colon"
     )
 
@@ -141,9 +141,10 @@ def test_a_file_with_the_name_of_another_module_has_to_be_renamed(tmp_path: Path
 def test_what_cannot_be_called_with_a_data_folder_alone_is_refused(tmp_path: Path, attribute: str, reason: str) -> None:
     write(tmp_path / f"mine_{attribute}.py")
     message = refusal(f"mine_{attribute}:{attribute}")
-    assert message.startswith(f"the task 'mine_{attribute}:{attribute}' can't be made (")
+    assert message.startswith(f"the task 'mine_{attribute}:{attribute}' can't be created (")
     assert message.endswith(
-        f"{reason}): it must be a class or function that can be called with the keyword data_dir alone, a Path or None"
+        f"{reason}): it must be a class or function whose only required "
+        "argument is the keyword data_dir, a Path or None"
     )
 
 

@@ -226,6 +226,6 @@ class ParameterClient:
 
 def _no_model() -> Payload:
     raise OrmoError(
-        "the server has no model yet and asked this client for one, which has none to offer: start the "
-        "server with a model, or a worker that trains it"
+        "the server has no model yet and asked this client for one; it has none: start the server with --model, or "
+        "start a training worker first"
     )

@@ -108,7 +108,7 @@ class Connection:
         if self._fatal is not None:
             raise self._fatal
         if self._closed.is_set():
-            raise ClientClosed("this client was closed: make a new one to go on")
+            raise ClientClosed("this client was closed: create a new one to continue")
 
     def unary(self, method: Callable[..., T | Malformed], request: Any, seconds: float | None = None) -> T:
         """Make one call with one answer, without retries.

@@ -30,8 +30,8 @@ _SHOWN_DIFFERENCES = 3
 _OTHER_MODEL = "start this worker with the server's task, or name another server"
 _OLDER_RUN = (
     "if it is the same model in a run that an older version began, which knew neither frozen parameters nor float64 "
-    "buffers, go on with that version, or load the last checkpoint's model.safetensors into the model and begin a new "
-    "run with it, in another --directory"
+    "buffers, continue with that version, or load the last checkpoint's model.safetensors into the model and begin a "
+    "new run with it, in another --directory"
 )
 _LEAVE_SECONDS = 2.0  # a server that can't be reached finds out by itself
 
@@ -165,9 +165,8 @@ class Membership:
     def _refuse_older(self) -> None:
         if self._wire.has_frozen:
             raise OlderServer(
-                f"the server at {self._connection.server} is of a version that does not know frozen parameters, and "
-                "this model has some: update the server, or make this optimizer again, which then sends them like all "
-                "others"
+                f"the server at {self._connection.server} is too old for frozen parameters, which this model has: "
+                "upgrade the server, or create this optimizer again, which then sends them like all others"
             )
 
     def _check_welcome(self, welcome: pb.Welcome) -> pb.Welcome:
@@ -231,8 +230,8 @@ class Membership:
             if manifest.newer is not None:
                 what = f"{manifest.newer.name!r}, {manifest.newer.described()}"
             raise ModelUnusable(
-                f"this model has {what}, which the version of the server at {self._connection.server} does not take: "
-                "install this program's version of the package there"
+                f"this model has {what}, which the server at {self._connection.server} is too old to accept: upgrade "
+                "the server"
             )
         return manifest
 

@@ -270,6 +270,6 @@ class RetryLoop:
                 "and their dates"
             )
         return ServerUnreachable(
-            f"{what} at {self._server} did not succeed for {seconds} ({failure}): look at the server's log "
+            f"{what} at {self._server} kept failing for {seconds} ({failure}): look at the server's log "
             "and at the network, then start this program again"
         )

@@ -108,10 +108,10 @@ def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
             cluster.stop()
         except KeyboardInterrupt:
             if asked:
-                console.print("stopping at once: without a journal, what came after the last checkpoint is lost")
+                console.print("stopping at once: without a journal, everything since the last checkpoint is lost")
                 cluster.kill()
                 return False
-            asked, said = True, "stopping already; once more ends all at once, without a checkpoint"
+            asked, said = True, "stopping; press Ctrl-C again to end everything at once, without a checkpoint"
         else:
             return True
 

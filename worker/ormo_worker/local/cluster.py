@@ -28,9 +28,12 @@ class LocalSettings(Settings):
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory"})
     renamed: ClassVar[Mapping[str, str]] = {"evaluate_every": "evaluate_every_seconds"}
 
-    task: str = Field("digits", description="what to train: a built-in task or an import path, as for `ormo-worker`")
+    task: str = Field(
+        "digits", title="Task", description="what to train: a built-in task or an import path, as for `ormo-worker`"
+    )
     data_dir: Path | None = Field(None, description="where the task's data is")
-    workers: int = Field(4, ge=1, le=256, description="worker processes")
+
+    workers: int = Field(4, title="Workers", ge=1, le=256, description="worker processes")
     slow: str = Field("", description="make some slower: `1:10x` is one worker ten times slower, `1:10x,2:3x` three")
     batch_size: int = Field(32, ge=1, description="samples in a worker's mini-batch")
     in_flight: int = Field(
@@ -40,22 +43,34 @@ class LocalSettings(Settings):
         description="gradients of each worker that may be on their way, as for `ormo-worker`",
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
-    stop_after_gradients: int = Field(1500, ge=0, description="end the run after this many gradients; 0: no such end")
-    stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
-    method: str = Field("ormo", description="the server's preset to train by")
+
+    method: str = Field("ormo", title="How to train", description="the server's preset to train by")
     learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
     weight_decay: float = Field(0.0, ge=0, description="λ")
+
+    stop_after_gradients: int = Field(
+        1500, title="End of the run", ge=0, description="end the run after this many gradients; 0: no such end"
+    )
+    stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
+
     evaluate_every_seconds: float = Field(
-        2.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations on the test set"
+        2.0,
+        title="Evaluation and output",
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="seconds between evaluations on the test set",
     )
     directory: Path | None = Field(
         None,
-        description="where checkpoints and logs go; an earlier run's directory goes on with that run; none: a new one "
+        description="where checkpoints and logs go; an earlier run's directory continues that run; none: a new one "
         "under `runs/`, named by the time",
     )
     metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
-    server_flags: str = Field("", description="more flags for `ormo-server serve`, in one string")
+
+    server_flags: str = Field(
+        "", title="Flags of the programs it starts", description="more flags for `ormo-server serve`, in one string"
+    )
     worker_flags: str = Field("", description="more flags for `ormo-worker run`, in one string")
 
     @model_validator(mode="after")
@@ -187,7 +202,9 @@ def refuse_unusable_task(settings: LocalSettings) -> None:
     )
     if looked.returncode:
         said = "\n".join(map(printable, looked.stderr.strip().splitlines()))
-        raise ClusterError(said or f"the task {settings.task!r} ended Python with code {looked.returncode}")
+        raise ClusterError(
+            said or f"the task {settings.task!r} made Python exit with code {looked.returncode} while it was loaded"
+        )
 
 
 class Cluster:

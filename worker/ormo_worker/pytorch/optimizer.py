@@ -300,7 +300,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         if self._began:
             self.param_groups.pop()
-            raise OptionRefused(f"a group of parameters came after the optimizer was made: {FIXED}")
+            raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the groups' options; there is no other state, for momentum and iterations are the server's.
@@ -330,8 +330,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             OrmoError: always.
         """
         raise OrmoError(
-            "a RemoteOptimizer can't be copied or pickled: it is this process's place in the run. Make one where it is "
-            "needed; state_dict() has the groups' options, and the server's checkpoints have all else"
+            "a RemoteOptimizer can't be copied or pickled: it is tied to this process. Create one where needed; "
+            "state_dict() has the groups' options, and the server's checkpoints hold everything else"
         )
 
     def __enter__(self) -> Self:

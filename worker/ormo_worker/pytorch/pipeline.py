@@ -224,7 +224,9 @@ class InFlight(Pipeline):
 
     @override
     def stop(self) -> None:
-        self._failure = self._failure or ClientClosed("this worker has left the run: make a new optimizer to go on")
+        self._failure = self._failure or ClientClosed(
+            "this worker has left the run: create a new optimizer to continue"
+        )
         for thread in self._threads:
             thread.stop()
 

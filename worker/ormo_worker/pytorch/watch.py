@@ -23,7 +23,7 @@ _SHOWN_NAMES = 3
 # In a mixture of experts each step may have tensors of its own to name, for a while.
 _SECONDS_BETWEEN_LINES = 10.0
 _NO_GRADIENT = (
-    "there is no longer a gradient for %s, which had one in an earlier step: it counts as zero, as in "
+    "%s no longer gets a gradient; it is treated as zero, as in "
     "DistributedDataParallel, so momentum still moves the parameter. To keep a layer as it is, freeze it before the "
     "run begins"
 )
@@ -33,13 +33,13 @@ _CHANGED = (
     "before RemoteOptimizer is made, or start ormo-server with --model"
 )
 _FROZEN_CHANGED = (
-    "the program changed %s, frozen in this run, since the server's values came: the other workers and the checkpoints "
-    "have those. Load what is frozen before RemoteOptimizer is made, and into the model of the worker that begins the "
+    "the program changed %s, which is frozen in this run; other workers and checkpoints keep the server's values. "
+    "Load what is frozen before RemoteOptimizer is made, and into the model of the worker that begins the "
     "run"
 )
 # What to do about a parameter that is to be trained and was not when the run began, or the other way round.
 FIXED = (
-    "a run's optimizer decides when it is made which parameters are trained. Before that, have all of them require "
+    "which parameters are trained is fixed when the optimizer is created. Before that, have all of them require "
     "gradients and put them in params=; or load the last checkpoint's model.safetensors into the model and begin a new "
     "run with it, in another --directory"
 )

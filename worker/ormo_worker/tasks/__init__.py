@@ -168,7 +168,7 @@ def _find_factory(name: str) -> Any:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise TaskError(
-            f"the task {name!r} was not found, for its module ({module.__file__}) has no {attribute!r}: put "
+            f"the task {name!r} was not found: its module ({module.__file__}) has no {attribute!r}: put "
             "the name of a Task class, or of a function that returns a task, after the colon"
         ) from error
 
@@ -219,8 +219,8 @@ def _check_factory(name: str, factory: Any) -> None:
         inspect.signature(factory).bind(data_dir=None)
     except (TypeError, ValueError) as error:  # not callable, or nothing is known of its arguments
         raise TaskError(
-            f"the task {name!r} can't be made ({error}): it must be a class or function that can be "
-            "called with the keyword data_dir alone, a Path or None"
+            f"the task {name!r} can't be created ({error}): it must be a class or function whose only required "
+            "argument is the keyword data_dir, a Path or None"
         ) from error
 
 

@@ -54,7 +54,7 @@ def reproduce(argv: Sequence[str]) -> int:
         try:
             comparison = reproduction.compare()
         except KeyboardInterrupt:
-            reproduction.console.print("interrupted: the same command goes on from here")
+            reproduction.console.print("interrupted: run the same command again to resume")
             raise
         reproduction.report(comparison, shlex.join([*_PROGRAM.split(), *argv]), settings.into)
     return _SOME_FAILED_EXIT_CODE if reproduction.failures else 0
@@ -195,26 +195,33 @@ def _commit() -> str:
 
 
 class ReproduceSettings(Settings):
-    """Compare methods over workers, settings, learning rates and seeds; started again, it goes on where it was."""
+    """Compare methods over workers, settings, learning rates and seeds; started again, it resumes where it was."""
 
     # What it writes to: for `ormo-server serve` ORMO_DIRECTORY has the run's checkpoints.
     flags_only: ClassVar[frozenset[str]] = frozenset({"directory", "into"})
 
-    suite: str = Field(description=f"what to compare: {', '.join(f'`{name}`' for name in packaged())}, or a TOML file")
-    processes: int = Field(0, ge=0, description="simulations at a time, one thread each; 0: as many as there are cores")
-    directory: Path | None = Field(None, description="for all results; none: `runs/reproduce-SUITE`")
-    into: Path | None = Field(
-        None, description="a file such as docs/results.md that shows the table between two markers"
+    suite: str = Field(
+        title="What is compared",
+        description=f"what to compare: {', '.join(f'`{name}`' for name in packaged())}, or a TOML file",
     )
-    data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
-    device: str | None = Field(None, description="instead of the suite's: cpu, cuda or cuda:N")
     methods: tuple[str, ...] = Field((), description="only these of the suite's")
     workers: tuple[int, ...] = Field((), description="only these numbers of workers of the suite's")
     setting: tuple[str, ...] = Field((), description="only these of the suite's settings, such as `homogeneous`")
     learning_rates: tuple[float, ...] = Field((), description="the grid, instead of the suite's")
     seeds: tuple[int, ...] = Field((), description="to report on, instead of the suite's")
     gradients: int = Field(0, ge=0, description="in every run, instead of the suite's; 0: the suite's")
-    commit: str = Field("", description="what to call this version of the code; none: as git says")
+
+    data_dir: Path | None = Field(
+        None, title="How it is computed", description="folder with the task's data, for tasks that need one"
+    )
+    device: str | None = Field(None, description="instead of the suite's: cpu, cuda or cuda:N")
+    processes: int = Field(0, ge=0, description="simulations at a time, one thread each; 0: as many as there are cores")
+
+    directory: Path | None = Field(None, title="Output", description="for all results; none: `runs/reproduce-SUITE`")
+    into: Path | None = Field(
+        None, description="a file such as docs/results.md that shows the table between two markers"
+    )
+    commit: str = Field("", description="label for this code version; none: git's commit")
 
 
 def chosen(settings: ReproduceSettings) -> Suite:

@@ -225,7 +225,7 @@ def _notes(suite: Suite, entries: Sequence[Entry]) -> str:
     ]
     if suite.diverged_loss is not None:
         notes.append(
-            f"Diverged: not finite, or a train loss of {suite.diverged_loss:g} or more, as by guessing; accuracy is "
+            f"Diverged: not finite, or a train loss of {suite.diverged_loss:g} or more (random guessing); accuracy is "
             "the mean over all runs, train loss and time over those that did not diverge."
         )
     if any(entry.at_edge for entry in entries):

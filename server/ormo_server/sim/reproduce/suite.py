@@ -61,8 +61,10 @@ class Cluster(_Table):
 
     setting: str = Field(pattern=r"^[a-z0-9-]+$", description="what the machines are like, such as heterogeneous")
     workers: int = Field(ge=1)
-    learning_rates: Rates | None = Field(None, description="instead of the suite's, for instance because K is another")
-    simulation: Simulation = Field({}, description="settings of `ormo-sim` that these cells have besides the suite's")
+    learning_rates: Rates | None = Field(None, description="instead of the suite's, e.g. because K differs")
+    simulation: Simulation = Field(
+        {}, description="settings of `ormo-sim` that these cells have in addition to the suite's"
+    )
 
     @property
     def name(self) -> str:
@@ -104,14 +106,16 @@ class Suite(_Table):
     grid_seed: Seed = Field(0, description="of the runs on the grid, which decide on each method's rate")
     report_seeds: Seeds = Field((1, 2, 3), description="of the runs at that rate, which are reported")
     choice_evaluations: int = Field(
-        1, ge=1, description="rates are compared by the mean train loss of so many evaluations, the last of each run"
+        1, ge=1, description="rates are compared by the mean train loss over this many last evaluations of each run"
     )
     reference: str = Field("ormo", description="the method at whose rate all others are shown as well")
     repeat_at_reference_rate: bool = Field(False, description="with the reported seeds, not the grid's alone")
-    target_train_loss: float = Field(gt=0, description="how many gradients it takes to reach it is reported")
-    target_accuracy: float = Field(gt=0, le=1, description="how long it takes to reach it is reported")
+    target_train_loss: float = Field(gt=0, description="train loss for the 'gradients to loss' column")
+    target_accuracy: float = Field(gt=0, le=1, description="test accuracy for the 'virtual s to' column")
     diverged_loss: float | None = Field(
-        None, gt=0, description="a run that ends with this train loss or more counts as diverged: that of guessing"
+        None,
+        gt=0,
+        description="a run that ends with this train loss or more counts as diverged (use the loss of random guessing)",
     )
     milestone_epochs: tuple[float, ...] = Field((), description="epochs at which η is multiplied; needs epoch_samples")
     epoch_samples: int | None = Field(None, ge=1, description="training samples, for milestone_epochs")
@@ -232,7 +236,7 @@ def _parse(text: str, name: str, what: str) -> Suite:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{what} is not valid TOML: {error}") from error
     if "name" in table:
-        raise UsageError(f"{what}: its name is that of the file, leave `name` out")
+        raise UsageError(f"{what}: the suite is named after the file: remove `name`")
     return _check_suite({"name": name, **_under_new_names(table, what)}, what)
 
 
