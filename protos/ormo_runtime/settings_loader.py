@@ -37,7 +37,7 @@ BAD_SETTINGS_EXIT_CODE = 2
 # worker may be installed without each other, so nobody can ask all of them; a test does.
 ALL_SETTINGS = frozenset(
     """
-    access amp bandwidth_bytes_per_second batch_size bucket_size checkpoint_seconds checkpoints_kept commit
+    access amp bandwidth_bytes_per_second batch_size bucket bucket_size checkpoint_seconds checkpoints_kept commit
     compute_seconds connect_timeout_seconds cosine_gradients crash data_dir delay_compensation delay_threshold device
     directory discard_delay drain_seconds epochs evaluate_every_gradients evaluate_every_seconds every_seconds
     exit_when_finished failure_timeout_seconds final_learning_rate give_up_after_seconds gradients in_flight insecure

@@ -38,8 +38,8 @@ class TrainingSettings(Settings):
     scheduler: str | None = Field(None, description=f"instead of the preset's: {_choices(SCHEDULERS)}")
     bucket: str | None = Field(
         None,
-        description=f"instead of the preset's: {_choices(BUCKETS)}; what a bucket's gradients count as: the mean does not "
-        "grow with the number of workers",
+        description=f"instead of the preset's: {_choices(BUCKETS)}; what a bucket's gradients count as: the mean does "
+        "not grow with the number of workers",
     )
     staleness_bound: int | None = Field(
         None, ge=0, le=MOST, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
