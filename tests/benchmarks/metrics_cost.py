@@ -32,7 +32,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.vectors import SquaredNorm, all_finite
 from ormo_server.metrics.families import Distribution
 from ormo_server.metrics.view import Observations, WorkerObservation
-from ormo_server.security.access import OpenAccess
+from ormo_server.security import OpenAccess
 from ormo_server.service import engine, servicer, transfers
 from ormo_server.service.admin import Controls
 from ormo_server.service.figures import Figures

@@ -27,7 +27,7 @@ from ormo_protos.refusals import Reason
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.metrics import Metrics
-from ormo_server.security.access import OpenAccess
+from ormo_server.security import OpenAccess
 from ormo_server.service.admin import Controls
 from ormo_server.service.run import RunHost
 from ormo_server.service.servicer import Servicer

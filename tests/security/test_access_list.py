@@ -9,8 +9,8 @@ import pytest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime.tls import Credentials
-from ormo_server.security import access
-from ormo_server.security.access import AccessError, read_list
+from ormo_server import security
+from ormo_server.security import AccessError, read_list
 from security.authority import ACCESS, TOKEN, Authority, dialled, guarded, line
 from service.wire import Refused, WireWorker, eventually, served, state_of
 
@@ -46,7 +46,7 @@ def test_a_list_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_example_in_the_module_is_one(tmp_path: Path) -> None:
     path = tmp_path / "access.toml"
-    path.write_text((access.__doc__ or "").partition("\n\n")[2])
+    path.write_text((security.__doc__ or "").partition("\n\n")[2])
     assert [each.role for each in read_list(path)] == ["worker", "worker"]
 
 

@@ -15,7 +15,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime.channels import Dialer
 from ormo_runtime.tls import Credentials
-from ormo_server.security.access import ALLOWED, Role
+from ormo_server.security import ALLOWED, Role
 from ormo_server.service.server import SERVICE
 from ormo_server.settings import ServerSettings
 from system.programs import Stage

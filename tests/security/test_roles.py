@@ -14,7 +14,7 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from ormo_runtime.channels import Dialer
-from ormo_server.security.access import ALLOWED, SERVICE, Role
+from ormo_server.security import ALLOWED, SERVICE, Role
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import SMALL, Refused, WireWorker, connected, payload, refusals, served, state_of, tensor_chunks
@@ -250,7 +250,7 @@ def test_without_a_list_anyone_on_this_machine_may_do_all(tmp_path: Path) -> Non
 
 
 def test_without_a_list_others_may_do_all_but_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ormo_server.security.access.host_of", lambda peer: "10.0.0.7")
+    monkeypatch.setattr("ormo_server.security.host_of", lambda peer: "10.0.0.7")
     with served(tmp_path) as server, connected(server) as stub:
         WireWorker(stub, "w").join()
         denied = {name for name in MAY if called(stub, name) == "PERMISSION_DENIED"}

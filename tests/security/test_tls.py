@@ -11,7 +11,7 @@ import pytest
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials, CredentialsError
-from ormo_server.security.access import server_credentials
+from ormo_server.security import server_credentials
 from ormo_server.service.server import Server
 from security.authority import Authority, dialled, guarded
 from service.wire import SMALL as MODEL

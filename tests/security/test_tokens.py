@@ -8,9 +8,9 @@ import grpc
 import pytest
 
 from ormo_runtime.tls import AUTHORIZATION, BEARER
+from ormo_server import security
 from ormo_server.core.errors import Unauthenticated
-from ormo_server.security import access
-from ormo_server.security.access import ListedAccess
+from ormo_server.security import ListedAccess
 from security.authority import line
 
 TOKENS = [f"{letter}-token-of-at-least-32-characters" for letter in "abc"]
@@ -42,7 +42,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
         pairs.append((one, other))
         return hmac.compare_digest(one, other)
 
-    monkeypatch.setattr(access, "hmac", SimpleNamespace(compare_digest=compare))
+    monkeypatch.setattr(security, "hmac", SimpleNamespace(compare_digest=compare))
     return pairs
 
 

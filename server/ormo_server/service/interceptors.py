@@ -16,7 +16,7 @@ from typing_extensions import override
 from ormo_protos.limits import SMALL_MESSAGE_BYTES
 from ormo_server.core.errors import BadRequest, OrmoError
 from ormo_server.metrics.families import Calls, Method
-from ormo_server.security.access import ALLOWED, Access, Caller
+from ormo_server.security import ALLOWED, Access, Caller
 from ormo_server.service.refusals import Refuser, refuse
 from ormo_server.service.streams import OpenCalls
 

@@ -20,7 +20,7 @@ from ormo_runtime.timeouts import FailureDetection
 from ormo_server.core.errors import NotReady
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.process import serve_over_http
-from ormo_server.security.access import (
+from ormo_server.security import (
     HEALTH,
     REFLECTION,
     SERVICE,

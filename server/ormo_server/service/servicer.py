@@ -15,7 +15,7 @@ from ormo_protos.tensors import PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
-from ormo_server.security.access import Access, Caller
+from ormo_server.security import Access, Caller
 from ormo_server.service import messages
 from ormo_server.service.admin import Controls, run_settings, status_of
 from ormo_server.service.admission import WAIT_SECONDS, room_for

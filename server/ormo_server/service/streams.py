@@ -15,7 +15,7 @@ import grpc
 from ormo_server.core.effects import superseded
 from ormo_server.core.errors import BadRequest, Draining, TooManyStreams
 from ormo_server.core.inputs import Requester
-from ormo_server.security.access import Access, Caller
+from ormo_server.security import Access, Caller
 from ormo_server.service.delivery import Delivery, PeerGone, Waiter
 
 F = TypeVar("F")

@@ -8,7 +8,7 @@ from deploy.kubernetes.settings import command, environment, program_settings, s
 from ormo_runtime.settings_loader import SettingsProblemsError
 from ormo_server.core.method import memory_need
 from ormo_server.metrics.process import ALIVE, READY
-from ormo_server.security.access import Role, by_name, parsed_list
+from ormo_server.security import Role, by_name, parsed_list
 from ormo_server.service.server import LIVENESS_NAME, SERVICE_NAME
 from ormo_server.settings import ServerSettings
 from ormo_worker.cli import FAILED_EXIT_CODE, REPLACED_EXIT_CODE

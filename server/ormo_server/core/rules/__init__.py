@@ -3,10 +3,8 @@
 from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, Sending, UpdateRule, geometric_sum
 from ormo_server.core.rules.dc import DelayCompensated
 from ormo_server.core.rules.delayed_nesterov import DelayedNesterov
-from ormo_server.core.rules.naive import Naive
-from ormo_server.core.rules.naive_nesterov import NaiveNesterov
-from ormo_server.core.rules.ormo import Ormo, OrmoVanilla
-from ormo_server.core.rules.ormo_nesterov import OrmoNesterov
+from ormo_server.core.rules.naive import Naive, NaiveNesterov
+from ormo_server.core.rules.ormo import Ormo, OrmoNesterov, OrmoVanilla
 from ormo_server.core.rules.sgd import Sgd
 from ormo_server.core.rules.shifted import Shifted
 from ormo_server.core.rules.smega2 import Smega2

@@ -26,3 +26,19 @@ class Naive(UpdateRule):
         for w, u, g in walk(params, self.vectors["momentum"], gradient):
             u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
             w.sub_(u)
+
+
+class NaiveNesterov(Naive):
+    """m ← βm + sg, w ← w − sg − βm, for every gradient as it comes. Keeps one vector, m.
+
+    What asynchronous local SGD with an outer Nesterov momentum does, and suffers from (Liu, Chhaparia, Douillard, Kale,
+    Rusu, Shen, Szlam, Ranzato: Asynchronous Local-SGD Training for Language Modeling, arXiv 2401.09135).
+    """
+
+    @override
+    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+        beta = self.coefficients.momentum
+        for w, m, g in walk(params, self.vectors["momentum"], gradient):
+            g = g.to(w.dtype)  # noqa: PLW2901
+            m.mul_(beta).add_(g, alpha=landing.step_size)
+            w.sub_(g, alpha=landing.step_size).sub_(m, alpha=beta)
