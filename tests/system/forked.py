@@ -16,7 +16,6 @@ from pathlib import Path
 _IMPORTED = [
     "ormo_server.cli",
     "ormo_server.console.status",
-    "ormo_server.console.status",
     "ormo_server.service.server",
     "ormo_server.sim.cli",
     "ormo_server.sim.plan",
