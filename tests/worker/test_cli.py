@@ -34,8 +34,8 @@ def run(*argv: str) -> int:
 
 
 MISTAKES = [
-    ([], "ormo-worker: 'no command' came, expected run or evaluate"),
-    (["train"], "ormo-worker: 'train' came, expected run or evaluate"),
+    ([], "ormo-worker: no command was given, expected run or evaluate"),
+    (["train"], "ormo-worker: 'train' was given, expected run or evaluate"),
     (["run", "--sever", "x"], "ormo-worker run: unknown flag --sever: did you mean --server?"),
     (["run", "--server", "somewhere"], "ormo-worker run: --server is 'somewhere': expected HOST:PORT with a port"),
     (["run", "--server", "a:0"], "expected HOST:PORT with a port from 1 to 65535"),

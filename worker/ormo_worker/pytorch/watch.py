@@ -23,7 +23,7 @@ _SHOWN_NAMES = 3
 # In a mixture of experts each step may have tensors of its own to name, for a while.
 _SECONDS_BETWEEN_LINES = 10.0
 _NO_GRADIENT = (
-    "%s no longer gets a gradient; it is treated as zero, as in "
+    "there is no longer a gradient for %s, which had one in an earlier step: it is treated as zero, as in "
     "DistributedDataParallel, so momentum still moves the parameter. To keep a layer as it is, freeze it before the "
     "run begins"
 )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Self
 
@@ -150,6 +151,8 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
     # Processes that are started meanwhile never get one; here one that comes is not lost, as it would be if ignored.
+    # The first of them would have multiprocessing start its tracker, which lets interrupts through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
