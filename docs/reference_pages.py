@@ -186,7 +186,7 @@ def methods_table() -> str:
     rows = ["| preset | update rule | step scale | scheduler | keeps besides `w` |", "| --- | --- | --- | --- | --- |"]
     for method in PRESETS.values():
         rule = UPDATE_RULES[method.rule]
-        kept = f"{rule.vectors_per_slot} per slot" if rule.vectors_per_slot else f"{rule.vectors_per_run}"
+        kept = f"{rule.vectors_per_slot} per slot" if rule.vectors_per_slot else f"{len(rule.vectors_of_run)}"
         discards = f", discards from {method.discard_buckets}K on" if method.discard_buckets else ""
         scale = (
             f"{method.scale}, from {method.delay_threshold:g}K on" if method.scale == "delay-adaptive" else method.scale

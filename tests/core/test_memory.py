@@ -90,6 +90,6 @@ def test_a_busy_run_holds_what_was_stated_for_its_live_slots_and_never_more(rule
     all_push(driver)
     assert all(one <= other for one, other in zip(held, stated, strict=True))
     assert len(driver.machine.state.rule.vectors) == (
-        UPDATE_RULES[rule].vectors_per_run + UPDATE_RULES[rule].vectors_per_slot * 2 * slots
+        len(UPDATE_RULES[rule].vectors_of_run) + UPDATE_RULES[rule].vectors_per_slot * 2 * slots
     )
     assert all(vector.dtype == torch.float32 for vector in driver.machine.state.rule.vectors.values())

@@ -217,7 +217,7 @@ class MemoryNeed:
 def memory_need(run: Run, elements: int, slots: int, buffer_bytes: int = 0) -> MemoryNeed:
     """What a model of `elements` numbers needs with `slots` in-flight places; what it has besides are buffers."""
     rule = UPDATE_RULES[run.method.rule]
-    vectors = 1 + rule.vectors_per_run + rule.vectors_per_slot * slots
+    vectors = 1 + len(rule.vectors_of_run) + rule.vectors_per_slot * slots
     # A scheduler whose workers wait for each other keeps the parameters of the round's opening.
     vectors += SCHEDULERS[run.method.scheduler].keeps_opening
     vector_bytes = elements * _BYTES_PER_NUMBER

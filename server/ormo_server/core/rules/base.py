@@ -72,8 +72,9 @@ class UpdateRule(ABC):
         coefficients: the numbers of the formula.
         vectors: the rule's state by name, each of shape (d,), float32; checkpoints hold it.
         counters: the rest of the rule's state; checkpoints hold it.
-        vectors_per_run: how many vectors of the model's size it keeps, for the memory formula.
-        vectors_per_slot: how many more it may keep for each slot of a live worker.
+        vectors_of_run: names of the vectors of the model's size that it keeps, all 0 at first; the memory formula
+            counts them.
+        vectors_per_slot: how many more vectors it may keep for each slot of a live worker.
         vectors_moved: how many vectors an update must read from memory or write to it. A copy of one moves two, which
             bounds how fast the rule can be.
         keeps_deliveries: whether `ticket_delivered` does anything.
@@ -81,7 +82,7 @@ class UpdateRule(ABC):
             the rule averages by itself.
     """
 
-    vectors_per_run: ClassVar[int] = 0
+    vectors_of_run: ClassVar[tuple[str, ...]] = ()
     vectors_per_slot: ClassVar[int] = 0
     vectors_moved: ClassVar[int]
     keeps_deliveries: ClassVar[bool] = False
@@ -89,12 +90,10 @@ class UpdateRule(ABC):
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         self.coefficients = coefficients
-        self.vectors: dict[str, torch.Tensor] = self.fresh_vectors(elements)
+        self.vectors: dict[str, torch.Tensor] = {
+            name: torch.zeros(elements, dtype=torch.float32, device="cpu") for name in self.vectors_of_run
+        }
         self.counters: dict[str, int] = {}
-
-    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """The vectors at the start of a run."""
-        return {}
 
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:  # noqa: ARG002
         """Whether `apply` surely overflows nowhere with a gradient of this Euclidean norm, which no element exceeds.

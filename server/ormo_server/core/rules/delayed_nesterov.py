@@ -18,16 +18,12 @@ class DelayedNesterov(UpdateRule):
     K is as it is when the gradient comes. Keeps two vectors, m and B, and the number of gradients in B.
     """
 
-    vectors_per_run = 2
+    vectors_of_run = ("momentum", "gathered")
     vectors_moved = 5  # and m twice where a bucket is full
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         super().__init__(elements, coefficients)
         self.counters["gathered"] = 0
-
-    @override
-    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(elements, dtype=torch.float32, device="cpu") for name in ("momentum", "gathered")}
 
     @override
     def largest_element(self) -> float:

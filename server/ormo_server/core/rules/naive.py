@@ -14,12 +14,8 @@ class Naive(UpdateRule):
     of its weight by the time a worker sees what came of it, and a late one counts as if it were fresh.
     """
 
-    vectors_per_run = 1
+    vectors_of_run = ("momentum",)
     vectors_moved = 5
-
-    @override
-    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        return {"momentum": torch.zeros(elements, dtype=torch.float32, device="cpu")}
 
     @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:

@@ -20,12 +20,8 @@ class Ormo(UpdateRule):
     w = w_0 − Σ (1 − β^(b−j_i+1))/(1 − β) · η_i g_i, whatever the order in which they came. Keeps one vector, u.
     """
 
-    vectors_per_run = 1
+    vectors_of_run = ("momentum",)
     vectors_moved = 5
-
-    @override
-    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        return {"momentum": torch.zeros(elements, dtype=torch.float32, device="cpu")}
 
     @override
     def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:

@@ -28,16 +28,12 @@ class Smega2(UpdateRule):
     """
 
     takes_mean_of_bucket = False
-    vectors_per_run = 2
+    vectors_of_run = ("momentum", "gathered")
     vectors_moved = 6  # and v once more where a bucket is full
 
     def __init__(self, elements: int, coefficients: Coefficients) -> None:
         super().__init__(elements, coefficients)
         self.counters["gathered"] = 0
-
-    @override
-    def fresh_vectors(self, elements: int) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(elements, dtype=torch.float32, device="cpu") for name in ("momentum", "gathered")}
 
     @override
     def stays_finite(self, params: torch.Tensor, norm: float, landing: Landing) -> bool:
