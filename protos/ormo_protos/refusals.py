@@ -73,6 +73,12 @@ class Reason(StrEnum):
     )
     # What stopped on a bug restores itself and answers again.
     INTERNAL = ("INTERNAL", "INTERNAL", Next.SEND_AGAIN, "A bug of the server; its log has the sentence.")
+    LOCAL_STEPS = (
+        "LOCAL_STEPS",
+        "FAILED_PRECONDITION",
+        Next.FAIL,
+        "The run has local steps, and the worker sends the gradient of each step.",
+    )
     MANIFEST_DIGEST = ("MANIFEST_DIGEST", "INVALID_ARGUMENT", Next.FAIL, "The server trains another model.")
     MEMORY_LIMIT = (
         "MEMORY_LIMIT",

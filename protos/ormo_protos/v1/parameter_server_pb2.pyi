@@ -11,6 +11,10 @@ An *iteration* is the number of gradients applied so far. A *bucket* is the grou
 momentum (Shi, Yang, Li: Ordered Momentum for Asynchronous SGD, NeurIPS 2024). *Delay* is the number of gradients
 applied between the ticket's parameters and its gradient.
 
+A run has *local steps* if RunSettings.local_steps is above 0. A worker then makes so many steps with an optimizer of
+its own, and sends the sum of its moves, the *pseudo-gradient*: the parameters that it began at less those that it has
+reached. It goes wherever this file says gradient.
+
 Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc-status-details-bin) with domain
 "ormo.v1" and one of the reasons listed at the RPCs; where waiting helps, a google.rpc.RetryInfo says how long. A
 refused call leaves the model as it was. Every RPC may also end with
@@ -30,7 +34,9 @@ Control is for callers on the server's own machine.
 
 Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to four sections, each padded
 with zero bytes to a multiple of 8 bytes:
-  1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype;
+  1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype. With
+     DTYPE_INT8 that is the codes of all tensors, 1 byte each, padded; then the scales of all their blocks, in order,
+     float32, padded. A block is 1,024 values of one tensor in a row, or what is left of it at its end;
   2. if `with_buffers`: all buffers of DTYPE_FLOAT32 and DTYPE_BFLOAT16 in the manifest's order, float32;
   3. if `with_buffers`: all buffers of DTYPE_INT64 and DTYPE_FLOAT64 in the manifest's order, 8 bytes each;
   4. if `with_frozen`: all frozen tensors in the manifest's order, float32.
@@ -70,6 +76,10 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """8 bytes, two's complement, little-endian; integer and boolean buffers only."""
     DTYPE_FLOAT64: _Dtype.ValueType  # 4
     """8 bytes, IEEE 754 binary64, little-endian; buffers only."""
+    DTYPE_INT8: _Dtype.ValueType  # 5
+    """1 byte, two's complement but never -128, times the float32 scale of its block, which is finite and not negative.
+    Pseudo-gradients only: no manifest has it, and parameters do not come in it.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """How numbers are written in a payload, and what a tensor of the manifest holds."""
@@ -84,6 +94,10 @@ DTYPE_INT64: Dtype.ValueType  # 3
 """8 bytes, two's complement, little-endian; integer and boolean buffers only."""
 DTYPE_FLOAT64: Dtype.ValueType  # 4
 """8 bytes, IEEE 754 binary64, little-endian; buffers only."""
+DTYPE_INT8: Dtype.ValueType  # 5
+"""1 byte, two's complement but never -128, times the float32 scale of its block, which is finite and not negative.
+Pseudo-gradients only: no manifest has it, and parameters do not come in it.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _Role:
@@ -295,6 +309,7 @@ class Ticket(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     ITERATION_FIELD_NUMBER: _builtins.int
     BUCKET_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The epoch in which it was handed out."""
     number: _builtins.int
@@ -303,6 +318,8 @@ class Ticket(_message.Message):
     """The iteration of the parameters that it came with. Informative: the server goes by its own record."""
     bucket: _builtins.int
     """The bucket that its gradient will count in. Informative."""
+    local_steps: _builtins.int
+    """How many local steps to make for it, from 1 to RunSettings.local_steps; 0 in a run without."""
     def __init__(
         self,
         *,
@@ -310,10 +327,11 @@ class Ticket(_message.Message):
         number: _builtins.int = ...,
         iteration: _builtins.int = ...,
         bucket: _builtins.int = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "epoch", b"epoch", "iteration", b"iteration", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "epoch", b"epoch", "iteration", b"iteration", "local_steps", b"local_steps", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +384,7 @@ class JoinRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """1 to 128 of the characters A-Z a-z 0-9 . _ -"""
     incarnation: _builtins.int
@@ -381,6 +400,8 @@ class JoinRequest(_message.Message):
     bytes, over lines without the merge number and with DTYPE_FLOAT32 for DTYPE_BFLOAT16. It is judged where the server
     has a model. Not set: the worker judges by Welcome.manifest.
     """
+    local_steps: _builtins.bool
+    """Whether this worker makes local steps. One that does must leave where RunSettings.local_steps is 0."""
     def __init__(
         self,
         *,
@@ -389,10 +410,11 @@ class JoinRequest(_message.Message):
         protocol_version: _builtins.int = ...,
         slots: _builtins.int = ...,
         model_digest: _builtins.bytes = ...,
+        local_steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "model_digest", b"model_digest", "protocol_version", b"protocol_version", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "local_steps", b"local_steps", "model_digest", b"model_digest", "protocol_version", b"protocol_version", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,6 +471,7 @@ class Welcome(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     DATA_SEED_FIELD_NUMBER: _builtins.int
     TAKES_DATA_FIELD_NUMBER: _builtins.int
+    TAKES_INT8_FIELD_NUMBER: _builtins.int
     lease_seconds: _builtins.float
     """The lease: without a heartbeat or a byte for this long the worker is taken for dead. Seconds, above 0."""
     rank: _builtins.int
@@ -457,6 +480,8 @@ class Welcome(_message.Message):
     """Seed for the worker's data order; differs for every join of a run."""
     takes_data: _builtins.bool
     """Whether the server takes PushPullRequest.data. Not set by servers that do not know it."""
+    takes_int8: _builtins.bool
+    """Whether the server takes gradients in DTYPE_INT8: those of local steps. Not set by servers that do not know it."""
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """The model that is trained. Without tensors and digest if JoinRequest.model_digest was set, and so is the model's."""
@@ -479,10 +504,11 @@ class Welcome(_message.Message):
         rank: _builtins.int = ...,
         data_seed: _builtins.int = ...,
         takes_data: _builtins.bool = ...,
+        takes_int8: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "manifest", b"manifest", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_seed", b"data_seed", "iteration", b"iteration", "lease_seconds", b"lease_seconds", "manifest", b"manifest", "rank", b"rank", "settings", b"settings", "takes_data", b"takes_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_seed", b"data_seed", "iteration", b"iteration", "lease_seconds", b"lease_seconds", "manifest", b"manifest", "rank", b"rank", "settings", b"settings", "takes_data", b"takes_data", "takes_int8", b"takes_int8"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -550,10 +576,11 @@ class RunSettings(_message.Message):
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     STOP_AFTER_GRADIENTS_FIELD_NUMBER: _builtins.int
     STOP_AFTER_SAMPLES_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """The preset or rule, for logs."""
     weight_decay: _builtins.float
-    """λ: workers add λ·w to the gradient of w. At least 0."""
+    """λ: workers add λ·w to the gradient of w. At least 0, and 0 with local steps: the worker's optimizer decays."""
     momentum: _builtins.float
     """β, for logs."""
     learning_rate: _builtins.float
@@ -562,6 +589,10 @@ class RunSettings(_message.Message):
     """When the run ends; 0 for never."""
     stop_after_samples: _builtins.int
     """When the run ends; 0 for never."""
+    local_steps: _builtins.int
+    """H: how many local steps a pseudo-gradient holds at most; 0: workers send the gradient of each step. It never changes
+    while the run has members.
+    """
     def __init__(
         self,
         *,
@@ -571,10 +602,11 @@ class RunSettings(_message.Message):
         learning_rate: _builtins.float = ...,
         stop_after_gradients: _builtins.int = ...,
         stop_after_samples: _builtins.int = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate", b"learning_rate", "method", b"method", "momentum", b"momentum", "stop_after_gradients", b"stop_after_gradients", "stop_after_samples", b"stop_after_samples", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate", b"learning_rate", "local_steps", b"local_steps", "method", b"method", "momentum", b"momentum", "stop_after_gradients", b"stop_after_gradients", "stop_after_samples", b"stop_after_samples", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -903,22 +935,29 @@ class Gradient(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     manifest_digest: _builtins.bytes
     """SHA-256 of the manifest that the payload's layout follows, or the `model_digest` of JoinRequest, 32 bytes."""
     dtype: Global___Dtype.ValueType
     """DTYPE_FLOAT32 or DTYPE_BFLOAT16, for the payload's first section: the mean over the worker's mini-batch, with
-    weight decay added.
+    weight decay added. DTYPE_INT8 if Welcome.takes_int8 was set.
     """
     with_buffers: _builtins.bool
     """Whether the worker's buffers follow the gradient."""
     payload_bytes: _builtins.int
     """Bytes of payload that follow."""
     samples: _builtins.int
-    """Samples in the mini-batch, 0 to 2^31 - 1: counted for stop conditions and metrics."""
+    """Samples in the mini-batch, or in those of all its local steps, 0 to 2^31 - 1: counted for stop conditions and
+    metrics.
+    """
     loss: _builtins.float
     """Mean training loss of the mini-batch; not set if not known. Shown, never used; shown as NaN if it is not finite."""
     compute_seconds: _builtins.float
     """Seconds from having the parameters to having the gradient, up to 1e9; 0 if not known. Shown, never used."""
+    local_steps: _builtins.int
+    """How many local steps it holds, from 1 to RunSettings.local_steps; 0 in a run without. Fewer than its ticket says are
+    as good: a worker that stops sends what it has.
+    """
     @_builtins.property
     def ticket(self) -> Global___Ticket:
         """As delivered. Used up when the gradient is applied."""
@@ -934,10 +973,11 @@ class Gradient(_message.Message):
         samples: _builtins.int = ...,
         loss: _builtins.float | None = ...,
         compute_seconds: _builtins.float = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "compute_seconds", b"compute_seconds", "dtype", b"dtype", "loss", b"loss", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "compute_seconds", b"compute_seconds", "dtype", b"dtype", "local_steps", b"local_steps", "loss", b"loss", "manifest_digest", b"manifest_digest", "payload_bytes", b"payload_bytes", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -1799,6 +1839,7 @@ class WorkerStatus(_message.Message):
     TICKET_SECONDS_FIELD_NUMBER: _builtins.int
     PUSH_AGE_SECONDS_FIELD_NUMBER: _builtins.int
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its id."""
     rank: _builtins.int
@@ -1827,6 +1868,8 @@ class WorkerStatus(_message.Message):
     """Seconds since its last gradient was counted; not set before the first."""
     gradient_norm: _builtins.float
     """Euclidean norm of its last applied gradient; 0 before the first."""
+    local_steps: _builtins.int
+    """Local steps in its last applied gradient; 0 before the first, and in a run without."""
     def __init__(
         self,
         *,
@@ -1844,10 +1887,11 @@ class WorkerStatus(_message.Message):
         ticket_seconds: _builtins.float = ...,
         push_age_seconds: _builtins.float | None = ...,
         gradient_norm: _builtins.float = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "_push_age_seconds", b"_push_age_seconds", "last_loss", b"last_loss", "push_age_seconds", b"push_age_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "_push_age_seconds", b"_push_age_seconds", "applied", b"applied", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "last_delay", b"last_delay", "last_loss", b"last_loss", "max_delay", b"max_delay", "push_age_seconds", b"push_age_seconds", "rank", b"rank", "samples", b"samples", "silent_seconds", b"silent_seconds", "slots", b"slots", "smoothed_delay", b"smoothed_delay", "ticket_seconds", b"ticket_seconds", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "_push_age_seconds", b"_push_age_seconds", "applied", b"applied", "compute_seconds", b"compute_seconds", "gradient_norm", b"gradient_norm", "last_delay", b"last_delay", "last_loss", b"last_loss", "local_steps", b"local_steps", "max_delay", b"max_delay", "push_age_seconds", b"push_age_seconds", "rank", b"rank", "samples", b"samples", "silent_seconds", b"silent_seconds", "slots", b"slots", "smoothed_delay", b"smoothed_delay", "ticket_seconds", b"ticket_seconds", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_loss: _TypeAlias = _typing.Literal["last_loss"]  # noqa: Y015
     _WhichOneofArgType__last_loss: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss"]  # noqa: Y015

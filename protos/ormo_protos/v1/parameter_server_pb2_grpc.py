@@ -104,6 +104,7 @@ class ParameterServerServicer(object):
         not counted.
         FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
         model has what a worker that sends no `model_digest` does not know.
+        LOCAL_STEPS: the run has local steps, and `local_steps` is not set; give up.
         REPLACED: a newer incarnation of this worker id has joined; give up.
         FINISHED: the run is over; who is a member then is welcomed again all the same.
         UNSOUND_WORKER: too many gradients of this process were refused; give up.

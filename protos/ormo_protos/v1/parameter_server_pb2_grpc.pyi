@@ -11,6 +11,10 @@ An *iteration* is the number of gradients applied so far. A *bucket* is the grou
 momentum (Shi, Yang, Li: Ordered Momentum for Asynchronous SGD, NeurIPS 2024). *Delay* is the number of gradients
 applied between the ticket's parameters and its gradient.
 
+A run has *local steps* if RunSettings.local_steps is above 0. A worker then makes so many steps with an optimizer of
+its own, and sends the sum of its moves, the *pseudo-gradient*: the parameters that it began at less those that it has
+reached. It goes wherever this file says gradient.
+
 Errors. Every refusal carries a google.rpc.ErrorInfo in its status details (grpc-status-details-bin) with domain
 "ormo.v1" and one of the reasons listed at the RPCs; where waiting helps, a google.rpc.RetryInfo says how long. A
 refused call leaves the model as it was. Every RPC may also end with
@@ -30,7 +34,9 @@ Control is for callers on the server's own machine.
 
 Tensors. Parameters and gradients travel as the *payload*: the concatenation of up to four sections, each padded
 with zero bytes to a multiple of 8 bytes:
-  1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype;
+  1. all trainable tensors in the manifest's order, flattened in row-major order, in the payload's dtype. With
+     DTYPE_INT8 that is the codes of all tensors, 1 byte each, padded; then the scales of all their blocks, in order,
+     float32, padded. A block is 1,024 values of one tensor in a row, or what is left of it at its end;
   2. if `with_buffers`: all buffers of DTYPE_FLOAT32 and DTYPE_BFLOAT16 in the manifest's order, float32;
   3. if `with_buffers`: all buffers of DTYPE_INT64 and DTYPE_FLOAT64 in the manifest's order, 8 bytes each;
   4. if `with_frozen`: all frozen tensors in the manifest's order, float32.
@@ -76,6 +82,7 @@ class ParameterServerStub:
                            not counted.
       FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
                            model has what a worker that sends no `model_digest` does not know.
+                           LOCAL_STEPS: the run has local steps, and `local_steps` is not set; give up.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over; who is a member then is welcomed again all the same.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -177,6 +184,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
                            not counted.
       FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
                            model has what a worker that sends no `model_digest` does not know.
+                           LOCAL_STEPS: the run has local steps, and `local_steps` is not set; give up.
                            REPLACED: a newer incarnation of this worker id has joined; give up.
                            FINISHED: the run is over; who is a member then is welcomed again all the same.
                            UNSOUND_WORKER: too many gradients of this process were refused; give up.
@@ -281,6 +289,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
                                not counted.
           FAILED_PRECONDITION  PROTOCOL_VERSION: this server speaks another version of the protocol, or none was sent; or the
                                model has what a worker that sends no `model_digest` does not know.
+                               LOCAL_STEPS: the run has local steps, and `local_steps` is not set; give up.
                                REPLACED: a newer incarnation of this worker id has joined; give up.
                                FINISHED: the run is over; who is a member then is welcomed again all the same.
                                UNSOUND_WORKER: too many gradients of this process were refused; give up.
