@@ -58,7 +58,7 @@ class Bounds:
         """Scale a gradient down to the bound, in its payload."""
         assert self.norm is not None
         assert received.norm is not None
-        received.payload.parameters.mul_(self.norm / received.norm)
+        received.payload.gradient.mul_(self.norm / received.norm)
         return replace(received, norm=self.norm)
 
     def too_large(self, requester: Requester, received: ReceivedGradient) -> NormTooLarge:

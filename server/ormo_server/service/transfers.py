@@ -274,13 +274,13 @@ class Transfers:
         """
         started, checking = time.perf_counter(), 0.0
         payload = borrowed.take(messages.gradient_layout(manifest, header))
-        receiver, square = PayloadReceiver(payload), SquaredNorm(payload.parameters)
-        element_bytes = payload.parameters.element_size()
+        receiver, square = PayloadReceiver(payload), SquaredNorm(payload.gradient)
         for _ in self.receive(receiver, chunks, method):
             arrived = time.perf_counter()
-            square.count(receiver.received_bytes // element_bytes)
+            square.count(payload.numbers_in(receiver.received_bytes))
             checking += time.perf_counter() - arrived
         arrived = time.perf_counter()
+        messages.check_codes(payload)
         total = square.total()
         ended = time.perf_counter()
         checking += ended - arrived
