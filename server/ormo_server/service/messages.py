@@ -42,13 +42,13 @@ def ticket_key(message: pb.Ticket) -> TicketKey:
     return (message.epoch, message.number)
 
 
-def gradient_layout(manifest: Manifest, message: pb.Gradient, *, takes_int8: bool = False) -> PayloadLayout:
+def gradient_layout(manifest: Manifest, message: pb.Gradient, *, takes_int8: bool) -> PayloadLayout:
     """The layout of the gradient that is about to come, after a check of its header.
 
     Args:
         manifest: the model's.
         message: the header.
-        takes_int8: whether this run has local steps.
+        takes_int8: whether this run has local steps, whose sums alone come in int8.
 
     Raises:
         ManifestDigest: it was made for another model.
