@@ -12,7 +12,15 @@ from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.method import BUCKETS, LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
+from ormo_server.core.method import (
+    BUCKETS,
+    LEAST_DELAY_THRESHOLD,
+    LEAST_EPSILON,
+    MOST_DELAY_THRESHOLD,
+    PRESETS,
+    Method,
+    Run,
+)
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
@@ -48,8 +56,8 @@ class TrainingSettings(Settings):
         None,
         ge=LEAST_DELAY_THRESHOLD,
         le=MOST_DELAY_THRESHOLD,
-        description="for the step scale `delay-adaptive`: the delay above which steps get smaller, in K; none: 1 for "
-        "`asgd-da`, else 2",
+        description="for the step scale `delay-adaptive` and the update rule `fadas`: the delay above which steps get "
+        "smaller, in K; none: 1 for `asgd-da` and `fadas`, else 2",
     )
     discard_delay: int | None = Field(
         None,
@@ -59,6 +67,15 @@ class TrainingSettings(Settings):
     )
     delay_compensation: float = Field(
         0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
+    )
+    second_momentum: float = Field(0.99, ge=0, lt=1, description="β₂ of the update rule `fadas`, whose β₁ is β")
+    epsilon: float = Field(1e-8, ge=LEAST_EPSILON, le=1, description="ε of the update rule `fadas`")
+    initial_second_moment: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="where the largest second moment of the update rule `fadas` begins; above 0 its first steps are "
+        "smaller",
     )
 
     learning_rate: float = Field(
@@ -120,6 +137,9 @@ class TrainingSettings(Settings):
             method=self._method(),
             momentum=self.momentum,
             delay_compensation=self.delay_compensation,
+            second_momentum=self.second_momentum,
+            epsilon=self.epsilon,
+            initial_second_moment=self.initial_second_moment,
             bucket_size=self.bucket_size,
             min_workers=min_workers,
             max_workers=max_workers,

@@ -46,6 +46,7 @@ class Style(NamedTuple):
 
 
 _DASHED, _DOTTED = (0, (5, 1.5)), (0, (1, 1.2))
+_DASH_DOTTED, _DASH_DOT_DOTTED = (0, (6, 1.2, 1, 1.2)), (0, (6, 1.2, 1, 1.2, 1, 1.2))
 # Colours that color-blind people tell apart (Okabe and Ito; the last one Tol's), relatives by dashes. A method looks
 # the same in every picture.
 STYLES = {
@@ -63,6 +64,15 @@ STYLES = {
     "ringmaster": Style("#999999"),
     "rescaled": Style("#999999", _DASHED),
     "dc-asgd": Style("#882255"),
+    "ormo-nesterov": Style("#0072B2", _DOTTED),
+    "fadas": Style("#F0E442"),
+    "local-ormo": Style("#0072B2", _DASH_DOTTED),
+    "local-ormo-polyak": Style("#56B4E9", _DASHED),
+    "diloco": Style("#000000", _DASH_DOTTED),
+    "local-sgd": Style("#E69F00", _DASH_DOTTED),
+    "local-sgd-poly": Style("#E69F00", _DASH_DOT_DOTTED),
+    "naive-nesterov": Style("#D55E00", _DASHED),
+    "delayed-nesterov": Style("#009E73", _DASHED),
 }
 _OTHER_STYLES = tuple(
     Style(color, dashes)
