@@ -223,6 +223,25 @@ def draw_curves(lines: Sequence[Line], path: Path, title: str) -> Path:
     return _save(figure, path)
 
 
+def draw_losses(lines: Sequence[Line], path: Path, title: str) -> Path:
+    """Test loss against samples, bytes and virtual time, with ± deviation over seeds."""
+    figure, grid = _figure(4.5, title, columns=3)
+    clocks: tuple[tuple[str, Callable[[Row], float]], ...] = (
+        ("epochs (passes over the training data)", lambda row: row.epochs),
+        ("bytes moved, in MB", lambda row: row.bytes_moved / 1e6),
+        ("virtual time in seconds", lambda row: row.seconds),
+    )
+    for axes, (clock, x) in zip(grid[0], clocks, strict=True):
+        curves = [average(line.runs, x, lambda row: row.test_loss) for line in lines]
+        for line, curve in zip(lines, curves, strict=True):
+            _draw_curve(axes, line, curve)
+        axes.set(xlabel=clock, ylabel="test loss")
+        _scale_clock(axes, curves)
+        _scale_loss(axes, curves)
+    _legend(figure, grid[0][0])
+    return _save(figure, path)
+
+
 def average(runs: Sequence[FinishedRun], x: Callable[[Row], float], y: Callable[[Row], float]) -> Curve:
     """The mean curve of runs that were evaluated after the same numbers of gradients."""
     rows = [{row.gradients: row for row in run.rows} for run in runs]
