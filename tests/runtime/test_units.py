@@ -11,7 +11,7 @@ from runtime.programs_settings import CLASSES
 # What a number may be of. One of these words is in its name.
 UNITS = frozenset(
     """
-    seconds bytes gradients samples epochs workers readers slots processes threads checkpoints rates seeds
+    seconds bytes gradients steps samples epochs workers readers slots processes threads checkpoints rates seeds
     """.split()  # noqa: SIM905
 )
 # Numbers without a unit, or of a kind that the documentation has a word for.

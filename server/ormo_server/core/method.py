@@ -165,6 +165,8 @@ class Run:
         second_momentum: β₂ of the update rule `fadas`, in [0, 1).
         epsilon: ε of it, from `LEAST_EPSILON` to 1.
         initial_second_moment: v̂₀ of it, from 0 to 1e6.
+        local_steps: H: a push is the sum of up to so many steps of the worker's own optimizer; 0: a gradient.
+        local_steps_by_speed: workers make fewer, the slower they are; see `pace`.
         waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
             waits for the next round. No run begins like this any more; files of earlier versions do.
 
@@ -185,9 +187,31 @@ class Run:
     second_momentum: float = 0.99
     epsilon: float = 1e-8
     initial_second_moment: float = 0.0
+    local_steps: int = 0
+    local_steps_by_speed: bool = False
     waits_for_idle: bool = False
 
     def __post_init__(self) -> None:
+        self._check_coefficients()
+        if self.bucket_size is not None and self.bucket_size < 1:
+            raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise SettingsError(
+                f"min workers {self.min_workers}, max workers {self.max_workers}: expected 1 <= min <= max"
+            )
+        if self.stop_after_gradients < 0 or self.stop_after_samples < 0:
+            raise SettingsError("a run stops after a number of gradients or samples of at least 0 (0 for never)")
+        if self.local_steps < 0:
+            raise SettingsError(f"local steps {self.local_steps}: expected at least 0 (0 for gradients)")
+        if self.local_steps_by_speed and not self.local_steps:
+            raise SettingsError("local steps by speed in a run without local steps: set how many the fastest makes")
+        if self.bucket_size is not None and not SCHEDULERS[self.method.scheduler].takes_fixed_bucket_size:
+            raise SettingsError(
+                f"bucket size {self.bucket_size} with the {self.method.scheduler} scheduler: its buckets are its "
+                "rounds, leave the bucket size out"
+            )
+
+    def _check_coefficients(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
         if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
@@ -198,19 +222,6 @@ class Run:
             raise SettingsError(f"epsilon {self.epsilon}: expected {LEAST_EPSILON:g} to 1")
         if not 0.0 <= self.initial_second_moment <= 1e6:
             raise SettingsError(f"initial second moment {self.initial_second_moment}: expected 0 to 1e+06")
-        if self.bucket_size is not None and self.bucket_size < 1:
-            raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
-        if not 1 <= self.min_workers <= self.max_workers:
-            raise SettingsError(
-                f"min workers {self.min_workers}, max workers {self.max_workers}: expected 1 <= min <= max"
-            )
-        if self.stop_after_gradients < 0 or self.stop_after_samples < 0:
-            raise SettingsError("a run stops after a number of gradients or samples of at least 0 (0 for never)")
-        if self.bucket_size is not None and not SCHEDULERS[self.method.scheduler].takes_fixed_bucket_size:
-            raise SettingsError(
-                f"bucket size {self.bucket_size} with the {self.method.scheduler} scheduler: its buckets are its "
-                "rounds, leave the bucket size out"
-            )
 
     @property
     def coefficients(self) -> Coefficients:

@@ -23,6 +23,7 @@ def run_settings(host: RunHost) -> pb.RunSettings:
         learning_rate=settings.learning_rate,
         stop_after_gradients=settings.stop_after_gradients,
         stop_after_samples=settings.stop_after_samples,
+        local_steps=settings.local_steps,
     )
     if host.has_model:
         with host.engine.inspect() as machine:

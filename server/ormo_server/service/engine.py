@@ -273,7 +273,7 @@ class Engine:
             if received.norm is None or too_long:
                 self._refuse_gradient(requester, received)
             outcome.pushed_at = now = self._clock()
-            given = inputs.Push(now, *requester, number, epoch, received.samples)
+            given = inputs.Push(now, *requester, number, epoch, received.samples, received.local_steps)
             started = time.perf_counter()
             outcome.pushed = effects = self._take(given, gradient_in(received.payload, received.norm), stored)
             outcome.apply_seconds = time.perf_counter() - started
