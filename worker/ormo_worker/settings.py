@@ -101,6 +101,24 @@ class RunSettings(_Common):
         1.0, ge=1, le=1e6, description="take this many times as long for each gradient, to imitate a slower machine"
     )
 
+    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+        None,
+        title="Local steps, for servers with --local-steps",
+        description="optimizer of the local steps: `adamw`, `muon` (of matrices, with `adamw` for all else), `sgd`; "
+        "none: push the gradient of each step",
+    )
+    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate at the peak")
+    inner_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="how that rate changes: `cosine` falls to 0 at the end of the run"
+    )
+    inner_warmup: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the run over which that rate rises from near 0 once this worker has joined, 2000 local "
+        "steps at the latest; 0: none",
+    )
+
     worker_id: str | None = Field(
         None,
         title="Name and transfer",

@@ -30,6 +30,7 @@ class Gradient:
         samples: how many the mini-batch had, 0 to 2^31 - 1.
         loss: the mean over the mini-batch; None if not known.
         compute_seconds: from having the parameters to having the gradient, 0 to 1e9.
+        local_steps: how many it is the sum of, in a run that has them; 0 in one without.
 
     Raises:
         OptionRefused: what no message can hold, or every server would refuse.
@@ -39,6 +40,7 @@ class Gradient:
     samples: int
     loss: float | None = None
     compute_seconds: float = 0.0
+    local_steps: int = 0
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the plain numbers of tensors and of NumPy
@@ -165,6 +167,7 @@ class Wire:
                 samples=gradient.samples,
                 loss=gradient.loss,
                 compute_seconds=gradient.compute_seconds,
+                local_steps=gradient.local_steps,
             )
         )
         data = payload.memory[:CHUNK_BYTES] if with_data else NOTHING

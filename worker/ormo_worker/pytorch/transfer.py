@@ -33,6 +33,7 @@ class Staging:
         tensors: the model's distinct tensors, in the order in which they travel.
         device: the CUDA device that holds all parameters, if there is one.
         streams: its streams, made when first needed.
+        loading: held while the model's parameters are written.
     """
 
     def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
@@ -41,9 +42,9 @@ class Staging:
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
         self.streams: Streams | None = None
         self._mirrors: dict[tuple[int, int], _Mirror] = {}
-        # Held by who writes the model's tensors (`load`, in the training thread) and by who reads all of them as one
-        # (`snapshot`, in whichever thread joins): a model of which half is newer must not become the run's.
-        self._loading = threading.Lock()
+        # Held by who writes the model's tensors (`load`, local steps: the training thread) and by who reads all of them
+        # as one (`snapshot`, in whichever thread joins): a model of which half is newer must not become the run's.
+        self.loading = threading.Lock()
 
     @property
     def pinned(self) -> bool:
@@ -65,13 +66,13 @@ class Staging:
                 has left it: what comes in while a gradient is still being computed needs another.
         """
         if self.device is None:
-            return Transfer(self.tensors, payload, None, self._loading)
+            return Transfer(self.tensors, payload, None, self.loading)
         if self.streams is None:
             self.streams = Streams(self.device)
         key = (payload.layout.dtype, mirror)
         if key not in self._mirrors:
             self._mirrors[key] = self._mirror(payload.layout.dtype, self.device, self.streams)
-        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self._loading)
+        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self.loading)
 
     def snapshot(self) -> Payload:
         """All of the model as it is now, in float32: what a server without a model is offered.
@@ -80,10 +81,10 @@ class Staging:
         """
         layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True, with_frozen=True)
         payload = Payload(layout)  # wanted once or twice in a run: not worth page-locked memory, nor a mirror
-        with self._loading:
+        with self.loading:
             if self.device is not None and self.pinned:
                 torch.cuda.synchronize(self.device)  # another thread's current stream need not be this one's
-            Transfer(self.tensors, payload, None, self._loading).gather_parameters()
+            Transfer(self.tensors, payload, None, self.loading).gather_parameters()
         return payload
 
     def fetch(self, value: Tensor) -> Arriving:
@@ -121,7 +122,7 @@ class Staging:
 class Transfer:
     """Moves tensors between a model and one payload, in either direction, converting dtypes as it goes.
 
-    Every method but `begin_gradients` returns when the payload may be read, sent or overwritten.
+    Every method but those that begin something returns when the payload may be read, sent or overwritten.
 
     Attributes:
         payload: where the tensors go or come from.
@@ -174,6 +175,18 @@ class Transfer:
             torch._foreach_zero_(idle)
         for decay, rows in active.items():
             _write_decayed(rows, decay)
+        return self._gather_rest()
+
+    @torch.no_grad()
+    def begin_moves(self, moves: Sequence[Tensor]) -> Copies:
+        """Write these in place of gradients, and the buffers if the payload has them; as `begin_gradients`.
+
+        Args:
+            moves: one for each of the model's distinct parameters, float32.
+        """
+        if self._device is not None:
+            self._device.claim()
+        torch._foreach_copy_(self.values, list(moves))
         return self._gather_rest()
 
     @torch.no_grad()
