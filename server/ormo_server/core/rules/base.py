@@ -28,10 +28,18 @@ class Coefficients:
     Attributes:
         momentum: β, in [0, 1).
         delay_compensation: λ of `dc`, at least 0.
+        second_momentum: β₂ of `fadas`, in [0, 1).
+        epsilon: ε of `fadas`, above 0.
+        initial_second_moment: v̂₀ of `fadas`, at least 0.
+        delay_threshold: τ_c of `fadas`, in multiples of K gradients.
     """
 
     momentum: float
     delay_compensation: float = 0.0
+    second_momentum: float = 0.99
+    epsilon: float = 1e-8
+    initial_second_moment: float = 0.0
+    delay_threshold: float = 1.0
 
 
 class Landing(NamedTuple):
@@ -137,6 +145,9 @@ class UpdateRule(ABC):
         By default that is w. Reads only what the next gradient changes, so that it may go on until then.
         """
         out[part].copy_(params[part])
+
+    def ticket_handed_out(self, slot: SlotKey) -> None:  # noqa: B027
+        """The slot has a new ticket whose gradient may come late; not asked in rounds, where none is."""
 
     def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:  # noqa: B027
         """These parameters, shape (d,), went out with the slot's ticket: keep what the formula will ask for."""
