@@ -84,6 +84,8 @@ class FakeServer(ParameterServerServicer):
     model: Payload | None = None  # float32 with buffers and frozen tensors
     weight_decay: float = 0.0
     stop_after: int = 0
+    local_steps: int = 0
+    steps_of_tickets: deque[int] = field(default_factory=deque)  # of those to come; when it is empty, `local_steps`
     lease_seconds: float = 30.0
     epoch: int = 7
     iteration: int = 0
@@ -151,6 +153,8 @@ class FakeServer(ParameterServerServicer):
     def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:  # noqa: N802
         self.asked.append("join")
         self.at("join", context)
+        if self.local_steps and not request.local_steps:
+            refuse("FAILED_PRECONDITION", Reason.LOCAL_STEPS)(context)
         if self.answers_to_join:
             return self.answers_to_join.popleft()
         if self.finished:
@@ -159,7 +163,13 @@ class FakeServer(ParameterServerServicer):
             wanted = pb.ModelWanted(lease_seconds=10, manifest_version=self.manifest_version)
             return pb.JoinResponse(model_wanted=wanted)
         self.members[request.worker] = request.incarnation
-        settings = pb.RunSettings(method="fake", weight_decay=self.weight_decay, learning_rate=LEARNING_RATE)
+        settings = pb.RunSettings(
+            method="fake",
+            weight_decay=self.weight_decay,
+            learning_rate=LEARNING_RATE,
+            stop_after_gradients=self.stop_after,
+            local_steps=self.local_steps,
+        )
         judged = self.manifest_version > 0 and request.model_digest == self.manifest.model_digest
         welcome = pb.Welcome(
             manifest=None if judged else self.manifest.to_message(),
@@ -338,5 +348,8 @@ class FakeServer(ParameterServerServicer):
             samples=self.samples,
         )
         if ticket is not None:
-            delivery.ticket.CopyFrom(pb.Ticket(epoch=self.epoch, number=ticket, iteration=self.iteration))
+            steps = self.steps_of_tickets.popleft() if self.steps_of_tickets else self.local_steps
+            delivery.ticket.CopyFrom(
+                pb.Ticket(epoch=self.epoch, number=ticket, iteration=self.iteration, local_steps=steps)
+            )
         return delivery, payload

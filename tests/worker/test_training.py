@@ -171,3 +171,26 @@ def test_loader_processes_are_passed_to_the_stream_of_batches(
     monkeypatch.setattr(training, "batches", recording)
     run(settings(server, loader_processes=3))
     assert asked[-1] == 3
+
+
+@pytest.mark.parametrize("inner", ["adamw", "sgd"])
+def test_a_task_is_trained_with_local_steps_of_a_named_optimizer(server: FakeServer, inner: str) -> None:
+    server.stop_after, server.local_steps = 40, 5
+    run(settings(server, inner=inner, inner_lr=0.2, inner_schedule="cosine"))
+    assert trained(server) == pytest.approx(3.0, abs=0.1)
+    assert {announced.local_steps for announced in server.announced} == {5}
+    assert server.samples == 40 * 5 * 4
+
+
+def test_inner_rates_follow_the_run_and_begin_low(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.stop_after, server.local_steps = 10, 2
+    rates: list[float] = []
+
+    class Noting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Noting)
+    run(settings(server, inner="sgd", inner_lr=0.2, inner_warmup=0.2))
+    assert rates == pytest.approx([0.2 / 2000, 0.4 / 2000, 0.1, 0.1] + [0.2] * 16)

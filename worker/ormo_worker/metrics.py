@@ -28,7 +28,7 @@ from prometheus_client import (
 )
 from typing_extensions import override
 
-from ormo_protos.refusals import UNSOUND_GRADIENT
+from ormo_protos.refusals import UNSOUND_GRADIENT, Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.http_port import HttpPort
 from ormo_runtime.logs import Fields
@@ -53,6 +53,15 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _STAGES: tuple[Stage, ...] = ("compute", "push", "wait", "pull")
 _FATES: tuple[Fate, ...] = ("applied", "discarded", "refused", "lost")
 _SECONDS_BETWEEN_WARNINGS = 10.0  # in a loop that has diverged the server refuses every gradient
+_LOST = (
+    "%d local steps were lost, training continues: %s: %s (they are never sent under another ticket; with --journal of "
+    "ormo-server its crash loses none)"
+)
+_UNKNOWN = "whether %d local steps were applied is not known; they are not sent again, and training continues"
+_NOT_FINITE = (
+    "the sum of %d local steps has NaN or infinity and was not sent: training continues with the server's parameters "
+    "and an inner optimizer that begins anew; if this happens again, lower its learning rate or clip gradients"
+)
 _GPU_MEMORY = {
     "allocated": torch.cuda.memory_allocated,
     "reserved": torch.cuda.memory_reserved,
@@ -82,19 +91,28 @@ class Tally:
         self._worker = worker
         self._warned_at = float("-inf")
 
-    def note(self, outcome: "ExchangeOutcome", iteration: int) -> None:
+    def note(self, outcome: "ExchangeOutcome", iteration: int, local_steps: int = 0) -> None:
         """Count the gradient of this exchange, if it had one.
 
         Args:
             outcome: what came of the exchange.
             iteration: the one whose parameters the model has, for the log.
+            local_steps: how many the gradient was the sum of.
         """
         if outcome.fate is None:
             return
         self.last_result = outcome.result
         self.counted += outcome.result is not None
         if outcome.refusal is not None and not outcome.finished:
-            self._note_refusal(outcome.refusal, iteration)
+            self._note_refusal(outcome.refusal, iteration, local_steps)
+        elif outcome.fate == "lost" and local_steps:
+            _LOG.warning(_UNKNOWN, local_steps, extra=Fields(worker=self._worker, iteration=iteration))
+
+    def note_not_finite(self, local_steps: int) -> None:
+        """Count a sum of local steps that is not finite, and so was never sent."""
+        self.last_result = None
+        self.refusals[Reason.NON_FINITE] += 1
+        _LOG.warning(_NOT_FINITE, local_steps, extra=Fields(worker=self._worker, reason=Reason.NON_FINITE))
 
     def note_mended(self, buffers: str, iteration: int) -> None:
         """Say that these buffers have the server's values again."""
@@ -105,9 +123,12 @@ class Tally:
             )
             _LOG.warning(said, buffers, extra=Fields(worker=self._worker, iteration=iteration))
 
-    def _note_refusal(self, refusal: pb.PushResult, iteration: int) -> None:
+    def _note_refusal(self, refusal: pb.PushResult, iteration: int, local_steps: int) -> None:
         self.refusals[refusal.refusal] += 1
         about = Fields(worker=self._worker, request=refusal.request, iteration=iteration, reason=refusal.refusal)
+        if refusal.refusal not in UNSOUND_GRADIENT and local_steps:
+            _LOG.warning(_LOST, local_steps, refusal.refusal, refusal.refusal_message, extra=about)
+            return
         if refusal.refusal not in UNSOUND_GRADIENT:
             said = "a gradient was lost, training continues: %s: %s"
             _LOG.info(said, refusal.refusal, refusal.refusal_message, extra=about)
@@ -157,6 +178,13 @@ class WorkerMetrics(Observer):
             registry=self.registry,
             buckets=_SECONDS,
         )
+        local_steps = Counter(
+            "ormo_worker_local_steps",
+            "Local steps by what became of their sum; those lost are never sent again.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._local_steps = {fate: local_steps.labels(fate) for fate in _FATES}
         self._stages = {stage: step.labels(stage) for stage in _STAGES}
         self._steps = {fate: steps.labels(fate) for fate in _FATES}
         self._retries = Counter(
@@ -177,11 +205,16 @@ class WorkerMetrics(Observer):
             memory.labels(kind).set_function(functools.partial(read, device))
 
     @override
-    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None) -> None:
+    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None, local_steps: int = 0) -> None:
         for stage, seconds in stages:
             self._stages[stage].observe(seconds)
         if fate is not None:
             self._steps[fate].inc()
+            self._local_steps[fate].inc(local_steps)
+
+    def note_not_finite(self, local_steps: int) -> None:
+        """The sum of so many was not finite, and so was refused here already."""
+        self._local_steps["refused"].inc(local_steps)
 
     @override
     def note_wait(self, seconds: float) -> None:
@@ -194,6 +227,12 @@ class WorkerMetrics(Observer):
     @override
     def note_rejoin(self) -> None:
         self._rejoins.inc()
+
+
+def note_not_finite(tally: Tally, metrics: WorkerMetrics, local_steps: int) -> None:
+    """Tell both, of a sum of local steps that is not finite."""
+    tally.note_not_finite(local_steps)
+    metrics.note_not_finite(local_steps)
 
 
 class EvaluatorMetrics(Observer):

@@ -26,8 +26,8 @@ class _Common(ClientSettings):
     server: str = Field("127.0.0.1:50051", title="Server and task", description="host and port of the parameter server")
     task: str = Field(
         "digits",
-        description="model and data: `digits`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import path of "
-        "your own, as in `package.module:MyTask` or `file.py:MyTask`",
+        description="model and data: `digits`, `code-lm`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import "
+        "path of your own, as in `package.module:MyTask` or `file.py:MyTask`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
 
@@ -101,6 +101,24 @@ class RunSettings(_Common):
         1.0, ge=1, le=1e6, description="take this many times as long for each gradient, to imitate a slower machine"
     )
 
+    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+        None,
+        title="Local steps, for servers with --local-steps",
+        description="optimizer of the local steps: `adamw`, `muon` (of matrices, with `adamw` for all else), `sgd`; "
+        "none: push the gradient of each step",
+    )
+    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate at the peak")
+    inner_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="how that rate changes: `cosine` falls to 0 at the end of the run"
+    )
+    inner_warmup: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the run over which that rate rises from near 0 once this worker has joined, 2000 local "
+        "steps at the latest; 0: none",
+    )
+
     worker_id: str | None = Field(
         None,
         title="Name and transfer",
@@ -108,8 +126,10 @@ class RunSettings(_Common):
         description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: generated from host name, "
         "process id and a random part",
     )
-    wire_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"
+    wire_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="how parameters and gradients travel; `bfloat16` halves the bytes; `int8`, with `--inner`: sums of "
+        "steps as int8 and parameters as bfloat16, 0.38 of the bytes",
     )
     in_flight: int = Field(
         1,

@@ -15,6 +15,7 @@ from ormo_runtime.process import leave_if_asked
 from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
 from ormo_worker.pytorch.options import decay_groups
+from ormo_worker.pytorch.recipes import RateSchedule, named_optimizers
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import Task, load_task
 from ormo_worker.tasks.batches import batches, to_device
@@ -36,17 +37,20 @@ def run(settings: RunSettings) -> None:
     task = load_task(settings.task, settings.data_dir)
     torch.manual_seed(settings.seed)
     model = task.build_model().to(device)
+    groups = decay_groups(model, task.weight_decay_scale)
+    inner = named_optimizers(settings.inner, model, groups, settings.inner_lr) if settings.inner else None
     dataset: Any = task.train_set()
     batches(dataset, settings.batch_size, seed=0)  # complains of a useless set before the run counts on this worker
     samples = min(settings.batch_size, len(dataset))
     with RemoteOptimizer(
         model,
         settings.server,
-        params=decay_groups(model, task.weight_decay_scale),
+        params=groups,
         batch_size=samples,
         worker_id=settings.worker_id,
         wire_dtype=getattr(torch, settings.wire_dtype),
         in_flight=settings.in_flight,
+        inner=inner,
         connect_timeout=settings.connect_timeout_seconds,
         failure_timeout=settings.failure_timeout_seconds,
         give_up_after=settings.give_up_after_seconds,
@@ -57,7 +61,8 @@ def run(settings: RunSettings) -> None:
             _LOG.info("the run is already over, at iteration %d: there is nothing to train", optimizer.iteration)
         else:
             stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
-            Training(task, model, optimizer, device, settings.amp, settings.slow_factor).run(
+            rates = RateSchedule(settings.inner_schedule, settings.inner_warmup) if inner else None
+            Training(task, model, optimizer, device, settings.amp, settings.slow_factor, rates).run(
                 stream, settings.leave_after_gradients
             )
 
@@ -73,6 +78,7 @@ class Training:
         device: where batches go.
         amp: the dtype of mixed precision, or "off".
         slow_factor: how many times as long as it would a gradient shall take, to play a slower machine.
+        rates: how the learning rates of the inner optimizers change; None without any.
     """
 
     task: Task
@@ -81,11 +87,13 @@ class Training:
     device: torch.device
     amp: Literal["off", "bfloat16", "float16"] = "off"
     slow_factor: float = 1.0
+    rates: RateSchedule | None = None
 
     def __post_init__(self) -> None:
         # float16 alone has so narrow a range that gradients vanish without scaling.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
         self._progress = _Progress(self.optimizer)
+        self._rates = None if self.rates is None else _InnerRates(self.optimizer, self.rates)
 
     def run(self, stream: Iterator[Any], leave_after_gradients: int = 0) -> None:
         """Train until the run is over, the stream ends, or `leave_after_gradients` gradients (if not 0) were counted.
@@ -98,6 +106,8 @@ class Training:
             started = time.monotonic()
             loss = self._backward(to_device(batch, self.device))
             self._slow_down(started)
+            if self._rates is not None:
+                self._rates.set()
             self._scaler.step(self.optimizer, loss=loss)
             self._scaler.update()
             self._progress.step(loss)
@@ -126,6 +136,23 @@ class Training:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # or there would be nothing to multiply yet
             time.sleep((self.slow_factor - 1) * (time.monotonic() - started))
+
+
+class _InnerRates:
+    """Sets the learning rates of inner optimizers before each of their steps."""
+
+    def __init__(self, optimizer: RemoteOptimizer, schedule: RateSchedule) -> None:
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._joined_at = optimizer.progress
+        self._steps = 0
+
+    def set(self) -> None:
+        factor = self._schedule.factor(self._optimizer.progress, self._joined_at, self._steps)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self._steps += 1
 
 
 class _Progress:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -47,6 +47,40 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
     assert ours.items() >= {("ORMO_JOURNAL", "true")}
     assert not ours.keys() & {"ORMO_METRICS_LISTEN", "ORMO_CONFIG"}
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def values_of(arguments: Sequence[str], *flags: str) -> list[str | None]:
+    """What follows each of these flags; None for one that is not there."""
+    return [arguments[arguments.index(flag) + 1] if flag in arguments else None for flag in flags]
+
+
+@pytest.mark.parametrize(
+    ("given", "server", "worker"),
+    [
+        ({}, ["ormo", None, None], [None, None]),
+        ({"local_steps": 16}, ["local-ormo", None, "16"], ["adamw", "0.0003"]),
+        (
+            {"local_steps": 8, "inner": "muon", "inner_lr": 0.5, "method": "diloco", "learning_rate": 0.7},
+            ["diloco", "0.7", "8"],
+            ["muon", "0.5"],
+        ),
+    ],
+)
+def test_server_and_workers_are_told_of_local_steps(
+    tmp_path: Path, given: dict[str, Any], server: list[str | None], worker: list[str | None]
+) -> None:
+    local = Cluster(LocalSettings(directory=tmp_path, **given))
+    assert values_of(local._server_arguments(), "--method", "--learning-rate", "--local-steps") == server
+    assert values_of(local._worker_arguments(0, 1.0), "--inner", "--inner-lr") == worker
+    assert "--local-steps-by-speed" not in local._server_arguments()
+    by_speed = LocalSettings(directory=tmp_path, local_steps=4, local_steps_by_speed=True)
+    assert "--local-steps-by-speed" in Cluster(by_speed)._server_arguments()
+
+
+@pytest.mark.parametrize("given", [{"inner": "adamw"}, {"local_steps_by_speed": True}])
+def test_flags_of_local_steps_without_their_number_are_one_sentence(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="are for local steps: say how many with --local-steps"):
+        LocalSettings(**given)
 
 
 UNUSABLE = {

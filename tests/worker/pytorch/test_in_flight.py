@@ -20,6 +20,7 @@ from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster, LocalSettings
+from ormo_worker.pytorch import leaving
 from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
@@ -290,7 +291,7 @@ def test_model_is_not_offered_half_loaded(server: FakeServer) -> None:
     staging = Staging(line(weight=1.0))
     snapshots: list[float] = []
     thread = threading.Thread(target=lambda: snapshots.append(staging.snapshot().parameters.item()))
-    with staging._loading:
+    with staging.loading:
         thread.start()
         assert snapshots == []
         with torch.no_grad():
@@ -366,7 +367,7 @@ def closing_first(settle: Callable[[float], None], closing: threading.Event) -> 
 def test_gradient_that_does_not_arrive_holds_nobody_up(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(optimizer_module, "_SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(leaving, "SETTLE_SECONDS", 0.05)
     loop, over = Loop(server.address), threading.Event()
     server.told(("received", held(over)))
     loop.step()

@@ -14,7 +14,7 @@ from ormo_server.core.inputs import Push
 from ormo_server.service.server import Server
 from ormo_server.trace import Recorded
 from ormo_worker.errors import Refused
-from ormo_worker.pytorch import optimizer as optimizer_module
+from ormo_worker.pytorch import leaving
 from service.wire import eventually, served
 from worker.pytorch.loops import PATIENT_SECONDS, Loop
 
@@ -68,7 +68,7 @@ def test_state_of_the_server_is_the_closed_form_for_the_delays_that_came(tmp_pat
 def test_slots_that_can_never_both_hold_a_ticket_do_not_wait_for_one_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizer_module, "_SETTLE_SECONDS", 0.1)  # for a ticket that is never handed out
+    monkeypatch.setattr(leaving, "SETTLE_SECONDS", 0.1)  # for a ticket that is never handed out
     bounds = {"scheduler": "bounded-staleness", "staleness_bound": 0}
     with served(tmp_path, **bounds) as server:
         loop = Loop(server.address)
@@ -82,7 +82,7 @@ def test_slots_that_can_never_both_hold_a_ticket_do_not_wait_for_one_another(
 def test_slot_that_waits_for_its_first_ticket_holds_nobody_up_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizer_module, "_SETTLE_SECONDS", 1000.0)  # longer than a test may take
+    monkeypatch.setattr(leaving, "SETTLE_SECONDS", 1000.0)  # longer than a test may take
     with served(tmp_path, scheduler="bounded-staleness", staleness_bound=0) as server:
         loop = Loop(server.address)
         eventually(lambda: server.host.engine.view().slots_waiting == 1)
@@ -90,7 +90,7 @@ def test_slot_that_waits_for_its_first_ticket_holds_nobody_up_at_the_end(
 
 
 def test_workers_with_several_slots_share_a_bound_on_staleness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "_SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(leaving, "SETTLE_SECONDS", 0.5)
     with served(tmp_path, scheduler="bounded-staleness", staleness_bound=1, min_workers=2) as server:
         threads = [threading.Thread(target=train, args=(server.address,)) for _ in range(2)]
         for thread in threads:

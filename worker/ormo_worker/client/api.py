@@ -32,7 +32,9 @@ class ParameterClient:
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
             process and chance. Or a whole identity, that of a client that is closed.
         slots: gradients that may be in flight, 1 to 16.
-        wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
+        wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients; DTYPE_INT8 for the sums of local
+            steps, with parameters in bfloat16.
+        local_steps: whether this worker makes local steps, and so wants a run that has them.
         pin_memory: whether payloads are received into page-locked memory.
         patience: how long to wait for the server.
         observer: is told what happens, from any thread.
@@ -52,6 +54,7 @@ class ParameterClient:
         worker_id: str | Identity | None = None,
         slots: int = 1,
         wire_dtype: pb.Dtype.ValueType = FLOAT32,
+        local_steps: bool = False,
         pin_memory: bool = False,
         patience: Patience | None = None,
         observer: Observer | None = None,
@@ -63,7 +66,9 @@ class ParameterClient:
         self._wire = Wire(manifest, wire_dtype, pin_memory)
         self._connection = Connection(server, patience or Patience(), observer or Observer(), credentials)
         slots = whole_number("slots", slots, 1, MAX_SLOTS)
-        self._membership = Membership(self._connection, self.identity, self._wire, slots, model or _no_model)
+        self._membership = Membership(
+            self._connection, self.identity, self._wire, slots, model or _no_model, local_steps=local_steps
+        )
         self.slots = tuple(
             Slot(number, self._connection, self.identity, self._wire, self._membership) for number in range(slots)
         )

@@ -160,14 +160,15 @@ class Observer:
     Methods are called from any thread: a slot's, the heartbeat's, the caller's.
     """
 
-    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None) -> None:
+    def note_exchange(self, stages: Iterable[tuple[Stage, float]], fate: Fate | None, local_steps: int = 0) -> None:
         """An exchange is over, or was given up.
 
         Args:
             stages: what took how many seconds: computing the gradient; pushing it, up to its result; waiting for the
                 next parameters, up to their first byte; pulling them. Those that the exchange did not come to are left
                 out, and those of an attempt that failed are in it, too.
-            fate: what became of its gradient; None if it had none, or was given up.
+            fate: what became of its gradient; None if it had none.
+            local_steps: how many its gradient was the sum of.
         """
 
     def note_wait(self, seconds: float) -> None:

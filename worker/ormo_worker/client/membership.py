@@ -8,7 +8,7 @@ from typing import TypeVar
 import grpc
 
 from ormo_protos.limits import MAX_CHUNK_BYTES
-from ormo_protos.manifest import Manifest, ManifestError
+from ormo_protos.manifest import INT8, Manifest, ManifestError
 from ormo_protos.refusals import Reason
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
@@ -21,7 +21,7 @@ from ormo_worker.client.connection import Connection
 from ormo_worker.client.messages import Outgoing, Wire, offer_messages, require_well_formed
 from ormo_worker.client.protocol import Step
 from ormo_worker.client.retries import CallEnded, TryAgain, Waiting, replaced_error
-from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken
+from ormo_worker.errors import ModelMismatch, ModelUnusable, OlderServer, OrmoError, ProtocolBroken, Refused
 
 T = TypeVar("T")
 
@@ -50,6 +50,7 @@ class Membership:
         wire: the messages of its model.
         slots: how many gradients this worker wants to have in flight.
         model: makes the payload of all of the model as it is now, in float32, for a server without one.
+        local_steps: whether this worker makes local steps.
 
     Attributes:
         welcome: the server's answer to the last join; None before the first.
@@ -61,7 +62,14 @@ class Membership:
     """
 
     def __init__(
-        self, connection: Connection, identity: Identity, wire: Wire, slots: int, model: Callable[[], Payload]
+        self,
+        connection: Connection,
+        identity: Identity,
+        wire: Wire,
+        slots: int,
+        model: Callable[[], Payload],
+        *,
+        local_steps: bool = False,
     ) -> None:
         self.welcome: pb.Welcome | None = None
         self.joins = 0
@@ -79,6 +87,7 @@ class Membership:
             protocol_version=PROTOCOL_VERSION,
             slots=slots,
             model_digest=wire.manifest.model_digest,
+            local_steps=local_steps,
         )
         self._is_member = False
         self._asked = False  # a Join is under way: who is interrupted then may be a member or not
@@ -111,6 +120,11 @@ class Membership:
                 self._heartbeat.start(self.welcome.lease_seconds)
                 self._log_welcome(self.welcome)
             return self.joins
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the worker is a member, as far as it knows."""
+        return self._is_member
 
     @property
     def wants_frozen(self) -> bool:
@@ -177,10 +191,29 @@ class Membership:
                 self._refuse_older()
                 if welcome.manifest.digest not in self._wire.manifest.digests:
                     raise self._mismatch("", _read([welcome.manifest]))
+            self._check_local_steps(welcome.settings.local_steps)
+            self._check_int8(takes_it=welcome.takes_int8)
         except OrmoError:
             self.leave()
             raise
         return welcome
+
+    def _check_local_steps(self, most: int) -> None:
+        # At any join: the run that this worker comes back to may be another one.
+        if self._request.local_steps and most < 1:
+            raise Refused(
+                f"the run at {self._connection.server} takes the gradient of each step, and this worker makes local "
+                "steps: start ormo-server with --local-steps, or leave out inner= (--inner)",
+                Reason.LOCAL_STEPS,
+            )
+
+    def _check_int8(self, *, takes_it: bool) -> None:
+        if self._wire.dtype == INT8 and not takes_it:
+            raise Refused(
+                f"the server at {self._connection.server} does not know gradients in int8: upgrade it, or let this "
+                "worker send bfloat16 (--wire-dtype bfloat16)",
+                Reason.PROTOCOL_VERSION,
+            )
 
     def _mismatch(self, message: str, theirs: Manifest | None) -> ModelMismatch:
         mine = self._wire.manifest
@@ -245,7 +278,7 @@ class Membership:
         settings = welcome.settings
         _LOG.info(
             "joined the run at %s as %s (rank %d) at iteration %d: method %s, learning rate %g, momentum %g, "
-            "weight decay %g",
+            "weight decay %g%s",
             self._connection.server,
             self._identity.worker,
             welcome.rank,
@@ -254,6 +287,7 @@ class Membership:
             settings.learning_rate,
             settings.momentum,
             settings.weight_decay,
+            f", local steps {settings.local_steps}" if settings.local_steps else "",
             extra=Fields(worker=self._identity.worker, iteration=welcome.iteration.number),
         )
 

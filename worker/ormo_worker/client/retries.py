@@ -79,7 +79,8 @@ class CallEnded(Exception):
             return RunFinished(f"the run is over: {self.message}")
         if self.step is Step.REPLACED:
             return replaced_error(self.message)
-        return Refused(f"the server refused {what} ({self}){_ADVICE.get(self.code, '')}", self.reason)
+        advice = _ADVICE.get(self.reason) or _ADVICE.get(self.code, "")
+        return Refused(f"the server refused {what} ({self}){advice}", self.reason)
 
 
 def replaced_error(message: str) -> Replaced:
@@ -91,7 +92,9 @@ def replaced_error(message: str) -> Replaced:
     )
 
 
+# By reason, or by status code.
 _ADVICE = {
+    Reason.LOCAL_STEPS: ": give this worker an optimizer of its own, with inner= (ormo-worker: --inner)",
     "UNIMPLEMENTED": ": what listens there is not an ormo-server, or is one of another version; check the address",
     "UNAUTHENTICATED": ": give this worker the credentials that the server expects",
     "PERMISSION_DENIED": ": ask the operator of the server for access",

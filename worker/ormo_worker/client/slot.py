@@ -112,7 +112,34 @@ class Slot:
             raise
         finally:
             # Once, when nobody waits for the next parameters any more: each figure costs about 1 µs.
-            self._connection.observer.note_exchange(self._stages, fate)
+            self._note(gradient, fate)
+        return outcome
+
+    def push_last(self, gradient: Gradient) -> ExchangeOutcome:
+        """Push a gradient and want nothing more, in a program that is about to end: one attempt, whatever signal came.
+
+        Only `Connection.close` ends it, in another thread.
+
+        Args:
+            gradient: as for `exchange`.
+
+        Raises:
+            OrmoError, CallEnded, TryAgain: it is not known to have arrived.
+        """
+        if not self._membership.lasts:
+            raise TryAgain("the lease is over, and the ticket with it")
+        self._session.begin(with_gradient=True, wants_next=False)
+        self._stages = [("compute", gradient.compute_seconds)]
+        fate: Fate | None = "lost"
+        try:
+            self.close()
+            # A new stream, for the old one may have broken unnoticed; and one that nobody knows of, for after a signal
+            # all others are ended again and again.
+            self._stream = _Stream(self._connection)
+            outcome = self._attempt(gradient)
+            fate = outcome.fate
+        finally:
+            self._note(gradient, fate)
         return outcome
 
     def note_loaded(self, delivered: Delivered) -> None:
@@ -123,6 +150,10 @@ class Slot:
         """
         if delivered.payload.layout.frozen:
             self._membership.frozen_epoch = delivered.iteration.epoch
+
+    def _note(self, gradient: Gradient | None, fate: Fate | None) -> None:
+        local_steps = 0 if gradient is None else gradient.local_steps
+        self._connection.observer.note_exchange(self._stages, fate, local_steps)
 
     def close(self) -> None:
         """Let the stream end; an exchange that is under way ends with the connection."""

@@ -80,7 +80,7 @@ def _train(settings: LocalSettings, console: Console) -> int:
     try:
         cluster.start(progress.evaluation.update)
         console.print(f"server on {cluster.address}, metrics on http://{cluster.metrics_address}/metrics")
-        console.print(f"training {settings.task} by {settings.method} with {settings.workers} workers", markup=False)
+        console.print(f"training {settings.task} by {settings.preset} with {settings.workers} workers", markup=False)
         _watch(cluster, progress, console)
     except ClusterError as error:
         _say_error(error, console)

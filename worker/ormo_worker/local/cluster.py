@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,10 +44,29 @@ class LocalSettings(Settings):
     )
     device: str = Field("auto", description="where workers compute: auto, cpu, cuda or cuda:N")
 
-    method: str = Field("ormo", title="How to train", description="the server's preset to train by")
-    learning_rate: float = Field(0.01, gt=0, description="η; the gradients of all workers are summed in a bucket")
+    method: str | None = Field(
+        None,
+        title="How to train",
+        description="the server's preset to train by; none: `ormo`, with --local-steps `local-ormo`",
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="η; the gradients of all workers are summed in a bucket; none: what `ormo-server` takes by itself",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="β")
     weight_decay: float = Field(0.0, ge=0, description="λ")
+
+    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+        None,
+        title="Local steps",
+        description="optimizer of the workers' local steps, as for `ormo-worker`; none: `adamw` with --local-steps",
+    )
+    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate")
+    local_steps: int = Field(
+        0, ge=0, le=2**31 - 1, description="local steps in each push; 0: workers push the gradient of each step"
+    )
+    local_steps_by_speed: bool = Field(False, description="let slower workers make fewer, as for `ormo-server`")
 
     stop_after_gradients: int = Field(
         1500, title="End of the run", ge=0, description="end the run after this many gradients; 0: no such end"
@@ -72,6 +91,17 @@ class LocalSettings(Settings):
         "", title="Flags of the programs it starts", description="more flags for `ormo-server serve`, in one string"
     )
     worker_flags: str = Field("", description="more flags for `ormo-worker run`, in one string")
+
+    @model_validator(mode="after")
+    def _local_steps_are_wanted(self) -> "LocalSettings":
+        if not self.local_steps and (self.inner or self.local_steps_by_speed):
+            raise ValueError("--inner and --local-steps-by-speed are for local steps: say how many with --local-steps")
+        return self
+
+    @property
+    def preset(self) -> str:
+        """The method that the server trains by."""
+        return self.method or ("local-ormo" if self.local_steps else "ormo")
 
     @model_validator(mode="after")
     def _slow_workers_exist(self) -> "LocalSettings":
@@ -318,8 +348,7 @@ class Cluster:
             "--listen": "127.0.0.1:0",
             "--metrics-listen": settings.metrics_listen,
             "--directory": self.directory,
-            "--method": settings.method,
-            "--learning-rate": settings.learning_rate,
+            "--method": settings.preset,
             "--momentum": settings.momentum,
             "--weight-decay": settings.weight_decay,
             "--min-workers": settings.workers,
@@ -328,7 +357,12 @@ class Cluster:
             "--stop-after-gradients": settings.stop_after_gradients,
             "--stop-after-samples": settings.stop_after_samples,
         }
-        return ["serve", *_flags(flags), *shlex.split(settings.server_flags)]
+        if settings.learning_rate is not None:
+            flags["--learning-rate"] = settings.learning_rate
+        if settings.local_steps:
+            flags["--local-steps"] = settings.local_steps
+        by_speed = ["--local-steps-by-speed"] if settings.local_steps_by_speed else []
+        return ["serve", *_flags(flags), *by_speed, *shlex.split(settings.server_flags)]
 
     def _worker_arguments(self, number: int, factor: float) -> list[str]:
         settings = self.settings
@@ -339,6 +373,8 @@ class Cluster:
             "--slow-factor": factor,
             "--threads": max(1, (os.cpu_count() or 1) // settings.workers),
         }
+        if settings.local_steps:
+            flags |= {"--inner": settings.inner or "adamw", "--inner-lr": settings.inner_lr}
         return ["run", *_flags(flags), *self._task_arguments(), *shlex.split(settings.worker_flags)]
 
     def _evaluator_arguments(self) -> list[str]:

@@ -5,14 +5,15 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Never, Self, SupportsIndex
+from typing import Any, Never, Self
 
 import torch
 from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
@@ -24,11 +25,14 @@ from ormo_worker.errors import (
     OptionRefused,
     OrmoError,
     Refused,
-    Replaced,
     RunFinished,
 )
-from ormo_worker.metrics import Exporter, Tally, WorkerMetrics
+from ormo_worker.metrics import Exporter, Tally, WorkerMetrics, note_not_finite
 from ormo_worker.pytorch.devices import Copies
+from ormo_worker.pytorch.groups import Grouped
+from ormo_worker.pytorch.inner import Inner
+from ormo_worker.pytorch.leaving import close_older, leave, remember
+from ormo_worker.pytorch.local_steps import LocalSteps
 from ormo_worker.pytorch.module import frozen_in, unwrap
 from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
 from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
@@ -37,14 +41,9 @@ from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
-# A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
-_SETTLE_SECONDS = 5.0
-# By plain model and server, for one that is made again, as by a cell of a notebook. Weak in both, or neither the model
-# nor the place in the run would ever be let go.
-_made: "weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[RemoteOptimizer]]]" = weakref.WeakKeyDictionary()
 
 
-class RemoteOptimizer(torch.optim.Optimizer):
+class RemoteOptimizer(Grouped):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
 
     For example::
@@ -71,6 +70,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
     slot, so that the next gradient is computed while this one travels. What the server says of a gradient is
     then known some steps later; an error, too, is raised in a later step, and in each one after it.
 
+    With `inner`, each `step` is one of that optimizer's; every so many steps, as the server says, it pushes the sum
+    of the moves, as it would a gradient. Groups and state are those of `inner`, and schedulers of torch work on it;
+    closing pushes what was not pushed yet::
+
+        inner = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        optimizer = RemoteOptimizer(model, "server.example:50051", inner=inner)
+        schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda _: 1 - optimizer.progress)
+
     Args:
         model: the module to train, its parameters float32 or bfloat16; updated in place.
         server: HOST:PORT, where an ormo-server listens.
@@ -79,12 +86,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
             in each join, and are the same on all workers. A group may set `weight_decay_scale`.
         batch_size: samples that a step counts if it is not told; 1 by default.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
-        wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way.
+        wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way; or, with `inner`,
+            torch.int8 for the sums of steps, rounded without bias, and bfloat16 for parameters.
         in_flight: gradients that may be on their way, 1 to 16, each with a slot of its own; the server must
             allow as many, and its synchronous scheduler allows 1. More than 2 pay only if an exchange takes
             longer than a gradient. Each needs memory for two payloads.
+        inner: an optimizer of torch that makes this worker's steps, or several that together have each parameter
+            once: for servers with local steps. A parameter that is in none stays with the other workers' moves.
         on_local_change: what a step does about parameters that the program has changed since the last one, and that it
-            overwrites: "warn" of each once, or raise an "error".
+            overwrites: "warn" of each once, or raise an "error". With `inner` only frozen ones are looked at: what is
+            done to the others between two steps is part of the move.
         connect_timeout: seconds to wait for the server at first.
         failure_timeout: seconds without a byte after which the connection is made anew.
         give_up_after: seconds without a sign of life after which `step` fails; None to wait for ever.
@@ -100,10 +111,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
         CredentialsError: a certificate, key or token can't be used.
         OptionRefused: `model` is no module, `server` no address, a parameter another model's, an option the server's,
-            an id or number out of its limits, the dtype another one, or the address for metrics not free.
+            an id or number out of its limits, the dtype another one, the address for metrics not free, or `inner` no
+            such optimizer.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
-        Refused: the server won't have this worker.
+        Refused: the server won't have this worker, such as one without `inner` in a run with local steps.
     """
 
     def __init__(
@@ -116,6 +128,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         worker_id: str | None = None,
         wire_dtype: torch.dtype = torch.float32,
         in_flight: int = 1,
+        inner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         on_local_change: OnLocalChange = "warn",
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
@@ -133,16 +146,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
         self._began = True
         given = {parameter for group in self.param_groups for parameter in group["params"]}
+        if inner is not None:
+            self.inner = Inner(inner, model, given)
         staging = Staging(model, (self._own - given) | frozen_in(model))
         self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
         self.iteration = 0
         self.finished = False
+        self._samples = 0  # counted by the run when it sent the parameters that the model has
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
         self._weight_decay = 0.0  # as the server had it at that join
         self._gathered: Copies | None = None
         self._in_flight = whole_number("in_flight", in_flight, 1, MAX_SLOTS)
-        self._dtype = wire_dtype_of(wire_dtype)
+        self._dtype = wire_dtype_of(wire_dtype, local_steps=inner is not None)
         identity = Identity() if worker_id is None else Identity(worker_id)
         self._tally = Tally(identity.worker)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
@@ -152,13 +168,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             worker_id=identity,  # the same for both tries: an older server waits for the model of the one that it asked
             slots=in_flight,
             wire_dtype=self._dtype,
+            local_steps=inner is not None,
             patience=Patience(connect_timeout, failure_timeout, give_up_after),
             observer=self._metrics,
             credentials=credentials,
         )
         watch = Watch(staging, given, on_local_change)
         self._place = (unwrap(model), server)
-        _close_older(*self._place)
+        close_older(*self._place)
         try:
             self._join(staging, watch, connect, metrics_listen)
         except OlderServer:
@@ -183,9 +200,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         exporter = Exporter(metrics_listen, self._metrics.registry)
         slots, metrics = self._client.slots, self._metrics
         self._pipeline: Pipeline = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
+        self._local = None
+        self._local_steps: dict[int, int] = {}  # by slot, those that it pushed last
+        if self.inner is not None:
+            told = partial(note_not_finite, self._tally, metrics)
+            self._local = LocalSteps(self.inner, staging, self._outgoing, self._pipeline, watch, told)
+            self._local_steps = self._local.pushed
         # Also at the end of the program, and in whichever thread forgets the last reference: it may not know `self`.
-        self._close = weakref.finalize(self, _close, self._pipeline, self._client, exporter)
-        _remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
+        self._close = weakref.finalize(self, leave, self._pipeline, self._client, exporter, self._local)
+        remember(self, *self._place)  # not before there is something to close, nor after an interrupt may come
         try:
             self._start()
         except BaseException:
@@ -206,6 +229,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def settings(self) -> pb.RunSettings:
         """How the server trains."""
         return self._client.welcome.settings
+
+    @property
+    def progress(self) -> float:
+        """How much of the run was over when it sent the parameters that the model has, 0 to 1.
+
+        By gradients or by samples, whichever ends it first; 0 throughout where neither does.
+        """
+        if self.finished:
+            return 1.0
+        gradients, samples = self.settings.stop_after_gradients, self.settings.stop_after_samples
+        shares = (self.iteration / gradients if gradients else 0.0, self._samples / samples if samples else 0.0)
+        return min(1.0, max(shares))
 
     @property
     def last_result(self) -> pb.PushResult | None:
@@ -276,6 +311,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 shown = one_number(returned)
         if self._watch.resting:
             self._watch.refuse_unfrozen()
+        if self._local is not None:
+            self._take(self._local.step(count, shown))
+            return returned
         slot = self._pipeline.current
         if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
             self._apply(self._pipeline.next())
@@ -290,6 +328,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             OptionRefused: the group has an option that the server decides, or a parameter that is not the
                 model's, or the run has begun.
         """
+        if self.inner is not None:
+            raise OptionRefused("a group of parameters was added to RemoteOptimizer: add it to the inner optimizer")
         super().add_param_group(ParameterGroup(param_group))
         strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
         if strangers:
@@ -302,17 +342,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the groups' options; there is no other state, for momentum and iterations are the server's.
-
-        Raises:
-            OptionRefused: the state is that of another optimizer.
-        """
-        for group in state_dict["param_groups"]:
-            ParameterGroup(group)  # complains before anything changes
-        super().load_state_dict(state_dict)
-        self.param_groups = [ParameterGroup(group) for group in self.param_groups]
-
     def close(self) -> None:
         """Leave the run; may be called again, also after the run is over.
 
@@ -322,17 +351,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not self._client.inherited:
             self._settle(0.0)
             self._watch.flush()
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Refuse to be copied or pickled.
-
-        Raises:
-            OrmoError: always.
-        """
-        raise OrmoError(
-            "a RemoteOptimizer can't be copied or pickled: it is tied to this process. Create one where needed; "
-            "state_dict() has the groups' options, and the server's checkpoints hold everything else"
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -351,16 +369,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._apply(self._pipeline.start())
 
     def _explain(self, error: Refused) -> Refused:
-        if self._in_flight == 1 or isinstance(error, Replaced):
+        if self._in_flight == 1 or error.reason != Reason.BAD_REQUEST:
             return error
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 
     def _gather(self, slot: int, samples: int, loss: float | Tensor | None) -> Gathered:
         outgoing = self._outgoing[slot]
-        scaled = decays(self.param_groups, self._staging.tensors.parameters, self._weight_decay)
-        self._watch.check(
-            scaled
-        )  # before the gradient is packed: an error here leaves it, and the ticket, as they were
+        scaled = decays(self._groups, self._staging.tensors.parameters, self._weight_decay)
+        # Before the gradient is packed: an error here leaves it, and the ticket, as they were.
+        self._watch.check(scaled)
         # With one slot the gradient before was exchanged before these parameters came: there is no time to count twice.
         before = self._gathered if self._in_flight > 1 else None
         self._gathered = outgoing.begin_gradients(scaled)
@@ -375,10 +392,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _apply(self, outcome: ExchangeOutcome) -> None:
         """Bring the program up to date with what came: figures, parameters, the end of the run."""
-        self._tally.note(outcome, self.iteration)
+        self._tally.note(outcome, self.iteration, self._local_steps.get(outcome.slot, 0))
         if outcome.delivered is not None:
             self._load(outcome.slot, outcome.delivered)
         if outcome.finished:
+            self._finish()
+
+    def _take(self, outcome: ExchangeOutcome | None) -> None:
+        if outcome is not None:
+            self._apply(outcome)
+        elif self._client.finished:  # nobody takes the rest of these steps
             self._finish()
 
     def _load(self, slot: int | None, delivered: Delivered) -> None:
@@ -396,17 +419,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if delivered.joins is not None and delivered.joins != self._joins:
             self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
         self._watch.note_loaded(incoming)
-        self.iteration = delivered.iteration.number
+        self.iteration, self._samples = delivered.iteration.number, delivered.samples
+        if self._local is not None:
+            self._local.begin(delivered.ticket, most=self.settings.local_steps)
         self._loaded_at = time.monotonic()
 
     def _settle(self, seconds: float) -> None:
         """Wait for gradients in flight, and note what became of those that are through."""
         self._pipeline.settle(seconds)
         for outcome in self._pipeline.drain():
-            self._tally.note(outcome, self.iteration)
+            self._tally.note(outcome, self.iteration, self._local_steps.get(outcome.slot, 0))
 
     def _finish(self) -> None:
         self.finished = True
+        if self._local is not None:
+            self._local.drop()
         self._settle(_FINAL_PULL_SECONDS)  # before the last parameters are asked for: these gradients may be in them
         try:
             delivered = self._client.pull(within=_FINAL_PULL_SECONDS)
@@ -417,27 +444,3 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         if delivered is not None:
             self._load(None, delivered)
-
-
-def _close_older(model: nn.Module, server: str) -> None:
-    remembered = _made.get(model, {}).get(server)
-    older = None if remembered is None else remembered()
-    if older is not None:
-        older.close()
-
-
-def _remember(optimizer: RemoteOptimizer, model: nn.Module, server: str) -> None:
-    _made.setdefault(model, {})[server] = weakref.ref(optimizer)
-
-
-def _close(pipeline: Pipeline, client: ParameterClient, exporter: Exporter) -> None:
-    if client.inherited:  # a fork that ends must not leave in the name of its parent
-        return
-    # In this order: gradients under way are worth some seconds, the connection ends the calls that slots' threads wait
-    # in, and only then is there no thread that would be waited for in vain.
-    try:
-        pipeline.settle(_SETTLE_SECONDS)
-    finally:  # an interrupted wait ends the rest all the sooner
-        client.close()
-        pipeline.stop()
-        exporter.close()

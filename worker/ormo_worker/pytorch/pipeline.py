@@ -38,6 +38,7 @@ class Gathered:
         loaded_at: when the model had the parameters that it was computed at, by `time.monotonic`.
         before: the copies of the gradient before this one; None for the first, and where each exchange is over before
             the next gradient is begun.
+        local_steps: how many it is the sum of; 0 in a run without.
     """
 
     payload: Payload
@@ -46,6 +47,7 @@ class Gathered:
     loss: Arriving | float | None
     loaded_at: float
     before: Copies | None = None
+    local_steps: int = 0
 
     def wait(self) -> Gradient:
         """The gradient, once it is there; in any thread, but in one only."""
@@ -53,13 +55,13 @@ class Gathered:
         began = self.loaded_at if self.before is None else max(self.loaded_at, self.before.wait())
         seconds = self.copies.wait() - began
         loss = self.loss.number() if isinstance(self.loss, Arriving) else self.loss
-        return Gradient(self.payload, self.samples, loss, seconds)
+        return Gradient(self.payload, self.samples, loss, seconds, self.local_steps)
 
 
 class Pipeline(ABC):
-    """Gradients go out, parameters come in; for the training thread, but for `settle` and `stop`.
+    """Gradients go out, parameters come in; for the training thread, but for `finish`, `settle` and `stop`.
 
-    These two may come from any thread: the garbage collector closes a forgotten optimizer wherever it happens to run.
+    These three may come from any thread: the garbage collector closes a forgotten optimizer wherever it happens to run.
 
     Attributes:
         current: the slot whose parameters came last and whose gradient is due; None if another has to come first.
@@ -94,6 +96,18 @@ class Pipeline(ABC):
         """
 
     @abstractmethod
+    def renew(self) -> ExchangeOutcome:
+        """Give the current slot's ticket back, and wait for the next parameters.
+
+        Raises:
+            OrmoError: as `swap`.
+        """
+
+    @abstractmethod
+    def finish(self, gathered: Gathered) -> None:
+        """Give the current slot its last gradient, after which it wants nothing; `settle` waits for it."""
+
+    @abstractmethod
     def settle(self, seconds: float) -> None:
         """Wait until the gradients under way are exchanged, but not for longer."""
 
@@ -114,6 +128,8 @@ class OneAtATime(Pipeline):
         self.under_way = 0
         self._slot = slot
         self._observer = observer
+        self._done: queue.SimpleQueue[ExchangeOutcome | _Failed] = queue.SimpleQueue()
+        self._last: _SlotThread | None = None  # of its last gradient alone: that must not keep a worker that leaves
 
     @override
     def start(self) -> ExchangeOutcome:
@@ -137,16 +153,33 @@ class OneAtATime(Pipeline):
         return outcome
 
     @override
+    def renew(self) -> ExchangeOutcome:
+        return self.next()  # who asks for a ticket gives up the one that it has
+
+    @override
+    def finish(self, gathered: Gathered) -> None:
+        self._last = _SlotThread(self._slot, self._done)
+        self._last.start()
+        self._last.give(gathered, last=True)
+
+    @override
     def settle(self, seconds: float) -> None:
-        pass
+        if self._last is not None:
+            self._last.wait(seconds)
 
     @override
     def drain(self) -> Iterator[ExchangeOutcome]:
-        return iter(())
+        while not self._done.empty():
+            done = self._done.get()
+            if isinstance(done, ExchangeOutcome):
+                yield done
+            else:
+                done.log()
 
     @override
     def stop(self) -> None:
-        pass
+        if self._last is not None:
+            self._last.stop()
 
 
 class InFlight(Pipeline):
@@ -206,6 +239,20 @@ class InFlight(Pipeline):
         raise self._failure
 
     @override
+    def renew(self) -> ExchangeOutcome:
+        slot, self.current = self.current, None
+        if slot is not None:
+            self._threads[slot].give(None)
+        return self.next()
+
+    @override
+    def finish(self, gathered: Gathered) -> None:
+        slot, self.current = self.current, None
+        assert slot is not None
+        self.under_way += 1
+        self._threads[slot].give(gathered, last=True)
+
+    @override
     def settle(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         for thread in self._threads:
@@ -219,8 +266,7 @@ class InFlight(Pipeline):
                 yield self._note(done)
             elif done.had_gradient:
                 self.under_way -= 1
-                said = "what became of a gradient in flight is not known: %s"
-                _LOG.info(said, done.error, extra=Fields(slot=done.slot))
+                done.log()
 
     @override
     def stop(self) -> None:
@@ -253,6 +299,10 @@ class _Failed:
     had_gradient: bool
     error: Exception
 
+    def log(self) -> None:
+        said = "what became of a gradient in flight is not known: %s"
+        _LOG.info(said, self.error, extra=Fields(slot=self.slot))
+
 
 class _SlotThread:
     """Pipeline for one slot, one gradient after the other.
@@ -273,8 +323,8 @@ class _SlotThread:
     def start(self) -> None:
         self._thread.start()
 
-    def give(self, gathered: Gathered | None) -> None:
-        self._last = _Given(gathered)
+    def give(self, gathered: Gathered | None, *, last: bool = False) -> None:
+        self._last = _Given(gathered, last)
         self._given.put(self._last)
 
     def wait(self, seconds: float) -> None:
@@ -291,12 +341,16 @@ class _SlotThread:
 
     def _run(self) -> None:
         while (given := self._given.get()) is not None:
-            self._done.put(self._exchange(given.gathered))
+            self._done.put(self._exchange(given))
             given.over.set()  # not before: whoever has waited for it finds the outcome in the queue
 
-    def _exchange(self, gathered: Gathered | None) -> ExchangeOutcome | _Failed:
+    def _exchange(self, given: "_Given") -> ExchangeOutcome | _Failed:
+        gathered = given.gathered
         try:
-            return self._slot.exchange(None if gathered is None else gathered.wait())
+            gradient = None if gathered is None else gathered.wait()
+            if given.last and gradient is not None:
+                return self._slot.push_last(gradient)
+            return self._slot.exchange(gradient)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's to see
             return _Failed(self._slot.number, gathered is not None, error)
 
@@ -307,8 +361,10 @@ class _Given:
 
     Attributes:
         gathered: the gradient; None to ask for parameters alone.
+        last: whether it is the last one, and no parameters are wanted.
         over: set when its outcome is in the queue.
     """
 
     gathered: Gathered | None
+    last: bool = False
     over: threading.Event = field(default_factory=threading.Event)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.int8 import encode, rounding
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
+from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.pytorch.devices import Arriving, Copies, Event, Streams, queue_copies
 from ormo_worker.pytorch.module import ModelTensors
@@ -33,6 +34,7 @@ class Staging:
         tensors: the model's distinct tensors, in the order in which they travel.
         device: the CUDA device that holds all parameters, if there is one.
         streams: its streams, made when first needed.
+        loading: held while the model's parameters are written.
     """
 
     def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
@@ -41,9 +43,9 @@ class Staging:
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
         self.streams: Streams | None = None
         self._mirrors: dict[tuple[int, int], _Mirror] = {}
-        # Held by who writes the model's tensors (`load`, in the training thread) and by who reads all of them as one
-        # (`snapshot`, in whichever thread joins): a model of which half is newer must not become the run's.
-        self._loading = threading.Lock()
+        # Held by who writes the model's tensors (`load`, local steps: the training thread) and by who reads all of them
+        # as one (`snapshot`, in whichever thread joins): a model of which half is newer must not become the run's.
+        self.loading = threading.Lock()
 
     @property
     def pinned(self) -> bool:
@@ -52,7 +54,7 @@ class Staging:
 
     def payload(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Payload:
         """Memory for one payload of this model, without its frozen tensors."""
-        layout = PayloadLayout.of(self.tensors.manifest, dtype, with_buffers=with_buffers)
+        layout = PayloadLayout.of_gradient(self.tensors.manifest, dtype, with_buffers=with_buffers)
         return Payload(layout, pin_memory=self.pinned)
 
     def transfer(self, payload: Payload, *, mirror: int = 0) -> "Transfer":
@@ -65,13 +67,13 @@ class Staging:
                 has left it: what comes in while a gradient is still being computed needs another.
         """
         if self.device is None:
-            return Transfer(self.tensors, payload, None, self._loading)
+            return Transfer(self.tensors, payload, None, self.loading)
         if self.streams is None:
             self.streams = Streams(self.device)
         key = (payload.layout.dtype, mirror)
         if key not in self._mirrors:
-            self._mirrors[key] = self._mirror(payload.layout.dtype, self.device, self.streams)
-        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self._loading)
+            self._mirrors[key] = self._mirror(payload, self.device, self.streams)
+        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self.loading)
 
     def snapshot(self) -> Payload:
         """All of the model as it is now, in float32: what a server without a model is offered.
@@ -80,10 +82,10 @@ class Staging:
         """
         layout = PayloadLayout.of(self.tensors.manifest, FLOAT32, with_buffers=True, with_frozen=True)
         payload = Payload(layout)  # wanted once or twice in a run: not worth page-locked memory, nor a mirror
-        with self._loading:
+        with self.loading:
             if self.device is not None and self.pinned:
                 torch.cuda.synchronize(self.device)  # another thread's current stream need not be this one's
-            Transfer(self.tensors, payload, None, self._loading).gather_parameters()
+            Transfer(self.tensors, payload, None, self.loading).gather_parameters()
         return payload
 
     def fetch(self, value: Tensor) -> Arriving:
@@ -105,10 +107,11 @@ class Staging:
             return float(value.detach().item())
         return self.fetch(value)
 
-    def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
+    def _mirror(self, payload: Payload, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
         sections = (
-            torch.empty(sizes["parameters"], dtype=torch_dtype(dtype), device=device),
+            torch.empty_like(payload.parameters, device=device),
+            torch.empty_like(payload.scales, device=device),
             torch.empty(sizes["float_buffers"], dtype=torch.float32, device=device),
             torch.empty(sizes["int_buffers"], dtype=torch.int64, device=device),
         )
@@ -121,7 +124,7 @@ class Staging:
 class Transfer:
     """Moves tensors between a model and one payload, in either direction, converting dtypes as it goes.
 
-    Every method but `begin_gradients` returns when the payload may be read, sent or overwritten.
+    Every method but those that begin something returns when the payload may be read, sent or overwritten.
 
     Attributes:
         payload: where the tensors go or come from.
@@ -174,6 +177,35 @@ class Transfer:
             torch._foreach_zero_(idle)
         for decay, rows in active.items():
             _write_decayed(rows, decay)
+        return self._gather_rest()
+
+    @torch.no_grad()
+    def begin_moves(self, moves: Sequence[Tensor]) -> Copies:
+        """Write these in place of gradients, and the buffers if the payload has them; as `begin_gradients`.
+
+        Args:
+            moves: one for each of the model's distinct parameters, float32.
+        """
+        if self._device is not None:
+            self._device.claim()
+        torch._foreach_copy_(self.values, list(moves))
+        return self._gather_rest()
+
+    @torch.no_grad()
+    def begin_codes(self, moves: Tensor, ticket: pb.Ticket) -> Copies:
+        """As `begin_moves`, into a payload of int8; they are rounded by the numbers of the ticket that they are for.
+
+        Args:
+            moves: of all parameters, one after the other, shape (d,), float32.
+            ticket: the one that they will be pushed with.
+        """
+        if self._device is not None:
+            self._device.claim()
+        flat, blocks = self.payload if self._device is None else self._device.flat, self.payload.layout.blocks
+        assert blocks is not None
+        here = moves.to(flat.parameters.device)
+        rounded_by = rounding(ticket.epoch, ticket.number, here.device)
+        encode(here, flat.parameters, flat.scales, blocks, rounded_by)
         return self._gather_rest()
 
     @torch.no_grad()
@@ -237,6 +269,7 @@ class _Mirror:
     """
 
     parameters: Tensor
+    scales: Tensor
     float_buffers: Tensor
     int_buffers: Tensor
     free: Event
@@ -272,6 +305,8 @@ class _ThroughDevice:
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.flat.parameters, self.payload.parameters)]
+        if self.payload.layout.scales:
+            pairs.append((self.flat.scales, self.payload.scales))
         if self.payload.layout.with_buffers:
             pairs.append((self.flat.float_buffers, self.payload.float_buffers))
             pairs.append((self.flat.int_buffers, self.payload.int_buffers))

@@ -110,7 +110,9 @@ class Watch:
             ParametersChanged: some have changed, and an error is wanted for that.
         """
         if self._loaded is not None:
+            self._check_shapes(self._loaded)
             self._find_changes(self._loaded)
+            self._find_frozen_changes()
         missing = []
         for name, parameter, decay in zip(self._names, self._parameters, decays, strict=True):
             if decay is not None and parameter.grad is not None:
@@ -121,16 +123,31 @@ class Watch:
             self._missing.note(missing)
         self._loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
 
-    def _find_changes(self, loaded: Transfer) -> None:
+    def check_local(self) -> None:
+        """As `check`, before moves are pushed: whatever the program does to trained parameters is one of them.
+
+        Raises:
+            ModelUnusable: a parameter has another shape.
+            ParametersChanged: frozen ones have changed, and an error is wanted for that.
+        """
+        if self._loaded is not None:
+            self._check_shapes(self._loaded)
+        self._find_frozen_changes()
+
+    def _check_shapes(self, loaded: Transfer) -> None:
         for name, parameter, value in zip(self._names, self._parameters, loaded.values, strict=True):
             if parameter.shape != value.shape:
                 raise ModelUnusable(
                     f"the parameter {name!r} now has the shape {tuple(parameter.shape)}, and the run has it as "
                     f"{tuple(value.shape)}: begin a new run, in another --directory, with a model of other shapes"
                 )
+
+    def _find_changes(self, loaded: Transfer) -> None:
         changed = self._changes.find(loaded.values, self._changed.named)
         if changed or self._changed.unsaid:
             self._tell(self._changed, changed)
+
+    def _find_frozen_changes(self) -> None:
         if self._has_frozen:
             self._tell(self._frozen_changed, self._frozen_changes.find(None, self._frozen_changed.named))
 

@@ -1,0 +1,80 @@
+"""What the conventions of torch call an optimizer's groups and state: its own, or those of the optimizers within it."""
+
+from collections import defaultdict
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ormo_worker.errors import OrmoError
+from ormo_worker.pytorch.inner import Inner
+from ormo_worker.pytorch.options import ParameterGroup
+
+
+class Grouped(torch.optim.Optimizer):
+    """Groups of its own scale the weight decay and have no state; those of inner optimizers are shown as they are now.
+
+    Attributes:
+        inner: None for groups of its own.
+    """
+
+    inner: Inner | None = None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, each with its options; of all inner optimizers, one after the other."""
+        return self._groups if self.inner is None else self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """What inner optimizers keep for each parameter."""
+        return self._state if self.inner is None else self.inner.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._state = state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The groups' options; that of the one inner optimizer, or those of several, in order, under `inner`."""
+        return super().state_dict() if self.inner is None else self.inner.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. Momentum and iterations are the server's, and not in it.
+
+        Raises:
+            OptionRefused: the state is that of another optimizer.
+        """
+        if self.inner is not None:
+            self.inner.load_state_dict(state_dict)
+            return
+        for group in state_dict["param_groups"]:
+            ParameterGroup(group)  # complains before anything changes
+        super().load_state_dict(state_dict)
+        self.param_groups = [ParameterGroup(group) for group in self.param_groups]
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # How torch's `load_state_dict` sets both: in the instance's dictionary, where a property is not looked for.
+        rest = dict(state)
+        self.param_groups, self.state = rest.pop("param_groups"), rest.pop("state")
+        super().__setstate__(rest)
+
+    @override
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            OrmoError: always.
+        """
+        raise OrmoError(
+            "a RemoteOptimizer can't be copied or pickled: it is tied to this process. Create one where needed; "
+            "state_dict() has the groups' options and the state of inner optimizers, and the server's checkpoints hold "
+            "everything else"
+        )
