@@ -29,6 +29,14 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
+# Tried on pseudo-gradients of AdamW, at the momentum of 0.9.
+OUTER_LEARNING_RATE = 0.4
+
+
+def _usual_learning_rate(given: Mapping[str, Any]) -> float:
+    return OUTER_LEARNING_RATE if given.get("local_steps") else 0.01
+
+
 class TrainingSettings(Settings):
     """How to train, and for how long."""
 
@@ -39,7 +47,7 @@ class TrainingSettings(Settings):
     bucket: str | None = Field(
         None,
         description=f"instead of the preset's: {_choices(BUCKETS)}; what a bucket's gradients count as: the mean does "
-        "not grow with the number of workers",
+        "not grow with the number of workers, and is what counts with `--local-steps`, unless the rule averages itself",
     )
     staleness_bound: int | None = Field(
         None, ge=0, le=MOST, description="for `bounded-staleness`: the largest delay that an applied gradient may have"
@@ -61,11 +69,25 @@ class TrainingSettings(Settings):
         0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
     )
 
+    local_steps: int = Field(
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="H: workers make up to so many steps with an optimizer of their own and push the sum; 0: they push "
+        "the gradient of each step",
+    )
+    local_steps_by_speed: bool = Field(
+        False,
+        description="let slower workers make fewer local steps, an eighth at least, so that all push about as often",
+    )
+
+    # After what it depends on.
     learning_rate: float = Field(
-        0.01,
+        default_factory=_usual_learning_rate,
         title="Step sizes",
         gt=0,
-        description="η after the warm-up; K gradients are summed in a bucket, so divide by about K",
+        description="η after the warm-up; where a bucket is a sum, divide by about K; with `--local-steps` that of the "
+        f"sums of steps, and {OUTER_LEARNING_RATE:g} unless set",
     )
     schedule: str = Field("constant", description=f"how η changes with the iteration: {_choices(KINDS)}")
     warmup_gradients: int = Field(0, ge=0, le=MOST, description="gradients over which η rises linearly from near 0")
@@ -76,7 +98,9 @@ class TrainingSettings(Settings):
     )
     final_learning_rate: float = Field(0.0, ge=0, description="for `cosine`: η at its end")
     momentum: float = Field(0.9, ge=0, lt=1, description="β, the momentum coefficient")
-    weight_decay: float = Field(0.0, ge=0, le=1e6, description="λ; workers add λ·w to their gradients")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="λ; workers add λ·w to their gradients; with `--local-steps` theirs to set"
+    )
     bucket_size: int | None = Field(
         None, ge=1, le=2**31 - 1, description="K, gradients in a bucket; none: the number of slots of the live workers"
     )
@@ -106,6 +130,11 @@ class TrainingSettings(Settings):
         Raises:
             SettingsError: values that contradict each other.
         """
+        if self.local_steps and self.weight_decay:
+            raise SettingsError(
+                f"--weight-decay {self.weight_decay:g} with --local-steps: weights decay in the workers' own "
+                "optimizers, so set it there, and leave --weight-decay at 0"
+            )
         min_workers, max_workers = self.workers_allowed
         return Run(
             learning_rate=LearningRate(
@@ -126,6 +155,8 @@ class TrainingSettings(Settings):
             stop_after_gradients=self.stop_after_gradients,
             stop_after_samples=self.stop_after_samples,
             seed=self.seed,
+            local_steps=self.local_steps,
+            local_steps_by_speed=self.local_steps_by_speed,
         )
 
     def described(self) -> dict[str, str]:
@@ -149,7 +180,11 @@ class TrainingSettings(Settings):
             "staleness_bound": self.staleness_bound,
             "bucket": self.bucket,
         }
-        method = replace(preset, **{choice: value for choice, value in chosen.items() if value is not None})
+        chosen = {choice: value for choice, value in chosen.items() if value is not None}
+        rule = UPDATE_RULES.get(chosen.get("rule", preset.rule))
+        if self.local_steps and rule is not None and rule.takes_mean_of_bucket:
+            chosen.setdefault("bucket", "mean")
+        method = replace(preset, **chosen)
         return method if method == preset else replace(method, name=method.spelt_out())
 
 
@@ -326,7 +361,11 @@ class ServerSettings(TrainingSettings):
 
     def recorded(self) -> dict[str, Any]:
         """As JSON holds them, with the rules in force, for files that are read later: see `TracedSettings`."""
-        return self.model_dump(mode="json") | {"waits_for_idle": self.run().waits_for_idle}
+        run = self.run()
+        unsaid = {name for name in ("local_steps", "local_steps_by_speed") if not getattr(self, name)}
+        # Without local steps where there are none: older programs do not know them.
+        given = self.model_dump(mode="json", exclude=unsaid) | {"waits_for_idle": run.waits_for_idle}
+        return given | {"bucket": run.method.bucket} if run.local_steps else given
 
     @model_validator(mode="after")
     def _nobody_else_gets_in(self) -> Self:

@@ -118,15 +118,18 @@ class Driver:
     def push(self, worker: str, value: float | torch.Tensor, slot: int = 0, **details: Any) -> PushResult:
         """Push for the ticket that the slot holds, with a new request number.
 
-        `number` and `ticket` may be given instead; so may `samples`, and all fields of a `Gradient`.
+        `number` and `ticket` may be given instead; so may `samples`, `local_steps` (else as many as the slot's ticket
+        says), and all fields of a `Gradient`.
         """
         place = self.places[worker, slot]
         requester = self.requester(worker, slot, details.pop("number", None))
         key = details.pop("ticket", None) or self.ticket(worker, slot)
         size = self.machine.bucket_size
         values = value if isinstance(value, torch.Tensor) else torch.full_like(self.machine.state.params, value)
-        samples, gradient = details.pop("samples", 0), Gradient(values, **details)
-        effects = self.machine.step(Push(self._tick(), *requester, key[1], key[0], samples), gradient)
+        usual = place.granted.ticket.local_steps if place.granted else self.machine.run.local_steps
+        counts = details.pop("samples", 0), details.pop("local_steps", usual)
+        gradient = Gradient(values, **details)
+        effects = self.machine.step(Push(self._tick(), *requester, key[1], key[0], *counts), gradient)
         result = effects.result
         assert result is not None
         if not result.repeated:

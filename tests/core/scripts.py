@@ -54,6 +54,8 @@ def learning_rates() -> st.SearchStrategy[LearningRate]:
 
 BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.99])
 BOUNDS = st.sampled_from([0, 1, 2, 5, 12])
+# Most of one step, and with it whether slower workers make fewer.
+LOCAL_STEPS = st.sampled_from([(0, False), (0, False), (16, False), (16, True)])
 
 
 @st.composite
@@ -72,6 +74,7 @@ def runs(draw: st.DrawFn, rules: Iterable[str] = ("ormo",), schedulers: Iterable
     )
     fixed = None if scheduler == "synchronous" else draw(st.sampled_from([None, 1, 3]))
     compensation = draw(st.sampled_from([0.0, 1e-6, 1e-5]))  # more would blow up on gradients of this size
+    local_steps, by_speed = draw(LOCAL_STEPS)
     return Run(
         draw(learning_rates()),
         method,
@@ -79,6 +82,8 @@ def runs(draw: st.DrawFn, rules: Iterable[str] = ("ormo",), schedulers: Iterable
         fixed,
         max_workers=10,
         delay_compensation=compensation,
+        local_steps=local_steps,
+        local_steps_by_speed=by_speed,
     )
 
 

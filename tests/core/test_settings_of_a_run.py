@@ -132,6 +132,8 @@ def test_a_method_that_is_not_there_is_refused_in_one_sentence(choice: dict[str,
         ({"stop_after_gradients": -1}, "a run stops after a number of gradients or samples of at least 0"),
         ({"stop_after_samples": -1}, "a run stops after a number of gradients or samples of at least 0"),
         ({"bucket_size": 2, "method": PRESETS["ssgdm"]}, "bucket size 2 with the synchronous scheduler"),
+        ({"local_steps": -1}, "local steps -1: expected at least 0 \\(0 for gradients\\)"),
+        ({"local_steps_by_speed": True}, "local steps by speed in a run without local steps"),
     ],
 )
 def test_a_run_that_makes_no_sense_is_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
@@ -167,6 +169,14 @@ def test_a_preset_is_chosen_by_its_name(name: str) -> None:
         ({"discard_delay": 0}, "greater than or equal to 1"),
         ({"delay_threshold": 0.0}, "greater than or equal to 0.01"),
         ({"delay_threshold": 2e6}, "less than or equal to 1000000"),
+        ({"local_steps": -1}, "greater than or equal to 0"),
+        ({"local_steps": 2**31}, "less than or equal to 2147483647"),
+        ({"local_steps_by_speed": True}, "local steps by speed in a run without local steps"),
+        (
+            {"local_steps": 8, "weight_decay": 0.1},
+            "--weight-decay 0.1 with --local-steps: weights decay in the workers' own optimizers, so set it there, and "
+            "leave --weight-decay at 0",
+        ),
     ],
 )
 def test_settings_that_make_no_method_are_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
@@ -181,3 +191,23 @@ def test_a_choice_replaces_the_presets_and_the_method_is_then_called_by_its_choi
     method = TrainingSettings(method="asgd-da", delay_threshold=2.0).run().method
     assert (method.delay_threshold, method.name) == (2.0, "sgd × delay-adaptive from 2K × asynchronous")
     assert TrainingSettings(delay_compensation=0.5).run().coefficients == Coefficients(0.9, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "bucket", "rate"),
+    [
+        ({}, "sum", 0.01),
+        ({"local_steps": 8}, "mean", 0.4),
+        ({"local_steps": 8, "method": "ssgdm"}, "mean", 0.4),
+        ({"local_steps": 8, "bucket": "sum"}, "sum", 0.4),
+        ({"local_steps": 8, "learning_rate": 1.0}, "mean", 1.0),
+        ({"local_steps": 8, "update_rule": "smega2"}, "sum", 0.4),  # it averages by itself
+        ({"bucket": "mean"}, "mean", 0.01),
+    ],
+)
+def test_with_local_steps_buckets_are_means_and_the_rate_is_the_outer_one_unless_set(
+    given: dict[str, Any], bucket: str, rate: float
+) -> None:
+    run = TrainingSettings(**given).run()
+    assert (run.method.bucket, run.learning_rate) == (bucket, LearningRate(rate))
+    assert run.momentum == 0.9

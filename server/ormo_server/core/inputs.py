@@ -98,11 +98,13 @@ class Return:
 class Push:
     """A gradient is filed in the bucket of its ticket, moves the parameters, and uses up the ticket.
 
-    A retry of the slot's last redeemed ticket gets the result that was kept, and changes nothing.
+    A retry of the slot's last redeemed ticket gets the result that was kept, and changes nothing. `local_steps` is how
+    many it holds the sum of, 0 for a gradient.
 
     Raises:
         NotAMember, Replaced, BadRequest, StaleRequest: see `StateMachine.requesting_slot`.
         Finished: the run is over.
+        BadRequest: besides, `local_steps` is not from 1 to the run's, or not 0 in a run without.
         TicketUnknown: the slot does not hold this ticket.
         NormTooLarge: the gradient is so long that the parameters might become infinite.
         StaleRequest: besides, the number is that of another gradient, whose result is kept.
@@ -116,6 +118,7 @@ class Push:
     ticket: int
     ticket_epoch: int
     samples: int = 0
+    local_steps: int = 0
 
     @property
     def ticket_key(self) -> TicketKey:
@@ -144,7 +147,8 @@ class Gradient:
     """The tensors of a `Push`, already known to be finite (buffers need not be) and of the model's size.
 
     Attributes:
-        values: g, shape (d,), float32 or bfloat16, mean over the mini-batch, weight decay added.
+        values: g, shape (d,), float32 or bfloat16: the mean over the mini-batch, weight decay added; or the
+            pseudo-gradient of local steps.
         float_buffers: the worker's, shape (f,), float32; None if it sent none.
         int_buffers: the worker's, shape (i,), int64, or the bits of float64; None if it sent none.
         norm: Euclidean, of `values`; None for one that was taken before, and is only done again.

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ormo_server.core import members
+from ormo_server.core import members, pace
 from ormo_server.core.buffers import Buffers, Merging
 from ormo_server.core.effects import NOTHING, Effects, Granted, Redeemed, Released
 from ormo_server.core.errors import (
@@ -202,12 +202,16 @@ class StateMachine:
             self._refuse_other_gradient(slot, given)
             return Effects(changed=False, result=replace(slot.result, repeated=True))
         self._refuse_finished()
+        self._refuse_other_kind(given)
         ticket = members.in_flight(self.state, slot, given)
         self._assert_sizes(gradient)
         seconds, bucket_size = given.seconds - ticket.handed_out_seconds, self.bucket_size
         slot.result = result = self._count(given, slot, ticket, gradient, seconds, bucket_size)
         slot.request, slot.redeemed, slot.ticket_seconds = given.request, slot.ticket, seconds
         members.close(self.state, ticket)
+        if self.run.local_steps_by_speed:
+            member = self.state.members[given.worker]
+            member.pace = pace.after_push(member.pace, given.local_steps, ticket.handed_out_seconds, given.seconds)
         return Effects(
             result=result,
             redeemed=_redeemed(ticket, result),
@@ -308,10 +312,17 @@ class StateMachine:
     def _hand_out(self, now: float) -> Sequence[Granted]:
         if self.state.finished or not self.state.started:
             return ()
-        handed_out = self.scheduler.hand_out(
-            self.state, self.bucket_size if self.run.method.bucket == "mean" else 0, now
-        )
-        return [Granted(ticket.slot, ticket, self.state.round_params) for ticket in handed_out]
+        granted, bucket_size = [], self.bucket_size if self.run.method.bucket == "mean" else 0
+        for ticket in self.scheduler.hand_out(self.state, bucket_size, now):
+            ticket.local_steps = self._local_steps_of(ticket.slot[0])
+            granted.append(Granted(ticket.slot, ticket, self.state.round_params))
+        return granted
+
+    def _local_steps_of(self, worker: str) -> int:
+        most, everyone = self.run.local_steps, self.state.members
+        if not self.run.local_steps_by_speed:
+            return most
+        return pace.steps_for(most, everyone[worker].pace, (member.pace for member in everyone.values()))
 
     def reached_end(self) -> bool:
         """Whether the run has as many gradients or samples as it should."""
@@ -364,6 +375,15 @@ class StateMachine:
             raise StaleRequest(
                 f"request {given.request} of slot {given.slot} of worker {given.worker!r} was for ticket "
                 f"{slot.redeemed[1]} and comes again for ticket {given.ticket}: numbers rise with every new gradient"
+            )
+
+    def _refuse_other_kind(self, given: Push) -> None:
+        most = self.run.local_steps
+        if not (1 <= given.local_steps <= most if most else given.local_steps == 0):
+            expected = f"1 to {most}, as the server has --local-steps {most}" if most else "0, a gradient"
+            raise BadRequest(
+                f"request {given.request} of slot {given.slot} of worker {given.worker!r} holds {given.local_steps} "
+                f"local steps: this run takes {expected}"
             )
 
     def _refuse_finished(self) -> None:

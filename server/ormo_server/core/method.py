@@ -144,6 +144,8 @@ class Run:
         stop_after_samples: the run ends when so many samples are counted; 0 for never.
         seed: where the workers' data seeds come from.
         delay_compensation: λ of the update rule `dc`, at least 0.
+        local_steps: H: a push is the sum of up to so many steps of the worker's own optimizer; 0: a gradient.
+        local_steps_by_speed: workers make fewer, the slower they are; see `pace`.
         waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
             waits for the next round. No run begins like this any more; files of earlier versions do.
 
@@ -161,6 +163,8 @@ class Run:
     stop_after_samples: int = 0
     seed: int = 0
     delay_compensation: float = 0.04
+    local_steps: int = 0
+    local_steps_by_speed: bool = False
     waits_for_idle: bool = False
 
     def __post_init__(self) -> None:
@@ -176,6 +180,10 @@ class Run:
             )
         if self.stop_after_gradients < 0 or self.stop_after_samples < 0:
             raise SettingsError("a run stops after a number of gradients or samples of at least 0 (0 for never)")
+        if self.local_steps < 0:
+            raise SettingsError(f"local steps {self.local_steps}: expected at least 0 (0 for gradients)")
+        if self.local_steps_by_speed and not self.local_steps:
+            raise SettingsError("local steps by speed in a run without local steps: set how many the fastest makes")
         if self.bucket_size is not None and not SCHEDULERS[self.method.scheduler].takes_fixed_bucket_size:
             raise SettingsError(
                 f"bucket size {self.bucket_size} with the {self.method.scheduler} scheduler: its buckets are its "

@@ -13,6 +13,7 @@ from ormo_server.core.errors import SettingsError
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
+from ormo_server.core.pace import Pace
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state import Departed, Member, PushResult, Slot, State, Ticket
 from ormo_server.core.step_size import HIGHEST, LOWEST, Tuning
@@ -67,6 +68,8 @@ def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
     fields["rule_counters"] = dict(state.rule.counters)
     fields["scheduler"] = machine.run.method.scheduler
     fields["staleness_bound"] = machine.run.method.staleness_bound
+    if machine.run.local_steps:  # older servers do not know it
+        fields["local_steps"] = machine.run.local_steps
     fields["members"] = [_row(member) for member in state.members.values()]
     fields["tickets"] = [_ticket(ticket) for ticket in state.tickets.values()]
     fields["replaced"] = [list(key) for key in state.replaced]
@@ -77,15 +80,17 @@ def take(machine: StateMachine, *, copied: bool = True) -> Snapshot:
 
 
 def _row(process: Member | Departed) -> dict[str, Any]:
-    # Without what older servers do not know, where there is none of it.
-    return dataclasses.asdict(
-        process, dict_factory=lambda pairs: dict(p for p in pairs if p != ("buffers_kept", False))
-    )
+    return _without(process, ("buffers_kept", False), ("pace", None))
 
 
 def _ticket(ticket: Ticket) -> dict[str, Any]:
-    # Without K where nobody will ask for it: older servers do not know it.
-    return dataclasses.asdict(ticket, dict_factory=lambda pairs: dict(p for p in pairs if p != ("bucket_size", 0)))
+    # Without K where nobody will ask for it.
+    return _without(ticket, ("bucket_size", 0), ("local_steps", 0))
+
+
+def _without(kept: Member | Departed | Ticket, *unsaid: tuple[str, object]) -> dict[str, Any]:
+    """As plain data, without what older servers do not know, where there is none of it."""
+    return dataclasses.asdict(kept, dict_factory=lambda pairs: dict(pair for pair in pairs if pair not in unsaid))
 
 
 def _copies(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,8 +139,8 @@ def restore(
     machine = StateMachine(run, state, buffers)
     if not keep_tickets or _was_looser(snapshot, run):
         _void_everything(state)
-    if snapshot.fields["scheduler"] != run.method.scheduler:
-        _change_scheduler(state)
+    if (snapshot.fields["scheduler"], snapshot.fields.get("local_steps", 0)) != (run.method.scheduler, run.local_steps):
+        _change_terms(state)
     # Earlier versions let an operator set any finite number.
     tuned = state.tuning
     if tuned is not None and (tuned.instead_of != run.learning_rate.peak or not LOWEST <= tuned.peak <= HIGHEST):
@@ -180,7 +185,9 @@ def _state(run: Run, snapshot: Snapshot) -> State:
 
 
 def _member(row: Mapping[str, Any]) -> Member:
-    return Member(**{**row, "slots": [_slot(slot) for slot in row["slots"]]})
+    pace = row.get("pace")
+    kept = {"slots": [_slot(slot) for slot in row["slots"]], "pace": None if pace is None else Pace(**pace)}
+    return Member(**{**row, **kept})
 
 
 def _departed(row: Mapping[str, Any] | int) -> Departed:
@@ -204,8 +211,8 @@ def _ticket_key(row: Sequence[int] | None) -> TicketKey | None:
     return None if row is None else (row[0], row[1])
 
 
-def _change_scheduler(state: State) -> None:
-    """Members joined under another scheduler's terms: they join again. Buckets go on after the newest."""
+def _change_terms(state: State) -> None:
+    """Members joined on other terms: they join again. Buckets go on after the newest."""
     _void_everything(state)
     for member in list(state.members.values()):
         members.remove(state, member)

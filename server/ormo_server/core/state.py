@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ormo_server.core.ids import SlotKey, TicketKey
+from ormo_server.core.pace import Pace
 from ormo_server.core.rules import Sending, UpdateRule
 from ormo_server.core.step_size import Tuning
 
@@ -22,6 +23,7 @@ class Ticket:
         handed_out_seconds: when, by the clock that is passed in.
         bucket_size: K when it was handed out; under the synchronous scheduler the tickets of its round by then; 0 where
             a sum is wanted, or a checkpoint does not say.
+        local_steps: how many its worker is to make for it, stamped when it is delivered; 0 in a run without.
         delivered: its parameters have been given to a request of its slot. Only the synchronous scheduler hands
             tickets out before they are asked for.
     """
@@ -34,6 +36,7 @@ class Ticket:
     handed_out_seconds: float
     delivered: bool
     bucket_size: int = 0
+    local_steps: int = 0
 
     @property
     def key(self) -> TicketKey:
@@ -98,6 +101,7 @@ class Member:
         rank: the smallest number that was free when it joined.
         data_seed: for its data order.
         slots: its in-flight places.
+        pace: what its pushes showed of its speed; None before the first, and where nobody asks for it.
     """
 
     worker: str
@@ -105,6 +109,7 @@ class Member:
     rank: int
     data_seed: int
     slots: list[Slot]
+    pace: Pace | None = None
 
 
 @dataclass(slots=True)
@@ -181,6 +186,10 @@ class State:
         """The slot with this key; its worker must be a member."""
         worker, number = key
         return self.members[worker].slots[number]
+
+    def tickets_of(self, member: Member) -> list[Ticket]:
+        """Those that a worker holds."""
+        return [self.tickets[slot.ticket] for slot in member.slots if slot.ticket is not None]
 
     def sending(self, bucket_size: int) -> Sending:
         """What a delivery now depends on."""

@@ -23,6 +23,7 @@ def run_settings(host: RunHost) -> pb.RunSettings:
         learning_rate=settings.learning_rate,
         stop_after_gradients=settings.stop_after_gradients,
         stop_after_samples=settings.stop_after_samples,
+        local_steps=settings.local_steps,
     )
     if host.has_model:
         with host.engine.inspect() as machine:
@@ -115,6 +116,7 @@ def _worker(worker: WorkerView) -> pb.WorkerStatus:
         ticket_seconds=seen.ticket_seconds,
         push_age_seconds=worker.push_age_seconds,
         gradient_norm=seen.gradient_norm,
+        local_steps=seen.local_steps,
     )
 
 

@@ -24,6 +24,7 @@ class ReceivedGradient:
         samples: how many the mini-batch had.
         loss: of the mini-batch, NaN if it is not finite; None if the worker did not say.
         compute_seconds: as the worker measured; 0 if it did not say.
+        local_steps: that it is the sum of; 0 for a gradient.
         norm: Euclidean, of the gradient; None if it has NaN or infinity. Buffers are the core's to judge.
     """
 
@@ -32,6 +33,7 @@ class ReceivedGradient:
     samples: int
     loss: float | None
     compute_seconds: float
+    local_steps: int
     norm: float | None
 
 

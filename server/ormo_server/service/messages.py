@@ -12,7 +12,7 @@ from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk, Payload, PayloadLayout
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
-from ormo_server.core.errors import BadPayload, BadRequest, ManifestDigest, OrmoError, ProtocolVersion
+from ormo_server.core.errors import BadPayload, BadRequest, LocalSteps, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.state import PushResult
 from ormo_server.metrics.view import Evaluation
@@ -72,7 +72,9 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
 def received_gradient(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:
     """A gradient whose tensors have come."""
     loss = _loss(message.loss) if message.HasField("loss") else None
-    return ReceivedGradient(ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, norm)
+    return ReceivedGradient(
+        ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, message.local_steps, norm
+    )
 
 
 def evaluation(message: pb.Evaluation) -> Evaluation:
@@ -122,7 +124,7 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
     if ticket is not None:
         there = message.ticket
         there.epoch, there.number, there.iteration = ticket.epoch, ticket.number, ticket.iteration
-        there.bucket = ticket.bucket
+        there.bucket, there.local_steps = ticket.bucket, ticket.local_steps
     if delivery.payload is not None:
         layout = delivery.payload.layout
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
@@ -188,6 +190,20 @@ def _refuse_head(frame: Headed[M] | Malformed) -> NoReturn:
         raise not_understood(frame)
     got = frame.message.WhichOneof("part")
     raise BadRequest(f"received a message with {got or 'nothing'!r} where 'chunk' was expected")
+
+
+def check_local_steps(worker: str, *, makes_them: bool, local_steps: int) -> None:
+    """Refuse a worker that sends gradients, in a run of local steps.
+
+    Raises:
+        LocalSteps: it does.
+    """
+    if local_steps and not makes_them:
+        raise LocalSteps(
+            f"this run has local steps (--local-steps {local_steps}), and worker {worker!r} sends the gradient of each "
+            "step: give it an optimizer of its own (inner=..., or --inner), which older versions do not know; or start "
+            "the server without --local-steps"
+        )
 
 
 def check_version(version: int) -> None:

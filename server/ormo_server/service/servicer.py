@@ -59,6 +59,8 @@ class Servicer:
         caller = self._access.caller(context)
         worker = _own(caller, request.worker)
         messages.check_version(request.protocol_version)
+        most = self._host.settings.local_steps
+        messages.check_local_steps(worker, makes_them=request.local_steps, local_steps=most)
         self._streams.refuse_if_draining()
         if not self._host.has_model:
             return self._ask_for_model(worker, request.incarnation)

@@ -183,8 +183,9 @@ def _column_type(column: "dataclasses.Field[Any]") -> Any:
 def _row_class(event: str, kind: type[Input]) -> type[Row]:
     columns = _columns(kind, Redeemed) if kind is Push else _columns(kind)
     if "buffers_kept" in columns:
-        # Written only where it is true: without it older programs read the row, too.
+        # Written only where there is something to tell: without them older programs read the row, too.
         columns["buffers_kept"] = (Literal[True] | None, None)
+        columns["local_steps"] = (Annotated[int, Field(ge=1)] | None, None)
     kind_of_row: Any = Literal[event]
     return create_model(f"_{event}", __base__=Row, event=(kind_of_row, event), **columns)
 
@@ -199,6 +200,7 @@ def row_of(entry: Recorded) -> Row:
     if entry.redeemed is not None:
         columns |= _values(entry.redeemed)
         columns["buffers_kept"] = columns["buffers_kept"] or None
+        columns["local_steps"] = columns["local_steps"] or None
     return _ROW_CLASSES[event](**columns)
 
 
@@ -213,6 +215,7 @@ def recorded_of(row: Row) -> Recorded:
     redeemed = None
     if kind is Push:
         values["buffers_kept"] = bool(values["buffers_kept"])
+        values["local_steps"] = values["local_steps"] or 0
         redeemed = Redeemed(**{column.name: values.pop(column.name) for column in dataclasses.fields(Redeemed)})
     return Recorded(kind(**values), redeemed)
 
