@@ -48,6 +48,22 @@ def test_buffers_are_held_once_sent_with_each_slots_gradient_and_copied_for_the_
     assert got.checkpoint_bytes == without.checkpoint_bytes + 24
 
 
+@pytest.mark.parametrize(
+    ("elements", "scales", "buffer_bytes", "expected"),
+    [
+        (1000, 1, 0, 4000),  # float32, which a worker may send: 3004 in int8 and bfloat16
+        (1000, 1, 1500, 3000 + 4 + 2 * 1500),  # a buffer of either dtype has the model's
+        (1000, 1000, 0, 7000),  # tensors of one number each
+    ],
+)
+def test_local_steps_may_take_two_buffers_for_each_slot(
+    elements: int, scales: int, buffer_bytes: int, expected: int
+) -> None:
+    got, without = (memory_need(run_of(local_steps=h), elements, 8, buffer_bytes, scales) for h in (16, 0))
+    assert got.exchange_bytes == 8 * expected
+    assert without.exchange_bytes == 8 * (4 * elements + buffer_bytes)
+
+
 def _run(rule: str, scheduler: str) -> Run:
     bound = 3 if scheduler == "bounded-staleness" else None
     return run_of(rule, scheduler, staleness_bound=bound)

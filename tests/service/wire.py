@@ -161,10 +161,16 @@ class WireWorker:
     """A worker that can be made to misbehave."""
 
     def __init__(
-        self, stub: ParameterServerStub, name: str, manifest: Manifest = SMALL, incarnation: int = 1, start: float = 0.0
+        self,
+        stub: ParameterServerStub,
+        name: str,
+        manifest: Manifest = SMALL,
+        incarnation: int = 1,
+        start: float = 0.0,
+        local_steps: int = 0,
     ) -> None:
         self.stub, self.name, self.manifest, self.incarnation = stub, name, manifest, incarnation
-        self.start = start
+        self.start, self.local_steps = start, local_steps
         self.request = 0
         self.ticket: pb.Ticket | None = None
         self.params = torch.zeros(0)
@@ -188,6 +194,7 @@ class WireWorker:
             protocol_version=version,
             slots=slots,
             model_digest=model_digest or (self.manifest.model_digest if self.manifest.newer else b""),
+            local_steps=self.local_steps > 0,
         )
         with refusals():
             return self.stub.Join(request)
@@ -218,6 +225,7 @@ class WireWorker:
                 "with_buffers": gradient.layout.with_buffers,
                 "payload_bytes": gradient.layout.total_bytes,
                 "samples": 4,
+                "local_steps": self.local_steps,
             }
             | changes
         )

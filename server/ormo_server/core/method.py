@@ -248,7 +248,8 @@ class MemoryNeed:
 
     Attributes:
         state_bytes: w, the rule's vectors, and the model's buffers.
-        exchange_bytes: one buffer of the model's size for each exchange that may be under way.
+        exchange_bytes: for each exchange that may be under way one buffer of the model's size; or two, for the sum of
+            local steps in int8 and parameters in bfloat16, where those are larger together.
         checkpoint_bytes: the copy that is being written.
     """
 
@@ -262,12 +263,24 @@ class MemoryNeed:
         return self.state_bytes + self.exchange_bytes + self.checkpoint_bytes
 
 
-def memory_need(run: Run, elements: int, slots: int, buffer_bytes: int = 0) -> MemoryNeed:
-    """What a model of `elements` numbers needs with `slots` in-flight places; what it has besides are buffers."""
+def memory_need(run: Run, elements: int, slots: int, buffer_bytes: int = 0, scales: int = 0) -> MemoryNeed:
+    """What a model needs.
+
+    Args:
+        run: the method's vectors, and whether there are local steps.
+        elements: numbers that are trained.
+        slots: in-flight places.
+        buffer_bytes: what the model has besides.
+        scales: of a gradient in int8: one for each of its blocks.
+    """
     rule = UPDATE_RULES[run.method.rule]
     vectors = 1 + len(rule.vectors_of_run) + rule.vectors_per_slot * slots
     # A scheduler whose workers wait for each other keeps the parameters of the round's opening.
     vectors += SCHEDULERS[run.method.scheduler].keeps_opening
     vector_bytes = elements * _BYTES_PER_NUMBER
     state_bytes = vectors * vector_bytes + buffer_bytes
-    return MemoryNeed(state_bytes, slots * (vector_bytes + buffer_bytes), state_bytes)
+    exchange_bytes = vector_bytes + buffer_bytes
+    if run.local_steps:
+        # 1 byte a number up and 2 down, and the buffers in both; workers may send float32 all the same.
+        exchange_bytes = max(exchange_bytes, 3 * elements + _BYTES_PER_NUMBER * scales + 2 * buffer_bytes)
+    return MemoryNeed(state_bytes, slots * exchange_bytes, state_bytes)

@@ -187,6 +187,10 @@ class State:
         worker, number = key
         return self.members[worker].slots[number]
 
+    def tickets_of(self, member: Member) -> list[Ticket]:
+        """Those that a worker holds."""
+        return [self.tickets[slot.ticket] for slot in member.slots if slot.ticket is not None]
+
     def sending(self, bucket_size: int) -> Sending:
         """What a delivery now depends on."""
         return Sending(self.learning_rate, bucket_size)

@@ -1,7 +1,8 @@
 """Walking long vectors in blocks that stay in the processor's cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -11,24 +12,44 @@ BLOCK_ELEMENTS = 1 << 19
 _ROW_ELEMENTS = 4096
 
 
+class Vector(Protocol):
+    """Numbers to be read block by block: a tensor of shape (d,), or one that is decoded as it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d,)."""
+
+    def numel(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> torch.Tensor:
+        """Some of them, floating."""
+
+    def split(self, elements: int, /) -> Iterable[torch.Tensor]:
+        """All of them in blocks of so many, in order."""
+
+
 def blocks(elements: int) -> Iterator[slice]:
     """The slices that cover `elements` numbers, in order, none longer than `BLOCK_ELEMENTS`."""
     for start in range(0, elements, BLOCK_ELEMENTS):
         yield slice(start, min(start + BLOCK_ELEMENTS, elements))
 
 
-def walk(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it."""
+def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it.
+
+    Of one that is no tensor, a block is decoded when its turn comes, and is no view.
+    """
     elements = vectors[0].numel()
     if elements <= BLOCK_ELEMENTS:
         # Slicing is most of the cost for a small model.
-        yield vectors
+        yield tuple(vector if isinstance(vector, torch.Tensor) else vector[:elements] for vector in vectors)
         return
     # Cut by PyTorch: slices made one by one in Python are what a small block costs.
-    yield from zip(*(torch.split(vector, BLOCK_ELEMENTS) for vector in vectors), strict=True)
+    yield from zip(*(vector.split(BLOCK_ELEMENTS) for vector in vectors), strict=True)
 
 
-def all_finite(vector: torch.Tensor) -> bool:
+def all_finite(vector: Vector) -> bool:
     """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
@@ -51,7 +72,7 @@ class SquaredNorm:
     blocks are the same however it is filled, and so is the sum.
     """
 
-    def __init__(self, vector: torch.Tensor) -> None:
+    def __init__(self, vector: Vector) -> None:
         self._vector = vector
         self._counted = 0
         self._sum = 0.0

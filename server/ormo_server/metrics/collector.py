@@ -106,6 +106,11 @@ _WORKER = (
     _WorkerFigure("training_loss", "Loss that it reported last.", lambda w: w.seen.last_loss),
     _WorkerFigure("gradient_norm", "Euclidean norm of its last applied gradient.", lambda w: w.seen.gradient_norm),
     _WorkerFigure(
+        "local_steps",
+        "Local steps in its last applied pseudo-gradient; not there in a run without.",
+        lambda w: w.seen.local_steps or None,
+    ),
+    _WorkerFigure(
         "refused_gradients",
         "Its gradients since it joined that were refused: not finite, or of too large a norm.",
         lambda w: w.seen.refused,

@@ -220,6 +220,7 @@ _RELATIVE_DELAYS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 _STALENESS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 # Most scales are at most 1; `rescaled` has a mean of 1 and gives slow workers more.
 _SCALES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_LOCAL_STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 _NORMS = tuple(float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 3))[:-1]
 
 
@@ -256,6 +257,14 @@ class Gradients:
             "kept_buffers", "Applied gradients with NaN or infinity in a buffer, of which the server kept its own."
         )
         self._samples = families.counter("samples", "Training samples in applied gradients.")
+        self._local_steps = families.histogram(
+            "gradient_local_steps", "Local steps in applied pseudo-gradients; of a run without, none.", _LOCAL_STEPS
+        )
+        self._lost_local_steps = families.counter(
+            "lost_local_steps",
+            "Local steps that can never count: their ticket was void when they came, or its worker is gone or had it "
+            "for too long. Then they are not known, and all that the ticket was for count.",
+        )
 
     def counted(self, delay: int, lag_buckets: int, bucket_size: int, ticket_seconds: float) -> None:
         """A gradient was applied or discarded.
@@ -271,11 +280,17 @@ class Gradients:
         self._lag.observe(lag_buckets)
         self._staleness.observe(ticket_seconds)
 
-    def applied(self, samples: int, norm: float, *, buffers_kept: bool) -> None:
+    def applied(self, samples: int, local_steps: int, norm: float, *, buffers_kept: bool) -> None:
         """It was applied, if need be without some of its buffers."""
         self._samples.inc(samples)
+        if local_steps:
+            self._local_steps.observe(local_steps)
         self._kept_buffers.inc(buffers_kept)
         self._norm.observe(norm)
+
+    def lost(self, local_steps: int) -> None:
+        """So many local steps can never count."""
+        self._lost_local_steps.inc(local_steps)
 
     def clipped(self) -> None:
         """It was scaled down to the largest norm allowed."""

@@ -28,6 +28,7 @@ class WorkerObservation:
         compute_seconds_sum: how long all its gradients took, as it reported.
         ticket_seconds: how long its last redeemed ticket was out.
         gradient_norm: Euclidean norm of its last applied gradient.
+        local_steps: in its last applied gradient; 0 in a run without.
         refused: how many of its gradients were not finite or too large.
         refused_share: share of its gradients that were, smoothed exponentially: each new one counts 1/32.
         pushed_at: when its last gradient was counted, by the run's clock.
@@ -44,6 +45,7 @@ class WorkerObservation:
     compute_seconds_sum: float = 0.0
     ticket_seconds: float = 0.0
     gradient_norm: float = 0.0
+    local_steps: int = 0
     refused: int = 0
     refused_share: float = 0.0
     pushed_at: float | None = None
@@ -76,11 +78,11 @@ class WorkerObservation:
             self.refused_requests[slot] = request
         return anew
 
-    def apply(self, samples: int, loss: float | None, norm: float) -> None:
-        """Count a gradient that was applied, with its samples, the loss reported with it and its Euclidean norm."""
+    def apply(self, samples: int, local_steps: int, loss: float | None, norm: float) -> None:
+        """Count a gradient that was applied: what it is made of, the loss reported with it, its Euclidean norm."""
         self.applied += 1
         self.samples += samples
-        self.gradient_norm = norm
+        self.gradient_norm, self.local_steps = norm, local_steps
         if loss is not None:
             self.last_loss = loss
 

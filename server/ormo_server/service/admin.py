@@ -116,6 +116,7 @@ def _worker(worker: WorkerView) -> pb.WorkerStatus:
         ticket_seconds=seen.ticket_seconds,
         push_age_seconds=worker.push_age_seconds,
         gradient_norm=seen.gradient_norm,
+        local_steps=seen.local_steps,
     )
 
 

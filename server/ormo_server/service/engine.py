@@ -115,14 +115,13 @@ class Engine:
         with self._lock as machine:
             self._refuse_if_sent_away(worker, incarnation)
             known = machine.state.members.get(worker)
+            held = [] if known is None else machine.state.tickets_of(known)
             effects = self._take(inputs.Join(self._clock(), worker, incarnation, slots))
             self._leases.grant(worker, self._clock())
             if effects.changed:
                 self.observations.joined(worker)
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self.position
-        self._figures.count([effects])
-        if effects.changed:
-            self._metrics.upkeep.joins.inc()
+        self._figures.count_join(effects, held)
         self.wait_durable(position)
         member = effects.member
         assert member is not None
@@ -181,6 +180,7 @@ class Engine:
         with self._lock as machine:
             now, live = self._clock(), machine.state.members
             lapsed = [live[worker] for worker in self._leases.expired(now) if worker in live]
+            held = [machine.state.tickets_of(member) for member in lapsed]
             effects = [self._let_go(member.worker, member.incarnation) for member in lapsed]
             overdue = self._ticket_timeout.overdue(machine.state, now)
             for ticket in overdue:
@@ -190,8 +190,9 @@ class Engine:
             if overdue:
                 self._ticket_timeout.lapsed()
         self._figures.count(effects)
-        for member in lapsed:
-            self._figures.note_expired_lease(member.worker, self._leases.lease_seconds, self.iteration()[1])
+        for member, voided in zip(lapsed, held, strict=True):
+            note = self._figures.note_expired_lease
+            note(member.worker, self._leases.lease_seconds, self.iteration()[1], voided=voided)
         for ticket in overdue:
             self._figures.note_overdue_ticket(ticket, self.iteration()[1])
         return [(member.worker, member.incarnation) for member in lapsed]

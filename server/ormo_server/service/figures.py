@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from ormo_runtime.logs import Fields
 from ormo_server.core.effects import NOTHING, Effects, Redeemed
-from ormo_server.core.errors import BadRequest, Finished, OrmoError
+from ormo_server.core.errors import BadRequest, Finished, OrmoError, TicketUnknown
+from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
+from ormo_server.core.members import PROCESSES_REMEMBERED
 from ormo_server.core.schedulers import Scheduler
 from ormo_server.core.state import Member, State, Ticket
 from ormo_server.metrics import Metrics
@@ -67,6 +69,7 @@ class Figures:
         self.lock = threading.Lock()
         self._metrics = metrics
         self._idle_warning = ""
+        self._lost: dict[TicketKey, None] = {}
         for worker in members:
             self.observations.joined(worker)
 
@@ -82,6 +85,8 @@ class Figures:
             return
         if outcome.refusal is not None:
             self._metrics.traffic.push_refused(outcome.refusal.reason)
+            if isinstance(outcome.refusal, TicketUnknown):
+                self._note_lost(outcome.requester.worker, outcome.received.ticket, outcome.received.local_steps)
         elif outcome.pushed.redeemed is not None:
             self._count_gradient(outcome, outcome.received, outcome.pushed.redeemed)
         elif outcome.pushed.result is not None:
@@ -112,10 +117,10 @@ class Figures:
             rate, norm = outcome.pushed.learning_rate, received.norm
             assert norm is not None
             scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
-            mine.apply(received.samples, received.loss, norm)
+            mine.apply(received.samples, received.local_steps, received.loss, norm)
             self.observations.applied_with(redeemed.delay, scale)
         metrics.traffic.applied.inc()
-        metrics.gradients.applied(received.samples, norm, buffers_kept=redeemed.buffers_kept)
+        metrics.gradients.applied(received.samples, received.local_steps, norm, buffers_kept=redeemed.buffers_kept)
         if scale is not None:
             metrics.gradients.scaled(scale)
         if redeemed.buffers_kept:
@@ -145,6 +150,13 @@ class Figures:
             _LOG.warning("%s", warning)
         self._idle_warning = warning
 
+    def count_join(self, effects: Effects, held: Iterable[Ticket]) -> None:
+        """A process asked to join, where another of the same worker may have held these tickets."""
+        self.count([effects])
+        if effects.changed:
+            self._metrics.upkeep.joins.inc()
+            self._note_void(held)
+
     def note_join(self, member: Member, iteration: int, bucket_size: int, caller: str) -> None:
         """A process has become a member. Nobody's name is that of a caller in this process."""
         about = Fields(
@@ -159,11 +171,14 @@ class Figures:
         about = Fields(worker=worker, incarnation=f"{incarnation:016x}", iteration=iteration)
         _LOG.info("worker %s left", worker, extra=about)
 
-    def note_expired_lease(self, worker: str, lease_seconds: float, iteration: int) -> None:
-        """A worker has lost its lease."""
+    def note_expired_lease(
+        self, worker: str, lease_seconds: float, iteration: int, *, voided: Iterable[Ticket]
+    ) -> None:
+        """A worker has lost its lease, and with it its tickets."""
         self._metrics.upkeep.expired_workers.inc()
         about = Fields(worker=worker, iteration=iteration)
         _LOG.warning("worker %s was silent for %g s and lost its lease", worker, lease_seconds, extra=about)
+        self._note_void(voided)
 
     def note_overdue_ticket(self, ticket: Ticket, iteration: int) -> None:
         """A ticket is void."""
@@ -176,6 +191,24 @@ class Figures:
             worker,
             extra=about,
         )
+        self._note_void([ticket])
+
+    def _note_void(self, tickets: Iterable[Ticket]) -> None:
+        """Nobody will ever know how much had been done for these."""
+        for ticket in tickets:
+            self._note_lost(ticket.slot[0], ticket.key, ticket.local_steps, "up to ")
+
+    def _note_lost(self, worker: str, ticket: TicketKey, local_steps: int, known: str = "") -> None:
+        """Count local steps whose ticket is void, once: they may still come, and come again."""
+        with self.lock:
+            if not local_steps or ticket in self._lost:
+                return
+            self._lost[ticket] = None
+            if len(self._lost) > PROCESSES_REMEMBERED:
+                del self._lost[next(iter(self._lost))]
+        self._metrics.gradients.lost(local_steps)
+        said = "worker %s has lost %s%d local steps: their ticket is void, and they can't count under another one"
+        _LOG.warning(said, worker, known, local_steps, extra=Fields(worker=worker, ticket=ticket[1]))
 
     def note_sent_away(self, requester: Requester, seen: WorkerObservation) -> None:
         """A worker's gradients are unsound too often."""

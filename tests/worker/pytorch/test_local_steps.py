@@ -14,9 +14,14 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import OptionRefused, OrmoError, ParametersChanged, Refused
+from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.inner import Inner
+from ormo_worker.pytorch.transfer import Staging
+from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
 from worker.models import Tied, line
+from worker.pytorch.loops import PATIENT_SECONDS
+from worker.pytorch.streams import LateStreams
 
 H = 4
 
@@ -630,7 +635,8 @@ def test_with_two_in_flight_the_next_steps_begin_without_the_last_ones_and_share
     inner = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
     moves = [0.25, 0.375, 0.4375, 0.46875]  # of gradients of one
     with remote(model, server, inner, in_flight=2) as optimizer:
-        assert model.weight.item() == 2.0
+        arrived: Any = optimizer._pipeline
+        eventually(lambda: arrived._done.qsize() == 1, PATIENT_SECONDS)  # the other slot's first parameters
         slots = []
         for _ in range(H):
             slots.append(optimizer._pipeline.current)
@@ -643,6 +649,26 @@ def test_with_two_in_flight_the_next_steps_begin_without_the_last_ones_and_share
     first, second = (pushed.item() for pushed in server.gradients)
     assert first == sum(moves)
     assert second > first  # the momentum went on
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_moves_leave_a_device_beside_the_computation_as_gradients_do(
+    server: FakeServer, model: nn.Linear, in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = LateStreams(ahead="compute")
+
+    class OnDevice(Staging):
+        def __init__(self, *options: Any) -> None:
+            super().__init__(*options)
+            self.device, self.streams = torch.device("cpu"), streams
+
+    monkeypatch.setattr(optimizer_module, "Staging", OnDevice)
+    with streams.queueing(), remote(model, server, in_flight=in_flight) as optimizer:
+        for factor in range(1, 3 * H + 1):
+            step(model, optimizer, float(factor), loss=torch.tensor(float(factor)))
+    sums = [sum(range(first, first + H)) for first in (1, H + 1, 2 * H + 1)]
+    assert [pushed.item() for pushed in server.gradients] == [0.25 * each for each in sums]
+    assert [announced.loss for announced in server.announced] == [each / H for each in sums]
 
 
 def test_inner_optimizers_forget_only_what_they_have_gathered() -> None:

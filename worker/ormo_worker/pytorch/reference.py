@@ -44,6 +44,12 @@ class Reference:
             torch._foreach_zero_(resting)
         return self._values
 
+    def in_a_row(self) -> Tensor:
+        """The moves of all parameters, one after the other, shape (d,); uncopied, if they are on one device."""
+        if len(self._flats) == 1:
+            return next(iter(self._flats.values()))
+        return torch.cat([value.flatten().cpu() for value in self._values])
+
     def is_finite(self) -> bool:
         """Whether all moves are numbers; waits for their devices."""
         extremes = (torch.stack(torch.aminmax(flat)) for flat in self._flats.values() if len(flat))

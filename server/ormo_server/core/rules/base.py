@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ormo_server.core.ids import SlotKey
-from ormo_server.core.vectors import largest
+from ormo_server.core.vectors import Vector, largest
 
 # Why no gradient that is taken can make the state infinite, however many come.
 #
@@ -124,12 +124,12 @@ class UpdateRule(ABC):
         return (1.0 - self.coefficients.momentum) * LARGEST / 2.0**26
 
     @abstractmethod
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         """Move the parameters, in place.
 
         Args:
             params: w, shape (d,), float32, changed in place.
-            gradient: g, shape (d,), float32 or bfloat16, finite; read block by block, never written.
+            gradient: g, shape (d,), finite; read block by block, each of float32 or bfloat16, and never written.
             landing: where it counts.
         """
 

@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import LARGEST, LARGEST_STEP, Landing, UpdateRule
-from ormo_server.core.vectors import largest, walk
+from ormo_server.core.vectors import Vector, largest, walk
 
 
 class DelayCompensated(UpdateRule):
@@ -31,7 +31,7 @@ class DelayCompensated(UpdateRule):
         return LARGEST  # they are parameters
 
     @override
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         compensation = self.coefficients.delay_compensation
         for w, sent, g in walk(params, self.vectors[_sent_to(landing.slot)], gradient):
             g = g.to(w.dtype)  # noqa: PLW2901

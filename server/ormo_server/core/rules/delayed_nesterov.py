@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, UpdateRule
-from ormo_server.core.vectors import walk
+from ormo_server.core.vectors import Vector, walk
 
 
 class DelayedNesterov(UpdateRule):
@@ -32,7 +32,7 @@ class DelayedNesterov(UpdateRule):
         return LARGEST / 2.0**26
 
     @override
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         beta, count = self.coefficients.momentum, self.counters["gathered"] + 1
         is_full = count >= landing.bucket_size
         for w, m, gathered, g in walk(params, self.vectors["momentum"], self.vectors["gathered"], gradient):

@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
-from ormo_server.core.vectors import walk
+from ormo_server.core.vectors import Vector, walk
 
 # v holds gradients without η, and is multiplied by an η of later. It is a sum of means of gradients, βv + G/s, so by
 # the argument of `LARGEST` it stays below 2^27 times the largest norm (|G|/s is at most e times that, for any s). With
@@ -45,7 +45,7 @@ class Smega2(UpdateRule):
         return _LARGEST_ELEMENT
 
     @override
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         beta, step = self.coefficients.momentum, landing.step_size
         count = self.counters["gathered"] + 1
         bucket_is_full = count >= landing.bucket_size
