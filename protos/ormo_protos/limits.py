@@ -29,6 +29,9 @@ MAX_CHUNK_BYTES = 4 << 20
 # more.
 FREE_CHUNKS = 64
 BYTES_PER_CHUNK = 16 << 10
+# Of DTYPE_INT8: values that share a scale, and the largest code.
+INT8_BLOCK_ELEMENTS = 1024
+INT8_LARGEST = 127
 
 # Messages
 

@@ -22,6 +22,7 @@ FLOAT32 = pb.DTYPE_FLOAT32
 BFLOAT16 = pb.DTYPE_BFLOAT16
 INT64 = pb.DTYPE_INT64
 FLOAT64 = pb.DTYPE_FLOAT64
+INT8 = pb.DTYPE_INT8
 PARAMETER = pb.ROLE_PARAMETER
 FROZEN = pb.ROLE_FROZEN
 BUFFER = pb.ROLE_BUFFER
@@ -255,6 +256,11 @@ class Manifest:
             if not spec.alias_of:
                 sizes[spec.section] += spec.elements
         return sizes
+
+    @cached_property
+    def trained_sizes(self) -> tuple[int, ...]:
+        """Elements of each tensor that gradients are for, in their order; aliases do not count."""
+        return tuple(spec.elements for spec in self.tensors if spec.role == PARAMETER and not spec.alias_of)
 
     def differences(self, other: "Manifest") -> list[str]:
         """One sentence for each tensor that the other model has otherwise, lacks, or has besides."""

@@ -12,11 +12,14 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from ormo_protos.int8 import Blocks, Int8Vector
 from ormo_protos.limits import BYTES_PER_CHUNK, CHUNK_BYTES, FREE_CHUNKS, MAX_CHUNK_BYTES
-from ormo_protos.manifest import BFLOAT16, FLOAT32, Manifest
+from ormo_protos.manifest import BFLOAT16, FLOAT32, INT8, Manifest
 from ormo_protos.v1 import parameter_server_pb2 as pb
 
 _SECTION_ALIGNMENT = 8
+# To let other threads run, and to wait for them afterwards, takes longer than to copy so much.
+_COPIED_AT_ONCE_BYTES = 1 << 16
 _TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 
 
@@ -69,13 +72,16 @@ class PayloadLayout:
     dtype: pb.Dtype.ValueType
     with_buffers: bool
     parameters: int
+    scales: int
     float_buffers: int
     int_buffers: int
     frozen: int
+    scales_offset: int
     float_buffers_offset: int
     int_buffers_offset: int
     frozen_offset: int
     total_bytes: int
+    blocks: Blocks | None
 
     @classmethod
     def of(
@@ -86,20 +92,52 @@ class PayloadLayout:
         Raises:
             PayloadError: `dtype` is none of the wire dtypes for floating-point numbers.
         """
+        torch_dtype(dtype)
         sizes = manifest.sizes
-        floats, ints = (sizes["float_buffers"], sizes["int_buffers"]) if with_buffers else (0, 0)
-        return _layout(dtype, with_buffers, sizes["parameters"], floats, ints, sizes["frozen"] if with_frozen else 0)
+        return _layout(manifest, dtype, None, with_buffers, sizes["frozen"] if with_frozen else 0)
+
+    @classmethod
+    def of_gradient(cls, manifest: Manifest, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> "PayloadLayout":
+        """As `of`, for what may come in DTYPE_INT8, too.
+
+        Raises:
+            PayloadError: `dtype` is none in which a gradient can travel.
+        """
+        if dtype != INT8:
+            return cls.of(manifest, dtype, with_buffers=with_buffers)
+        return _layout(manifest, dtype, Blocks.of(manifest.trained_sizes), with_buffers, 0)
+
+
+def _layout(
+    manifest: Manifest, dtype: pb.Dtype.ValueType, blocks: Blocks | None, with_buffers: bool, frozen: int
+) -> PayloadLayout:
+    sizes = manifest.sizes
+    floats, ints = (sizes["float_buffers"], sizes["int_buffers"]) if with_buffers else (0, 0)
+    return _layout_of_sizes(dtype, blocks, with_buffers, sizes["parameters"], floats, ints, frozen)
 
 
 @cache
-def _layout(
-    dtype: pb.Dtype.ValueType, with_buffers: bool, params: int, floats: int, ints: int, frozen: int
+def _layout_of_sizes(
+    dtype: pb.Dtype.ValueType,
+    blocks: Blocks | None,
+    with_buffers: bool,
+    params: int,
+    floats: int,
+    ints: int,
+    frozen: int,
 ) -> PayloadLayout:
-    floats_at = _aligned(params * torch_dtype(dtype).itemsize)
+    scales = 0 if blocks is None else blocks.count
+    scales_at = _aligned(params * _element_dtype(dtype).itemsize)
+    floats_at = scales_at + _aligned(scales * 4)
     ints_at = floats_at + _aligned(floats * 4)
     frozen_at = ints_at + ints * 8
     end = frozen_at + _aligned(frozen * 4)
-    return PayloadLayout(dtype, with_buffers, params, floats, ints, frozen, floats_at, ints_at, frozen_at, end)
+    places = (scales_at, floats_at, ints_at, frozen_at, end)
+    return PayloadLayout(dtype, with_buffers, params, scales, floats, ints, frozen, *places, blocks)
+
+
+def _element_dtype(dtype: int) -> torch.dtype:
+    return torch.int8 if dtype == INT8 else torch_dtype(dtype)
 
 
 def _aligned(size: int) -> int:
@@ -118,7 +156,9 @@ class Payload:
         layout: where the sections lie.
         array: all bytes, shape (`layout.total_bytes`,), uint8, for what copies them.
         memory: the same bytes, for what sends them.
-        parameters: shape (d,), dtype of the layout.
+        parameters: shape (d,), dtype of the layout; codes, if that is int8.
+        scales: shape (s,), float32, of the codes' blocks; empty unless there are codes.
+        gradient: what the first section says, as numbers: `parameters`, or what the codes are decoded to.
         float_buffers: shape (f,), float32; empty without buffers.
         int_buffers: shape (i,), int64, or the bits of float64; empty without buffers.
         frozen: shape (z,), float32; empty unless the layout has them.
@@ -131,7 +171,11 @@ class Payload:
         self._bytes = memory[: layout.total_bytes]
         self.array = self._bytes.numpy()
         self.memory: memoryview = self.array.data
-        self.parameters = self._view(0, layout.parameters, torch_dtype(layout.dtype))
+        self.parameters = self._view(0, layout.parameters, _element_dtype(layout.dtype))
+        self.scales = self._view(layout.scales_offset, layout.scales, torch.float32)
+        self.gradient: torch.Tensor | Int8Vector = self.parameters
+        if layout.blocks is not None:
+            self.gradient = Int8Vector(self.parameters, self.scales, layout.blocks)
         self.float_buffers = self._view(layout.float_buffers_offset, layout.float_buffers, torch.float32)
         self.int_buffers = self._view(layout.int_buffers_offset, layout.int_buffers, torch.int64)
         self.frozen = self._view(layout.frozen_offset, layout.frozen, torch.float32)
@@ -143,10 +187,19 @@ class Payload:
     def zero_padding(self) -> None:
         """Clear what stands between the sections: it travels too, and must not be what the memory held before."""
         end_of_parameters = self.layout.parameters * self.parameters.element_size()
-        self._bytes[end_of_parameters : self.layout.float_buffers_offset] = 0
+        self._bytes[end_of_parameters : self.layout.scales_offset] = 0
+        end_of_scales = self.layout.scales_offset + self.layout.scales * 4
+        self._bytes[end_of_scales : self.layout.float_buffers_offset] = 0
         end_of_floats = self.layout.float_buffers_offset + self.layout.float_buffers * 4
         self._bytes[end_of_floats : self.layout.int_buffers_offset] = 0
         self._bytes[self.layout.frozen_offset + self.layout.frozen * 4 :] = 0
+
+    def numbers_in(self, received_bytes: int) -> int:
+        """How many of `gradient`'s first numbers are there with so many bytes from the payload's start."""
+        if self.layout.blocks is None:
+            return received_bytes // self.parameters.element_size()
+        whole = self.layout.scales_offset + self.layout.scales * 4
+        return self.layout.parameters if received_bytes >= whole else 0  # the scales come last
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """The payload's bytes from `start` on in pieces of `CHUNK_BYTES`, in order; views of it."""
@@ -212,8 +265,10 @@ class PayloadReceiver:
                 "fewer and larger ones, of 2 MiB"
             )
         self._chunks_left -= 1
-        # Unlike assignment to a slice, NumPy lets other threads run meanwhile.
-        np.copyto(self.payload.array[chunk.offset : chunk.offset + size], np.frombuffer(chunk.data, np.uint8))
+        if size <= _COPIED_AT_ONCE_BYTES:
+            self.payload.memory[chunk.offset : chunk.offset + size] = chunk.data
+        else:  # unlike that, NumPy lets other threads run meanwhile
+            np.copyto(self.payload.array[chunk.offset : chunk.offset + size], np.frombuffer(chunk.data, np.uint8))
         self.received_bytes += size
         self.complete = self.received_bytes == total
         return self

@@ -24,6 +24,7 @@ from ormo_server.core.schedulers import SCHEDULERS
         ("smega2", "asynchronous", 8, 3),  # w, v, G
         ("naive-nesterov", "asynchronous", 8, 2),
         ("delayed-nesterov", "asynchronous", 8, 3),  # w, m, B
+        ("fadas", "asynchronous", 8, 5),  # w, m, v, v̂, B
         ("shifted", "asynchronous", 8, 9),  # w, a u for each slot
         ("dc", "asynchronous", 8, 9),  # w, what was sent to each slot
         ("ormo", "bounded-staleness", 8, 2),
@@ -45,6 +46,22 @@ def test_buffers_are_held_once_sent_with_each_slots_gradient_and_copied_for_the_
     assert got.state_bytes == without.state_bytes + 24
     assert got.exchange_bytes == without.exchange_bytes + 8 * 24
     assert got.checkpoint_bytes == without.checkpoint_bytes + 24
+
+
+@pytest.mark.parametrize(
+    ("elements", "scales", "buffer_bytes", "expected"),
+    [
+        (1000, 1, 0, 4000),  # float32, which a worker may send: 3004 in int8 and bfloat16
+        (1000, 1, 1500, 3000 + 4 + 2 * 1500),  # a buffer of either dtype has the model's
+        (1000, 1000, 0, 7000),  # tensors of one number each
+    ],
+)
+def test_local_steps_may_take_two_buffers_for_each_slot(
+    elements: int, scales: int, buffer_bytes: int, expected: int
+) -> None:
+    got, without = (memory_need(run_of(local_steps=h), elements, 8, buffer_bytes, scales) for h in (16, 0))
+    assert got.exchange_bytes == 8 * expected
+    assert without.exchange_bytes == 8 * (4 * elements + buffer_bytes)
 
 
 def _run(rule: str, scheduler: str) -> Run:

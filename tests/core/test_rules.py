@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from core.driving import Driver, driver_of, fingerprint, run_of
+from ormo_protos.int8 import Blocks, Int8Vector, encode, rounding
 from ormo_server.core import snapshot
+from ormo_server.core.inputs import Gradient, Push
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.rules import UPDATE_RULES, geometric_sum
@@ -72,6 +74,37 @@ def test_a_bfloat16_gradient_counts_like_the_float32_numbers_that_it_stands_for(
     assert ends[0][0].dtype == torch.float32
 
 
+def int8_of(values: torch.Tensor, *sizes: int) -> Int8Vector:
+    """These values of tensors of these sizes, rounded to int8."""
+    blocks_of_tensors = Blocks.of(sizes)
+    codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(blocks_of_tensors.count)
+    encode(values, codes, scales, blocks_of_tensors, rounding(1, 1, values.device))
+    return Int8Vector(codes, scales, blocks_of_tensors)
+
+
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+@pytest.mark.parametrize("sizes", [(5,), (3000, 4), (BLOCK_ELEMENTS - 500, 700, 30_000)])
+def test_an_int8_gradient_counts_like_the_float32_numbers_that_it_stands_for(rule: str, sizes: tuple[int, ...]) -> None:
+    size = sum(sizes)
+    drawn = torch.Generator().manual_seed(size)
+    coded = [int8_of(torch.randn(size, generator=drawn), *sizes) for _ in range(3)]
+    ends = []
+    for gradients in (coded, [each[:] for each in coded]):
+        driver = driver_of(run_of(rule, momentum=0.9), "a", "b", size=size)
+        for worker, gradient in zip("aba", gradients, strict=True):
+            driver.request(worker)
+            driver.machine.step(push_of(driver, worker), Gradient(gradient, norm=1.0))
+        ends.append([driver.machine.state.params, *driver.machine.state.rule.vectors.values()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    assert ends[0][0].count_nonzero() > size / 2
+
+
+def push_of(driver: Driver, worker: str) -> Push:
+    """The push of the ticket that this worker holds."""
+    epoch, number = driver.ticket(worker)
+    return Push(driver.now, *driver.requester(worker), number, epoch)
+
+
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_is_read_never_written_nor_kept(rule: str, dtype: torch.dtype) -> None:
@@ -100,7 +133,8 @@ def test_a_delivery_may_be_overwritten_by_its_receiver(rule: str) -> None:
 def test_a_delivery_as_bfloat16_is_the_float32_one_rounded(rule: str) -> None:
     sent = {}
     for wire in (torch.float32, torch.bfloat16):
-        driver = driver_of(run_of(rule), "a", "b", size=3)
+        run = run_of(rule, learning_rate=LearningRate(0.3), bucket_size=1)
+        driver = driver_of(run, "a", "b", size=3)
         driver.wire = wire
         for worker in "ab":
             driver.request(worker)
@@ -146,6 +180,16 @@ def test_what_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: flo
 def test_squared_norm_is_the_sum_of_squares(size: int, dtype: torch.dtype) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
     assert SquaredNorm(vector).total() == pytest.approx(float(vector.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (BLOCK_ELEMENTS + 3, 2000)])
+def test_squared_norm_of_int8_is_that_of_the_numbers_that_it_stands_for(sizes: tuple[int, ...]) -> None:
+    coded = int8_of(torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)), *sizes)
+    assert SquaredNorm(coded).total() == SquaredNorm(coded[:]).total()
+    assert all_finite(coded)
+    coded.mul_(1e38).mul_(50)  # scales that are finite, of numbers that are not
+    assert not coded.fault
+    assert SquaredNorm(coded).total() is None
 
 
 def test_squared_norm_of_numbers_whose_squares_float32_does_not_hold_is_exact() -> None:

@@ -232,6 +232,8 @@ SENTENCES = {
     ],
     "FREE_CHUNKS": [f"A payload may come in {limits.FREE_CHUNKS} chunks, and one more for each"],
     "BYTES_PER_CHUNK": [f"chunks, and one more for each {limits.BYTES_PER_CHUNK // KIB} KiB that it has."],
+    "INT8_BLOCK_ELEMENTS": [f"A block is {limits.INT8_BLOCK_ELEMENTS:,} values of one tensor in a row"],
+    "INT8_LARGEST": [f"two's complement but never {-limits.INT8_LARGEST - 1}, times the float32 scale"],
     "SMALL_MESSAGE_BYTES": [f"one of more than {limits.SMALL_MESSAGE_BYTES // KIB} KiB."],
     "LONGEST_LISTS": [
         f"Tickets that will not be used, at most {LENGTHS['HeartbeatRequest.returned']}.",

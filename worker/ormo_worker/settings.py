@@ -26,8 +26,8 @@ class _Common(ClientSettings):
     server: str = Field("127.0.0.1:50051", title="Server and task", description="host and port of the parameter server")
     task: str = Field(
         "digits",
-        description="model and data: `digits`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import path of "
-        "your own, as in `package.module:MyTask` or `file.py:MyTask`",
+        description="model and data: `digits`, `code-lm`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import "
+        "path of your own, as in `package.module:MyTask` or `file.py:MyTask`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
 
@@ -126,8 +126,10 @@ class RunSettings(_Common):
         description=f"name of this worker: {WORKER_ID_IN_WORDS}; none: generated from host name, "
         "process id and a random part",
     )
-    wire_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="how parameters and gradients travel; `bfloat16` halves the bytes"
+    wire_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="how parameters and gradients travel; `bfloat16` halves the bytes; `int8`, with `--inner`: sums of "
+        "steps as int8 and parameters as bfloat16, 0.38 of the bytes",
     )
     in_flight: int = Field(
         1,

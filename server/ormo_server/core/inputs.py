@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ormo_server.core.ids import SlotKey, TicketKey
+from ormo_server.core.vectors import Vector
 
 
 class Requester(NamedTuple):
@@ -147,14 +148,14 @@ class Gradient:
     """The tensors of a `Push`, already known to be finite (buffers need not be) and of the model's size.
 
     Attributes:
-        values: g, shape (d,), float32 or bfloat16: the mean over the mini-batch, weight decay added; or the
-            pseudo-gradient of local steps.
+        values: g, shape (d,), float32 or bfloat16, or read as float32 where it is int8: the mean over the mini-batch,
+            weight decay added; or the pseudo-gradient of local steps.
         float_buffers: the worker's, shape (f,), float32; None if it sent none.
         int_buffers: the worker's, shape (i,), int64, or the bits of float64; None if it sent none.
         norm: Euclidean, of `values`; None for one that was taken before, and is only done again.
     """
 
-    values: torch.Tensor
+    values: Vector
     float_buffers: torch.Tensor | None = None
     int_buffers: torch.Tensor | None = None
     norm: float | None = None

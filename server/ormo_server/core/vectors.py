@@ -1,7 +1,8 @@
 """Walking long vectors in blocks that stay in the processor's cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -11,24 +12,56 @@ BLOCK_ELEMENTS = 1 << 19
 _ROW_ELEMENTS = 4096
 
 
+class Vector(Protocol):
+    """Numbers to be read block by block: a tensor of shape (d,), or one that is decoded as it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d,)."""
+
+    def numel(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> torch.Tensor:
+        """Some of them, floating."""
+
+    def split(self, elements: int, /) -> Iterable[torch.Tensor]:
+        """All of them in blocks of so many, in order."""
+
+
 def blocks(elements: int) -> Iterator[slice]:
     """The slices that cover `elements` numbers, in order, none longer than `BLOCK_ELEMENTS`."""
     for start in range(0, elements, BLOCK_ELEMENTS):
         yield slice(start, min(start + BLOCK_ELEMENTS, elements))
 
 
-def walk(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it."""
+def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it.
+
+    Of one that is no tensor, a block is decoded when its turn comes, and is no view.
+    """
     elements = vectors[0].numel()
     if elements <= BLOCK_ELEMENTS:
         # Slicing is most of the cost for a small model.
-        yield vectors
+        yield tuple(vector if isinstance(vector, torch.Tensor) else vector[:elements] for vector in vectors)
         return
     # Cut by PyTorch: slices made one by one in Python are what a small block costs.
-    yield from zip(*(torch.split(vector, BLOCK_ELEMENTS) for vector in vectors), strict=True)
+    yield from zip(*(vector.split(BLOCK_ELEMENTS) for vector in vectors), strict=True)
 
 
-def all_finite(vector: torch.Tensor) -> bool:
+def walk_gradient(*vectors: torch.Tensor, gradient: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
+    """As `walk`, with the gradient's blocks last, which come in float32 whatever it is in."""
+    for *views, block in walk(*vectors, gradient):
+        yield (*views, _in_float32(block))
+
+
+def _in_float32(block: torch.Tensor) -> torch.Tensor:
+    # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that is
+    # dear for a small model.
+    return block if block.dtype is torch.float32 else block.float()
+
+
+def all_finite(vector: Vector) -> bool:
     """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
 
@@ -51,7 +84,7 @@ class SquaredNorm:
     blocks are the same however it is filled, and so is the sum.
     """
 
-    def __init__(self, vector: torch.Tensor) -> None:
+    def __init__(self, vector: Vector) -> None:
         self._vector = vector
         self._counted = 0
         self._sum = 0.0
@@ -60,8 +93,10 @@ class SquaredNorm:
         """The first so many elements are there: count the blocks that are whole."""
         total = self._vector.numel()
         while self._counted < total and (elements >= total or elements - self._counted >= BLOCK_ELEMENTS):
-            block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
-            self._sum += _squared(block.float())
+            block = self._vector
+            if total > BLOCK_ELEMENTS or not isinstance(block, torch.Tensor):
+                block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
+            self._sum += _squared(_in_float32(block))
             self._counted += block.numel()
 
     def total(self) -> float | None:
@@ -82,7 +117,7 @@ class SquaredNorm:
 def _squared(block: torch.Tensor) -> float:
     # Row by row, as one float32 sum of so many terms is off by 1e-5 (bfloat16's squares all round the same way).
     whole = block.numel() // _ROW_ELEMENTS * _ROW_ELEMENTS
-    rest = block[whole:]
+    rest = block[whole:] if whole else block
     total = float(torch.dot(rest, rest))
     if whole:
         norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW_ELEMENTS), dim=1)

@@ -181,7 +181,7 @@ class Reading:
 
     def _payload(self, stored: StoredGradient) -> Payload | None:
         try:
-            layout = PayloadLayout.of(self.manifest, stored.dtype, with_buffers=stored.with_buffers)  # type: ignore[arg-type]
+            layout = PayloadLayout.of_gradient(self.manifest, stored.dtype, with_buffers=stored.with_buffers)  # type: ignore[arg-type]
         except PayloadError:
             return None
         if stored.size != layout.total_bytes:
@@ -305,7 +305,7 @@ def gradient_in(payload: Payload, norm: float | None = None) -> Gradient:
     """What a push carried, as the core takes it."""
     with_buffers = payload.layout.with_buffers
     return Gradient(
-        payload.parameters,
+        payload.gradient,
         payload.float_buffers if with_buffers else None,
         payload.int_buffers if with_buffers else None,
         norm,

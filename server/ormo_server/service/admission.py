@@ -4,7 +4,7 @@ import logging
 import threading
 from dataclasses import dataclass, replace
 
-from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.manifest import FLOAT32, INT8, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.errors import MemoryLimit, NonFinite, NormTooLarge, NotWanted, UnsoundWorker
 from ormo_server.core.ids import TicketKey
@@ -60,7 +60,7 @@ class Bounds:
         """Scale a gradient down to the bound, in its payload."""
         assert self.norm is not None
         assert received.norm is not None
-        received.payload.parameters.mul_(self.norm / received.norm)
+        received.payload.gradient.mul_(self.norm / received.norm)
         return replace(received, norm=self.norm)
 
     def too_large(self, requester: Requester, received: ReceivedGradient) -> NormTooLarge:
@@ -164,7 +164,8 @@ def check_memory(settings: ServerSettings, run: Run, manifest: Manifest) -> Memo
     elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
     slots = settings.max_workers * settings.slots_per_worker
     buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
-    need = memory_need(run, elements, slots, buffer_bytes)
+    scales = PayloadLayout.of_gradient(manifest, INT8, with_buffers=False).scales
+    need = memory_need(run, elements, slots, buffer_bytes, scales)
     # Once: they are sent, and written to the disk, from where they are.
     need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
     rule = run.method.rule

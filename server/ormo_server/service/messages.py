@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import NoReturn, TypeVar
 
 from ormo_protos.framing import NOTHING, Frame, Headed
+from ormo_protos.int8 import Int8Vector
 from ormo_protos.limits import MAX_COMPUTE_SECONDS, MAX_SAMPLES, WORKER_ID, WORKER_ID_IN_WORDS
-from ormo_protos.manifest import Manifest
+from ormo_protos.manifest import INT8, Manifest
 from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk, Payload, PayloadLayout
 from ormo_protos.v1 import PROTOCOL_VERSION
@@ -41,12 +42,17 @@ def ticket_key(message: pb.Ticket) -> TicketKey:
     return (message.epoch, message.number)
 
 
-def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
+def gradient_layout(manifest: Manifest, message: pb.Gradient, *, takes_int8: bool) -> PayloadLayout:
     """The layout of the gradient that is about to come, after a check of its header.
+
+    Args:
+        manifest: the model's.
+        message: the header.
+        takes_int8: whether this run has local steps, whose sums alone come in int8.
 
     Raises:
         ManifestDigest: it was made for another model.
-        BadPayload: a length that its dtype and the model do not give.
+        BadPayload: a length that its dtype and the model do not give, or int8 where it is not taken.
         BadRequest: a number outside its limits.
         PayloadError: a dtype that is not served.
     """
@@ -55,7 +61,12 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
             f"the gradient is for the model with digest {message.manifest_digest[:8].hex() or 'none'}…, this server "
             f"holds {manifest.digest.hex()[:16]}…: ask DescribeModel for its manifest"
         )
-    layout = PayloadLayout.of(manifest, message.dtype, with_buffers=message.with_buffers)
+    if message.dtype == INT8 and not takes_int8:
+        raise BadPayload(
+            "payload dtype DTYPE_INT8 (5) is for the sums of local steps, which this run does not have: use "
+            "DTYPE_FLOAT32 (1) or DTYPE_BFLOAT16 (2), or start the server with --local-steps"
+        )
+    layout = PayloadLayout.of_gradient(manifest, message.dtype, with_buffers=message.with_buffers)
     if message.payload_bytes != layout.total_bytes:
         raise BadPayload(
             f"a gradient of {message.payload_bytes} bytes was announced; dtype {message.dtype} with buffers "
@@ -67,6 +78,17 @@ def gradient_layout(manifest: Manifest, message: pb.Gradient) -> PayloadLayout:
             f"samples and 0 to {MAX_COMPUTE_SECONDS:g} seconds"
         )
     return layout
+
+
+def check_codes(payload: Payload) -> None:
+    """Refuse a gradient in int8 whose bytes are no code.
+
+    Raises:
+        BadPayload: a code or a scale is none.
+    """
+    fault = payload.gradient.fault if isinstance(payload.gradient, Int8Vector) else ""
+    if fault:
+        raise BadPayload(f"the gradient was not applied: {fault}")
 
 
 def received_gradient(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:

@@ -50,7 +50,9 @@ class Servicer:
         self._controls = controls
         self._metrics = host.metrics
         limit = host.settings.max_bytes_in_flight
-        self._transfers = Transfers(None if limit is None else int(limit), host.metrics.traffic)
+        self._transfers = Transfers(
+            None if limit is None else int(limit), host.metrics.traffic, takes_int8=host.settings.local_steps > 0
+        )
 
     # Members
 
@@ -96,6 +98,7 @@ class Servicer:
                 rank=member.rank,
                 data_seed=member.data_seed,
                 takes_data=True,
+                takes_int8=self._transfers.takes_int8,
             )
         )
 

@@ -224,12 +224,15 @@ class Transfers:
     Args:
         max_bytes_in_flight: of each caller; None for no limit.
         traffic: what to count in.
+        takes_int8: whether gradients may come in int8, as those of local steps.
 
     Attributes:
+        takes_int8: as given.
         in_flight: what is under way, by caller.
     """
 
-    def __init__(self, max_bytes_in_flight: int | None, traffic: Traffic) -> None:
+    def __init__(self, max_bytes_in_flight: int | None, traffic: Traffic, *, takes_int8: bool) -> None:
+        self.takes_int8 = takes_int8
         self.in_flight = BytesInFlight(max_bytes_in_flight)
         self._buffers = BufferPool(self.in_flight)
         self._traffic = traffic
@@ -269,18 +272,18 @@ class Transfers:
         Its norm is counted as its bytes arrive, while they are still in the processor's cache.
 
         Raises:
-            OrmoError: as `messages.gradient_layout` and `Loans.take`.
+            OrmoError: as `messages.gradient_layout`, `Loans.take` and `messages.check_codes`.
             PayloadError: as `receive`.
         """
         started, checking = time.perf_counter(), 0.0
-        payload = borrowed.take(messages.gradient_layout(manifest, header))
-        receiver, square = PayloadReceiver(payload), SquaredNorm(payload.parameters)
-        element_bytes = payload.parameters.element_size()
+        payload = borrowed.take(messages.gradient_layout(manifest, header, takes_int8=self.takes_int8))
+        receiver, square = PayloadReceiver(payload), SquaredNorm(payload.gradient)
         for _ in self.receive(receiver, chunks, method):
             arrived = time.perf_counter()
-            square.count(receiver.received_bytes // element_bytes)
+            square.count(payload.numbers_in(receiver.received_bytes))
             checking += time.perf_counter() - arrived
         arrived = time.perf_counter()
+        messages.check_codes(payload)
         total = square.total()
         ended = time.perf_counter()
         checking += ended - arrived

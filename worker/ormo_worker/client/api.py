@@ -32,7 +32,8 @@ class ParameterClient:
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; by default from the host's name, the
             process and chance. Or a whole identity, that of a client that is closed.
         slots: gradients that may be in flight, 1 to 16.
-        wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients.
+        wire_dtype: DTYPE_FLOAT32 or DTYPE_BFLOAT16, for parameters and gradients; DTYPE_INT8 for the sums of local
+            steps, with parameters in bfloat16.
         local_steps: whether this worker makes local steps, and so wants a run that has them.
         pin_memory: whether payloads are received into page-locked memory.
         patience: how long to wait for the server.

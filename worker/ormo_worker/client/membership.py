@@ -8,7 +8,7 @@ from typing import TypeVar
 import grpc
 
 from ormo_protos.limits import MAX_CHUNK_BYTES
-from ormo_protos.manifest import Manifest, ManifestError
+from ormo_protos.manifest import INT8, Manifest, ManifestError
 from ormo_protos.refusals import Reason
 from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
@@ -192,6 +192,7 @@ class Membership:
                 if welcome.manifest.digest not in self._wire.manifest.digests:
                     raise self._mismatch("", _read([welcome.manifest]))
             self._check_local_steps(welcome.settings.local_steps)
+            self._check_int8(takes_it=welcome.takes_int8)
         except OrmoError:
             self.leave()
             raise
@@ -204,6 +205,14 @@ class Membership:
                 f"the run at {self._connection.server} takes the gradient of each step, and this worker makes local "
                 "steps: start ormo-server with --local-steps, or leave out inner= (--inner)",
                 Reason.LOCAL_STEPS,
+            )
+
+    def _check_int8(self, *, takes_it: bool) -> None:
+        if self._wire.dtype == INT8 and not takes_it:
+            raise Refused(
+                f"the server at {self._connection.server} does not know gradients in int8: upgrade it, or let this "
+                "worker send bfloat16 (--wire-dtype bfloat16)",
+                Reason.PROTOCOL_VERSION,
             )
 
     def _mismatch(self, message: str, theirs: Manifest | None) -> ModelMismatch:

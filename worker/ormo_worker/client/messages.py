@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from ormo_protos.framing import NOTHING, Headed
 from ormo_protos.limits import CHUNK_BYTES, MAX_COMPUTE_SECONDS, MAX_SAMPLES
-from ormo_protos.manifest import FLOAT32, Manifest
+from ormo_protos.manifest import BFLOAT16, FLOAT32, INT8, Manifest
 from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk, Payload, PayloadError, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -91,12 +91,12 @@ class Wire:
 
     Attributes:
         manifest: describes the model to the server.
-        dtype: the number format in which parameters and gradients travel.
+        dtype: the number format in which gradients travel, and parameters: those come in bfloat16 where it is int8.
         pin_memory: whether received payloads lie in page-locked memory.
         wanted: by whether buffers, and whether frozen tensors, shall come along: they do only if the model has any.
 
     Raises:
-        PayloadError: `dtype` is none in which parameters can travel.
+        PayloadError: `dtype` is none in which gradients can travel.
     """
 
     manifest: Manifest
@@ -119,9 +119,10 @@ class Wire:
         sizes = self.manifest.sizes
         buffers = with_buffers and sizes["float_buffers"] + sizes["int_buffers"] > 0
         frozen = with_frozen and self.has_frozen
+        dtype = BFLOAT16 if self.dtype == INT8 else self.dtype
         return Wanted(
-            pb.DeliveryRequest(dtype=self.dtype, with_buffers=buffers, with_frozen=frozen),
-            PayloadLayout.of(self.manifest, self.dtype, with_buffers=buffers, with_frozen=frozen),
+            pb.DeliveryRequest(dtype=dtype, with_buffers=buffers, with_frozen=frozen),
+            PayloadLayout.of(self.manifest, dtype, with_buffers=buffers, with_frozen=frozen),
         )
 
     def exchange_messages(

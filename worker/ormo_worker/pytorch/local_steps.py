@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ormo_protos.limits import MAX_SAMPLES
+from ormo_protos.manifest import INT8
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client import ExchangeOutcome
 from ormo_worker.errors import OptionRefused
@@ -52,6 +53,7 @@ class LocalSteps:
         self.made = 0
         self.pushed: dict[int, int] = {}
         self._due = 1
+        self._ticket: pb.Ticket | None = None
         self._spent = True  # the moves are pushed or dropped: other parameters must come before the next step
         self._unanswered: Gathered | None = None  # what this thread pushes, until its outcome is known
         self._inner = inner
@@ -84,6 +86,7 @@ class LocalSteps:
         """
         # Of the model's own values, and not of what came: rounded to bfloat16 they would differ without any step.
         self._reference.note()
+        self._ticket = ticket
         self.made, self._due = 0, min(max(1, 0 if ticket is None else ticket.local_steps), max(1, most))
         self._samples, self._loss_sum, self._losses = 0, 0.0, 0
         self._loaded_at = time.monotonic()
@@ -163,7 +166,11 @@ class LocalSteps:
             return None
         before = self._before if len(self._outgoing) > 1 else None  # as in `RemoteOptimizer._gather`
         outgoing, loss = self._outgoing[slot], self._loss_sum / self._losses if self._losses else None
-        self._before = outgoing.begin_moves(moves)
+        if outgoing.payload.layout.dtype == INT8:
+            assert self._ticket is not None  # it came with the parameters that the moves began at
+            self._before = outgoing.begin_codes(self._reference.in_a_row(), self._ticket)
+        else:
+            self._before = outgoing.begin_moves(moves)
         self.pushed[slot] = self.made
         return Gathered(
             payload=outgoing.payload,
@@ -213,6 +220,12 @@ class Reference:
         if resting:
             torch._foreach_zero_(resting)
         return self._values
+
+    def in_a_row(self) -> Tensor:
+        """The moves of all parameters, one after the other, shape (d,); uncopied, if they are on one device."""
+        if len(self._flats) == 1:
+            return next(iter(self._flats.values()))
+        return torch.cat([value.flatten().cpu() for value in self._values])
 
     def is_finite(self) -> bool:
         """Whether all moves are numbers; waits for their devices."""

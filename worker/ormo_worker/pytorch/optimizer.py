@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
+from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
@@ -24,7 +25,6 @@ from ormo_worker.errors import (
     OptionRefused,
     OrmoError,
     Refused,
-    Replaced,
     RunFinished,
 )
 from ormo_worker.metrics import Exporter, Tally, WorkerMetrics, note_not_finite
@@ -86,7 +86,8 @@ class RemoteOptimizer(Grouped):
             in each join, and are the same on all workers. A group may set `weight_decay_scale`.
         batch_size: samples that a step counts if it is not told; 1 by default.
         worker_id: 1 to 128 of the characters A-Z a-z 0-9 . _ -; made up by default.
-        wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way.
+        wire_dtype: torch.float32 or torch.bfloat16, for parameters and gradients on their way; or, with `inner`,
+            torch.int8 for the sums of steps, rounded without bias, and bfloat16 for parameters.
         in_flight: gradients that may be on their way, 1 to 16, each with a slot of its own; the server must
             allow as many, and its synchronous scheduler allows 1. More than 2 pay only if an exchange takes
             longer than a gradient. Each needs memory for two payloads.
@@ -157,7 +158,7 @@ class RemoteOptimizer(Grouped):
         self._weight_decay = 0.0  # as the server had it at that join
         self._gathered: Copies | None = None
         self._in_flight = whole_number("in_flight", in_flight, 1, MAX_SLOTS)
-        self._dtype = wire_dtype_of(wire_dtype)
+        self._dtype = wire_dtype_of(wire_dtype, local_steps=inner is not None)
         identity = Identity() if worker_id is None else Identity(worker_id)
         self._tally = Tally(identity.worker)
         self._metrics = WorkerMetrics(identity.worker, staging.tensors.parameters[0].device)
@@ -368,7 +369,7 @@ class RemoteOptimizer(Grouped):
             self._apply(self._pipeline.start())
 
     def _explain(self, error: Refused) -> Refused:
-        if self._in_flight == 1 or isinstance(error, Replaced):
+        if self._in_flight == 1 or error.reason != Reason.BAD_REQUEST:
             return error
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.manifest import BFLOAT16, FLOAT32, INT8
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.client.arguments import address, real_number
 from ormo_worker.errors import OptionRefused
@@ -33,7 +33,7 @@ _LEFT_OUT = {"maximize": "give the loss the other sign"} | dict.fromkeys(
     ("capturable", "differentiable", "foreach", "fused"), "the server updates the parameters, so leave it out"
 )
 OPTIONS_OF_TORCH = frozenset(_INSTEAD | _LEFT_OUT)
-_WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 class ParameterGroup(dict[str, Any]):
@@ -134,14 +134,19 @@ def check_model_and_server(model: object, server: object, others: Iterable[str])
     address("server", server, lowest_port=1)
 
 
-def wire_dtype_of(dtype: torch.dtype) -> pb.Dtype.ValueType:
-    """The contract's number for a dtype in which parameters and gradients can travel.
+def wire_dtype_of(dtype: torch.dtype, *, local_steps: bool) -> pb.Dtype.ValueType:
+    """The contract's number for a dtype in which gradients can travel.
 
     Raises:
-        OptionRefused: they can't travel in this one.
+        OptionRefused: they can't travel in this one, or only the sums of local steps can.
     """
     if dtype not in _WIRE_DTYPES:
-        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16")
+        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32, torch.bfloat16 or torch.int8")
+    if dtype == torch.int8 and not local_steps:
+        raise OptionRefused(
+            "wire_dtype is torch.int8, which is for the sums of local steps: give an inner optimizer with inner= "
+            "(--inner), or use torch.bfloat16"
+        )
     return _WIRE_DTYPES[dtype]
 
 

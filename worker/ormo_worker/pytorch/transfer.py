@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ormo_protos.int8 import encode, rounding
 from ormo_protos.manifest import FLOAT32
-from ormo_protos.tensors import Payload, PayloadLayout, torch_dtype
+from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.pytorch.devices import Arriving, Copies, Event, Streams, queue_copies
 from ormo_worker.pytorch.module import ModelTensors
@@ -53,7 +54,7 @@ class Staging:
 
     def payload(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Payload:
         """Memory for one payload of this model, without its frozen tensors."""
-        layout = PayloadLayout.of(self.tensors.manifest, dtype, with_buffers=with_buffers)
+        layout = PayloadLayout.of_gradient(self.tensors.manifest, dtype, with_buffers=with_buffers)
         return Payload(layout, pin_memory=self.pinned)
 
     def transfer(self, payload: Payload, *, mirror: int = 0) -> "Transfer":
@@ -71,7 +72,7 @@ class Staging:
             self.streams = Streams(self.device)
         key = (payload.layout.dtype, mirror)
         if key not in self._mirrors:
-            self._mirrors[key] = self._mirror(payload.layout.dtype, self.device, self.streams)
+            self._mirrors[key] = self._mirror(payload, self.device, self.streams)
         return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self.loading)
 
     def snapshot(self) -> Payload:
@@ -106,10 +107,11 @@ class Staging:
             return float(value.detach().item())
         return self.fetch(value)
 
-    def _mirror(self, dtype: pb.Dtype.ValueType, device: torch.device, streams: Streams) -> "_Mirror":
+    def _mirror(self, payload: Payload, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
         sections = (
-            torch.empty(sizes["parameters"], dtype=torch_dtype(dtype), device=device),
+            torch.empty_like(payload.parameters, device=device),
+            torch.empty_like(payload.scales, device=device),
             torch.empty(sizes["float_buffers"], dtype=torch.float32, device=device),
             torch.empty(sizes["int_buffers"], dtype=torch.int64, device=device),
         )
@@ -190,6 +192,23 @@ class Transfer:
         return self._gather_rest()
 
     @torch.no_grad()
+    def begin_codes(self, moves: Tensor, ticket: pb.Ticket) -> Copies:
+        """As `begin_moves`, into a payload of int8; they are rounded by the numbers of the ticket that they are for.
+
+        Args:
+            moves: of all parameters, one after the other, shape (d,), float32.
+            ticket: the one that they will be pushed with.
+        """
+        if self._device is not None:
+            self._device.claim()
+        flat, blocks = self.payload if self._device is None else self._device.flat, self.payload.layout.blocks
+        assert blocks is not None
+        here = moves.to(flat.parameters.device)
+        rounded_by = rounding(ticket.epoch, ticket.number, here.device)
+        encode(here, flat.parameters, flat.scales, blocks, rounded_by)
+        return self._gather_rest()
+
+    @torch.no_grad()
     def gather_parameters(self) -> None:
         """Write the parameters, and the buffers and frozen tensors if the payload has them."""
         if self._device is not None:
@@ -250,6 +269,7 @@ class _Mirror:
     """
 
     parameters: Tensor
+    scales: Tensor
     float_buffers: Tensor
     int_buffers: Tensor
     free: Event
@@ -285,6 +305,8 @@ class _ThroughDevice:
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.flat.parameters, self.payload.parameters)]
+        if self.payload.layout.scales:
+            pairs.append((self.flat.scales, self.payload.scales))
         if self.payload.layout.with_buffers:
             pairs.append((self.flat.float_buffers, self.payload.float_buffers))
             pairs.append((self.flat.int_buffers, self.payload.int_buffers))

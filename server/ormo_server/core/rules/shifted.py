@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Landing, UpdateRule
-from ormo_server.core.vectors import walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class Shifted(UpdateRule):
@@ -20,12 +20,12 @@ class Shifted(UpdateRule):
     vectors_moved = 5
 
     @override
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         name = _momentum_of(landing.slot)
         if name not in self.vectors:
             self.vectors[name] = torch.zeros_like(params)
-        for w, u, g in walk(params, self.vectors[name], gradient):
-            u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
+        for w, u, g in walk_gradient(params, self.vectors[name], gradient=gradient):
+            u.mul_(self.coefficients.momentum).add_(g, alpha=landing.step_size)
             w.sub_(u)
 
     @override
