@@ -191,7 +191,8 @@ def methods_table() -> str:
         scale = (
             f"{method.scale}, from {method.delay_threshold:g}K on" if method.scale == "delay-adaptive" else method.scale
         )
-        rows.append(f"| `{method.name}` | {method.rule}{discards} | {scale} | {method.scheduler} | {kept} |")
+        mean = ", mean of buckets" if method.bucket == "mean" else ""
+        rows.append(f"| `{method.name}` | {method.rule}{discards}{mean} | {scale} | {method.scheduler} | {kept} |")
     return "\n".join(rows) + "\n"
 
 

@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 SHARED_VALUES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 # What our own texts have beside ASCII; in what others have said, an escape tells more than a question mark.
 _SPELLED = {"–": "-", "…": "...", "·": "*", "×": "x", "β": "beta", "η": "eta", "λ": "lambda", "τ": "tau"}
+_SPELLED |= {"ε": "epsilon", "₁": "1", "₂": "2"}
 
 
 def prepare_process() -> None:

@@ -12,7 +12,15 @@ from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
 from ormo_server.core.errors import SettingsError
-from ormo_server.core.method import BUCKETS, LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD, PRESETS, Method, Run
+from ormo_server.core.method import (
+    BUCKETS,
+    LEAST_DELAY_THRESHOLD,
+    LEAST_EPSILON,
+    MOST_DELAY_THRESHOLD,
+    PRESETS,
+    Method,
+    Run,
+)
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
@@ -56,8 +64,8 @@ class TrainingSettings(Settings):
         None,
         ge=LEAST_DELAY_THRESHOLD,
         le=MOST_DELAY_THRESHOLD,
-        description="for the step scale `delay-adaptive`: the delay above which steps get smaller, in K; none: 1 for "
-        "`asgd-da`, else 2",
+        description="for the step scale `delay-adaptive` and the update rule `fadas`: the delay above which steps get "
+        "smaller, in K; none: 1 for `asgd-da` and `fadas`, else 2",
     )
     discard_delay: int | None = Field(
         None,
@@ -67,6 +75,15 @@ class TrainingSettings(Settings):
     )
     delay_compensation: float = Field(
         0.04, ge=0, le=1e6, description="λ of the update rule `dc`, in the units of an inverse gradient"
+    )
+    second_momentum: float = Field(0.99, ge=0, lt=1, description="β₂ of the update rule `fadas`, whose β₁ is β")
+    epsilon: float = Field(1e-8, ge=LEAST_EPSILON, le=1, description="ε of the update rule `fadas`")
+    initial_second_moment: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="where the largest second moment of the update rule `fadas` begins; above 0 its first steps are "
+        "smaller",
     )
 
     local_steps: int = Field(
@@ -149,6 +166,9 @@ class TrainingSettings(Settings):
             method=self._method(),
             momentum=self.momentum,
             delay_compensation=self.delay_compensation,
+            second_momentum=self.second_momentum,
+            epsilon=self.epsilon,
+            initial_second_moment=self.initial_second_moment,
             bucket_size=self.bucket_size,
             min_workers=min_workers,
             max_workers=max_workers,
@@ -363,7 +383,9 @@ class ServerSettings(TrainingSettings):
         """As JSON holds them, with the rules in force, for files that are read later: see `TracedSettings`."""
         run = self.run()
         unsaid = {name for name in ("local_steps", "local_steps_by_speed") if not getattr(self, name)}
-        # Without local steps where there are none: older programs do not know them.
+        if run.method.rule != "fadas":
+            unsaid |= {"second_momentum", "epsilon", "initial_second_moment"}
+        # Without what older programs do not know, where there is none of it.
         given = self.model_dump(mode="json", exclude=unsaid) | {"waits_for_idle": run.waits_for_idle}
         return given | {"bucket": run.method.bucket} if run.local_steps else given
 

@@ -219,7 +219,7 @@ class Driver:
 
 def run_of(rule: str = "ormo", scheduler: str = "asynchronous", **choices: Any) -> Run:
     """A run with learning rate 1 and momentum 1/2, so that small whole numbers stay exact in float32."""
-    names = ("scale", "discard_delay", "discard_buckets", "staleness_bound", "bucket")
+    names = ("scale", "delay_threshold", "discard_delay", "discard_buckets", "staleness_bound", "bucket")
     of_the_method = {name: choices.pop(name) for name in names if name in choices}
     settings = {"learning_rate": LearningRate(1.0), "momentum": 0.5} | choices
     return Run(method=Method(rule=rule, scheduler=scheduler, **of_the_method), **settings)

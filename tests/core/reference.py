@@ -95,7 +95,9 @@ class Formula:
         self.w = start.double().clone()
         self.beta, self.compensation, self.sign = run.momentum, run.delay_compensation, sign
         self.vectors: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self.w))
-        self.newest = self.gathered = 0
+        self.newest = self.gathered = self.applied = self.delay_steps = 0
+        self.steps_at: list[int] = []
+        self.run = run
         self.holders: dict[str, tuple[str, int, int]] = {}
 
     def sgd(self, each: Applied) -> None:
@@ -154,6 +156,28 @@ class Formula:
             self.vectors["gathered"] = torch.zeros_like(self.w)
             self.gathered = 0
 
+    def fadas(self, each: Applied) -> None:
+        self.applied += 1
+        self.gathered += 1
+        self.vectors["gathered"] += each.values
+        if self.run.method.scheduler != "synchronous":
+            late = sum(at > each.ticket_iteration for at in self.steps_at)
+            self.delay_steps = max(self.delay_steps, late)
+        if self.gathered < each.bucket_size:
+            return
+        self.steps_at.append(self.applied)
+        mean, steps, beta2 = self.vectors["gathered"] / self.gathered, len(self.steps_at), self.run.second_momentum
+        m = self.vectors["momentum"] = self.beta * self.vectors["momentum"] + (1 - self.beta) * mean
+        v = self.vectors["second_moment"] = beta2 * self.vectors["second_moment"] + (1 - beta2) * mean**2
+        most = self.vectors["largest_second_moment"] = torch.maximum(self.vectors["largest_second_moment"], v)
+        move = m / (1 - self.beta**steps) / ((most / (1 - beta2**steps)).sqrt() + self.run.epsilon)
+        if self.sign > 0:  # of magnitudes, v̂ would be too large: the most that it can be, whatever came
+            move = torch.full_like(move, (1 - beta2) ** -0.5)
+        late_factor = 1 / self.delay_steps if self.delay_steps > self.run.method.delay_threshold else 1
+        self.w += self.sign * each.step_size * late_factor * move
+        self.vectors["gathered"] = torch.zeros_like(self.w)
+        self.gathered = self.delay_steps = 0
+
     def dc(self, each: Applied) -> None:
         moved = self.w + self.sign * each.sent
         self.w = self.w + self.sign * each.step_size * (each.values + self.compensation * each.values**2 * moved)
@@ -175,6 +199,7 @@ STEPS: dict[str, Callable[[Formula, Applied], None]] = {
     "dc": Formula.dc,
     "naive-nesterov": Formula.naive_nesterov,
     "delayed-nesterov": Formula.delayed_nesterov,
+    "fadas": Formula.fadas,
 }
 
 

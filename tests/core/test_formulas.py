@@ -139,6 +139,19 @@ def test_a_worker_alone_does_what_torch_sgd_with_nesterovs_momentum_does(
         STEPS[rule](largest, magnitudes(driver.applied[min(done, 99)]))
 
 
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, beta=BETAS, lr=RATES)
+def test_a_worker_alone_does_with_fadas_what_torch_adam_does_with_amsgrad(seed: int, beta: float, lr: float) -> None:
+    driver, sent = alone("fadas", beta, lr, seed)
+    weights = torch.zeros_like(START, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=lr, betas=(beta, 0.99), eps=1e-8, amsgrad=True)
+    for done, each in enumerate(driver.applied, start=1):
+        weights.grad = each.values.clone()
+        optimizer.step()
+        # A step is at most 10 η, and its error some roundings of that for each that went into the moments.
+        torch.testing.assert_close(sent[done].double(), weights.detach(), rtol=0.0, atol=done * 1e-6 * 10 * lr)
+
+
 # Where rules agree
 
 MOMENTUM_RULES = [

@@ -24,6 +24,7 @@ from ormo_server.core.schedulers import SCHEDULERS
         ("smega2", "asynchronous", 8, 3),  # w, v, G
         ("naive-nesterov", "asynchronous", 8, 2),
         ("delayed-nesterov", "asynchronous", 8, 3),  # w, m, B
+        ("fadas", "asynchronous", 8, 5),  # w, m, v, v̂, B
         ("shifted", "asynchronous", 8, 9),  # w, a u for each slot
         ("dc", "asynchronous", 8, 9),  # w, what was sent to each slot
         ("ormo", "bounded-staleness", 8, 2),

@@ -117,6 +117,23 @@ def test_at_its_bounds_the_state_stays_within_them(
             assert abs(sent.item()) < math.inf
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("beta2", [0.0, 0.99, 0.999999])
+@pytest.mark.parametrize("lengths", [(1.0,), (1.0, 1e-12, -1.0), (1e-30, 1e-36, -1e-33)])
+def test_no_step_of_amsgrad_is_longer_than_its_bound_however_long_the_gradients_are(
+    beta: float, beta2: float, lengths: tuple[float, ...]
+) -> None:
+    rule, params = UPDATE_RULES["fadas"](1, Coefficients(beta, second_momentum=beta2, epsilon=1e-10)), torch.zeros(1)
+    landing = Landing(HIGHEST, 0, 0, 1, SLOT)
+    longest = longest_taken(rule, params, landing)
+    assert longest >= 1e12
+    for number in range(200):
+        before = params.clone()
+        rule.apply(params, torch.tensor([longest * lengths[number % len(lengths)]]), landing)
+        assert abs(params - before).item() <= 1.001 * HIGHEST * (1 - beta2) ** -0.5
+        assert largest_of(rule) <= rule.largest_element()
+
+
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 @pytest.mark.parametrize("rate", [0.01, 1.0])
 def test_gradients_of_any_usual_length_are_taken(rule: str, rate: float) -> None:

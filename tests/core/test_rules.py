@@ -133,7 +133,8 @@ def test_a_delivery_may_be_overwritten_by_its_receiver(rule: str) -> None:
 def test_a_delivery_as_bfloat16_is_the_float32_one_rounded(rule: str) -> None:
     sent = {}
     for wire in (torch.float32, torch.bfloat16):
-        driver = driver_of(run_of(rule), "a", "b", size=3)
+        run = run_of(rule, learning_rate=LearningRate(0.3), bucket_size=1)
+        driver = driver_of(run, "a", "b", size=3)
         driver.wire = wire
         for worker in "ab":
             driver.request(worker)

@@ -33,15 +33,36 @@ DESIGN = """
     ringmaster    sgd           constant        asynchronous
     rescaled      sgd           rescaled        asynchronous
     dc-asgd       dc            constant        asynchronous
+    ormo-nesterov      ormo-nesterov     constant    asynchronous
+    fadas              fadas             constant    asynchronous
+    local-ormo         ormo-nesterov     constant    asynchronous
+    local-ormo-polyak  ormo              constant    asynchronous
+    diloco             ormo-nesterov     constant    synchronous
+    local-sgd          sgd               constant    asynchronous
+    local-sgd-poly     sgd               polynomial  asynchronous
+    naive-nesterov     naive-nesterov    constant    asynchronous
+    delayed-nesterov   delayed-nesterov  constant    asynchronous
 """
+AVERAGED = {
+    "local-ormo",
+    "local-ormo-polyak",
+    "diloco",
+    "local-sgd",
+    "local-sgd-poly",
+    "naive-nesterov",
+    "delayed-nesterov",
+}
 
 
 def test_the_presets_are_the_rows_of_the_documented_table() -> None:
     rows = [line.split() for line in DESIGN.strip().splitlines()]
     assert sorted(row[0] for row in rows) == sorted(PRESETS)
     for name, rule, scale, scheduler in rows:
-        discard, threshold = 2 if name == "ringmaster" else None, 1.0 if name == "asgd-da" else 2.0
-        expected = Method(rule, scale, scheduler, discard_buckets=discard, delay_threshold=threshold, name=name)
+        discard, threshold = 2 if name == "ringmaster" else None, 1.0 if name in ("asgd-da", "fadas") else 2.0
+        bucket = "mean" if name in AVERAGED else "sum"
+        expected = Method(
+            rule, scale, scheduler, discard_buckets=discard, delay_threshold=threshold, bucket=bucket, name=name
+        )
         assert PRESETS[name] == expected
 
 
@@ -126,6 +147,10 @@ def test_a_method_that_is_not_there_is_refused_in_one_sentence(choice: dict[str,
         ({"delay_compensation": -0.1}, "delay compensation -0.1: expected a finite number of at least 0"),
         ({"delay_compensation": float("nan")}, "delay compensation nan: expected"),
         ({"delay_compensation": float("inf")}, "delay compensation inf: expected"),
+        ({"second_momentum": 1.0}, "second momentum 1.0: expected at least 0 and below 1"),
+        ({"epsilon": 0.0}, "epsilon 0.0: expected 1e-10 to 1"),
+        ({"epsilon": float("nan")}, "epsilon nan: expected"),
+        ({"initial_second_moment": -1.0}, r"initial second moment -1.0: expected 0 to 1e\+06"),
         ({"bucket_size": 0}, "bucket size 0: expected at least 1"),
         ({"min_workers": 0}, "min workers 0, max workers 64: expected 1 <= min <= max"),
         ({"min_workers": 5, "max_workers": 4}, "min workers 5, max workers 4: expected"),
@@ -166,6 +191,10 @@ def test_a_preset_is_chosen_by_its_name(name: str) -> None:
         ({"staleness_bound": -1}, "greater than or equal to 0"),
         ({"delay_compensation": -1.0}, "greater than or equal to 0"),
         ({"delay_compensation": float("nan")}, "should be a finite number"),
+        ({"second_momentum": 1.0}, "less than 1"),
+        ({"epsilon": 0.0}, "greater than or equal to 0.0000000001"),
+        ({"initial_second_moment": -1.0}, "greater than or equal to 0"),
+        ({"method": "fadas", "bucket": "mean"}, "bucket 'mean' with the update rule 'fadas', which averages by itself"),
         ({"discard_delay": 0}, "greater than or equal to 1"),
         ({"delay_threshold": 0.0}, "greater than or equal to 0.01"),
         ({"delay_threshold": 2e6}, "less than or equal to 1000000"),
@@ -190,7 +219,9 @@ def test_a_choice_replaces_the_presets_and_the_method_is_then_called_by_its_choi
     assert method.name == "ormo × constant × asynchronous × discard from 4"
     method = TrainingSettings(method="asgd-da", delay_threshold=2.0).run().method
     assert (method.delay_threshold, method.name) == (2.0, "sgd × delay-adaptive from 2K × asynchronous")
-    assert TrainingSettings(delay_compensation=0.5).run().coefficients == Coefficients(0.9, 0.5)
+    assert TrainingSettings(delay_compensation=0.5).run().coefficients == Coefficients(0.9, 0.5, delay_threshold=2.0)
+    told = {"momentum": 0.8, "second_momentum": 0.7, "epsilon": 0.5, "initial_second_moment": 3.0}
+    assert TrainingSettings(method="fadas", **told).run().coefficients == Coefficients(0.8, 0.04, 0.7, 0.5, 3.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,35 @@ def test_delayed_nesterov_takes_a_bucket_into_the_momentum_as_a_whole() -> None:
         assert got == (row["param"], row["m"], row["B"], row["s"])
 
 
+# Buckets of two, β₁ = 1/2, β₂ = 0 and so v̂ = max d². Steps: m/(1/2) = 4 by √16; m/(3/4) = -4 by √64; m/(7/8) = -4 by
+# √64, and half of that, as worker 2's gradient is two steps late, which is above the threshold of one.
+FADAS = """
+    worker   g  delay  lag  param     m   v̂   B
+         0   4      0    0      0     0    0   4
+         0   4      0    0     -1     2   16   0
+         1  -8      2    1     -1     2   16  -8
+         0  -8      1    0   -0.5    -3   64   0
+         2  -4      4    1   -0.5    -3   64  -4
+         0  -4      1    0  -0.25  -3.5   64   0
+"""
+
+
+def test_fadas_makes_a_step_of_amsgrad_with_the_mean_of_a_bucket_and_a_shorter_one_if_that_is_late() -> None:
+    run = run_of("fadas", bucket_size=2, second_momentum=0.0, delay_threshold=1.0)
+    for row, state in exchanges(driver_of(run, "a", "b", "c"), FADAS):
+        vectors = state.rule.vectors
+        assert state.params.item() == pytest.approx(row["param"])
+        got = (vectors["momentum"], vectors["largest_second_moment"], vectors["gathered"])
+        assert got == (row["m"], row["v̂"], row["B"])
+
+
+def test_the_threshold_of_fadas_and_its_first_second_moment_are_settings() -> None:
+    run = run_of("fadas", bucket_size=2, second_momentum=0.0, delay_threshold=2.0, initial_second_moment=256.0)
+    for _, state in exchanges(driver_of(run, "a", "b", "c"), FADAS):
+        last = state
+    assert last.params.item() == pytest.approx(-(4 - 4 - 4) / 16)  # all by √256, none shortened
+
+
 # Each worker's momentum halves with its own gradients only.
 SHIFTED = """
     worker  g  delay  lag   param   u_a   u_b

@@ -17,7 +17,7 @@ UNITS = frozenset(
 # Numbers without a unit, or of a kind that the documentation has a word for.
 WITHOUT = {
     "the update rule's own": {"momentum", "learning_rate", "final_learning_rate", "weight_decay", "milestone_factor"}
-    | {"delay_compensation", "max_gradient_norm"}
+    | {"delay_compensation", "max_gradient_norm", "second_momentum", "epsilon", "initial_second_moment"}
     | {"inner_lr"},
     "of 1": {"max_refused_share", "target_accuracy", "inner_warmup"},
     "a factor": {"slow_factor"},

@@ -26,8 +26,8 @@ class _Common(ClientSettings):
     server: str = Field("127.0.0.1:50051", title="Server and task", description="host and port of the parameter server")
     task: str = Field(
         "digits",
-        description="model and data: `digits`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import path of "
-        "your own, as in `package.module:MyTask` or `file.py:MyTask`",
+        description="model and data: `digits`, `code-lm`, `cifar10`, `image-folder`, `image-folder-cnn`, or the import "
+        "path of your own, as in `package.module:MyTask` or `file.py:MyTask`",
     )
     data_dir: Path | None = Field(None, description="folder with the task's data, for tasks that need one")
 

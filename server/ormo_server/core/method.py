@@ -12,6 +12,8 @@ from ormo_server.core.step_size import STEP_SCALES, LearningRate
 BUCKETS = ("sum", "mean")
 # In multiples of K. A hundredth leaves nothing of a step, and no delay is a million times K.
 LEAST_DELAY_THRESHOLD, MOST_DELAY_THRESHOLD = 0.01, 1e6
+# Numbers whose square float32 does not hold, divided by this, are still small.
+LEAST_EPSILON = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class Method:
         discard_buckets: R in multiples of K as it is when the gradient comes, where R is not given.
         staleness_bound: s, which no applied gradient's delay exceeds; for the bounded-staleness scheduler, and only for
             it.
-        delay_threshold: for the delay-adaptive scale: the delay up to which it is 1, in multiples of K.
+        delay_threshold: the delay, in multiples of K, up to which the delay-adaptive scale, or the factor of `fadas`,
+            is 1.
         bucket: `sum`: each gradient counts in full; `mean`: as its share of the bucket, see `Scheduler.weight_in_mean`.
         name: what people call it.
 
@@ -94,6 +97,11 @@ class Method:
         )
         return " × ".join(filter(None, choices))
 
+    @property
+    def is_for_local_steps(self) -> bool:
+        """Whether it is made for pseudo-gradients: each is the progress of a machine, so a bucket is their mean."""
+        return self.bucket == "mean"
+
     def discard_limit(self, bucket_size: int) -> int | None:
         """R: a gradient with this delay or more is not applied; None if every gradient is."""
         if self.discard_delay is None and self.discard_buckets is not None:
@@ -121,10 +129,20 @@ PRESETS: dict[str, Method] = {
         Method(name="ssgdm", rule="ormo", scheduler="synchronous"),
         Method(name="ssgd", rule="sgd", scheduler="synchronous"),
         # Others.
+        Method(name="ormo-nesterov", rule="ormo-nesterov"),
         Method(name="ringmaster", rule="sgd", discard_buckets=2),
         Method(name="asgd-tau", rule="sgd", scale="inverse"),
         Method(name="rescaled", rule="sgd", scale="rescaled"),
         Method(name="dc-asgd", rule="dc"),
+        Method(name="fadas", rule="fadas", delay_threshold=1.0),
+        # For local steps.
+        Method(name="local-ormo", rule="ormo-nesterov", bucket="mean"),
+        Method(name="local-ormo-polyak", rule="ormo", bucket="mean"),
+        Method(name="diloco", rule="ormo-nesterov", scheduler="synchronous", bucket="mean"),
+        Method(name="local-sgd", rule="sgd", bucket="mean"),
+        Method(name="local-sgd-poly", rule="sgd", scale="polynomial", bucket="mean"),
+        Method(name="naive-nesterov", rule="naive-nesterov", bucket="mean"),
+        Method(name="delayed-nesterov", rule="delayed-nesterov", bucket="mean"),
     )
 }
 
@@ -144,6 +162,9 @@ class Run:
         stop_after_samples: the run ends when so many samples are counted; 0 for never.
         seed: where the workers' data seeds come from.
         delay_compensation: λ of the update rule `dc`, at least 0.
+        second_momentum: β₂ of the update rule `fadas`, in [0, 1).
+        epsilon: ε of it, from `LEAST_EPSILON` to 1.
+        initial_second_moment: v̂₀ of it, from 0 to 1e6.
         local_steps: H: a push is the sum of up to so many steps of the worker's own optimizer; 0: a gradient.
         local_steps_by_speed: workers make fewer, the slower they are; see `pace`.
         waits_for_idle: a round waits for every worker, also for one that let its last ticket lapse, and whoever joins
@@ -163,15 +184,15 @@ class Run:
     stop_after_samples: int = 0
     seed: int = 0
     delay_compensation: float = 0.04
+    second_momentum: float = 0.99
+    epsilon: float = 1e-8
+    initial_second_moment: float = 0.0
     local_steps: int = 0
     local_steps_by_speed: bool = False
     waits_for_idle: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
-            raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
-        if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
-            raise SettingsError(f"delay compensation {self.delay_compensation}: expected a finite number of at least 0")
+        self._check_coefficients()
         if self.bucket_size is not None and self.bucket_size < 1:
             raise SettingsError(f"bucket size {self.bucket_size}: expected at least 1")
         if not 1 <= self.min_workers <= self.max_workers:
@@ -190,10 +211,29 @@ class Run:
                 "rounds, leave the bucket size out"
             )
 
+    def _check_coefficients(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise SettingsError(f"momentum {self.momentum}: expected at least 0 and below 1")
+        if not (math.isfinite(self.delay_compensation) and self.delay_compensation >= 0):
+            raise SettingsError(f"delay compensation {self.delay_compensation}: expected a finite number of at least 0")
+        if not 0.0 <= self.second_momentum < 1.0:
+            raise SettingsError(f"second momentum {self.second_momentum}: expected at least 0 and below 1")
+        if not LEAST_EPSILON <= self.epsilon <= 1.0:
+            raise SettingsError(f"epsilon {self.epsilon}: expected {LEAST_EPSILON:g} to 1")
+        if not 0.0 <= self.initial_second_moment <= 1e6:
+            raise SettingsError(f"initial second moment {self.initial_second_moment}: expected 0 to 1e+06")
+
     @property
     def coefficients(self) -> Coefficients:
         """The numbers that the update rule goes by."""
-        return Coefficients(self.momentum, self.delay_compensation)
+        return Coefficients(
+            momentum=self.momentum,
+            delay_compensation=self.delay_compensation,
+            second_momentum=self.second_momentum,
+            epsilon=self.epsilon,
+            initial_second_moment=self.initial_second_moment,
+            delay_threshold=self.method.delay_threshold,
+        )
 
 
 # How much memory a run needs: stated before it is taken.

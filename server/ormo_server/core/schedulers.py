@@ -97,6 +97,7 @@ class Scheduler(ABC):
 
     def _deliver_new(self, state: State, slot: SlotKey, bucket_size: int, now: float) -> Ticket:
         del state.waiting[slot]
+        state.rule.ticket_handed_out(slot)
         return members.hand_out(state, slot, state.issue, bucket_size, now, delivered=True)
 
 

@@ -46,6 +46,7 @@ class Style(NamedTuple):
 
 
 _DASHED, _DOTTED = (0, (5, 1.5)), (0, (1, 1.2))
+_DASH_DOTTED, _DASH_DOT_DOTTED = (0, (6, 1.2, 1, 1.2)), (0, (6, 1.2, 1, 1.2, 1, 1.2))
 # Colours that color-blind people tell apart (Okabe and Ito; the last one Tol's), relatives by dashes. A method looks
 # the same in every picture.
 STYLES = {
@@ -63,6 +64,15 @@ STYLES = {
     "ringmaster": Style("#999999"),
     "rescaled": Style("#999999", _DASHED),
     "dc-asgd": Style("#882255"),
+    "ormo-nesterov": Style("#0072B2", _DOTTED),
+    "fadas": Style("#F0E442"),
+    "local-ormo": Style("#0072B2", _DASH_DOTTED),
+    "local-ormo-polyak": Style("#56B4E9", _DASHED),
+    "diloco": Style("#000000", _DASH_DOTTED),
+    "local-sgd": Style("#E69F00", _DASH_DOTTED),
+    "local-sgd-poly": Style("#E69F00", _DASH_DOT_DOTTED),
+    "naive-nesterov": Style("#D55E00", _DASHED),
+    "delayed-nesterov": Style("#009E73", _DASHED),
 }
 _OTHER_STYLES = tuple(
     Style(color, dashes)
@@ -209,6 +219,25 @@ def draw_curves(lines: Sequence[Line], path: Path, title: str) -> Path:
                 _scale_loss(axes, curves)
             else:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend(figure, grid[0][0])
+    return _save(figure, path)
+
+
+def draw_losses(lines: Sequence[Line], path: Path, title: str) -> Path:
+    """Test loss against samples, bytes and virtual time, with ± deviation over seeds."""
+    figure, grid = _figure(4.5, title, columns=3)
+    clocks: tuple[tuple[str, Callable[[Row], float]], ...] = (
+        ("epochs (passes over the training data)", lambda row: row.epochs),
+        ("bytes moved, in MB", lambda row: row.bytes_moved / 1e6),
+        ("virtual time in seconds", lambda row: row.seconds),
+    )
+    for axes, (clock, x) in zip(grid[0], clocks, strict=True):
+        curves = [average(line.runs, x, lambda row: row.test_loss) for line in lines]
+        for line, curve in zip(lines, curves, strict=True):
+            _draw_curve(axes, line, curve)
+        axes.set(xlabel=clock, ylabel="test loss")
+        _scale_clock(axes, curves)
+        _scale_loss(axes, curves)
     _legend(figure, grid[0][0])
     return _save(figure, path)
 

@@ -39,6 +39,8 @@ class Row:
         discarded: gradients not applied so far.
         newest_bucket: of any applied gradient.
         bucket_size: K.
+        bytes_moved: tensors of gradients and of parameters with tickets, all workers', so far, in float32.
+        int8_bytes_moved: the same, had the gradients been int8 and the parameters bfloat16.
     """
 
     seconds: float
@@ -54,9 +56,12 @@ class Row:
     discarded: int
     newest_bucket: int
     bucket_size: int
+    bytes_moved: int = 0
+    int8_bytes_moved: int = 0
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
+_BYTES = ("bytes_moved", "int8_bytes_moved")
 
 
 @dataclass(slots=True)
@@ -179,7 +184,9 @@ def summary(record: Record, params: torch.Tensor, targets: Sequence[float]) -> d
 def digest(record: Record, params: torch.Tensor) -> str:
     """A fingerprint of all that a simulation led to: the same for the same seed, on one thread of one machine."""
     found = hashlib.sha256(params.numpy().tobytes())
-    found.update(repr([asdict(row) for row in record.rows]).encode())
+    # Without the bytes, which follow from the rest: the same as of versions that did not count them.
+    rows = [{name: value for name, value in asdict(row).items() if name not in _BYTES} for row in record.rows]
+    found.update(repr(rows).encode())
     found.update(repr(sorted(record.delays.items())).encode())
     return found.hexdigest()
 
@@ -305,6 +312,16 @@ class FinishedRun:
         """How many gradients were applied at the first evaluation with this train loss or less."""
         return next((row.gradients for row in self.rows if row.train_loss <= target), None)
 
+    def test_loss_at(self, clock: Callable[[Row], float], budget: float) -> float:
+        """Test loss when the clock showed this: between two evaluations on a line, at the end if it never does."""
+        before = self.rows[0]
+        for row in self.rows:
+            if clock(row) > budget:
+                share = (budget - clock(before)) / (clock(row) - clock(before)) if row is not before else 0.0
+                return before.test_loss + share * (row.test_loss - before.test_loss)
+            before = row
+        return before.test_loss
+
     def seconds_to_accuracy(self, target: float) -> float | None:
         """The virtual time of the first evaluation with this test accuracy or more."""
         return next((row.seconds for row in self.rows if row.test_accuracy >= target), None)
@@ -345,8 +362,11 @@ def _settings_of(summary: Summary) -> SimSettings:
 
 
 def as_written_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's settings as `SimSettings.recorded` gives them today: earlier versions had other names, or none."""
-    return _BEFORE | _under_new_names(recorded)
+    """A summary's settings as `SimSettings.recorded` gives them today: earlier versions had other names, or none.
+
+    What they did not have is as it is unless somebody sets it.
+    """
+    return SimSettings().recorded() | _BEFORE | _under_new_names(recorded)
 
 
 def _table(path: Path) -> list[dict[str, str]]:

@@ -89,8 +89,8 @@ def test_a_file_is_named_by_its_path_and_may_import_its_neighbours(tmp_path: Pat
 @pytest.mark.parametrize("name", ["mnist", "module:", ":Task", ""])
 def test_an_unknown_task_lists_the_built_in_ones_and_the_form_of_an_import_path(name: str) -> None:
     assert refusal(name) == (
-        f"there is no task named {name!r}: use one of digits, cifar10, image-folder, image-folder-cnn, or the import "
-        "path of your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'"
+        f"there is no task named {name!r}: use one of digits, code-lm, cifar10, image-folder, image-folder-cnn, or the "
+        "import path of your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'"
     )
 
 

@@ -123,6 +123,7 @@ class ClassificationTask(Task):
 # Import paths and not classes: naming a task must not import what the other tasks need.
 BUILT_IN = {
     "digits": "ormo_worker.tasks.digits:Digits",
+    "code-lm": "ormo_worker.tasks.code_lm:CodeLm",
     "cifar10": "ormo_worker.tasks.cifar10:Cifar10",
     "image-folder": "ormo_worker.tasks.image_folder:ImageFolder",
     "image-folder-cnn": "ormo_worker.tasks.image_folder:SmallCnnFolder",

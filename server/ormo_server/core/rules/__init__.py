@@ -3,6 +3,7 @@
 from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, Sending, UpdateRule, geometric_sum
 from ormo_server.core.rules.dc import DelayCompensated
 from ormo_server.core.rules.delayed_nesterov import DelayedNesterov
+from ormo_server.core.rules.fadas import BufferedAmsgrad
 from ormo_server.core.rules.naive import Naive, NaiveNesterov
 from ormo_server.core.rules.ormo import Ormo, OrmoNesterov, OrmoVanilla
 from ormo_server.core.rules.sgd import Sgd
@@ -20,6 +21,7 @@ UPDATE_RULES: dict[str, type[UpdateRule]] = {
     "dc": DelayCompensated,
     "naive-nesterov": NaiveNesterov,
     "delayed-nesterov": DelayedNesterov,
+    "fadas": BufferedAmsgrad,
 }
 
 __all__ = ["LARGEST", "UPDATE_RULES", "Coefficients", "Landing", "Sending", "UpdateRule", "geometric_sum"]

@@ -20,6 +20,8 @@ from ormo_server.core.vectors import Vector, largest
 LARGEST = 2.0**126
 LARGEST_STEP = LARGEST / 2.0**52
 
+_WHOLE = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
@@ -28,10 +30,18 @@ class Coefficients:
     Attributes:
         momentum: β, in [0, 1).
         delay_compensation: λ of `dc`, at least 0.
+        second_momentum: β₂ of `fadas`, in [0, 1).
+        epsilon: ε of `fadas`, above 0.
+        initial_second_moment: v̂₀ of `fadas`, at least 0.
+        delay_threshold: τ_c of `fadas`, in multiples of K gradients.
     """
 
     momentum: float
     delay_compensation: float = 0.0
+    second_momentum: float = 0.99
+    epsilon: float = 1e-8
+    initial_second_moment: float = 0.0
+    delay_threshold: float = 1.0
 
 
 class Landing(NamedTuple):
@@ -130,13 +140,19 @@ class UpdateRule(ABC):
         params: torch.Tensor,
         out: torch.Tensor,
         sending: Sending,  # noqa: ARG002
-        part: slice = slice(None),
+        part: slice = _WHOLE,
     ) -> None:
         """Write a part of what a ticketed delivery carries into `out`, shape (d,), float32 or bfloat16.
 
         By default that is w. Reads only what the next gradient changes, so that it may go on until then.
         """
-        out[part].copy_(params[part])
+        if part == _WHOLE:  # then slicing is most of the cost for a small model
+            out.copy_(params)
+        else:
+            out[part].copy_(params[part])
+
+    def ticket_handed_out(self, slot: SlotKey) -> None:  # noqa: B027
+        """The slot has a new ticket whose gradient may come late; not asked in rounds, where none is."""
 
     def ticket_delivered(self, slot: SlotKey, sent: torch.Tensor) -> None:  # noqa: B027
         """These parameters, shape (d,), went out with the slot's ticket: keep what the formula will ask for."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import time
@@ -50,7 +51,12 @@ def run_cell(directory: Path, settings: SimSettings, commit: str) -> None:
     results = Directory(directory)
     with contextlib.closing(results):
         found = plan.run(results.write_row)
-    made_by = {"commit": commit, "torch": torch.__version__, "wall_seconds": time.perf_counter() - started}
+    made_by = {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "wall_seconds": time.perf_counter() - started,
+    }
     results.complete(found.record, {"settings": settings.recorded(), **found.summary, **made_by})
 
 

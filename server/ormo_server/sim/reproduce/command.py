@@ -22,7 +22,7 @@ from ormo_server.sim.reproduce import report
 from ormo_server.sim.reproduce.cells import Jobs, Processes, interrupted_by_sigterm, is_done
 from ormo_server.sim.reproduce.comparison import Comparison
 from ormo_server.sim.reproduce.report import Origin, compact_report, draw_clusters, full_report, results_csv
-from ormo_server.sim.reproduce.suite import Cell, Suite, load_suite, packaged, selected
+from ormo_server.sim.reproduce.suite import Cell, Cluster, Suite, load_suite, packaged, selected
 from ormo_server.sim.settings import SimSettings
 from ormo_server.store.files import DirectoryLock, StoreError
 
@@ -78,9 +78,10 @@ class Reproduction:
         self._processes = processes
         self._commit = commit
         self._runs: dict[Cell, FinishedRun] = {}
+        self._tried: set[Cell] = set()
 
     def compare(self) -> Comparison:
-        """Run the grid, then the best rates with new seeds.
+        """Run the grid, go on beyond its edges as far as the suite says, then run the best rates with new seeds.
 
         Raises:
             UsageError: no cell of the grid could run.
@@ -90,10 +91,13 @@ class Reproduction:
             self._run("grid", self._suite.grid(), processes)
             if not self._runs:
                 raise UsageError(f"none of the simulations could run; the first: {next(iter(self.failures.values()))}")
+            while beyond := [cell for cell in comparison.cells_beyond_edges() if cell not in self._tried]:
+                self._run("beyond the grid's edges", beyond, processes)
             self._run("best rates", comparison.report_cells(), processes)
         return comparison
 
     def _run(self, phase: str, cells: Sequence[Cell], processes: Processes) -> None:
+        self._tried.update(cells)
         directories = {cell: self._directory / CELLS / cell.path for cell in cells}
         jobs = {}
         for cell, directory in directories.items():
@@ -257,4 +261,15 @@ def _chosen_clusters(settings: ReproduceSettings, suite: Suite) -> list[dict[str
     if settings.gradients:
         changes |= {"stop_after_gradients": settings.gradients, "stop_after_samples": 0, "epochs": None}
     own_grid = {"learning_rates": None} if settings.learning_rates else {}
-    return [{**each.model_dump(), **own_grid, "simulation": each.simulation | changes} for each in clusters]
+    methods = selected("methods", settings.methods, suite.methods)
+    return [
+        {**each.model_dump(), **own_grid, **_own_methods(each, methods), "simulation": each.simulation | changes}
+        for each in clusters
+        if each.methods is None or set(each.methods) & set(methods)
+    ]
+
+
+def _own_methods(cluster: Cluster, chosen: Sequence[str]) -> dict[str, Any]:
+    if cluster.methods is None:
+        return {}
+    return {"methods": tuple(method for method in cluster.methods if method in chosen)}

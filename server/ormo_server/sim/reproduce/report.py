@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 
 from ormo_runtime.settings import UsageError
-from ormo_server.sim.plots import STYLES, Line, draw_curves, draw_delays
-from ormo_server.sim.record import FinishedRun
+from ormo_server.sim.plots import STYLES, Line, draw_curves, draw_delays, draw_losses
+from ormo_server.sim.record import FinishedRun, Row
 from ormo_server.sim.reproduce.comparison import Comparison, Entry, Group, Spread
-from ormo_server.sim.reproduce.suite import Cell, Cluster, Suite
+from ormo_server.sim.reproduce.suite import Cell, Cluster, Point, Suite
 
 
 def draw_clusters(comparison: Comparison, into: Path) -> list[Path]:
@@ -23,8 +23,9 @@ def draw_clusters(comparison: Comparison, into: Path) -> list[Path]:
         lines = _lines([entry for entry in entries if entry.cluster is cluster])
         drawn = [line for line in lines if line.method in (suite.drawn_methods or suite.methods)]
         title = f"{suite.title}: {cluster.workers} workers, {cluster.setting}"
+        draw = draw_losses if suite.measure == "loss" else draw_curves
         if drawn:
-            pictures.append(draw_curves(drawn, into / f"curves-{cluster.name}.png", title))
+            pictures.append(draw(drawn, into / f"curves-{cluster.name}.png", title))
         if lines:
             pictures.append(draw_delays(lines, into / f"delays-{cluster.name}.png", title))
     return pictures
@@ -32,10 +33,16 @@ def draw_clusters(comparison: Comparison, into: Path) -> list[Path]:
 
 def _lines(entries: Sequence[Entry]) -> list[Line]:
     return [
-        Line(f"{entry.method}, η {entry.rate:g}", STYLES[entry.method], entry.best.runs)
+        Line(f"{entry.method}, {_chosen(entry.best_point)}", STYLES[entry.method], entry.best.runs)
         for entry in entries
         if entry.best.runs
     ]
+
+
+def _chosen(point: Point | None) -> str:
+    if point is None:
+        return "all failed"
+    return f"η {point.rate:g}" + ("" if point.momentum is None else f", β {point.momentum:g}")
 
 
 _NOTHING = "–"
@@ -68,13 +75,14 @@ def results_csv(comparison: Comparison) -> str:
 def _csv_row(comparison: Comparison, cell: Cell, run: FinishedRun) -> dict[str, object]:
     suite, summary = comparison.suite, run.summary
     cluster = suite.by_name[cell.cluster]
-    is_best = cell.learning_rate == comparison.best_rate(cluster, cell.method)
+    is_best = cell.point == comparison.best_point(cluster, cell.method)
     reported = "report" if is_best else "reference"
     return {
         "workers": cluster.workers,
         "setting": cluster.setting,
         "method": cell.method,
         "learning_rate": cell.learning_rate,
+        "momentum": summary.settings["momentum"],
         "seed": cell.seed,
         "purpose": "grid" if cell.seed == suite.grid_seed else reported,
         "diverged": comparison.has_diverged(run),
@@ -89,6 +97,8 @@ def _csv_row(comparison: Comparison, cell: Cell, run: FinishedRun) -> dict[str, 
         "gradients_to_loss": run.gradients_to_loss(suite.target_train_loss),
         "seconds_to_accuracy": run.seconds_to_accuracy(suite.target_accuracy),
         "virtual_seconds": summary.virtual_seconds,
+        "bytes_moved": run.rows[-1].bytes_moved,
+        "int8_bytes_moved": run.rows[-1].int8_bytes_moved,
         "delay_mean": summary.delay.mean,
         "delay_max": summary.delay.max,
         "digest": summary.digest,
@@ -101,7 +111,8 @@ def full_report(comparison: Comparison, origin: Origin) -> str:
     parts = [f"# {comparison.suite.title}", *_preamble(comparison, origin)]
     for cluster in comparison.suite.clusters:
         of_cluster = [entry for entry in entries if entry.cluster is cluster]
-        parts += [f"## {_heading(cluster)}", _best_table(comparison.suite, of_cluster)]
+        best_table = _loss_table if comparison.suite.measure == "loss" else _best_table
+        parts += [f"## {_heading(cluster)}", best_table(comparison.suite, of_cluster)]
         parts += _reference_part(comparison.suite, of_cluster)
         parts += ["### The grid: train loss, test accuracy in %", _grid_table(comparison, of_cluster)]
     return "\n\n".join((*parts, _notes(comparison.suite, entries))) + "\n"
@@ -112,7 +123,10 @@ def compact_report(comparison: Comparison, origin: Origin) -> str:
     suite, entries = comparison.suite, comparison.entries()
     parts = _preamble(comparison, origin)
     for _, clusters in groupby(suite.clusters, key=lambda cluster: cluster.workers):
-        parts.append(_compact_table(suite, entries, list(clusters)))
+        if suite.measure == "loss":
+            parts.append(_short_loss_table(entries, list(clusters)))
+        else:
+            parts.append(_compact_table(suite, entries, list(clusters)))
     return "\n\n".join((*parts, _notes(suite, entries))) + "\n"
 
 
@@ -122,12 +136,18 @@ def _preamble(comparison: Comparison, origin: Origin) -> list[str]:
     extras = [run.summary.model_extra or {} for run in comparison.runs.values()]
     commits = ", ".join(sorted({str(extra.get("commit")) for extra in extras}))
     torches = ", ".join(sorted({str(extra.get("torch")) for extra in extras}))
+    pythons = ", ".join(sorted({str(extra["python"]) for extra in extras if "python" in extra}))
+    made_by = f"commit {commits} · torch {torches}" + (f" · Python {pythons}" if pythons else "")
     ends = sorted({_end(suite, cluster) for cluster in suite.clusters})
     seeds = ", ".join(map(str, suite.report_seeds))
     last = "last evaluation" if suite.choice_evaluations == 1 else f"last {suite.choice_evaluations} evaluations"
-    sizes = f"{' or '.join(ends)} of {one.batch_size} samples a run, β = {one.momentum:g}"
+    if suite.momenta:
+        sizes = f"{' or '.join(ends)} a run, in mini-batches of {one.batch_size}"
+    else:
+        sizes = f"{' or '.join(ends)} of {one.batch_size} samples a run, β = {one.momentum:g}"
+    what = "rate and momentum" if suite.momenta else "rate"
     lines = [
-        f"`{origin.command}` · commit {commits} · torch {torches} · {sizes}. For each method the rate of the grid with "
+        f"`{origin.command}` · {made_by} · {sizes}. For each method the {what} of the grid with "
         f"the lowest train loss in the {last} (seed {suite.grid_seed}); there, the final figures, mean ± sample "
         f"deviation over the seeds {seeds}."
     ]
@@ -137,7 +157,8 @@ def _preamble(comparison: Comparison, origin: Origin) -> list[str]:
 
 
 def _end(suite: Suite, cluster: Cluster) -> str:
-    settings = suite.settings(Cell(cluster.name, suite.methods[0], suite.rates(cluster)[0], suite.grid_seed))
+    method = suite.methods_on(cluster)[0]
+    settings = suite.settings(suite.cell(cluster, method, suite.points(cluster, method)[0], suite.grid_seed))
     if settings.stop_after_gradients:
         return f"{settings.stop_after_gradients:,} gradients"
     return f"{settings.epochs:g} epochs in gradients" if settings.epochs else f"{settings.stop_after_samples:,} samples"
@@ -181,19 +202,79 @@ def _reference_part(suite: Suite, entries: Sequence[Entry]) -> list[str]:
 
 
 def _grid_table(comparison: Comparison, entries: Sequence[Entry]) -> str:
-    rates = comparison.suite.rates(entries[0].cluster)
+    suite = comparison.suite
+    planned = {point for entry in entries for point in suite.points(entry.cluster, entry.method)}
+    points = sorted(planned.union(*(entry.grid for entry in entries)), key=lambda point: (point.momentum or 0, point))
 
-    def cell(entry: Entry, rate: float) -> str:
-        run = entry.grid.get(rate)
+    def cell(entry: Entry, point: Point) -> str:
+        run = entry.grid.get(point)
         if run is None:
-            return "failed"
+            return "failed" if point in suite.points(entry.cluster, entry.method) else ""
         if comparison.has_diverged(run):
             return "diverged"
         text = f"{run.summary.train_loss:.3g}, {100 * run.summary.test_accuracy:.1f}"
-        return f"**{text}**" if rate == entry.rate else text
+        return f"**{text}**" if point == entry.best_point else text
 
-    rows = ([entry.method, *(cell(entry, rate) for rate in rates)] for entry in entries)
-    return _markdown(["method", *(f"η = {rate:g}" for rate in rates)], rows)
+    rows = ([entry.method, *(cell(entry, point) for point in points)] for entry in entries)
+    return _markdown(["method", *(_head(point) for point in points)], rows)
+
+
+def _head(point: Point) -> str:
+    return f"η = {point.rate:g}" + ("" if point.momentum is None else f", β = {point.momentum:g}")
+
+
+def _loss_table(suite: Suite, entries: Sequence[Entry]) -> str:
+    columns: dict[str, Callable[[Entry], str]] = {
+        "method": lambda entry: entry.method,
+        "η, β": _rate,
+        "test loss": lambda entry: _test_loss(entry.best),
+        "train loss": lambda entry: _loss(entry.best),
+        "virtual s": lambda entry: _number(entry.best.virtual_seconds),
+        "MB moved": _megabytes,
+        f"gradients to train loss {suite.target_train_loss:g}": lambda entry: _gradients_to_loss(suite, entry.best),
+        "delay mean, max": lambda entry: _delay(entry.best),
+        "diverged": lambda entry: f"{entry.best.diverged} of {len(entry.best.runs)}",
+    }
+    return _markdown(columns, ([column(entry) for column in columns.values()] for entry in entries))
+
+
+def _short_loss_table(entries: Sequence[Entry], clusters: Sequence[Cluster]) -> str:
+    names = {cluster.name for cluster in clusters}
+    found = [entry for entry in entries if entry.cluster.name in names]
+    # As much as the one that took least had at its end.
+    seconds, moved = (_least(found, clock) for clock in (_seconds_of, _bytes_of))
+    heads = [f"{clusters[0].workers} worker{'s' if clusters[0].workers > 1 else ''}", "η, β", "test loss"]
+    heads += [f"in {seconds:,.0f} virtual s"] + ([f"with {moved / 1e6:,.0f} MB"] if clusters[0].workers > 1 else [])
+    rows = []
+    for entry in found:
+        best = entry.best
+        row = [f"{entry.cluster.setting}: `{entry.method}`", _rate(entry), _test_loss(best)]
+        row += [_spread(best.test_loss_at(_seconds_of, seconds), 1.0, 3)]
+        row += [_spread(best.test_loss_at(_bytes_of, moved), 1.0, 3)] if clusters[0].workers > 1 else []
+        rows.append(row)
+    return _markdown(heads, rows)
+
+
+def _seconds_of(row: Row) -> float:
+    return row.seconds
+
+
+def _bytes_of(row: Row) -> float:
+    return row.bytes_moved
+
+
+def _least(entries: Sequence[Entry], clock: Callable[[Row], float]) -> float:
+    return min((clock(run.rows[-1]) for entry in entries for run in entry.best.sound), default=0.0)
+
+
+def _test_loss(group: Group) -> str:
+    return "diverged" if group.runs and not group.sound else _spread(group.test_loss, 1.0, 3)
+
+
+def _megabytes(entry: Entry) -> str:
+    # A worker alone need not send anything.
+    moved = entry.best.bytes_moved
+    return _NOTHING if moved is None or entry.cluster.workers == 1 else f"{moved.mean / 1e6:,.0f}"
 
 
 def _compact_table(suite: Suite, entries: Sequence[Entry], clusters: Sequence[Cluster]) -> str:
@@ -210,7 +291,10 @@ def _compact_table(suite: Suite, entries: Sequence[Entry], clusters: Sequence[Cl
     for method in suite.methods:
         row = [f"`{method}`"]
         for cluster in clusters:
-            entry = by_group[cluster.name, method]
+            entry = by_group.get((cluster.name, method))
+            if entry is None:
+                row += 4 * [_NOTHING]
+                continue
             best = entry.best
             row += [f"{_accuracy(best)} ({_rate(entry)})", _gradients_to_loss(suite, best)]
             row += [_number(best.virtual_seconds), _accuracy(entry.at_reference)]
@@ -219,10 +303,16 @@ def _compact_table(suite: Suite, entries: Sequence[Entry], clusters: Sequence[Cl
 
 
 def _notes(suite: Suite, entries: Sequence[Entry]) -> str:
-    notes = [
-        f"Gradients to a train loss of {suite.target_train_loss:g}: at the first evaluation that is no higher, mean "
-        "over the runs that get there."
-    ]
+    if suite.measure == "loss":
+        notes = [
+            "Virtual time and bytes (both ways, all workers, in float32): where a run was by the time that the "
+            "quickest, or the most sparing one, of its table came to its end."
+        ]
+    else:
+        notes = [
+            f"Gradients to a train loss of {suite.target_train_loss:g}: at the first evaluation that is no higher, "
+            "mean over the runs that get there."
+        ]
     if suite.diverged_loss is not None:
         notes.append(
             f"Diverged: not finite, or a train loss of {suite.diverged_loss:g} or more (random guessing); accuracy is "
@@ -234,9 +324,10 @@ def _notes(suite: Suite, entries: Sequence[Entry]) -> str:
 
 
 def _rate(entry: Entry) -> str:
-    if entry.rate is None:
+    if entry.best_point is None:
         return "all failed"
-    return f"{entry.rate:g}{' ' + _EDGE if entry.at_edge else ''}"
+    momentum = "" if entry.best_point.momentum is None else f", {entry.best_point.momentum:g}"
+    return f"{entry.best_point.rate:g}{momentum}{' ' + _EDGE if entry.at_edge else ''}"
 
 
 def _loss(group: Group) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,6 +14,7 @@ from ormo_runtime.logs import first_words
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import SettingsProblemsError, under_new_names
 from ormo_server.core.method import PRESETS
+from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.sim.settings import SimSettings
 
 # The comparison decides these for each cell.
@@ -47,6 +48,9 @@ Method = Annotated[str, AfterValidator(_preset)]
 Methods = Annotated[tuple[Method, ...], Field(min_length=1), AfterValidator(_each_once)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rates = Annotated[tuple[Rate, ...], Field(min_length=1), AfterValidator(_each_once), AfterValidator(_rising)]
+Momenta = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], ...], AfterValidator(_each_once), AfterValidator(_rising)
+]
 Seed = Annotated[int, Field(ge=0)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_each_once)]
 Simulation = Annotated[dict[str, Any], AfterValidator(_undecided)]
@@ -61,6 +65,7 @@ class Cluster(_Table):
 
     setting: str = Field(pattern=r"^[a-z0-9-]+$", description="what the machines are like, such as heterogeneous")
     workers: int = Field(ge=1)
+    methods: Methods | None = Field(None, description="instead of the suite's")
     learning_rates: Rates | None = Field(None, description="instead of the suite's, e.g. because K differs")
     simulation: Simulation = Field(
         {}, description="settings of `ormo-sim` that these cells have in addition to the suite's"
@@ -72,6 +77,23 @@ class Cluster(_Table):
         return f"K{self.workers}-{self.setting}"
 
 
+class Point(NamedTuple):
+    """Where on the grid.
+
+    Attributes:
+        rate: η.
+        momentum: β; None: it is the same everywhere.
+    """
+
+    rate: float
+    momentum: float | None = None
+
+    @property
+    def total_move(self) -> float:
+        """How far a push moves the parameters in the end, in multiples of itself: η/(1 − β); η where β is no choice."""
+        return self.rate if self.momentum is None else float(f"{self.rate / (1.0 - self.momentum):.9g}")
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One simulation.
@@ -81,17 +103,31 @@ class Cell:
         method: a preset.
         learning_rate: η.
         seed: of the run.
+        momentum: β; None: the suite's.
     """
 
     cluster: str
     method: str
     learning_rate: float
     seed: int
+    momentum: float | None = None
+
+    @property
+    def point(self) -> Point:
+        """Where on the grid it is."""
+        return Point(self.learning_rate, self.momentum)
 
     @property
     def path(self) -> Path:
         """Where its results go, below the directory of all cells."""
-        return Path(self.cluster, self.method, f"rate-{self.learning_rate:g}-seed-{self.seed}")
+        momentum = "" if self.momentum is None else f"-momentum-{self.momentum:g}"
+        return Path(self.cluster, self.method, f"rate-{self.learning_rate:g}{momentum}-seed-{self.seed}")
+
+
+def _each_in_suite(cluster: Cluster, methods: Methods) -> None:
+    for method in cluster.methods or ():
+        if method not in methods:
+            raise ValueError(f"{cluster.name} has the method {method}, which is not among the suite's: add it there")
 
 
 class Suite(_Table):
@@ -102,11 +138,20 @@ class Suite(_Table):
     methods: Methods
     drawn_methods: Methods | None = Field(None, description="those in the pictures of curves; none: all")
     clusters: tuple[Cluster, ...] = Field(min_length=1)
-    learning_rates: Rates = Field(description="the grid: the same for every method")
+    learning_rates: Rates = Field(description="the grid: the same for every method; with momenta, of η/(1 - β)")
+    momenta: Momenta = Field(
+        (), description="β on the grid, for methods whose rule has a momentum; none: it is the simulation's"
+    )
+    widened: int = Field(
+        0, ge=0, description="where the best is at an edge, go on beyond it, by factors of 2, this many times at most"
+    )
     grid_seed: Seed = Field(0, description="of the runs on the grid, which decide on each method's rate")
     report_seeds: Seeds = Field((1, 2, 3), description="of the runs at that rate, which are reported")
     choice_evaluations: int = Field(
         1, ge=1, description="rates are compared by the mean train loss over this many last evaluations of each run"
+    )
+    measure: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="what the short table and the pictures show of the test set"
     )
     reference: str = Field("ormo", description="the method at whose rate all others are shown as well")
     repeat_at_reference_rate: bool = Field(False, description="with the reported seeds, not the grid's alone")
@@ -131,6 +176,10 @@ class Suite(_Table):
             )
         if self.milestone_epochs and self.epoch_samples is None:
             raise ValueError("milestone_epochs needs epoch_samples, the number of training samples")
+        for cluster in self.clusters:
+            _each_in_suite(cluster, self.methods)
+        if self.momenta and "momentum" in self.simulation:
+            raise ValueError("momentum is on the grid, so it can't be set for all: leave out one of momenta and that")
         for cell in self.grid():
             self._check(cell)
         return self
@@ -152,17 +201,41 @@ class Suite(_Table):
         """The grid on these machines, rising."""
         return cluster.learning_rates or self.learning_rates
 
+    def methods_on(self, cluster: Cluster) -> tuple[str, ...]:
+        """Those that are compared on these machines."""
+        return cluster.methods or self.methods
+
     def groups(self) -> Iterator[tuple[Cluster, str]]:
-        """Every cluster with every method."""
-        return ((cluster, method) for cluster in self.clusters for method in self.methods)
+        """Every cluster with every method that is compared on it."""
+        return ((cluster, method) for cluster in self.clusters for method in self.methods_on(cluster))
 
     def grid(self) -> list[Cell]:
         """The cells that decide on the rates."""
         return [
-            Cell(cluster.name, method, rate, self.grid_seed)
+            self.cell(cluster, method, point, self.grid_seed)
             for cluster, method in self.groups()
-            for rate in self.rates(cluster)
+            for point in self.points(cluster, method)
         ]
+
+    def points(self, cluster: Cluster, method: str) -> list[Point]:
+        """The grid of a method on these machines."""
+        return [self.point(move, beta) for beta in self._momenta_of(method) for move in self.rates(cluster)]
+
+    def point(self, total_move: float, momentum: float | None) -> Point:
+        """Where a push moves the parameters so far in the end."""
+        # Rounded, as it names a directory.
+        return Point(float(f"{total_move * (1.0 - (momentum or 0.0)):.9g}"), momentum)
+
+    def cell(self, cluster: Cluster, method: str, point: Point, seed: int) -> Cell:
+        """The run of a method on these machines at this point."""
+        return Cell(cluster.name, method, point.rate, seed, point.momentum)
+
+    def _momenta_of(self, method: str) -> tuple[float | None, ...]:
+        if not self.momenta:
+            return (None,)
+        # Without momentum all rules are the same, up to rounding: `sgd` stands for them.
+        has_momentum = "momentum" in UPDATE_RULES[PRESETS[method].rule].vectors_of_run
+        return self.momenta if has_momentum else (0.0,)
 
     def settings(self, cell: Cell) -> SimSettings:
         """What to simulate for a cell."""
@@ -174,6 +247,8 @@ class Suite(_Table):
             "seed": cell.seed,
             "plots": False,
         }
+        if cell.momentum is not None:
+            chosen["momentum"] = cell.momentum
         settings = SimSettings(**(self.simulation | cluster.simulation | chosen))
         if not self.milestone_epochs:
             return settings
