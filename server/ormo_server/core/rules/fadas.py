@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Coefficients, Landing, UpdateRule
-from ormo_server.core.vectors import walk
+from ormo_server.core.vectors import Vector, walk
 
 # Longer gradients are refused: the sum of 2^31 of these, and the square of their mean, are far from float32's end.
 _LARGEST_NORM = 2.0**40
@@ -50,7 +50,7 @@ class BufferedAmsgrad(UpdateRule):
         return _LARGEST_ELEMENT
 
     @override
-    def apply(self, params: torch.Tensor, gradient: torch.Tensor, landing: Landing) -> None:
+    def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         counters = self.counters
         delay_steps = counters["steps"] - counters.get(_steps_at(landing.slot), counters["steps"])
         counters["delay_steps"] = max(counters["delay_steps"], delay_steps)
@@ -61,7 +61,7 @@ class BufferedAmsgrad(UpdateRule):
         for gathered, g in walk(self.vectors["gathered"], gradient):
             gathered.add_(g)
 
-    def _step(self, params: torch.Tensor, gradient: torch.Tensor, step_size: float) -> None:
+    def _step(self, params: torch.Tensor, gradient: Vector, step_size: float) -> None:
         counters, coefficients = self.counters, self.coefficients
         beta1, beta2 = coefficients.momentum, coefficients.second_momentum
         count, number, delay_steps = counters["gathered"], counters["steps"] + 1, counters["delay_steps"]
