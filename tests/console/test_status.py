@@ -32,7 +32,7 @@ def test_status_says_how_the_run_is_going(tmp_path: Path, capsys: pytest.Capture
     for fact in (
         f"server  {server.address}, version ",
         "progress  training, iteration 1 of 40, 4 samples",
-        "gradients/s since the server started (1 applied)",
+        "updates/s since the server started (1 applied)",
         "method  ormo: update rule ormo, step scale constant (mean 1), scheduler asynchronous",
         "model  9 parameters",
         "learning rate  1, K 2",
@@ -46,9 +46,27 @@ def test_status_says_how_the_run_is_going(tmp_path: Path, capsys: pytest.Capture
     ):
         assert fact in said, said
     table = said.split("\n\n")[1].splitlines()
-    assert table[0].split()[:5] == ["worker", "rank", "slots", "gradients", "delay"]
+    assert table[0].split()[:5] == ["worker", "rank", "slots", "updates", "delay"]
     assert table[2].split()[:8] == ["w0", "0", "1", "1", "0.0", "0", "0", "0.250"]
     assert table[3].split()[:5] == ["w1", "1", "1", "0", "0.0"]
+
+
+def test_status_of_a_run_of_local_steps_says_how_many_and_how_many_each_worker_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(tmp_path, local_steps=1024) as server, connected(server) as stub:
+        first = WireWorker(stub, "w0", local_steps=1024)
+        first.join()
+        first.pull()
+        first.push(payload(SMALL, 1.0), local_steps=1000)
+        assert main(["status", "--server", server.address]) == 0
+    said = capsys.readouterr().out
+    assert "scheduler asynchronous, up to 1,024 local steps" in said
+    head, _, row = said.split("\n\n")[1].splitlines()[:3]
+    assert (head.split()[:5], row.split()[:5]) == (
+        ["worker", "rank", "slots", "updates", "steps"],
+        ["w0", "0", "1", "1", "1,000"],
+    )
 
 
 def test_status_as_json_has_every_field_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +158,7 @@ def test_top_in_a_pipe_prints_one_uncut_view_with_rates(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
-    assert "0 gradients/s, 0 samples/s" in done.stdout
+    assert "0 updates/s, 0 samples/s" in done.stdout
     assert all(f"worker-{number} " in done.stdout for number in range(30))
 
 

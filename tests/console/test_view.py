@@ -47,13 +47,13 @@ def test_the_view_says_how_the_run_and_each_worker_are() -> None:
     assert lines[0] == "ormo  training  127.0.0.1:50051, version 0.1.0, up 10 s"
     assert lines[1].startswith("iteration 100 of 400, 3,200 samples  ━━")
     assert lines[1].endswith("25%, 30 s left")  # 300 gradients at 10 a second
-    assert lines[2].split("  learning rate  ") == ["throughput  10 gradients/s, 320 samples/s", "0.01, K 3"]
+    assert lines[2].split("  learning rate  ") == ["throughput  10 updates/s, 320 samples/s", "0.01, K 3"]
     assert "accuracy 95.3%, loss 0.2500 at iteration 90" in lines[3]
     assert "mean 2.5, largest 40" in lines[4]
     assert "3 in flight, 1 slot waiting" in lines[4]
     assert "iteration 50, 42 s ago" in lines[5]
     assert lines[5].endswith("memory         273 MB")
-    titles = "worker rank slots gradients per s delay last largest compute ticket computing loss heard pushed"
+    titles = "worker rank slots updates per s delay last largest compute ticket computing loss heard pushed"
     assert lines[7].split() == titles.split()
     slow, first, second = (line.split() for line in lines[9:12])
     # The bar is a word of its own.

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
 from prometheus_client import generate_latest
 
 from ormo_protos.tensors import Payload
@@ -356,20 +355,61 @@ def test_who_leaves_with_a_ticket_has_pushed_what_it_had(serving: Serving) -> No
 # Weights of a bucket
 
 
+TEAM: dict[str, Any] = {"local_steps": H, "method": "local-sgd", "learning_rate": 1.0, "max_workers": 8}
+
+
+def moved(server: Server) -> float:
+    """By how much the model has moved, each of whose pseudo-gradients is 1."""
+    with server.host.engine.inspect() as machine:
+        (where,) = machine.state.params.unique().tolist()
+    return -where
+
+
+def team_of(stub: ParameterServerStub) -> list[WireWorker]:
+    return [local(stub, f"w{number}") for number in range(8)]
+
+
 def test_workers_that_push_their_last_and_leave_move_the_model_by_one_mean_together(tmp_path: Path) -> None:
     """Each by 1/K at hand-out, however few are left: the bucket's mean, not the harmonic sum."""
-    changes: dict[str, Any] = {"local_steps": H, "method": "asgd", "learning_rate": 1.0, "max_workers": 8}
-    with served(tmp_path, **changes) as server, connected(server) as stub:
-        team = [local(stub, f"w{number}") for number in range(8)]
+    with served(tmp_path, **TEAM) as server, connected(server) as stub:
+        team = team_of(stub)
         for worker in team:
             worker.join()
         for worker in team:
             worker.pull()
         for worker in team:
-            worker.push(payload(SMALL, 1.0))
+            worker.push(payload(SMALL, 1.0), local_steps=3)
             stub.Leave(pb.LeaveRequest(worker=worker.name, incarnation=1))
-        with server.host.engine.inspect() as machine:
-            assert torch.equal(machine.state.params, torch.full((9,), -1.0))
+        assert moved(server) == 1.0
+
+
+def test_workers_that_came_one_after_the_other_move_the_model_by_one_mean_together(tmp_path: Path) -> None:
+    """Each by 1/K at application: at hand-out the first was alone."""
+    with served(tmp_path, **TEAM) as server, connected(server) as stub:
+        team = team_of(stub)
+        for worker in team:
+            worker.join()
+            worker.pull()
+        for worker in team:
+            worker.push(payload(SMALL, 1.0))
+        assert moved(server) == 1.0
+
+
+def test_in_a_round_a_worker_that_dies_counts_as_one_that_has_not_moved(tmp_path: Path) -> None:
+    changes = TEAM | {"method": "diloco", "momentum": 0.0, "min_workers": 4, "slots_per_worker": 1}
+    with served(tmp_path, **changes) as server, connected(server) as stub:
+        team = team_of(stub)[:4]
+        for worker in team:
+            worker.join()
+        for worker in team:
+            worker.pull()
+        *others, lost_one = team
+        for worker in others:
+            worker.push(payload(SMALL, 1.0))
+        with_new_process = local(stub, lost_one.name, incarnation=2)
+        with_new_process.join()
+        assert moved(server) == 3 / 4
+        assert lost(server) == H
 
 
 def test_without_a_word_a_run_of_local_steps_takes_means_at_the_outer_rate(tmp_path: Path) -> None:

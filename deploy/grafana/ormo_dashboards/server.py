@@ -156,8 +156,8 @@ def _lock_held() -> Panel:
             title="Lock held",
             shows="Share of the time that the one lock is held: the load of the server; the red line is the alert's "
             "limit.",
-            normal="Below 50 %, in proportion to gradients per second and model size.",
-            bad="Above the line more workers bring no more gradients. Larger batches, fewer workers, or a machine with "
+            normal="Below 50 %, in proportion to updates per second and model size.",
+            bad="Above the line more workers bring no more updates. Larger batches, fewer workers, or a machine with "
             "faster memory.",
         ),
         Query(rate("ormo_lock_held_seconds_total")),
@@ -171,7 +171,7 @@ def _lock_wait() -> Panel:
         Text(
             title="Wait for the lock",
             shows="How long inputs of all kinds waited for the lock.",
-            normal="p50 near 0; p99 about the time of applying one gradient.",
+            normal="p50 near 0; p99 about the time of applying one update.",
             bad="Several times that: a queue at the lock. See Lock held.",
         ),
         *(
@@ -187,7 +187,7 @@ def _bytes() -> Panel:
         Text(
             title="Tensor bytes",
             shows="Bytes of tensors received and sent per second, by method.",
-            normal="Gradients per second times the bytes of the model, each way.",
+            normal="Updates per second times the bytes of the model, each way.",
             bad="Flat at the speed of the network interface: the network is the bottleneck; bfloat16 on the wire "
             "halves it.",
         ),
@@ -201,13 +201,13 @@ def _pushes() -> Panel:
     return lines(
         Text(
             title="Pushes by outcome",
-            shows="Gradients per second that were applied, discarded as too late, repeated by a retry, or refused.",
+            shows="Updates per second that were applied, discarded as too late, repeated by a retry, or refused.",
             normal="All applied.",
             bad="repeated: connections break after the push. refused: see Refusals by reason. discarded: see "
             "Staleness.",
         ),
         Query(rate("ormo_pushes_total", "outcome"), "{{outcome}} {{instance}}"),
-        unit="count:gradients/s",
+        unit="count:updates/s",
     )
 
 
@@ -231,7 +231,7 @@ def _refusals() -> Panel:
     return lines(
         Text(
             title="Refusals by reason",
-            shows="Calls and gradients refused within each step, by reason; only reasons that have occurred.",
+            shows="Calls and updates refused within each step, by reason; only reasons that have occurred.",
             normal="None; NOT_A_MEMBER, TICKET_UNKNOWN and DRAINING for a moment after a restart or a lost lease.",
             bad="NON_FINITE: a worker diverges or computes in too low a precision. MANIFEST_DIGEST: a worker trains "
             "another model. TOO_MANY_WORKERS: raise --max-workers. UNKNOWN or INTERNAL: see the server's log.",
@@ -340,8 +340,8 @@ def _behind() -> Panel:
     return lines(
         Text(
             title="Iterations since the last checkpoint",
-            shows="How many gradients a crash would lose now.",
-            normal="A saw: gradients per second times the interval at most.",
+            shows="How many updates a crash would lose now.",
+            normal="A saw: updates per second times the interval at most.",
             bad="It only grows: no checkpoint is written. Lower --checkpoint-seconds if a normal loss is too much.",
         ),
         Query(f"{series('ormo_iteration')} - {series('ormo_checkpoint_iteration')}"),
@@ -417,9 +417,9 @@ def _journal_size() -> Panel:
         Text(
             title="Journal",
             shows="Bytes of the journal since the last checkpoint; 0 without --journal.",
-            normal="It rises with the gradients and falls with each checkpoint.",
+            normal="It rises with the updates and falls with each checkpoint.",
             bad="It passes --journal-max-bytes and rises: checkpoints fail (see Failed checkpoints). At twice that "
-            "gradients are refused until one is written.",
+            "updates are refused until one is written.",
         ),
         Query(series("ormo_journal_size_bytes")),
         unit="bytes",
@@ -461,7 +461,7 @@ def _cpu() -> Panel:
         Text(
             title="Processor",
             shows="Processor cores that the server uses.",
-            normal="In proportion to gradients per second.",
+            normal="In proportion to updates per second.",
             bad="Flat at the container's limit: it is throttled, so every stage takes longer. Raise the limit.",
         ),
         Query(rate("process_cpu_seconds_total")),

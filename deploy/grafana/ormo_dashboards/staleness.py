@@ -1,4 +1,4 @@
-"""The dashboard *Staleness*: how late gradients are, and whose."""
+"""The dashboard *Staleness*: how late updates are, and whose."""
 
 from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
 
@@ -33,9 +33,9 @@ _NEEDS_EXPORTER = "Needs --metrics-listen on the workers, and a Prometheus that 
 
 def staleness() -> Dashboard:
     """Delays over all and per worker, who is slow, tickets, and what workers measure themselves."""
-    description = "How late are gradients, and whose? Delay counts the gradients applied since the parameters went out."
+    description = "How late are updates, and whose? Delay counts the updates applied since the parameters went out."
     sections = [
-        Section("How late are gradients?", [_delays(), _delay(), _relative(), _seconds(), _lag()]),
+        Section("How late are updates?", [_delays(), _delay(), _relative(), _seconds(), _lag()]),
         Section("Who is slow?", [_slowest(), _last(), _smoothed(), _largest(), _ticket_time(), _pace(), _compute()]),
         Section("Tickets and membership", [_tickets(), _members(), _expired(), _bounds(), _not_applied()]),
         Section(
@@ -56,7 +56,7 @@ def _delays() -> Panel:
     return distribution(
         Text(
             title="Delay",
-            shows="Delay of the gradients in iterations, as a heatmap over all workers.",
+            shows="Delay of the updates in iterations, as a heatmap over all workers.",
             normal="One band near K − 1 when workers are equal; a second one n times higher for workers n times "
             "slower.",
             bad="A band that climbs: some workers get slower and slower. Find them under Who is slow.",
@@ -70,7 +70,7 @@ def _delay() -> Panel:
     return lines(
         Text(
             title="Delay, quantiles",
-            shows="The delay that 50, 90 and 99 % of the gradients stay below.",
+            shows="The delay that 50, 90 and 99 % of the updates stay below.",
             normal="Steady; the median is about K − 1 with the asynchronous scheduler, and 0 with the synchronous one.",
             bad="p99 far above the median: few workers are slow. All rise: many workers joined, or pushes queue up.",
         ),
@@ -85,7 +85,7 @@ def _relative() -> Panel:
             title="Delay divided by K",
             shows="Delay as a multiple of K, so that runs of any size compare; the red line is the alert's limit.",
             normal="Median about 1; p99 about n where a worker is n times slower than the rest.",
-            bad="p99 above the red line: those gradients say little about the present model. Leave the slow workers "
+            bad="p99 above the red line: those updates say little about the present model. Leave the slow workers "
             "out, give them smaller batches, or take ormo-da or --discard-delay.",
         ),
         *_quantiles("ormo_gradient_relative_delay"),
@@ -99,7 +99,7 @@ def _seconds() -> Panel:
     return lines(
         Text(
             title="Staleness in seconds",
-            shows="Time from handing out parameters to counting the gradient that was computed at them.",
+            shows="Time from handing out parameters to counting the update that was computed at them.",
             normal="The time of one step of the worker, transfers included.",
             bad="It rises while Compute share stays high: slow hardware. It rises while the share falls: slow network, "
             "or a server that is busy; see Where the time goes on Server.",
@@ -114,9 +114,9 @@ def _lag() -> Panel:
     return lines(
         Text(
             title="Bucket lag",
-            shows="How many buckets behind the newest one gradients were filed.",
+            shows="How many buckets behind the newest one updates were filed.",
             normal="0 and 1; about n for a worker n times slower.",
-            bad="High: ordered momentum gives such a gradient the weight β^lag in the momentum, so it hardly counts "
+            bad="High: ordered momentum gives such an update the weight β^lag in the momentum, so it hardly counts "
             "there.",
         ),
         *_quantiles("ormo_gradient_lag_buckets"),
@@ -130,15 +130,15 @@ def _slowest() -> Panel:
     return rows(
         Text(
             title="Who is slow",
-            shows="Each worker's pace, time per gradient, share of time spent computing, delay and silence; slowest "
+            shows="Each worker's pace, time per update, share of time spent computing, delay and silence; slowest "
             "first.",
             normal="Workers of one kind differ little. Silent for seconds at most: heartbeats come all the time.",
-            bad="Few gradients per second with a high compute share: slow hardware or big batches. With a low one: "
+            bad="Few updates per second with a high compute share: slow hardware or big batches. With a low one: "
             "slow network, or it waits for tickets. Last push in orange though it is not silent: its device or its "
             "data loading hangs; an alert fires if that is ten times its usual time. Restart it. No pace but a recent "
-            "push: its gradients come so late that the method discards them.",
+            "push: its updates come so late that the method discards them.",
         ),
-        Column(heading="gradients/s", expression=rate("ormo_worker_gradients_total", *key), unit="none"),
+        Column(heading="updates/s", expression=rate("ormo_worker_gradients_total", *key), unit="none"),
         Column(heading="ticket to push", expression=_newest("ormo_worker_ticket_seconds"), unit="s"),
         Column(heading="compute share", expression=rate("ormo_worker_compute_seconds_total", *key), unit="percentunit"),
         Column(heading="smoothed delay", expression=_newest("ormo_worker_smoothed_delay_iterations"), unit="none"),
@@ -155,7 +155,7 @@ def _slowest() -> Panel:
             limits={limits.LAST_PUSH_SECONDS: WARNING},
         ),
         labels={"worker": "worker", "instance": "run"},
-        sort_by="gradients/s",
+        sort_by="updates/s",
     )
 
 
@@ -167,7 +167,7 @@ def _last() -> Panel:
     return lines(
         Text(
             title="Last delay per worker",
-            shows="Delay of the last gradient of each worker.",
+            shows="Delay of the last update of each worker.",
             normal="Jitter around K − 1, higher for slower workers.",
             bad="One line far above: that worker is slow. A line that stays flat: it pushes nothing any more.",
         ),
@@ -195,9 +195,9 @@ def _largest() -> Panel:
     return lines(
         Text(
             title="Largest delay per worker",
-            shows="The largest delay that a gradient of each worker has had since it joined.",
+            shows="The largest delay that an update of each worker has had since it joined.",
             normal="A few times K, reached early.",
-            bad="A jump: that worker stood still for a while and came back with an old gradient. Its log says why.",
+            bad="A jump: that worker stood still for a while and came back with an old update. Its log says why.",
         ),
         Query(series("ormo_worker_max_delay_iterations"), _WORKER),
         unit="none",
@@ -305,7 +305,7 @@ def _bounds() -> Panel:
     return lines(
         Text(
             title="Limits of the method",
-            shows="The staleness bound and the delay from which on gradients are discarded, beside the p99 delay.",
+            shows="The staleness bound and the delay from which on updates are discarded, beside the p99 delay.",
             normal="The delay stays below the lines; most methods have neither.",
             bad="The delay touches the bound: workers wait for the slowest one. It is above the discard limit: their "
             "work is thrown away; see Pushes not applied.",
@@ -321,13 +321,13 @@ def _not_applied() -> Panel:
     return lines(
         Text(
             title="Pushes not applied",
-            shows="Gradients per second that were discarded as too late, or refused.",
-            normal="0; with ringmaster or --discard-delay the slowest workers' gradients are discarded.",
-            bad="A worker whose gradients are all discarded only costs: leave it out, or raise the limit. Refused: see "
+            shows="Updates per second that were discarded as too late, or refused.",
+            normal="0; with ringmaster or --discard-delay the slowest workers' updates are discarded.",
+            bad="A worker whose updates are all discarded only costs: leave it out, or raise the limit. Refused: see "
             "Refusals by reason on Server.",
         ),
         Query(rate("ormo_pushes_total", "outcome", where='outcome=~"discarded|refused"'), "{{outcome}} {{instance}}"),
-        unit="count:gradients/s",
+        unit="count:updates/s",
     )
 
 
@@ -352,7 +352,7 @@ def _outcomes() -> Panel:
     return lines(
         Text(
             title="Steps by outcome",
-            shows=f"Steps per second of each worker, by what became of the gradient. {_NEEDS_EXPORTER}",
+            shows=f"Steps per second of each worker, by what became of the update. {_NEEDS_EXPORTER}",
             normal="applied; some discarded with a method that discards.",
             bad="refused or lost: computed for nothing. The worker's log has the reason.",
         ),

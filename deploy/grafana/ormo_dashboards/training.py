@@ -17,20 +17,25 @@ from ormo_dashboards.panels import (
     number,
     with_right_axis,
 )
-from ormo_dashboards.promql import RUN, buckets, mean, quantile, rate, series
+from ormo_dashboards.promql import RUN, buckets, increase, mean, quantile, rate, series
 from ormo_dashboards.uids import SERVER, STALENESS, TRAINING
 
 _WORKER = "{{worker}} @ {{instance}}"
 
 
 def training() -> Dashboard:
-    """Loss, accuracy, learning rate, throughput and gradients of the selected runs."""
+    """Loss, accuracy, learning rate, throughput and updates of the selected runs."""
     description = "Does the model learn, and how fast? For who is slow see Staleness; for the machine see Server."
     sections = [
         Section("At a glance", [*_run(), *_health()]),
         Section("Does it learn?", [_loss(), _accuracy(), _worker_loss(), _step_size()]),
         Section("How fast?", [_samples(), _gradients(), _iteration()]),
-        Section("Gradients", [_norms(), _worker_norms(), _non_finite()]),
+        Section("Updates", [_norms(), _worker_norms(), _non_finite()]),
+        Section(
+            "Local steps (of a run that has them)",
+            [_local_steps(), _worker_local_steps(), _lost_local_steps()],
+            collapsed=True,
+        ),
         Section("What is trained, and how", [_settings(), _model_size(), _bucket_size()]),
     ]
     return board(TRAINING, "OrMo / Training", description, sections)
@@ -75,20 +80,20 @@ def _run() -> list[Panel]:
         ),
         number(
             Text(
-                title="Gradients per second",
-                shows="Gradients applied per second.",
+                title="Updates per second",
+                shows="Updates applied per second.",
                 normal="Steady; it follows the number and the speed of the workers.",
                 bad="0 while training: no progress. Staleness shows who still pushes, Server what is refused.",
             ),
             Query(rate("ormo_pushes_total", where='outcome="applied"')),
-            unit="count:gradients/s",
+            unit="count:updates/s",
         ),
         number(
             Text(
                 title="Samples per second",
-                shows="Training samples per second, as workers report them with their gradients.",
+                shows="Training samples per second, as workers report them with their updates.",
                 normal="Steady.",
-                bad="0 while gradients are applied: the training loop passes no `samples` to `step`.",
+                bad="0 while updates are applied: the training loop passes no `samples` to `step`.",
             ),
             Query(rate("ormo_samples_total")),
             unit="count:samples/s",
@@ -96,7 +101,7 @@ def _run() -> list[Panel]:
         number(
             Text(
                 title="Iteration",
-                shows="Gradients applied since the run began.",
+                shows="Updates applied since the run began.",
                 normal="Rises.",
                 bad="It stands still while the phase is training; or it fell: the server went back to its last "
                 "checkpoint.",
@@ -140,8 +145,8 @@ def _health() -> list[Panel]:
                 title="Learning rate",
                 shows="Learning rate η in force.",
                 normal="Follows the schedule: it rises in the warm-up, then stays, steps down or decays.",
-                bad="Not what was meant: compare the schedule's settings. The gradients of a bucket are summed, so a "
-                "rate for one machine is to be divided by about K.",
+                bad="Not what was meant: compare the schedule's settings. The gradients of a bucket are summed, "
+                "so a rate for one machine is to be divided by about K; with local steps they are averaged.",
             ),
             Query(series("ormo_learning_rate")),
             unit="sci",
@@ -149,7 +154,7 @@ def _health() -> list[Panel]:
         number(
             Text(
                 title="Delay, p99, in K",
-                shows="The delay that 99 % of the gradients stay below, divided by K.",
+                shows="The delay that 99 % of the updates stay below, divided by K.",
                 normal="1 to 2 among equal workers; about n where a worker is n times slower.",
                 bad="Red: the alert's limit. Staleness shows who is slow; leave that worker out, give it smaller "
                 "batches, or take ormo-da.",
@@ -176,7 +181,7 @@ def _health() -> list[Panel]:
         number(
             Text(
                 title="Pushes refused",
-                shows="Share of the gradients that were refused; not counted are non-finite ones and those after the "
+                shows="Share of the updates that were refused; not counted are non-finite ones and those after the "
                 "end.",
                 normal="0.",
                 bad="Red: the alert's limit, computed for nothing. Refusals by reason on Server says why.",
@@ -194,7 +199,7 @@ def _refused(reasons: str) -> str:
     """The share of all pushes that was refused for these reasons."""
     refused = rate("ormo_pushes_total", where=f'outcome="refused", {reasons}')
     pushes = rate("ormo_pushes_total")
-    # No such refusal has happened yet where there is no series of it, so the share is 0 if gradients come at all.
+    # No such refusal has happened yet where there is no series of it, so the share is 0 if updates come at all.
     return f"({refused} or 0 * {pushes}) / ({pushes} > 0)"
 
 
@@ -244,10 +249,10 @@ def _step_size() -> Panel:
     panel = lines(
         Text(
             title="Learning rate and step scale",
-            shows="Learning rate in force, and the mean share of it that gradients were applied with (right axis).",
+            shows="Learning rate in force, and the mean share of it that updates were applied with (right axis).",
             normal="The rate follows its schedule. The scale is 1 with the step scale constant, and about 1 with "
             "rescaled.",
-            bad="With delay-adaptive a scale well below 1: many gradients are later than the threshold (2K, with "
+            bad="With delay-adaptive a scale well below 1: many updates are later than the threshold (2K, with "
             "asgd-da K), so training slows down. "
             "Look for the slow workers on Staleness.",
         ),
@@ -275,14 +280,14 @@ def _samples() -> Panel:
 def _gradients() -> Panel:
     return lines(
         Text(
-            title="Gradients per second and worker",
-            shows="Gradients applied per second, stacked by worker.",
+            title="Updates per second and worker",
+            shows="Updates applied per second, stacked by worker.",
             normal="Bands of steady height, as high as each worker is fast.",
             bad="A band that thins out: that worker slows down. All of them at once: the server or the network; see "
             "Server.",
         ),
         Query(rate("ormo_worker_gradients_total", "worker"), _WORKER),
-        unit="count:gradients/s",
+        unit="count:updates/s",
         size=THIRD,
         stacked=True,
     )
@@ -292,7 +297,7 @@ def _iteration() -> Panel:
     return lines(
         Text(
             title="Iteration",
-            shows="Gradients applied, and the iteration that the last test result belongs to.",
+            shows="Updates applied, and the iteration that the last test result belongs to.",
             normal="Rises steadily, the evaluated one following in steps.",
             bad="Flat while training: no progress. A fall: the server restarted from a checkpoint. An evaluated one "
             "that falls behind: the evaluator is too slow or gone.",
@@ -308,7 +313,7 @@ def _norms() -> Panel:
     return distribution(
         Text(
             title="Gradient norm",
-            shows="How large the applied gradients are (L2 norm), as a heatmap.",
+            shows="How large the applied updates are (L2 norm), as a heatmap.",
             normal="A narrow band that falls slowly.",
             bad="A band that climbs announces divergence: lower the learning rate or clip gradients in the workers. "
             "Two bands: workers compute different things, see the norms per worker.",
@@ -323,7 +328,7 @@ def _worker_norms() -> Panel:
     return lines(
         Text(
             title="Gradient norm per worker",
-            shows="L2 norm of the last gradient of each worker.",
+            shows="L2 norm of the last update of each worker.",
             normal="Alike, within a factor of a few.",
             bad="One worker apart: other data, another batch size, or faulty hardware.",
         ),
@@ -337,8 +342,8 @@ def _worker_norms() -> Panel:
 def _non_finite() -> Panel:
     return lines(
         Text(
-            title="Non-finite gradients",
-            shows="Share of the gradients that were refused because they have NaN or infinite values.",
+            title="Non-finite updates",
+            shows="Share of the updates that were refused because they have NaN or infinite values.",
             normal="0; a few now and then in mixed precision.",
             bad="Above the red line, the alert's limit: from all workers, training diverges, so lower the learning "
             "rate or clip; from one, its device or data is bad, and the server's log names it.",
@@ -347,6 +352,49 @@ def _non_finite() -> Panel:
         unit="percentunit",
         size=THIRD,
         limits={limits.NON_FINITE_GRADIENTS: CRITICAL},
+    )
+
+
+def _local_steps() -> Panel:
+    return distribution(
+        Text(
+            title="Local steps per update",
+            shows="How many steps of a worker's own optimizer each applied update holds, as a heatmap.",
+            normal="One band at --local-steps; with --local-steps-by-speed others below it, a band for each speed.",
+            bad="Many small ones: workers end and start again all the time, each with what it had.",
+        ),
+        buckets("ormo_gradient_local_steps"),
+        unit="none",
+        size=THIRD,
+    )
+
+
+def _worker_local_steps() -> Panel:
+    return lines(
+        Text(
+            title="Local steps per worker",
+            shows="Local steps in the last update of each worker.",
+            normal="Flat lines; with --local-steps-by-speed one level for each kind of machine.",
+            bad="With --local-steps-by-speed a line that falls: that worker slows down, or the fastest got faster.",
+        ),
+        Query(series("ormo_worker_local_steps"), _WORKER),
+        unit="none",
+        size=THIRD,
+    )
+
+
+def _lost_local_steps() -> Panel:
+    return lines(
+        Text(
+            title="Local steps lost",
+            shows="Local steps that never count, as their ticket was void or their worker is gone, within each step.",
+            normal="0; with spot machines at most --local-steps for each that is taken away.",
+            bad="A peak at a restart of the server: with --journal tickets outlive it. More without one: leases or "
+            "tickets run out while workers compute; raise --failure-timeout-seconds or --ticket-timeout-seconds.",
+        ),
+        Query(increase("ormo_lost_local_steps_total")),
+        unit="none",
+        size=THIRD,
     )
 
 
@@ -365,6 +413,8 @@ def _settings() -> Panel:
             "update_rule": "update rule",
             "step_scale": "step scale",
             "scheduler": "scheduler",
+            "bucket": "bucket",
+            "local_steps": "local steps",
             "momentum": "momentum",
             "weight_decay": "weight decay",
             "schedule": "schedule",
@@ -392,7 +442,7 @@ def _bucket_size() -> Panel:
     panel = lines(
         Text(
             title="Bucket size and newest bucket",
-            shows="K, the gradients in a bucket, and the number of the newest bucket (right axis).",
+            shows="K, the updates in a bucket, and the number of the newest bucket (right axis).",
             normal="K is the number of slots of the live workers, unless it was fixed; the newest bucket rises.",
             bad="K jumps up and down: workers come and go, or lose their leases; see Staleness.",
         ),

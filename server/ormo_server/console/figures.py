@@ -88,10 +88,12 @@ def of_the_moment(status: pb.GetStatusResponse) -> Facts:
 
 def of_the_method(status: pb.GetStatusResponse) -> Facts:
     """How it trains what."""
+    most = status.settings.local_steps
     return {
         "method": (
             f"{status.method}: update rule {status.update_rule}, step scale {status.step_scale} "
             f"(mean {status.step_scale_mean:.3g}), scheduler {status.scheduler}"
+            + (f", up to {most:,} local steps" if most else "")
         ),
         "model": f"{status.model_parameters:,} parameters",
     }
@@ -108,14 +110,14 @@ def mean_throughput(status: pb.GetStatusResponse) -> str:
     """Over the whole time since the server started: one answer tells no more."""
     per_second = status.applied / status.uptime_seconds if status.uptime_seconds > 0 else None
     discarded = f", {status.discarded:,} discarded" if status.discarded else ""
-    return f"{rate(per_second)} gradients/s since the server started ({status.applied:,} applied{discarded})"
+    return f"{rate(per_second)} updates/s since the server started ({status.applied:,} applied{discarded})"
 
 
 def throughput(rates: Rates | None) -> str:
     """As measured."""
     if rates is None:
         return NOT_KNOWN
-    return f"{rate(rates.gradients)} gradients/s, {rate(rates.samples)} samples/s"
+    return f"{rate(rates.gradients)} updates/s, {rate(rates.samples)} samples/s"
 
 
 def share_done(status: pb.GetStatusResponse) -> float | None:

@@ -195,7 +195,7 @@ def _foot(status: pb.GetStatusResponse) -> Iterator[ConsoleRenderable]:
             (f"up to {VERY_LATE}K ({VERY_LATE * size})", LATE_COLOUR),
             ("  ", "dim"),
             ("above", VERY_LATE_COLOUR),
-            ("  compute, ticket: for the last gradient; heard, pushed: time since", "dim"),
+            ("  compute, ticket: for the last update; heard, pushed: time since", "dim"),
         )
     )
 

@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         worker: as the server tells.
-        per_second: its gradients; None if not known.
+        per_second: its updates; None if not known.
         bucket_size: K, what its delay is judged by.
     """
 
@@ -117,11 +117,14 @@ def _share(row: Row) -> RenderableType:
     return Text(NOT_KNOWN if row.share_computing is None else f"{row.share_computing:.0%}")
 
 
+_LIVE_ONLY = ("per s", "")
+_LOCAL_STEPS = "steps"  # of a run that has them
 _COLUMNS = (
     _Column("worker", _name, 0, left=True),
     _Column("rank", lambda row: Text(str(row.worker.rank)), 11),
     _Column("slots", lambda row: Text(str(row.worker.slots)), 10),
-    _Column("gradients", lambda row: Text(f"{row.worker.applied:,}"), 3),
+    _Column("updates", lambda row: Text(f"{row.worker.applied:,}"), 3),
+    _Column(_LOCAL_STEPS, lambda row: Text(f"{row.worker.local_steps:,}"), 7),
     _Column("per s", lambda row: Text(rate(row.per_second)), 1),
     _Column("", _bar, 4, left=True),
     _Column("delay", _delay(_smoothed, ".1f"), 0),
@@ -134,7 +137,6 @@ _COLUMNS = (
     _Column("heard", lambda row: Text(f"{row.worker.silent_seconds:.1f} s"), 5),
     _Column("pushed", _age, 7),
 )
-_LIVE_ONLY = ("per s", "")
 
 
 def workers_table(console: Console, rows: Sequence[Row], width: int, *, live: bool) -> Table:
@@ -146,7 +148,9 @@ def workers_table(console: Console, rows: Sequence[Row], width: int, *, live: bo
         width: that it may have.
         live: with what only a live view knows.
     """
-    columns = [column for column in _COLUMNS if live or column.title not in _LIVE_ONLY]
+    hidden = set() if live else {*_LIVE_ONLY}
+    hidden |= set() if any(row.worker.local_steps for row in rows) else {_LOCAL_STEPS}
+    columns = [column for column in _COLUMNS if column.title not in hidden]
     while True:
         table = _table(columns, rows)
         most = max(column.dispensable for column in columns)

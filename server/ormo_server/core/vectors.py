@@ -49,6 +49,18 @@ def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
     yield from zip(*(vector.split(BLOCK_ELEMENTS) for vector in vectors), strict=True)
 
 
+def walk_gradient(*vectors: torch.Tensor, gradient: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
+    """As `walk`, with the gradient's blocks last, which come in float32 whatever it is in."""
+    for *views, block in walk(*vectors, gradient):
+        yield (*views, _in_float32(block))
+
+
+def _in_float32(block: torch.Tensor) -> torch.Tensor:
+    # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that is
+    # dear for a small model.
+    return block if block.dtype is torch.float32 else block.float()
+
+
 def all_finite(vector: Vector) -> bool:
     """Whether a vector, shape (n,), floating, is free of NaN and infinity; stops at the first block that is not."""
     return vector.numel() == 0 or all(_finite_block(block) for (block,) in walk(vector))
@@ -81,8 +93,10 @@ class SquaredNorm:
         """The first so many elements are there: count the blocks that are whole."""
         total = self._vector.numel()
         while self._counted < total and (elements >= total or elements - self._counted >= BLOCK_ELEMENTS):
-            block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
-            self._sum += _squared(block.float())
+            block = self._vector
+            if total > BLOCK_ELEMENTS or not isinstance(block, torch.Tensor):
+                block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
+            self._sum += _squared(_in_float32(block))
             self._counted += block.numel()
 
     def total(self) -> float | None:
@@ -103,7 +117,7 @@ class SquaredNorm:
 def _squared(block: torch.Tensor) -> float:
     # Row by row, as one float32 sum of so many terms is off by 1e-5 (bfloat16's squares all round the same way).
     whole = block.numel() // _ROW_ELEMENTS * _ROW_ELEMENTS
-    rest = block[whole:]
+    rest = block[whole:] if whole else block
     total = float(torch.dot(rest, rest))
     if whole:
         norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW_ELEMENTS), dim=1)

@@ -646,7 +646,7 @@ def test_with_two_in_flight_the_next_steps_begin_without_the_last_ones_and_share
         assert optimizer._pipeline.current not in slots
         for _ in range(H):
             step(model, optimizer)
-    first, second = (pushed.item() for pushed in server.gradients)
+    first, second = sorted(pushed.item() for pushed in server.gradients)  # on two streams either may come first
     assert first == sum(moves)
     assert second > first  # the momentum went on
 

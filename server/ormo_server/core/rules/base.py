@@ -20,6 +20,8 @@ from ormo_server.core.vectors import Vector, largest
 LARGEST = 2.0**126
 LARGEST_STEP = LARGEST / 2.0**52
 
+_WHOLE = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
@@ -138,13 +140,16 @@ class UpdateRule(ABC):
         params: torch.Tensor,
         out: torch.Tensor,
         sending: Sending,  # noqa: ARG002
-        part: slice = slice(None),
+        part: slice = _WHOLE,
     ) -> None:
         """Write a part of what a ticketed delivery carries into `out`, shape (d,), float32 or bfloat16.
 
         By default that is w. Reads only what the next gradient changes, so that it may go on until then.
         """
-        out[part].copy_(params[part])
+        if part == _WHOLE:  # then slicing is most of the cost for a small model
+            out.copy_(params)
+        else:
+            out[part].copy_(params[part])
 
     def ticket_handed_out(self, slot: SlotKey) -> None:  # noqa: B027
         """The slot has a new ticket whose gradient may come late; not asked in rounds, where none is."""

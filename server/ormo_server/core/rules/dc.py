@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import LARGEST, LARGEST_STEP, Landing, UpdateRule
-from ormo_server.core.vectors import Vector, largest, walk
+from ormo_server.core.vectors import Vector, largest, walk, walk_gradient
 
 
 class DelayCompensated(UpdateRule):
@@ -33,8 +33,7 @@ class DelayCompensated(UpdateRule):
     @override
     def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         compensation = self.coefficients.delay_compensation
-        for w, sent, g in walk(params, self.vectors[_sent_to(landing.slot)], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, sent, g in walk_gradient(params, self.vectors[_sent_to(landing.slot)], gradient=gradient):
             # λ before g⊙g, which alone may be too large for float32: with λ = 0 this is plain SGD, whatever g.
             compensated = torch.sub(w, sent).mul_(compensation).mul_(g).mul_(g).add_(g)
             w.sub_(compensated, alpha=landing.step_size)

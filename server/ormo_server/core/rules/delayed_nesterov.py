@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import LARGEST, Coefficients, Landing, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class DelayedNesterov(UpdateRule):
@@ -35,8 +35,9 @@ class DelayedNesterov(UpdateRule):
     def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         beta, count = self.coefficients.momentum, self.counters["gathered"] + 1
         is_full = count >= landing.bucket_size
-        for w, m, gathered, g in walk(params, self.vectors["momentum"], self.vectors["gathered"], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, m, gathered, g in walk_gradient(
+            params, self.vectors["momentum"], self.vectors["gathered"], gradient=gradient
+        ):
             gathered.add_(g, alpha=landing.step_size)
             w.sub_(g, alpha=landing.step_size)
             if is_full:

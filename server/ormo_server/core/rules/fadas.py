@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Coefficients, Landing, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 # Longer gradients are refused: the sum of 2^31 of these, and the square of their mean, are far from float32's end.
 _LARGEST_NORM = 2.0**40
@@ -58,7 +58,7 @@ class BufferedAmsgrad(UpdateRule):
         if counters["gathered"] >= landing.bucket_size:
             self._step(params, gradient, landing.step_size)
             return
-        for gathered, g in walk(self.vectors["gathered"], gradient):
+        for gathered, g in walk_gradient(self.vectors["gathered"], gradient=gradient):
             gathered.add_(g)
 
     def _step(self, params: torch.Tensor, gradient: Vector, step_size: float) -> None:
@@ -69,7 +69,9 @@ class BufferedAmsgrad(UpdateRule):
         if delay_steps > coefficients.delay_threshold:
             step_size /= delay_steps
         correction = math.sqrt(1.0 - beta2**number)
-        for w, m, v, most, gathered, g in walk(params, *(self.vectors[name] for name in self.vectors_of_run), gradient):
+        for w, m, v, most, gathered, g in walk_gradient(
+            params, *(self.vectors[name] for name in self.vectors_of_run), gradient=gradient
+        ):
             mean = gathered.add_(g).div_(count)
             m.mul_(beta1).add_(mean, alpha=1.0 - beta1)
             v.mul_(beta2).addcmul_(mean, mean, value=1.0 - beta2)

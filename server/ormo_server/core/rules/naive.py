@@ -4,7 +4,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class Naive(UpdateRule):
@@ -19,8 +19,8 @@ class Naive(UpdateRule):
 
     @override
     def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
-        for w, u, g in walk(params, self.vectors["momentum"], gradient):
-            u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
+        for w, u, g in walk_gradient(params, self.vectors["momentum"], gradient=gradient):
+            u.mul_(self.coefficients.momentum).add_(g, alpha=landing.step_size)
             w.sub_(u)
 
 
@@ -34,7 +34,6 @@ class NaiveNesterov(Naive):
     @override
     def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
         beta = self.coefficients.momentum
-        for w, m, g in walk(params, self.vectors["momentum"], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, m, g in walk_gradient(params, self.vectors["momentum"], gradient=gradient):
             m.mul_(beta).add_(g, alpha=landing.step_size)
             w.sub_(g, alpha=landing.step_size).sub_(m, alpha=beta)

@@ -4,7 +4,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule, geometric_sum
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class Ormo(UpdateRule):
@@ -32,8 +32,7 @@ class Ormo(UpdateRule):
         aged, drift = beta**opened, self.drift_of_momentum(opened)
         share = landing.step_size * beta**lag
         moved = landing.step_size * self.moves_of_late_gradient(lag)
-        for w, u, g in walk(params, self.vectors["momentum"], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, u, g in walk_gradient(params, self.vectors["momentum"], gradient=gradient):
             if opened:
                 w.sub_(u, alpha=drift)
                 u.mul_(aged)
@@ -49,8 +48,8 @@ class Ormo(UpdateRule):
         """Apply a gradient in time that opens one bucket, as most do."""
         # With m = 1 and l = 0 the formula is u ← βu + ηg, w ← w − u: a pass over the memory less than its three lines.
         beta = self.coefficients.momentum
-        for w, u, g in walk(params, self.vectors["momentum"], gradient):
-            u.mul_(beta).add_(g.to(w.dtype), alpha=step_size)
+        for w, u, g in walk_gradient(params, self.vectors["momentum"], gradient=gradient):
+            u.mul_(beta).add_(g, alpha=step_size)
             w.sub_(u)
 
     def moves_of_late_gradient(self, lag: int) -> float:
@@ -97,7 +96,6 @@ class OrmoNesterov(Ormo):
     def take_momentum_step(self, params: torch.Tensor, gradient: Vector, step_size: float) -> None:
         # With m = 1 and l = 0 the formula is u ← βu + sg, w ← w − βu − sg.
         beta = self.coefficients.momentum
-        for w, u, g in walk(params, self.vectors["momentum"], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, u, g in walk_gradient(params, self.vectors["momentum"], gradient=gradient):
             u.mul_(beta).add_(g, alpha=step_size)
             w.sub_(u, alpha=beta).sub_(g, alpha=step_size)

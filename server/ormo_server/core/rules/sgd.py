@@ -4,7 +4,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import Landing, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class Sgd(UpdateRule):
@@ -14,5 +14,5 @@ class Sgd(UpdateRule):
 
     @override
     def apply(self, params: torch.Tensor, gradient: Vector, landing: Landing) -> None:
-        for w, g in walk(params, gradient):
-            w.sub_(g.to(w.dtype), alpha=landing.step_size)
+        for w, g in walk_gradient(params, gradient=gradient):
+            w.sub_(g, alpha=landing.step_size)

@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.rules.base import Landing, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk_gradient
 
 
 class Shifted(UpdateRule):
@@ -24,8 +24,8 @@ class Shifted(UpdateRule):
         name = _momentum_of(landing.slot)
         if name not in self.vectors:
             self.vectors[name] = torch.zeros_like(params)
-        for w, u, g in walk(params, self.vectors[name], gradient):
-            u.mul_(self.coefficients.momentum).add_(g.to(w.dtype), alpha=landing.step_size)
+        for w, u, g in walk_gradient(params, self.vectors[name], gradient=gradient):
+            u.mul_(self.coefficients.momentum).add_(g, alpha=landing.step_size)
             w.sub_(u)
 
     @override

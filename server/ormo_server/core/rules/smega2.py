@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from ormo_server.core.rules.base import Coefficients, Landing, Sending, UpdateRule
-from ormo_server.core.vectors import Vector, walk
+from ormo_server.core.vectors import Vector, walk, walk_gradient
 
 # v holds gradients without η, and is multiplied by an η of later. It is a sum of means of gradients, βv + G/s, so by
 # the argument of `LARGEST` it stays below 2^27 times the largest norm (|G|/s is at most e times that, for any s). With
@@ -49,8 +49,9 @@ class Smega2(UpdateRule):
         beta, step = self.coefficients.momentum, landing.step_size
         count = self.counters["gathered"] + 1
         bucket_is_full = count >= landing.bucket_size
-        for w, v, gathered, g in walk(params, self.vectors["momentum"], self.vectors["gathered"], gradient):
-            g = g.to(w.dtype)  # noqa: PLW2901
+        for w, v, gathered, g in walk_gradient(
+            params, self.vectors["momentum"], self.vectors["gathered"], gradient=gradient
+        ):
             gathered.add_(g)
             w.sub_(g, alpha=step)
             w.sub_(v, alpha=step * beta)
