@@ -8,7 +8,7 @@ has the one that runs any of its tasks.
 import importlib
 import operator
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -41,8 +41,8 @@ class Computed:
     """What a worker would push besides its gradient. Buffers are good until the worker computes again.
 
     Attributes:
-        samples: in the mini-batch.
-        loss: mean over the mini-batch.
+        samples: in the mini-batch, or in those of all local steps.
+        loss: mean over the mini-batch, or over the local steps.
         float_buffers, int_buffers: the worker's, as in `Model`.
     """
 
@@ -69,6 +69,7 @@ class Scores:
 __all__ = [
     "TASKS_OF_THE_WORKER",
     "Computed",
+    "InnerSettings",
     "Model",
     "Scores",
     "SimulatedWorker",
@@ -90,6 +91,19 @@ class SimulatedWorker(Protocol):
             ticket: number of the ticket that it is for.
             params: where to compute it, shape (d,), float32; read only.
             out: for the gradient, mean over the mini-batch, weight decay added; shape (d,), float32; overwritten.
+        """
+
+    def local_steps(
+        self, ticket: int, params: torch.Tensor, out: torch.Tensor, *, steps: int, progress: float
+    ) -> Computed:
+        """Make local steps with the worker's next mini-batches; asked only where the settings have an inner optimizer.
+
+        Args:
+            ticket: number of the ticket that they are for.
+            params: where to begin, shape (d,), float32; read only.
+            out: for the pseudo-gradient, where it began less where it came to, shape (d,), float32; overwritten.
+            steps: how many.
+            progress: of the run when these parameters were sent, 0 to 1.
         """
 
     def take_buffers(self, model: Model) -> None:
@@ -125,6 +139,23 @@ class Workload(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class InnerSettings:
+    """What workers make their local steps with.
+
+    Attributes:
+        name: of the optimizer: adamw, muon or sgd.
+        learning_rate: its, at the peak.
+        schedule: how that changes over the run: constant or cosine.
+        warmup: the share of the run over which it rises once a worker has joined.
+    """
+
+    name: str
+    learning_rate: float
+    schedule: str
+    warmup: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkloadSettings:
     """What a workload is made from, as keyword arguments.
 
@@ -135,6 +166,7 @@ class WorkloadSettings:
         weight_decay: λ, added as λ·w to the gradients.
         device: where to compute, such as "cpu" or "cuda".
         train_samples, test_samples: how many of each set evaluations look at, spread evenly over it; 0 for all.
+        inner: of local steps; None for gradients, and then no argument.
     """
 
     task: str
@@ -144,6 +176,7 @@ class WorkloadSettings:
     device: str
     train_samples: int
     test_samples: int
+    inner: InnerSettings | None = None
 
 
 def load_workload(path: str, settings: WorkloadSettings) -> Workload:
@@ -160,4 +193,7 @@ def load_workload(path: str, settings: WorkloadSettings) -> Workload:
             f"the workload {path!r} can't be imported ({error}): expected 'package.module:attribute'; for the tasks of "
             "the worker install ormo-parameter-server[worker]"
         ) from error
-    return factory(**asdict(settings))
+    given = {column.name: getattr(settings, column.name) for column in fields(settings)}
+    if settings.inner is None:  # a workload of gradients alone need not know of it
+        del given["inner"]
+    return factory(**given)

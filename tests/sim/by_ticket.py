@@ -29,6 +29,7 @@ class ByTicket:
     bad_from: int = 10**9  # the number of the first ticket whose gradient is not finite
     tickets: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)  # of each push of local steps
 
     def initial(self, seed: int) -> Model:
         return Model(start(), NO_FLOATS, NO_INTS)
@@ -43,6 +44,14 @@ class ByTicket:
         if ticket >= self.bad_from:
             out[0] = float("nan")
         return Computed(self.batch_samples, float(ticket), NO_FLOATS, NO_INTS)
+
+    def local_steps(
+        self, ticket: int, params: torch.Tensor, out: torch.Tensor, *, steps: int, progress: float
+    ) -> Computed:
+        self.progress.append(progress)
+        done = self.gradient(ticket, params, out)
+        out.mul_(steps)
+        return Computed(steps * done.samples, done.loss, NO_FLOATS, NO_INTS)
 
     def evaluate(self, model: Model) -> Scores:
         loss = model.params.square().mean().item()

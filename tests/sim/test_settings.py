@@ -39,6 +39,8 @@ def settings(*flags: str) -> SimSettings:
             ["--trace", "t.jsonl", "--workers", "4"],
             "--trace and --workers can't be combined: drop --workers, or",
         ),
+        (["--inner", "adamw"], "--inner is for local steps: say how many with --local-steps"),
+        (["--local-steps", "4", "--inner-lr", "0"], "--inner-lr is '0': input should be greater than 0"),
         (["--speed", "3"], "unknown flag --speed"),
     ],
 )

@@ -87,6 +87,43 @@ def test_a_slow_worker_takes_as_many_times_as_long() -> None:
     assert [each.delay for each in told.redeemed] == [0, 0, 2, 1, 0]
 
 
+def test_local_steps_take_as_long_as_all_of_them_and_count_all_their_samples() -> None:
+    told = Told(workers=2, factors=[1.0, 3.0], gradients=5, local_steps=4)
+    fast, slow = "worker-0", "worker-1"
+    assert told.arrivals() == [(4.0, fast), (8.0, fast), (12.0, slow), (12.0, fast), (16.0, fast)]
+    assert {push.local_steps for push in told.pushed} == {4}
+    assert [push.samples for push in told.pushed] == 5 * [40]
+
+
+def test_by_speed_a_slow_worker_makes_fewer_local_steps_so_that_it_pushes_as_often() -> None:
+    told = Told(workers=2, factors=[1.0, 4.0], gradients=9, local_steps=8, local_steps_by_speed=True)
+    by_worker = {
+        name: [push.local_steps for push in told.pushed if push.worker == name] for name in ("worker-0", "worker-1")
+    }
+    assert set(by_worker["worker-0"]) == {8}
+    assert by_worker["worker-1"] == [8, 2, 2]
+    assert [push.seconds for push in told.pushed if push.worker == "worker-1"] == [32.0, 40.0, 48.0]
+
+
+@pytest.mark.parametrize(
+    ("end", "shares"), [({"gradients": 4}, [0, 0, 0.25, 0.5]), ({"stop_after_samples": 160}, [0, 0, 0.25, 0.5])]
+)
+def test_the_progress_that_inner_rates_go_by_is_that_of_the_run_at_the_ticket(
+    end: dict[str, int], shares: list[float]
+) -> None:
+    told = Told(workers=2, local_steps=4, **{"gradients": 0, **end})  # type: ignore[arg-type]
+    assert told.workload.progress == shares
+
+
+def test_bytes_are_those_of_every_push_and_of_every_ticket() -> None:
+    told = Told(workers=2, gradients=6, evaluate_every=3)
+    # 5 numbers: 20 bytes each way; in int8 5 and a scale of 4, and 10 of bfloat16. Two tickets are out at any time.
+    assert [(row.bytes_moved, row.int8_bytes_moved) for row in told.record.rows] == [
+        (20 * (3 + 4), 9 * 3 + 10 * 4),
+        (20 * (6 + 7), 9 * 6 + 10 * 7),
+    ]
+
+
 def test_messages_travel_by_latency_and_bandwidth_in_both_directions() -> None:
     # 5 float32 numbers are 20 bytes: 2 s at 10 bytes a second, after half a second of latency, each way.
     told = Told(latencies=[0.5], bandwidths=[10.0], gradients=2)

@@ -16,6 +16,7 @@ from ormo_runtime.settings import UsageError
 from ormo_runtime.workload import (
     TASKS_OF_THE_WORKER,
     Computed,
+    InnerSettings,
     Model,
     SimulatedWorker,
     Workload,
@@ -105,6 +106,95 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def computed(worker: SimulatedWorker, params: Tensor, ticket: int = 1) -> tuple[Tensor, Computed]:
     out = torch.full_like(params, torch.nan)
     return out, worker.gradient(ticket, params, out)
+
+
+# Local steps
+
+ADAMW = InnerSettings("adamw", 3e-3, "constant", 0.0)
+
+
+def moved(worker: SimulatedWorker, params: Tensor, steps: int, progress: float = 0.0) -> tuple[Tensor, Computed]:
+    out = torch.full_like(params, torch.nan)
+    return out, worker.local_steps(1, params, out, steps=steps, progress=progress)
+
+
+def by_adamw(module: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """With torch's decay, and none for what the task spares."""
+    kept = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    spared = [parameter for parameter in module.parameters() if parameter.ndim == 1]
+    return torch.optim.AdamW([{"params": kept}, {"params": spared, "weight_decay": 0.0}], lr=rate)
+
+
+def test_local_steps_are_those_of_a_plain_loop_and_the_worker_goes_on_with_its_moments() -> None:
+    made = workload("code-lm", weight_decay=0.0, inner=ADAMW)
+    start = made.initial(1)
+    worker, task = made.start_worker(7, start), load_task("code-lm")
+    torch.manual_seed(1)
+    module = task.build_model().train()
+    optimizer, stream = by_adamw(module, 3e-3), batches(task.train_set(), BATCH, 7)
+    params = start.params
+    for steps in (3, 2):
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = task.loss(module, next(stream))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        delta, done = moved(worker, params, steps)
+        params = params - delta  # plain averaging with rate 1: the loop goes on where it was, but for rounding
+        torch.testing.assert_close(params, nn.utils.parameters_to_vector(module.parameters()), rtol=1e-5, atol=1e-6)
+        assert (done.samples, done.loss) == (steps * BATCH, pytest.approx(sum(losses) / steps, rel=1e-5))
+
+
+def test_each_worker_has_moments_of_its_own() -> None:
+    made = workload("code-lm", weight_decay=0.0, inner=ADAMW)
+    start = made.initial(0)
+    alone = made.start_worker(7, start)
+    expected = [moved(alone, start.params, 2)[0] for _ in range(2)]
+    one, other = made.start_worker(7, start), made.start_worker(8, start)
+    found = []
+    for _ in range(2):
+        found.append(moved(one, start.params, 2)[0])
+        moved(other, start.params, 1)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert not torch.equal(*expected)  # for the second begins with the moments of the first, and goes on with the data
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "progress", "factor"),
+    [
+        ("constant", 0.0, 0.9, 1.0),
+        ("cosine", 0.0, 0.0, 1.0),
+        ("cosine", 0.0, 0.5, 0.5),
+        ("cosine", 0.0, 1.0, 0.0),
+        ("constant", 0.5, 0.2, 1 / 2000),  # its first step, however far the run is
+    ],
+)
+def test_the_inner_rate_goes_by_the_progress_of_the_run(
+    schedule: str, warmup: float, progress: float, factor: float
+) -> None:
+    inner = InnerSettings("sgd", 0.1, schedule, warmup)
+    made = workload("digits", weight_decay=0.0, inner=inner)
+    plain = workload("digits", weight_decay=0.0)
+    start = made.initial(0)
+    delta, _ = moved(made.start_worker(7, start), start.params, 1, progress)
+    plain.initial(0)
+    gradient, _ = computed(plain.start_worker(7, start), start.params)
+    torch.testing.assert_close(delta, 0.1 * factor * gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_optimizers_whose_steps_were_not_finite_begin_anew() -> None:
+    made = workload("code-lm", weight_decay=0.0, inner=ADAMW)
+    start = made.initial(0)
+    worker, fresh = made.start_worker(7, start), made.start_worker(7, start)
+    broken = start.params.clone()
+    broken[5] = torch.inf
+    assert not moved(worker, broken, 1)[0].isfinite().all()
+    moved(fresh, start.params, 1)
+    again = made.start_worker(7, start)
+    next(again._stream)  # type: ignore[attr-defined]
+    assert torch.equal(moved(worker, start.params, 1)[0], moved(again, start.params, 1)[0])
 
 
 # Gradients

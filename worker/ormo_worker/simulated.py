@@ -4,18 +4,22 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ormo_protos.manifest import FLOAT32
-from ormo_runtime.workload import Computed, Model, Scores
+from ormo_runtime.workload import Computed, InnerSettings, Model, Scores
 from ormo_worker.pytorch.devices import resolve_device
+from ormo_worker.pytorch.inner import Inner
 from ormo_worker.pytorch.options import ParameterGroup, decay_groups, decays
+from ormo_worker.pytorch.recipes import InnerName, RateSchedule, ScheduleName, named_optimizers
+from ormo_worker.pytorch.reference import Reference
 from ormo_worker.pytorch.transfer import Staging
 from ormo_worker.tasks import Batch, Score, Task, load_task
 from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
@@ -33,6 +37,7 @@ class TaskWorkload:
 
     All workers share one module. For each gradient it gets the parameters, and what is the worker's own: its buffers
     and the state of PyTorch's random generators, so that a worker's gradients do not depend on when the others compute.
+    Inner optimizers of local steps are the worker's own, too.
     What else a model carries from one mini-batch to the next (attributes, buffers that are not in its `state_dict`) is
     shared. On one thread of a CPU the same calls give the same bits.
 
@@ -43,6 +48,7 @@ class TaskWorkload:
         weight_decay: λ, which the task may scale for single parameters.
         device: where to compute: auto, cpu, cuda or cuda:N.
         train_samples, test_samples: how many of each set `evaluate` looks at, spread evenly over it; 0 for all.
+        inner: what workers make local steps with; None: they compute gradients.
 
     Attributes:
         epoch_samples: samples in the training set.
@@ -64,10 +70,12 @@ class TaskWorkload:
         device: str,
         train_samples: int,
         test_samples: int,
+        inner: InnerSettings | None = None,
     ) -> None:
         self._device = resolve_device(device)
         self._task = load_task(task, data_dir)
         self._weight_decay = weight_decay
+        self._inner = inner
         self._bench = self._set_up(_SEED)  # before the data are read, as a worker does, and to find out if it can be
         train_set: Any = self._task.train_set()
         self._train_set = train_set
@@ -89,7 +97,8 @@ class TaskWorkload:
             ValueError: the seed is none of -2**63 to 2**64 - 1.
         """
         stream = batches(self._train_set, self.batch_samples, data_seed)
-        return TaskWorker(self._bench, stream, self.batch_samples, model)
+        inner = None if self._inner is None else _InnerSteps(self._task, self._bench, self._inner)
+        return TaskWorker(self._bench, stream, self.batch_samples, model, inner)
 
     def evaluate(self, model: Model) -> Scores:
         """Score a model on samples of both sets, in evaluation mode and not augmented."""
@@ -109,10 +118,19 @@ class TaskWorker:
         stream: its mini-batches, without end.
         samples: how many each mini-batch has.
         model: gives the buffers that it begins with; they are copied.
+        inner: makes its local steps; None for a worker that computes gradients.
     """
 
-    def __init__(self, bench: "_Bench", stream: Iterator[Batch], samples: int, model: Model) -> None:
+    def __init__(
+        self,
+        bench: "_Bench",
+        stream: Iterator[Batch],
+        samples: int,
+        model: Model,
+        inner: "_InnerSteps | None" = None,
+    ) -> None:
         self._bench = bench
+        self._inner = inner
         self._stream = stream
         self._samples = samples
         self._float_buffers = model.float_buffers.clone()
@@ -128,14 +146,39 @@ class TaskWorker:
             out: for the gradient, mean over the mini-batch, weight decay added; shape (d,), float32; overwritten.
         """
         bench = self._bench
+        self._begin(params)
+        loss = bench.compute(to_device(next(self._stream), bench.device))
+        return self._end(out, self._samples, loss)
+
+    def local_steps(
+        self,
+        ticket: int,  # noqa: ARG002 - as for `gradient`
+        params: Tensor,
+        out: Tensor,
+        *,
+        steps: int,
+        progress: float,
+    ) -> Computed:
+        """Make local steps with the worker's next mini-batches; see `ormo_runtime.workload`."""
+        bench, inner, losses = self._bench, self._inner, 0.0
+        assert inner is not None, "the workload was made without inner optimizers"
+        self._begin(params)
+        inner.begin()
+        for _ in range(steps):
+            losses += bench.backward(to_device(next(self._stream), bench.device))
+            inner.step(progress)
+        bench.gather_moves(inner.end())
+        return self._end(out, steps * self._samples, losses / steps)
+
+    def _begin(self, params: Tensor) -> None:
         self._random.restore()
-        batch = to_device(next(self._stream), bench.device)
-        bench.load(Model(params, self._float_buffers, self._int_buffers), training=True)
-        loss = bench.compute(batch)
-        out.copy_(bench.payload.parameters)
+        self._bench.load(Model(params, self._float_buffers, self._int_buffers), training=True)
+
+    def _end(self, out: Tensor, samples: int, loss: float) -> Computed:
+        out.copy_(self._bench.payload.parameters)
         self._keep_buffers()
         self._random.save()
-        return Computed(self._samples, loss, self._float_buffers, self._int_buffers)
+        return Computed(samples, loss, self._float_buffers, self._int_buffers)
 
     def take_buffers(self, model: Model) -> None:
         """Go on with this model's buffers, as a real worker does when it has joined, or joined again."""
@@ -153,6 +196,48 @@ class TaskWorker:
         self._int_buffers.copy_(self._bench.payload.int_buffers)
 
 
+class _InnerSteps:
+    """One worker's inner optimizers, with their state, for parameters that all share.
+
+    Args:
+        task: says how far single parameters decay.
+        bench: has the parameters.
+        settings: which optimizers, at which rates.
+    """
+
+    def __init__(self, task: Task, bench: "_Bench", settings: InnerSettings) -> None:
+        module, parameters = bench.module, bench.staging.tensors.parameters
+        groups = decay_groups(module, task.weight_decay_scale)
+        made = named_optimizers(cast(InnerName, settings.name), module, groups, settings.learning_rate)
+        self._inner = Inner(made, module, parameters)
+        self._schedule = RateSchedule(cast(ScheduleName, settings.schedule), settings.warmup)
+        self._peaks = [group["lr"] for group in self._inner.param_groups]
+        self._reference = bench.reference
+        self._joined_at: float | None = None
+        self._steps = 0
+
+    def begin(self) -> None:
+        """The module has just got the parameters of a ticket."""
+        self._reference.note()
+
+    def step(self, progress: float) -> None:
+        """Make one by the gradients that the parameters have, at the rates that this progress of the run says."""
+        if self._joined_at is None:
+            self._joined_at = progress
+        factor = self._schedule.factor(progress, self._joined_at, self._steps)
+        for group, peak in zip(self._inner.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self._inner.step()
+        self._steps += 1
+
+    def end(self) -> list[Tensor]:
+        """How far the parameters have moved; if that is not finite, the optimizers begin anew, as a worker's do."""
+        moves = self._reference.take_moves(self._inner.parameters)
+        if not self._reference.is_finite():
+            self._inner.reset()
+        return moves
+
+
 class _Bench:
     """The module that all compute with, and the way of their numbers into it and out of it.
 
@@ -166,6 +251,7 @@ class _Bench:
         module: the model, on the device.
         staging: the module's tensors, and the ways to and from payloads.
         payload: what was loaded last, or a gradient with the buffers after it.
+        reference: parameters that local steps begin at.
         device: where batches go.
         random: PyTorch's generators, once the model is made.
     """
@@ -182,6 +268,10 @@ class _Bench:
         self._transfer = self.staging.transfer(self.payload)
         self._parameters = self.staging.tensors.parameters
         self._decays = decays(_groups(task, self.module), self._parameters, weight_decay)
+
+    @cached_property
+    def reference(self) -> Reference:  # memory that gradients alone don't need
+        return Reference(self._parameters)
 
     def load(self, model: Model, *, training: bool) -> None:
         """Give the module these numbers, and set its mode."""
@@ -203,12 +293,21 @@ class _Bench:
 
     def compute(self, batch: Batch) -> float:
         """Leave the batch's gradient in the payload, with the buffers as they are now; returns the loss."""
+        loss = self.backward(batch)
+        self._transfer.gather_gradients(self._decays)
+        return loss
+
+    def backward(self, batch: Batch) -> float:
+        """Leave the batch's gradient with the parameters; returns the loss."""
         for parameter in self._parameters:
             parameter.grad = None
         loss = self._task.loss(self.module, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._transfer.gather_gradients(self._decays)
         return loss.item()
+
+    def gather_moves(self, moves: Sequence[Tensor]) -> None:
+        """Leave these in the payload, with the buffers as they are now."""
+        self._transfer.begin_moves(moves).wait()
 
 
 def _groups(task: Task, module: nn.Module) -> list[ParameterGroup]:

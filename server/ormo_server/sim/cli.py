@@ -92,7 +92,7 @@ def _cost(result: Result, wall_seconds: float) -> dict[str, float]:
 
 def _show(console: Console, directory: Path, result: Result, wall_seconds: float) -> None:
     found = result.summary
-    delay = found["delay"]
+    delay, last = found["delay"], result.record.rows[-1]
     reached = {target: seconds for target, seconds in found["seconds_to_accuracy"].items() if seconds is not None}
     rows = {
         "gradients": f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
@@ -100,7 +100,9 @@ def _show(console: Console, directory: Path, result: Result, wall_seconds: float
         "real time": f"{wall_seconds:.1f} s",
         "delay": "none" if delay["mean"] is None else f"mean {delay['mean']:.1f}, largest {delay['max']}",
         "train loss": "not finite: diverged" if found["train_loss"] is None else f"{found['train_loss']:.4f}",
+        "test loss": "not finite" if found["test_loss"] is None else f"{found['test_loss']:.4f}",
         "test accuracy": f"{found['test_accuracy']:.2%} (best {found['best_test_accuracy']:.2%})",
+        "moved": f"{last.bytes_moved / 1e6:,.1f} MB both ways, {last.int8_bytes_moved / 1e6:,.1f} MB had it been int8",
         "accuracy reached": ", ".join(f"{float(t):.0%} at {s:.0f} s" for t, s in reached.items())
         or "none of the targets",
         "digest": found["digest"][:16],

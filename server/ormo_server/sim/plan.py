@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ormo_runtime.settings import UsageError, slow_factors
-from ormo_runtime.workload import Workload, WorkloadSettings, load_workload
+from ormo_runtime.workload import InnerSettings, Workload, WorkloadSettings, load_workload
 from ormo_server.core.inputs import Join
 from ormo_server.core.method import Run
 from ormo_server.core.schedulers import SCHEDULERS
@@ -101,8 +101,12 @@ class Plan:
                 break
         return "\n".join(said)
 
+    @property
+    def _push_samples(self) -> int:
+        return self._workload.batch_samples * max(1, self._run.local_steps)
+
     def _count_gradients(self) -> int:
-        by_samples = -(-self._run.stop_after_samples // self._workload.batch_samples)
+        by_samples = -(-self._run.stop_after_samples // self._push_samples)
         ends = [end for end in (self._run.stop_after_gradients, by_samples) if end]
         if ends:
             return min(ends)
@@ -123,7 +127,7 @@ class Plan:
         """
         settings, workload = self.settings, self._workload
         kept = Record(workload.epoch_samples, on_row, on_gradient)
-        every = settings.evaluate_every_gradients or max(1, workload.epoch_samples // workload.batch_samples)
+        every = settings.evaluate_every_gradients or max(1, workload.epoch_samples // self._push_samples)
         told = {} if self._segment is None else _told_by(self._segment.start)
         training = Training(self._run, workload, kept, evaluate_every=every, **told)
         self._driver(training).run()
@@ -160,7 +164,12 @@ def _workload_settings(settings: SimSettings) -> WorkloadSettings:
         device=settings.device,
         train_samples=settings.train_samples,
         test_samples=settings.test_samples,
+        inner=_inner_settings(settings) if settings.local_steps else None,
     )
+
+
+def _inner_settings(settings: SimSettings) -> InnerSettings:
+    return InnerSettings(settings.inner or "adamw", settings.inner_lr, settings.inner_schedule, settings.inner_warmup)
 
 
 def _as_simulated(settings: SimSettings, workload: Workload, followed: Segment | None) -> Run:

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from ormo_protos.limits import INT8_BLOCK_ELEMENTS
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
-from ormo_runtime.workload import Scores
+from ormo_runtime.workload import Model, Scores
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import PushResult, State
 from ormo_server.sim.settings import TOLD_BY_TRACE, SimSettings
@@ -64,6 +66,30 @@ COLUMNS = tuple(column.name for column in fields(Row))
 _BYTES = ("bytes_moved", "int8_bytes_moved")
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Bytes of tensors, without those of buffers.
+
+    Attributes:
+        float32: of a gradient, or of parameters.
+        int8: of a gradient in int8, with a float32 for each block of 1,024 numbers of a tensor.
+        bfloat16: of parameters in bfloat16.
+    """
+
+    float32: int = 0
+    int8: int = 0
+    bfloat16: int = 0
+
+    @classmethod
+    def of(cls, model: Model) -> "Message":
+        """What this model's messages have."""
+        elements = model.params.numel()
+        specs = () if model.manifest is None else model.manifest.tensors
+        sizes = [spec.elements for spec in specs if spec.role == pb.ROLE_PARAMETER and not spec.alias_of] or [elements]
+        blocks = sum(-(-size // INT8_BLOCK_ELEMENTS) for size in sizes)
+        return cls(4 * elements, elements + 4 * blocks, 2 * elements)
+
+
 @dataclass(slots=True)
 class _SinceLastRow:
     losses: float = 0.0
@@ -87,6 +113,8 @@ class Record:
         refusals: gradients that were not finite, or that were refused in the run that is followed.
         diverged: there were so many that no parameters can give a finite one.
         compute_seconds: of real time that gradients and evaluations took.
+        message: how large messages are.
+        pushes, deliveries: gradients that were sent, and tickets with parameters.
     """
 
     epoch_samples: int
@@ -98,15 +126,23 @@ class Record:
     refusals: int = 0
     diverged: bool = False
     compute_seconds: float = 0.0
+    message: Message = Message()
+    pushes: int = 0
+    deliveries: int = 0
     _since: _SinceLastRow = field(default_factory=_SinceLastRow)
 
     def computed(self, seconds: float) -> None:
         """A gradient was computed in so much real time."""
         self.compute_seconds += seconds
 
+    def delivered(self) -> None:
+        """A ticket was sent, with parameters."""
+        self.deliveries += 1
+
     def pushed(self, result: PushResult, loss: float) -> None:
         """A gradient redeemed its ticket; the loss is its mini-batch's mean."""
         since = self._since
+        self.pushes += 1
         since.losses += loss
         since.pushes += 1
         if result.discarded:
@@ -151,6 +187,8 @@ class Record:
             discarded=self.discarded,
             newest_bucket=state.newest_bucket,
             bucket_size=bucket_size,
+            bytes_moved=(self.pushes + self.deliveries) * self.message.float32,
+            int8_bytes_moved=self.pushes * self.message.int8 + self.deliveries * self.message.bfloat16,
         )
 
 

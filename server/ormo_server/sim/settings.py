@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
@@ -52,6 +52,23 @@ class SimSettings(TrainingSettings):
         1, ge=1, description="threads on the CPU; the same seed gives the same bits on one thread only"
     )
     workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
+
+    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+        None,
+        title="Local steps of the workers",
+        description="their optimizer, as for `ormo-worker`; none: `adamw` with --local-steps",
+    )
+    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate at the peak")
+    inner_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="how that rate changes: `cosine` falls to 0 at the end of the run"
+    )
+    inner_warmup: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the run over which that rate rises from near 0 once a worker has joined, 2000 local "
+        "steps at the latest; 0: none",
+    )
 
     workers: int = Field(16, title="Simulated machines", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
@@ -121,6 +138,12 @@ class SimSettings(TrainingSettings):
                 parse(self.compute_seconds)
         except UsageError as error:
             raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _local_steps_are_wanted(self) -> Self:
+        if self.inner is not None and not self.local_steps and self.trace is None:
+            raise ValueError("--inner is for local steps: say how many with --local-steps")
         return self
 
     @model_validator(mode="after")

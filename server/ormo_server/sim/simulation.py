@@ -111,7 +111,9 @@ class Simulation:
         for place in self._training.granted():
             host = self._hosts[place.key[0]]
             assert place.ticket is not None
-            host.free_at = max(self.now + host.travel_seconds, host.free_at) + host.machine.next_compute_seconds()
+            steps = max(1, place.ticket.local_steps)
+            seconds = sum(host.machine.next_compute_seconds() for _ in range(steps))
+            host.free_at = max(self.now + host.travel_seconds, host.free_at) + seconds
             self._at(host.free_at + host.travel_seconds, self._gradient_arrives, host, place, place.ticket.key)
 
     def _gradient_arrives(self, host: Host, place: Place, ticket: tuple[int, int]) -> None:
@@ -257,7 +259,7 @@ class Replay:
             raise _Stray(f"worker {process.name} pushed ticket {given.ticket}, which it does not hold")
         if place.request == place.refused:
             raise _NotTold(f"worker {process.name} pushed a refused gradient again, which ormo workers never do")
-        self._training.push(given.seconds, process, place, given.samples)
+        self._training.push(given.seconds, process, place, given.samples, given.local_steps)
 
     def _lose(self, refused: Refused) -> None:
         process, place = self._place(refused)

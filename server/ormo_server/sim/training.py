@@ -15,7 +15,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import SquaredNorm
-from ormo_server.sim.record import Record
+from ormo_server.sim.record import Message, Record
 from ormo_server.store import buffers_of
 
 
@@ -28,6 +28,7 @@ class Place:
         params: as delivered with the ticket, shape (d,), float32.
         request: the highest request number that was used.
         ticket: that came last and whose gradient was not pushed yet; None while it waits.
+        progress: of the run when it came, 0 to 1.
         refused: request number of the last gradient that was refused in the run that is followed.
         wants_buffers: the model's come with the next delivery: until a gradient was computed with them.
         buffers: that came with the last delivery, if any did.
@@ -41,6 +42,7 @@ class Place:
     params: torch.Tensor
     request: int = 0
     ticket: Ticket | None = None
+    progress: float = 0.0
     refused: int = 0
     wants_buffers: bool = True
     buffers: Model | None = None
@@ -105,6 +107,7 @@ class Training:
         self._clipped_at = clipped_at
         self._gradient = torch.empty_like(start.params)
         self._granted: list[Granted] = []
+        record.message = Message.of(start)
         self._refused_in_a_row = 0
 
     @property
@@ -155,7 +158,8 @@ class Training:
             name, number = each.slot
             place = self.processes[name].places[number]
             self.machine.write_delivery(each, place.params)
-            place.ticket = each.ticket
+            place.ticket, place.progress = each.ticket, self._progress()
+            self._record.delivered()
             asked = place.wants_buffers or place.wants_mended
             if asked:
                 place.buffers, place.joins = self._buffers_sent(place), self.processes[name].joins
@@ -163,16 +167,20 @@ class Training:
             places.append(place)
         return places
 
-    def push(self, now: float, process: Process, place: Place, samples: int | None = None) -> None:
-        """Compute the gradient for the ticket that the place holds, and push it.
+    def push(
+        self, now: float, process: Process, place: Place, samples: int | None = None, local_steps: int | None = None
+    ) -> None:
+        """Compute the gradient for the ticket that the place holds, or make its local steps, and push what comes of it.
 
         Args:
             now: when it arrives.
             process, place: whose it is.
-            samples: that it counts for; None for those of the mini-batch.
+            samples: that it counts for; None for those of the mini-batches.
+            local_steps: how many; None for as many as the ticket says.
         """
         assert place.ticket is not None
-        computed = self._compute(process, place)
+        steps = place.ticket.local_steps if local_steps is None else local_steps
+        computed = self._compute(process, place, steps)
         square = SquaredNorm(self._gradient).total()
         if square is None:
             self._refuse(now, place)
@@ -181,7 +189,7 @@ class Training:
         gradient = Gradient(self._gradient, *_buffers_pushed(computed), norm=self._clipped(math.sqrt(square)))
         who = process.name, process.incarnation, place.key[1], place.request
         try:
-            result = self.take(Push(now, *who, ticket.number, ticket.epoch, count), gradient).result
+            result = self.take(Push(now, *who, ticket.number, ticket.epoch, count, steps), gradient).result
         except NormTooLarge:
             self._refuse(now, place)
             return
@@ -194,10 +202,11 @@ class Training:
 
     def lose(self, process: Process, place: Place) -> None:
         """Compute the gradient for the ticket that came last, of which nothing became in the run that is followed."""
-        self._compute(process, place)
+        assert place.ticket is not None
+        self._compute(process, place, place.ticket.local_steps)
         self._record.refused(diverged=False)
 
-    def _compute(self, process: Process, place: Place) -> Computed:
+    def _compute(self, process: Process, place: Place, steps: int) -> Computed:
         assert place.ticket is not None
         if place.buffers is not None:
             # Not as they come: with several slots, a gradient of another one may be computed before.
@@ -209,9 +218,20 @@ class Training:
         if place.ticket.number >= process.first_ticket:
             place.wants_buffers = False
         started = time.perf_counter()
-        computed = process.worker.gradient(place.ticket.number, place.params, self._gradient)
+        number, worker = place.ticket.number, process.worker
+        if steps:
+            computed = worker.local_steps(number, place.params, self._gradient, steps=steps, progress=place.progress)
+        else:
+            computed = worker.gradient(number, place.params, self._gradient)
         self._record.computed(time.perf_counter() - started)
         return computed
+
+    def _progress(self) -> float:
+        """As `RemoteOptimizer.progress` has it."""
+        run, state = self.machine.run, self.machine.state
+        gradients, samples = run.stop_after_gradients, run.stop_after_samples
+        shares = (state.iteration / gradients if gradients else 0.0, state.samples / samples if samples else 0.0)
+        return min(1.0, max(shares))
 
     def _clipped(self, norm: float) -> float:
         """The gradient's norm, after it was scaled down if it was above the bound."""
