@@ -112,7 +112,8 @@ class Tally:
         """Count a sum of local steps that is not finite, and so was never sent."""
         self.last_result = None
         self.refusals[Reason.NON_FINITE] += 1
-        _LOG.warning(_NOT_FINITE, local_steps, extra=Fields(worker=self._worker, reason=Reason.NON_FINITE))
+        if self._may_warn():
+            _LOG.warning(_NOT_FINITE, local_steps, extra=Fields(worker=self._worker, reason=Reason.NON_FINITE))
 
     def note_mended(self, buffers: str, iteration: int) -> None:
         """Say that these buffers have the server's values again."""
