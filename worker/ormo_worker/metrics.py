@@ -211,7 +211,8 @@ class WorkerMetrics(Observer):
             self._stages[stage].observe(seconds)
         if fate is not None:
             self._steps[fate].inc()
-            self._local_steps[fate].inc(local_steps)
+            if local_steps:
+                self._local_steps[fate].inc(local_steps)
 
     def note_not_finite(self, local_steps: int) -> None:
         """The sum of so many was not finite, and so was refused here already."""
