@@ -221,6 +221,7 @@ class Call:
             (made.requester, "incarnation", self.world.incarnation - 1 + (value & 2)),
             (made.requester, "worker", "v"),
             (made.next, "dtype", small),
+            (made.gradient, "local_steps", small),
         )
         holder, name, given = numbers[which % len(numbers)]
         setattr(holder, name, given)

@@ -76,6 +76,28 @@ class Worker:
         return Computed(len(rows), errors.square().mean().item() / 2, _NOTHING, _NO_COUNTS)
 
 
+class LocalWorker(Worker):
+    """Makes its local steps by plain gradient descent; each with the batch that the ticket's first one has."""
+
+    def local_steps(
+        self, ticket: int, params: torch.Tensor, out: torch.Tensor, *, steps: int, progress: float
+    ) -> Computed:
+        local, gradient, done = params.clone(), torch.empty_like(params), None
+        for _ in range(steps):
+            done = self.gradient(ticket, local, gradient)
+            local -= 0.05 * gradient
+        assert done is not None
+        torch.sub(params, local, out=out)
+        return Computed(steps * done.samples, done.loss, _NOTHING, _NO_COUNTS)
+
+
+class Local(LeastSquares):
+    """Its workers can make local steps, too."""
+
+    def start_worker(self, data_seed: int, model: Model) -> LocalWorker:
+        return LocalWorker(self, data_seed)
+
+
 class Endless(LeastSquares):
     """Where `ENDLESS` is in the environment, it comes to an end from seed 0 alone: else it waits to be interrupted."""
 

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -110,6 +111,72 @@ def test_a_comparison_runs_once_in_parallel_and_says_what_serial_runs_say(tmp_pa
     suite_path.write_text(changed.replace("momentum = 0.9", "momentum = 0.8"))
     assert reproduce(suite_path) == 0
     assert all(when != completed[name] for name, when in summaries(out).items() if name in completed)
+
+
+LOCAL = """
+    title = "least squares, by local steps"
+    methods = ["local-sgd", "local-ormo", "diloco"]
+    learning_rates = [0.25, 0.5]
+    momenta = [0.5]
+    widened = 1
+    measure = "loss"
+    report_seeds = [1, 2]
+    target_train_loss = 0.3
+    target_accuracy = 0.8
+
+    [simulation]
+    workload = "sim.analytic:Local"
+    task = "points"
+    batch_size = 4
+    local_steps = 4
+    stop_after_samples = 960
+    evaluate_every_gradients = 20
+
+    [[clusters]]
+    workers = 1
+    setting = "single"
+    methods = ["local-sgd"]
+    learning_rates = [1]
+
+    [[clusters]]
+    workers = 4
+    setting = "unequal"
+    simulation = { slow = "1:10x" }
+
+    [[clusters]]
+    workers = 4
+    setting = "unequal-by-speed"
+    simulation = { slow = "1:10x", local_steps_by_speed = true }
+"""
+
+
+def test_local_steps_are_compared_by_loss_over_samples_bytes_and_time_beyond_the_grids_edge(tmp_path: Path) -> None:
+    suite_path = tmp_path / "tiny.toml"
+    suite_path.write_text(LOCAL)
+    shown = tmp_path / "results.md"
+    shown.write_text(MARKERS)
+    out = tmp_path / "out"
+    assert reproduce(suite_path, "--into", str(shown)) == 0
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # More is better here, so every method with a grid goes on to a total move of 1, and no farther.
+    moves = {
+        (row["setting"], row["method"]): float(row["learning_rate"]) / (1 - float(row["momentum"]))
+        for row in rows
+        if row["purpose"] == "report"
+    }
+    assert set(moves.values()) == {1.0}
+    assert len(moves) == 1 + 2 * 3
+    assert all(int(row["bytes_moved"]) > int(row["int8_bytes_moved"]) > 0 for row in rows)
+    text = shown.read_text()
+    assert f"Python {platform.python_version()}" in text
+    assert "| 1 worker | η, β | test loss | in " in text
+    assert "| unequal-by-speed: `local-ormo` | 0.5, 0.5 † |" in text
+    completed = summaries(out)
+    assert reproduce(suite_path, "--into", str(shown)) == 0
+    assert summaries(out) == completed
+    assert shown.read_text() == text
+    assert len(list((out / "figures").iterdir())) == 6
 
 
 @pytest.fixture(params=["Ctrl-C", "SIGTERM"])

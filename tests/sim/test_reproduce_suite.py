@@ -117,6 +117,8 @@ def test_milestones_are_told_in_epochs_and_come_in_gradients(tmp_path: Path) -> 
         ("target_accuracy", "report_seeds = [0, 1]\ntarget_accuracy", "seed 0 chooses the rates"),
         ("target_accuracy = 0.9", "target_accuracy = 90", "target_accuracy is 90: input should be less than"),
         ("target_accuracy", "milestone_epochs = [80]\ntarget_accuracy", "milestone_epochs needs epoch_samples"),
+        ("workers = 8", 'workers = 8\nmethods = ["ssgd"]', "K8-heterogeneous has the method ssgd, which is not among"),
+        ("target_accuracy", "momenta = [1.5]\ntarget_accuracy", "momenta.0 is 1.5: input should be less than 1"),
         ("\n", "\x00", "is not valid TOML"),
     ],
 )
@@ -131,7 +133,7 @@ def test_a_bad_suite_is_refused_in_one_sentence(tmp_path: Path, old: str, new: s
 
 def test_a_suite_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"there is no suite 'mnist': choose from cifar10-cnn, cifar10-resnet20, digits"
+        UsageError, match=r"there is no suite 'mnist': choose from cifar10-cnn, cifar10-resnet20, digits, local"
     ):
         load_suite("mnist")
     with pytest.raises(UsageError, match=r"nowhere\.toml can't be read: .*No such file"):
@@ -142,11 +144,65 @@ def test_a_suite_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_packaged_suites_can_be_used() -> None:
-    assert list(packaged()) == ["cifar10-cnn", "cifar10-resnet20", "digits"]
+    assert list(packaged()) == ["cifar10-cnn", "cifar10-resnet20", "digits", "local-steps"]
     for name in packaged():
         suite = load_suite(name)
         assert len(suite.report_seeds) >= 3
         assert suite.reference == "ormo"
+
+
+def test_the_momentum_may_be_on_the_grid_for_rules_that_have_one_and_rates_are_total_moves_then(tmp_path: Path) -> None:
+    text = SUITE.replace("target_accuracy", "momenta = [0.9, 0.5]\ntarget_accuracy").replace("[0.01, 0.001]", "[2, 1]")
+    suite = load(tmp_path, text)
+    assert [(cell.method, cell.learning_rate, cell.momentum) for cell in suite.grid()[:6]] == [
+        ("ormo", 0.5, 0.5),
+        ("ormo", 1.0, 0.5),
+        ("ormo", 0.1, 0.9),
+        ("ormo", 0.2, 0.9),
+        ("asgd", 1.0, 0.0),
+        ("asgd", 2.0, 0.0),
+    ]
+    cell = suite.grid()[3]
+    assert str(cell.path) == "K4-homogeneous/ormo/rate-0.2-momentum-0.9-seed-0"
+    assert cell.point.total_move == 2.0
+    assert (suite.settings(cell).learning_rate, suite.settings(cell).momentum) == (0.2, 0.9)
+
+
+def test_a_momentum_for_all_beside_one_on_the_grid_is_refused(tmp_path: Path) -> None:
+    text = SUITE.replace("target_accuracy", "momenta = [0.9]\ntarget_accuracy")
+    with pytest.raises(UsageError, match="momentum is on the grid, so it can't be set for all"):
+        load(tmp_path, text.replace("batch_size = 4", "batch_size = 4\nmomentum = 0.5"))
+
+
+def test_machines_may_have_methods_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(SUITE.replace("workers = 8", 'workers = 8\nmethods = ["asgd"]'))
+    suite = load_suite(str(path))
+    assert [(cluster.name, method) for cluster, method in suite.groups()] == [
+        ("K4-homogeneous", "ormo"),
+        ("K4-homogeneous", "asgd"),
+        ("K8-heterogeneous", "asgd"),
+    ]
+    asgd, ormo = (selection("--suite", str(path), "--methods", method) for method in ("asgd", "ormo"))
+    assert [cluster.name for cluster, _ in asgd.groups()] == ["K4-homogeneous", "K8-heterogeneous"]
+    assert [cluster.name for cluster, _ in ormo.groups()] == ["K4-homogeneous"]
+
+
+def test_local_steps_are_compared_with_the_same_samples_for_all() -> None:
+    suite = load_suite("local-steps")
+    assert {name for name, method in PRESETS.items() if method.is_for_local_steps} | {"fadas"} == set(suite.methods)
+    found = {}
+    for cell in suite.grid():
+        settings = suite.settings(cell)
+        assert (settings.stop_after_samples, settings.inner, settings.momentum) == (49_152, "adamw", cell.momentum)
+        steps = settings.local_steps * settings.batch_size
+        assert settings.stop_after_samples % steps == 0
+        assert settings.stop_after_samples / steps / settings.evaluate_every_gradients == 12
+        found[cell.cluster] = (settings.slow, settings.local_steps, settings.local_steps_by_speed)
+    assert found["K32-unequal-by-speed"] == ("4:10x", 16, True)
+    assert [found[f"K8-unequal{h}"][1] for h in ("-h1", "-h4", "", "-h64")] == [1, 4, 16, 64]
+    groups = len(list(suite.groups()))
+    assert len(suite.grid()) + groups * len(suite.report_seeds) == 616
 
 
 def test_digits_compares_all_methods_for_gradients_at_both_sizes_in_both_settings() -> None:

@@ -180,6 +180,57 @@ def test_the_page_says_what_it_is_about(comparison: Comparison) -> None:
         assert said in text
 
 
+def test_a_loss_is_read_between_two_evaluations_on_a_line_and_at_the_end_beyond_it(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [(100, 3.0, 0.1), (200, 2.0, 0.2), (400, 1.0, 0.3)]))
+    seconds = [0.0, 50.0, 75.0, 100.0, 150.0, 200.0, 999.0]  # half a second a gradient
+    losses = [run.test_loss_at(lambda row: row.seconds, each) for each in seconds]
+    assert losses == [3.0, 3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+
+
+LOCAL_RUNS = {
+    # by cluster and method: losses after 100 and 200 gradients
+    ("K4-equal", "local-sgd"): (3.0, 2.0),
+    ("K4-equal", "local-ormo"): (2.0, 1.5),
+    ("K4-short", "local-ormo"): (1.75, None),
+}
+
+
+def test_losses_are_told_at_the_end_and_by_the_time_and_the_bytes_of_whoever_took_least(tmp_path: Path) -> None:
+    suite = hand_made_suite(
+        methods=("local-sgd", "local-ormo"),
+        clusters=[
+            {"workers": 4, "setting": "equal"},
+            {"workers": 4, "setting": "short", "methods": ("local-ormo",)},
+        ],
+        learning_rates=(2.0,),
+        momenta=(0.5,),
+        measure="loss",
+        diverged_loss=9.0,
+        report_seeds=(1,),
+        repeat_at_reference_rate=False,
+        simulation={"task": "points", "batch_size": 4, "stop_after_gradients": 200, "local_steps": 4},
+    )
+    runs = {}
+    for (cluster, method), (half, end) in LOCAL_RUNS.items():
+        scores = [(100, half, 0.5)] + ([] if end is None else [(200, end, 0.5)])
+        beta = 0.0 if method == "local-sgd" else 0.5
+        told = {"learning_rate": 2.0 * (1 - beta), "momentum": beta, "local_steps": 4}
+        for seed in (0, 1):
+            path = write_run(tmp_path / f"{cluster}-{method}-{seed}", scores, **told)
+            runs[Cell(cluster, method, 2.0 * (1 - beta), seed, beta)] = read_run(path)
+    comparison = Comparison(suite, runs)
+    rows = table(compact_report(comparison, ORIGIN), "4 workers")
+    assert list(rows) == ["equal: `local-sgd`", "equal: `local-ormo`", "short: `local-ormo`"]
+    # 10 bytes a gradient, half a second each: the short one took 50 s, and 1000 bytes.
+    assert list(rows["equal: `local-sgd`"].values())[1:] == ["2, 0", "2.000", "3.000", "3.000"]
+    assert list(rows["equal: `local-ormo`"].values())[1:] == ["1, 0.5", "1.500", "2.000", "2.000"]
+    assert list(rows["short: `local-ormo`"].values())[1:] == ["1, 0.5", "1.750", "1.750", "1.750"]
+    assert "in 50 virtual s" in compact_report(comparison, ORIGIN)
+    page = full_report(comparison, ORIGIN)
+    assert "| method | η, β | test loss | train loss | virtual s | MB moved |" in page
+    assert "| method | η = 2, β = 0 | η = 1, β = 0.5 |" in page
+
+
 def test_the_readme_gets_one_table_for_each_number_of_workers(comparison: Comparison) -> None:
     rows = table(compact_report(comparison, ORIGIN), "4 workers")
     assert list(rows["`ormo`"].values()) == ["`ormo`", "83.0 ± 3.6 (0.02)", "133", "100", "83.0 ± 3.6"]

@@ -54,4 +54,6 @@ def _row(gradients: int, train_loss: float, test_accuracy: float) -> Row:
         discarded=0,
         newest_bucket=1,
         bucket_size=4,
+        bytes_moved=10 * gradients,
+        int8_bytes_moved=4 * gradients,
     )

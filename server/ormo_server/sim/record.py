@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from ormo_protos.limits import INT8_BLOCK_ELEMENTS
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.settings import UsageError
 from ormo_runtime.workload import Model, Scores
@@ -65,9 +66,6 @@ COLUMNS = tuple(column.name for column in fields(Row))
 _BYTES = ("bytes_moved", "int8_bytes_moved")
 
 
-_INT8_BLOCK = 1024
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
     """Bytes of tensors, without those of buffers.
@@ -88,7 +86,7 @@ class Message:
         elements = model.params.numel()
         specs = () if model.manifest is None else model.manifest.tensors
         sizes = [spec.elements for spec in specs if spec.role == pb.ROLE_PARAMETER and not spec.alias_of] or [elements]
-        blocks = sum(-(-size // _INT8_BLOCK) for size in sizes)
+        blocks = sum(-(-size // INT8_BLOCK_ELEMENTS) for size in sizes)
         return cls(4 * elements, elements + 4 * blocks, 2 * elements)
 
 
