@@ -63,8 +63,9 @@ BENCH_metrics = $(BIN)/python tests/benchmarks/metrics_cost.py
 BENCHES = trips scale links soak sim metrics
 
 # trips: how fast tensors travel, next to what one would use instead (FLAGS=--quick). scale: how evenly many small
-# workers are served. links: what `--in-flight 2` and bfloat16 gain on a slow link. soak: 20,000 gradients of 1 MB, and
-# the server's memory stays as it is. sim: what a simulated push costs besides its gradient. metrics: what they cost.
+# workers are served. links: what `--in-flight 2`, bfloat16 and int8 gain on a slow link. soak: 20,000 gradients of 1
+# MB, and the server's memory stays as it is. sim: what a simulated push costs besides its gradient. metrics: what they
+# cost.
 WHAT ?= trips
 .PHONY: bench
 bench: $(TOOLS_INSTALLED)  ## measure WHAT=trips (the default), scale, links, soak, sim or metrics (FLAGS=, see --help)

@@ -6,7 +6,7 @@ of it has to be kept for the next one.
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -177,6 +177,11 @@ class Int8Vector:
             if not 0 <= low <= high < float("inf"):
                 return f"the scales of int8 blocks go from {low:g} to {high:g}: expected finite numbers of at least 0"
         return ""
+
+
+def scales_of(sizes: Iterable[int]) -> int:
+    """How many blocks tensors with so many elements have: for a model that may not even fit into memory."""
+    return sum(-(-size // INT8_BLOCK_ELEMENTS) for size in sizes)
 
 
 def rounding(epoch: int, ticket: int, device: torch.device) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""What `--in-flight 2` and bfloat16 on the wire gain on a link that is slower than memory.
+"""What `--in-flight 2`, and bfloat16 and int8 on the wire, gain on a link that is slower than memory.
 
     python tests/benchmarks/links.py [--pairs N] [--steps N] [--parameters N]
 
@@ -67,9 +67,13 @@ def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int
     return Compared(seconds, tuple(one / other for one, other in found))
 
 
-def seconds_per_step(address: str, parameters: int, steps: int, compute_seconds: float = 0.0, **options: Any) -> float:
-    """Of a worker that has just joined."""
-    with RemoteOptimizer(Flat(parameters), address, **options) as optimizer:
+def seconds_per_step(
+    address: str, parameters: int, steps: int, compute_seconds: float = 0.0, *, local: bool = False, **options: Any
+) -> float:
+    """Of a worker that has just joined; with an optimizer of its own, if it is local."""
+    model = Flat(parameters)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3) if local else None
+    with RemoteOptimizer(model, address, inner=inner, **options) as optimizer:
         for _ in range(_WARM_UP_STEPS):
             optimizer.step()
         started = time.perf_counter()
@@ -99,16 +103,19 @@ def in_flight(
             return in_turns(lambda: measured(1), lambda: measured(2), pairs)
 
 
-def bfloat16(parameters: int, *, pairs: int, steps: int, megabits_per_second: float = _GIGABIT) -> Compared:
-    """Half the bytes against all of them, with nothing to compute."""
+def on_the_wire(
+    dtype: torch.dtype, parameters: int, *, pairs: int, steps: int, megabits_per_second: float = _GIGABIT
+) -> Compared:
+    """This dtype against float32, with nothing to compute; int8 with local steps, one in each push."""
+    local = dtype == torch.int8
     with tempfile.TemporaryDirectory() as folder, staged(Path(folder)) as stage:
-        stage.server()
+        stage.server(local_steps=int(local))
         with linked(stage.address, megabits_per_second=megabits_per_second) as address:
 
             def measured(dtype: torch.dtype) -> float:
-                return seconds_per_step(address, parameters, steps, wire_dtype=dtype)
+                return seconds_per_step(address, parameters, steps, wire_dtype=dtype, local=local)
 
-            return in_turns(lambda: measured(torch.float32), lambda: measured(torch.bfloat16), pairs)
+            return in_turns(lambda: measured(torch.float32), lambda: measured(dtype), pairs)
 
 
 def main() -> None:
@@ -129,8 +136,9 @@ def main() -> None:
         )
         what = f"{4e-6 * parameters:.0f} MB, computing {compute_ms} ms, 20 ms there and back, 1 Gbit/s"
         say(f"--in-flight 2 against 1, {what}: {found}")
-    found = bfloat16(large, pairs=pairs, steps=max(1, steps // 2))
-    say(f"bfloat16 against float32, {4e-6 * large:.0f} MB in float32, 1 Gbit/s: {found}")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8)):
+        found = on_the_wire(dtype, large, pairs=pairs, steps=max(1, steps // 2))
+        say(f"{name} against float32, {4e-6 * large:.0f} MB in float32, 1 Gbit/s: {found}")
 
 
 def say(line: str) -> None:

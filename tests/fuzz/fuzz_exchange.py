@@ -120,7 +120,8 @@ class World:
         for gradient in counted:
             params -= numbers_of(gradient)
             if gradient.layout.with_buffers:
-                floats = mean(floats, gradient.float_buffers, weight)
+                if gradient.float_buffers.isfinite().all():  # else the server keeps its own
+                    floats = mean(floats, gradient.float_buffers, weight)
                 ints = torch.maximum(ints, gradient.int_buffers)
         return [params, floats, ints]
 
@@ -321,6 +322,9 @@ def seeds() -> Iterator[bytes]:
     for code, scale in ((3, 0.5), (-128, 0.5), (127, 1e38), (3, -0.5), (3, float("nan")), (0, float("inf"))):
         coded = struct.pack("<9b7x2f", *[7] * 8, code, 1.5, scale)
         yield ask + step(6, 0, coded, 1 | 64) + step(6, 0, b"", 1 | 16 | 64) + coded + bytes(24) + by_data + gradient
+    yield (
+        ask + step(6, 0, b"", 1 | 16) + gradient + struct.pack("<3f4xq", 1.0, 0.0, float("nan"), 5) + by_data + gradient
+    )
     for steps in (0, 1, 17, 255):
         yield ask + step(6, 0, bytes([steps]) + gradient, 1 | 128) + by_data + gradient
     yield ask + push + step(5, 8, b"\x08" + bytes(8))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ormo_protos import int8
-from ormo_protos.int8 import Blocks, Int8Vector, encode, rounding
+from ormo_protos.int8 import Blocks, Int8Vector, encode, rounding, scales_of
+from ormo_protos.limits import MAX_ELEMENTS
 from ormo_protos.manifest import BUFFER, FLOAT32, INT8, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadError, PayloadLayout
 
@@ -73,6 +74,13 @@ def test_padding_between_codes_scales_and_buffers_is_zero(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(0xAA))
     payload = Payload(PayloadLayout.of_gradient(model_of(3), INT8, with_buffers=True))
     assert bytes(payload.memory[:16]) == b"\xaa" * 3 + b"\0" * 5 + b"\xaa" * 4 + b"\0" * 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(SIZES, min_size=1, max_size=6).filter(any))
+def test_scales_are_counted_without_memory_for_them(sizes: list[int]) -> None:
+    assert scales_of(sizes) == Blocks.of(tuple(sizes)).count == len(blocks_by_hand(tuple(sizes)))
+    assert scales_of([*sizes, MAX_ELEMENTS]) == scales_of(sizes) + 2**38
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core.driving import run_of
+from ormo_protos.limits import MAX_ELEMENTS
 from ormo_protos.manifest import BFLOAT16, FLOAT32, INT8, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -282,3 +283,14 @@ def test_an_exchange_lends_a_buffer_for_what_comes_and_one_for_what_goes() -> No
     assert pool.idle_bytes == pytest.approx(3 * d + 4 * coming.scales, rel=1e-3)
     exchange = memory_need(run_of(local_steps=H), d, slots=1, scales=coming.scales).exchange_bytes
     assert pool.idle_bytes <= exchange
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_any_is_taken_for_its_scales(tmp_path: Path) -> None:
+    largest = Manifest.laid_out([TensorSpec("w", (MAX_ELEMENTS,), FLOAT32, PARAMETER)])
+    with served(tmp_path, local_steps=H, memory_limit_bytes=1e9) as server, connected(server) as stub:
+        worker = local(stub, manifest=largest)
+        worker.ask_to_join()
+        with pytest.raises(Refused, match=f"a model of {MAX_ELEMENTS:,} parameters needs up to .* bytes") as refused:
+            worker.offer(iter([]))
+        assert refused.value.reason == "MEMORY_LIMIT"
+        assert not server.host.has_model

@@ -5,16 +5,17 @@ import threading
 import time
 
 import pytest
+import torch
 
-from benchmarks.links import bfloat16, in_flight
+from benchmarks.links import in_flight, on_the_wire
 from benchmarks.links_proxy import Direction, linked
 
 
 def test_each_comparison_gives_a_ratio_for_each_pair() -> None:
     gained = in_flight(10_000, 0.001, round_trip_ms=2.0, pairs=2, steps=3)
-    halved = bfloat16(10_000, pairs=1, steps=2)
-    assert (len(gained.ratios), len(halved.ratios)) == (2, 1)
-    assert all(ratio > 0 for ratio in gained.ratios + halved.ratios)
+    halved, in_bytes = (on_the_wire(dtype, 10_000, pairs=1, steps=2) for dtype in (torch.bfloat16, torch.int8))
+    assert (len(gained.ratios), len(halved.ratios), len(in_bytes.ratios)) == (2, 1, 1)
+    assert all(ratio > 0 for ratio in gained.ratios + halved.ratios + in_bytes.ratios)
     assert " times as fast (" in str(gained)
 
 

@@ -132,7 +132,7 @@ class ParameterServerStub:
     Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
     runs out ends with NOT_A_MEMBER.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
-                           duplicate or missing chunk).
+                           duplicate or missing chunk, a code or scale that DTYPE_INT8 does not allow).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
                            number is lower than one already used, or that of another gradient.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
@@ -234,7 +234,7 @@ class ParameterServerAsyncStub(ParameterServerStub):
     Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
     runs out ends with NOT_A_MEMBER.
       INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
-                           duplicate or missing chunk).
+                           duplicate or missing chunk, a code or scale that DTYPE_INT8 does not allow).
       FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
                            number is lower than one already used, or that of another gradient.
       RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.
@@ -369,7 +369,7 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         Waiting for a ticket keeps no lease, and may take longer than one: send heartbeats meanwhile. A wait whose lease
         runs out ends with NOT_A_MEMBER.
           INVALID_ARGUMENT     BAD_REQUEST, MANIFEST_DIGEST, BAD_PAYLOAD (a dtype that is not served, wrong length, order,
-                               duplicate or missing chunk).
+                               duplicate or missing chunk, a code or scale that DTYPE_INT8 does not allow).
           FAILED_PRECONDITION  NOT_A_MEMBER: join again. REPLACED, UNSOUND_WORKER: give up. STALE_REQUEST: the request
                                number is lower than one already used, or that of another gradient.
           RESOURCE_EXHAUSTED   TOO_MANY_STREAMS. DISK_FULL: the gradient, or its result, can't be kept: try again later.

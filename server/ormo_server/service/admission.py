@@ -4,7 +4,8 @@ import logging
 import threading
 from dataclasses import dataclass, replace
 
-from ormo_protos.manifest import FLOAT32, INT8, Manifest
+from ormo_protos.int8 import scales_of
+from ormo_protos.manifest import FLOAT32, Manifest
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.errors import MemoryLimit, NonFinite, NormTooLarge, NotWanted, UnsoundWorker
 from ormo_server.core.ids import TicketKey
@@ -164,8 +165,7 @@ def check_memory(settings: ServerSettings, run: Run, manifest: Manifest) -> Memo
     elements, frozen = manifest.sizes["parameters"], manifest.sizes["frozen"]
     slots = settings.max_workers * settings.slots_per_worker
     buffer_bytes = 4 * manifest.sizes["float_buffers"] + 8 * manifest.sizes["int_buffers"]
-    scales = PayloadLayout.of_gradient(manifest, INT8, with_buffers=False).scales
-    need = memory_need(run, elements, slots, buffer_bytes, scales)
+    need = memory_need(run, elements, slots, buffer_bytes, scales_of(manifest.trained_sizes))
     # Once: they are sent, and written to the disk, from where they are.
     need = replace(need, state_bytes=need.state_bytes + frozen * _FLOAT_BYTES)
     rule = run.method.rule
