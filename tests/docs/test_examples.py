@@ -78,6 +78,25 @@ def test_two_in_flight_trains_as_it_stands(stage: Stage) -> None:
     assert float(loss) < 0.5
 
 
+def test_transformer_trains_as_it_stands(stage: Stage) -> None:
+    stage.server(stop_after_gradients=12, local_steps=8, method="local-ormo")
+    code = (EXAMPLES / "transformer.py").read_text(encoding="utf-8")
+    assert example("far-apart.md", "transformer") in code
+    loss, rate = ran(stage, code + "\nprint(float(loss), inner.param_groups[0]['lr'])\n").split()
+    assert float(loss) < 3.5  # it begins at 4.9, as if all 128 symbols were as likely
+    assert float(rate) == 0.0
+    assert stage.status().samples == 12 * 8 * 16
+
+
+def test_the_tutorials_command_trains_a_transformer_with_local_steps(stage: Stage) -> None:
+    command = re.search(r"^ormo-local (.*--local-steps.*)$", text_of("far-apart.md"), re.MULTILINE)
+    assert command is not None
+    local = stage.program("local", *command[1].split(), module="ormo_worker.local")
+    code, output = local.printed()
+    assert code == 0, output
+    assert float(output.split("test loss")[1].split()[0]) < 3.2
+
+
 def test_evaluate_and_export_scores_and_writes_what_a_worker_trained(stage: Stage) -> None:
     rings(stage)
     server = stage.server(stop_after_gradients=400, learning_rate=0.05)

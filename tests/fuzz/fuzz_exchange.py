@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import torch
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from fuzz.fuzz_framing import meaning
 from fuzz.script import Script
 from ormo_protos.framing import Framing
-from ormo_protos.manifest import BFLOAT16, FLOAT32
+from ormo_protos.manifest import BFLOAT16, FLOAT32, INT8
 from ormo_protos.refusals import Reason
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
@@ -36,12 +37,25 @@ from service.wire import SMALL, payload, settings
 
 READ, WRITE = Framing(pb.PushPullRequest).decode, Framing(pb.PushPullResponse).encode
 PARAMETERS = SMALL.sizes["parameters"]
+MOST_STEPS = 16
 
 
 def mean(held: torch.Tensor, sent: torch.Tensor, weight: float) -> torch.Tensor:
     """The mean of numbers that are finite is finite, also where their difference is not."""
     merged = held.lerp(sent, weight)
     return merged if merged.isfinite().all() else held.double().lerp(sent.double(), weight).float()
+
+
+def numbers_of(gradient: Payload) -> torch.Tensor:
+    """What a gradient that was counted says, int8 by the words of the contract: two blocks, of 6 numbers and of 3."""
+    if gradient.layout.dtype != INT8:
+        return gradient.parameters.float()
+    codes = np.frombuffer(gradient.memory[:PARAMETERS], np.int8)
+    scales = np.frombuffer(gradient.memory[16:24], np.float32)
+    assert codes.min() > -128, "a code was counted that is none"
+    assert np.isfinite(scales).all(), "a scale was counted that is no number"
+    assert scales.min() >= 0, "a scale was counted that is below zero"
+    return torch.from_numpy(codes.astype(np.float32) * scales.repeat([6, 3]))
 
 
 class Ended(Exception):
@@ -80,7 +94,7 @@ class World:
     """A server's inside, with a model whose parameters are 0 at the start of each script, and one worker."""
 
     def __init__(self, folder: Path) -> None:
-        run = settings(folder, method="asgd", momentum=0.0)
+        run = settings(folder, method="asgd", momentum=0.0, local_steps=MOST_STEPS, bucket="sum")
         self.host = RunHost(run, Metrics(run.worker_series))
         self.streams = StreamRegistry(4, 4)
         self.host.offers.ask("w", 1, self.host.clock())
@@ -104,7 +118,7 @@ class World:
         with self.host.engine.inspect() as machine:
             weight = 1.0 / machine.bucket_size
         for gradient in counted:
-            params -= gradient.parameters.float()
+            params -= numbers_of(gradient)
             if gradient.layout.with_buffers:
                 floats = mean(floats, gradient.float_buffers, weight)
                 ints = torch.maximum(ints, gradient.int_buffers)
@@ -182,8 +196,9 @@ class Call:
             made.next.MergeFrom(pb.DeliveryRequest(dtype=BFLOAT16 if choice & 2 else FLOAT32))
             made.next.with_buffers, made.next.takes_data = bool(choice & 4), bool(choice & 8)
         if with_gradient:
-            dtype = BFLOAT16 if choice & 32 else FLOAT32
-            layout = PayloadLayout.of(SMALL, dtype, with_buffers=bool(choice & 16))
+            dtype = INT8 if choice & 64 else BFLOAT16 if choice & 32 else FLOAT32
+            layout = PayloadLayout.of_gradient(SMALL, dtype, with_buffers=bool(choice & 16))
+            made.gradient.local_steps = self.script.number(1, signed=True) if choice & 128 else MOST_STEPS
             made.gradient.MergeFrom(pb.Gradient(ticket=self.ticket, manifest_digest=SMALL.digest, dtype=layout.dtype))
             made.gradient.with_buffers, made.gradient.payload_bytes = layout.with_buffers, layout.total_bytes
         return message
@@ -205,6 +220,7 @@ class Call:
             (made.requester, "incarnation", self.world.incarnation - 1 + (value & 2)),
             (made.requester, "worker", "v"),
             (made.next, "dtype", small),
+            (made.gradient, "local_steps", small),
         )
         holder, name, given = numbers[which % len(numbers)]
         setattr(holder, name, given)
@@ -253,7 +269,8 @@ class Call:
         """The gradient that a result is of: all of it must have come."""
         announced = self.header.gradient
         assert len(self.received) == announced.payload_bytes, "a gradient was counted that did not come whole"
-        layout = PayloadLayout.of(SMALL, announced.dtype, with_buffers=announced.with_buffers)
+        assert 1 <= announced.local_steps <= MOST_STEPS
+        layout = PayloadLayout.of_gradient(SMALL, announced.dtype, with_buffers=announced.with_buffers)
         return Payload(layout, torch.frombuffer(bytearray(self.received), dtype=torch.uint8))
 
     def ending(self) -> str:
@@ -301,6 +318,11 @@ def seeds() -> Iterator[bytes]:
     yield ask + step(3, 20, b"", 1) + gradient[:20] + step(4, 20, gradient[20:])
     yield ask + push + step(4, 40, b"\xff" * 40) + step(6, 0, b"", 1) + gradient
     yield ask + step(6, 0, b"", 1 | 4 | 16) + gradient + bytes(24) + step(6, 0, b"", 1 | 2 | 8 | 32) + bytes(24)
+    for code, scale in ((3, 0.5), (-128, 0.5), (127, 1e38), (3, -0.5), (3, float("nan")), (0, float("inf"))):
+        coded = struct.pack("<9b7x2f", *[7] * 8, code, 1.5, scale)
+        yield ask + step(6, 0, coded, 1 | 64) + step(6, 0, b"", 1 | 16 | 64) + coded + bytes(24) + by_data + gradient
+    for steps in (0, 1, 17, 255):
+        yield ask + step(6, 0, bytes([steps]) + gradient, 1 | 128) + by_data + gradient
     yield ask + push + step(5, 8, b"\x08" + bytes(8))
     yield ask + push + step(4, 16, gradient[:16]) + b"\xff"
     yield ask + step(254, choice=1) + step(4, 40, gradient)  # as 2, and then it leaves

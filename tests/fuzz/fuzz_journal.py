@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 
 from core.driving import Driver, fingerprint, run_of
+from core.scripts import SIZE
 from fuzz.script import Script
 from journal.recording import MANIFEST, checkpoint, fresh_copy, journal_in, recorded
 from ormo_server.core import snapshot
+from ormo_server.core.inputs import Gradient, Push
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Reading, replay
 from ormo_server.journal.records import End, chain_lines, gradients_path, log_path, opening
 from ormo_server.store import StoreError
+from service.wire import int8_payload
 
 LONGEST_BYTES = 1 << 14  # all of the recording
 RUN = run_of(rule="dc")  # which has records of every kind
@@ -46,6 +49,11 @@ def _a_story(driver: Driver) -> None:
         driver.exchange("a", value, 0)
     buffers = {"float_buffers": torch.ones(2), "int_buffers": torch.ones(1, dtype=torch.int64)}
     driver.push("b", 2.0, 1, samples=3, **buffers)
+    driver.request("b", 1)
+    epoch, number = driver.ticket("b", 1)
+    coded = int8_payload(MANIFEST, torch.full((SIZE,), 0.5)).gradient  # one number for all, which is 127 of its scale
+    driver.take(Push(driver.now, *driver.requester("b", 1), number, epoch), Gradient(coded))
+    driver.places["b", 1].request += 1
     driver.request("b", 1)
     driver.hand_back("b", 1)
     driver.leave("b")

@@ -8,6 +8,7 @@ import torch
 
 from core.driving import Driver
 from core.scripts import SIZE, START
+from ormo_protos.int8 import Int8Vector
 from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core import snapshot
@@ -18,6 +19,7 @@ from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.journal import Fsync, Journal, Reading, replay
 from ormo_server.store import buffers_of
+from service.wire import int8_payload
 
 MANIFEST = Manifest.laid_out(
     [
@@ -34,8 +36,11 @@ def journal_in(directory: Path, fsync: Fsync = "off", max_bytes: int = MUCH, **c
 
 
 def payload_of(gradient: Gradient, manifest: Manifest = MANIFEST) -> Payload:
-    dtype = BFLOAT16 if gradient.values.dtype == torch.bfloat16 else FLOAT32
+    if isinstance(gradient.values, Int8Vector):
+        return int8_payload(manifest, gradient.values[:])
+    dtype = BFLOAT16 if gradient.values[:0].dtype == torch.bfloat16 else FLOAT32
     payload = Payload(PayloadLayout.of(manifest, dtype, with_buffers=gradient.float_buffers is not None))
+    assert isinstance(gradient.values, torch.Tensor)
     payload.parameters.copy_(gradient.values)
     if gradient.float_buffers is not None and gradient.int_buffers is not None:
         payload.float_buffers.copy_(gradient.float_buffers)

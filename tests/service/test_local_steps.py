@@ -191,22 +191,24 @@ def test_a_crash_keeps_what_is_known_of_speeds_and_what_tickets_say(tmp_path: Pa
         assert slow.pull().ticket.local_steps == H // 4
 
 
-def test_a_restart_with_other_local_steps_has_everybody_join_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [H // 2, 2 * H])
+def test_after_a_restart_with_other_local_steps_all_join_again_and_lose_their_push(tmp_path: Path, other: int) -> None:
     with served(tmp_path, local_steps=H) as server, connected(server) as stub:
         worker = with_ticket(stub)
         worker.push(payload(SMALL, 1.0))
         worker.pull()
         assert server.drain()
-    with served(tmp_path, local_steps=2 * H) as server, connected(server) as stub:
+    with served(tmp_path, local_steps=other) as server, connected(server) as stub:
         worker.stub = stub
         with pytest.raises(Refused, match="join first, or again") as refused:
             worker.push(payload(SMALL, 1.0))
         assert refused.value.reason == "NOT_A_MEMBER"
-        assert worker.join().settings.local_steps == 2 * H
-        with pytest.raises(Refused, match="TICKET_UNKNOWN"):
+        assert worker.join().settings.local_steps == other
+        with pytest.raises(Refused, match="TICKET_UNKNOWN"):  # it need not give up: it has the new number
             worker.push(payload(SMALL, 1.0))
-        assert worker.pull().ticket.local_steps == 2 * H
-        assert worker.push(payload(SMALL, 1.0), local_steps=2 * H).iteration.number == 2
+        assert lost(server) == H
+        assert worker.pull().ticket.local_steps == other
+        assert worker.push(payload(SMALL, 1.0), local_steps=other).iteration.number == 2
 
 
 def test_a_restart_with_the_same_local_steps_keeps_tickets(tmp_path: Path) -> None:

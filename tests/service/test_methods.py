@@ -26,6 +26,8 @@ TARGET = torch.linspace(-1.0, 1.0, SIZE)
 METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in PRESETS}
 # So that a bucket is half full, and its counter above 0, when the server stops.
 METHODS["smega2"]["bucket_size"] = 5
+# Which of them the clock makes slower is chance, as the order is in which they come.
+METHODS["by speed"] = {"method": "local-ormo", "local_steps": 8, "local_steps_by_speed": True}
 METHODS["bounded-staleness"] = {"scheduler": "bounded-staleness", "staleness_bound": WORKERS - 1}
 
 
@@ -55,15 +57,17 @@ def train(worker: WireWorker) -> None:
     stream.begin(None)
     stream.delivery()
     for left in reversed(range(GRADIENTS_EACH)):
-        stream.begin(gradient_at(worker.params), wants=left > 0)
+        assert worker.ticket is not None
+        steps = worker.ticket.local_steps
+        stream.begin(gradient_at(worker.params), wants=left > 0, local_steps=steps)
         assert not stream.result().refusal
         if left:
             stream.delivery()
     stream.finish()
 
 
-def trained_together(stub: ParameterServerStub) -> list[WireWorker]:
-    workers = [WireWorker(stub, f"w{number}") for number in range(WORKERS)]
+def trained_together(stub: ParameterServerStub, local_steps: int) -> list[WireWorker]:
+    workers = [WireWorker(stub, f"w{number}", local_steps=local_steps) for number in range(WORKERS)]
     for worker in workers:
         worker.join()
     threads = [threading.Thread(target=train, args=(worker,), daemon=True) for worker in workers]
@@ -117,7 +121,7 @@ def test_method_trains_survives_a_restart_bit_for_bit_and_its_trace_replays(tmp_
     # K is 3, and the bucket's gradients are summed.
     changes = METHODS[method] | {"learning_rate": 0.1, "min_workers": WORKERS, "trace": tmp_path / "trace.jsonl"}
     with served(tmp_path, **changes) as server, connected(server) as stub:
-        first, second, _ = trained_together(stub)
+        first, second, _ = trained_together(stub, changes.get("local_steps", 0))
         # Tickets in flight, and under the synchronous scheduler one that is not delivered yet.
         first.pull()
         second.pull()

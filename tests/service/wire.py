@@ -13,7 +13,8 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from ormo_protos.manifest import BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
+from ormo_protos.int8 import encode, rounding
+from ormo_protos.manifest import BUFFER, FLOAT32, INT8, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -75,6 +76,16 @@ def payload(
     made.float_buffers.fill_(value)
     made.int_buffers.fill_(int(value) if abs(value) < 2**62 else 0)
     made.frozen.copy_(torch.arange(made.frozen.numel()))  # whatever the value, so that each element tells its place
+    return made
+
+
+def int8_payload(manifest: Manifest, values: torch.Tensor, *, buffers: bool = False, ticket: int = 1) -> Payload:
+    """These values, shape (d,), rounded as for this ticket."""
+    made = Payload(PayloadLayout.of_gradient(manifest, INT8, with_buffers=buffers))
+    assert made.layout.blocks is not None
+    encode(values, made.parameters, made.scales, made.layout.blocks, rounding(1, ticket, values.device))
+    made.float_buffers.fill_(2.0)
+    made.int_buffers.fill_(2)
     return made
 
 

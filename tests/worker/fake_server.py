@@ -96,10 +96,12 @@ class FakeServer(ParameterServerServicer):
     asked: list[str] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
     announced: list[pb.Gradient] = field(default_factory=list)
+    payloads: list[bytes] = field(default_factory=list)  # of all pushes that came whole, retries too
     evaluations: list[pb.Evaluation] = field(default_factory=list)
     answers_to_join: deque[pb.JoinResponse] = field(default_factory=deque)
     # As servers that know of `data`: the first chunk goes with the message that announces it, the result with both.
     takes_data: bool = False
+    takes_int8: bool = False
     manifest_version: int = 1  # 0: as servers that do not know frozen tensors, and judge no digest
     # Makes each answer's bytes; a test may have it write others.
     written: Callable[[Any], bytes] = lambda answer: answer.SerializeToString()
@@ -179,6 +181,7 @@ class FakeServer(ParameterServerServicer):
             rank=len(self.members) - 1,
             data_seed=1234 + len(self.asked),
             takes_data=self.takes_data,
+            takes_int8=self.takes_int8,
         )
         return pb.JoinResponse(welcome=welcome)
 
@@ -282,7 +285,7 @@ class FakeServer(ParameterServerServicer):
     def _received(self, announced: pb.Gradient, data: bytes, requests: Iterator[pb.PushPullRequest]) -> Payload:
         assert self.manifest is not None
         assert announced.manifest_digest in self.manifest.digests
-        layout = PayloadLayout.of(self.manifest, announced.dtype, with_buffers=announced.with_buffers)
+        layout = PayloadLayout.of_gradient(self.manifest, announced.dtype, with_buffers=announced.with_buffers)
         assert announced.payload_bytes == layout.total_bytes
         receiver = PayloadReceiver(Payload(layout))
         if data:
@@ -293,6 +296,7 @@ class FakeServer(ParameterServerServicer):
             message = next(requests)
             assert not message.data
             receiver.accept(message.chunk)
+        self.payloads.append(bytes(receiver.payload.memory))
         return receiver.payload
 
     def _result(self, who: pb.Requester, slot: SlotRecord, announced: pb.Gradient, gradient: Payload) -> pb.PushResult:
@@ -309,8 +313,8 @@ class FakeServer(ParameterServerServicer):
         self.iteration += 1
         self.samples += announced.samples
         self.announced.append(announced)
-        self.gradients.append(gradient.parameters.float())
-        self.model.parameters.sub_(gradient.parameters.float(), alpha=LEARNING_RATE)
+        self.gradients.append(gradient.gradient[:].float())
+        self.model.parameters.sub_(self.gradients[-1], alpha=LEARNING_RATE)
         if announced.with_buffers:
             self.model.float_buffers.copy_(gradient.float_buffers)
             self.model.int_buffers.copy_(gradient.int_buffers)
@@ -322,7 +326,7 @@ class FakeServer(ParameterServerServicer):
             return Reason.FINISHED
         if announced.ticket.epoch != self.epoch or announced.ticket.number != slot.ticket:
             return Reason.TICKET_UNKNOWN
-        return "" if torch.isfinite(gradient.parameters).all() else Reason.NON_FINITE
+        return "" if torch.isfinite(gradient.gradient[:]).all() else Reason.NON_FINITE
 
     def _delivery(self, asked: pb.DeliveryRequest, ticket: int | None) -> tuple[pb.Delivery, Payload]:
         assert self.manifest is not None

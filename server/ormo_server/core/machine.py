@@ -202,8 +202,9 @@ class StateMachine:
             self._refuse_other_gradient(slot, given)
             return Effects(changed=False, result=replace(slot.result, repeated=True))
         self._refuse_finished()
-        self._refuse_other_kind(given)
+        # First the ticket: who was away while the server was given other settings has lost its push, and may go on.
         ticket = members.in_flight(self.state, slot, given)
+        self._refuse_other_kind(given)
         self._assert_sizes(gradient)
         seconds, bucket_size = given.seconds - ticket.handed_out_seconds, self.bucket_size
         slot.result = result = self._count(given, slot, ticket, gradient, seconds, bucket_size)

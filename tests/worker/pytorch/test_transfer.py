@@ -320,4 +320,4 @@ def test_memory_that_copies_use_is_kept_for_them() -> None:
     device = Device("")
     device.staging.transfer(device.payloads[0], mirror=0)
     device.staging.transfer(device.payloads[1], mirror=1)
-    assert [tensor.numel() for tensor in device.streams.kept] == [1, 0, 0] * 2
+    assert [tensor.numel() for tensor in device.streams.kept] == [1, 0, 0, 0] * 2

@@ -141,7 +141,9 @@ def wire_dtype_of(dtype: torch.dtype, *, local_steps: bool) -> pb.Dtype.ValueTyp
         OptionRefused: they can't travel in this one, or only the sums of local steps can.
     """
     if dtype not in _WIRE_DTYPES:
-        raise OptionRefused(f"wire_dtype is {dtype}: expected torch.float32, torch.bfloat16 or torch.int8")
+        raise OptionRefused(
+            f"wire_dtype is {dtype}: expected torch.float32 or torch.bfloat16, or torch.int8 with inner="
+        )
     if dtype == torch.int8 and not local_steps:
         raise OptionRefused(
             "wire_dtype is torch.int8, which is for the sums of local steps: give an inner optimizer with inner= "
