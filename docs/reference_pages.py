@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,16 +244,23 @@ def _signature(name: str, thing: Any) -> str:
 
 
 def _docstring(thing: Any) -> str:
-    """Its docstring; sections such as *Args* become lists."""
-    lines = []
-    for line in (inspect.getdoc(thing) or "").splitlines():
-        if re.fullmatch(r"(Args|Attributes|Returns|Raises):", line):
+    """Its docstring; sections such as *Args* become lists, and what follows `::` blocks of code."""
+    lines: list[str] = []
+    text = re.sub(r"::\n\n((?: {4}.*\n|\n)+)", _fenced, f"{inspect.getdoc(thing) or ''}\n")
+    for line in text.splitlines():
+        if line.startswith("```") or lines.count("```python") > lines.count("```"):
+            lines.append(line)
+        elif re.fullmatch(r"(Args|Attributes|Returns|Raises):", line):
             lines += [f"*{line.removesuffix(':')}*", ""]
         elif match := re.match(r" {4}(\w[\w, ]*): (.*)", line):
             lines.append(f"- `{match[1]}`: {match[2]}")
         else:
             lines.append(f"  {line.strip()}" if line.startswith("     ") else line.strip())
     return "\n".join(lines)
+
+
+def _fenced(code: re.Match[str]) -> str:
+    return f":\n\n```python\n{textwrap.dedent(code[1]).strip()}\n```\n\n"
 
 
 # The protocol

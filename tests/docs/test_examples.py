@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -15,18 +15,18 @@ from system.programs import ENVIRONMENT, Stage
 OWN_LOOP = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8")
 
 
-def ran(stage: Stage, code: str, run: Callable[[Path], "subprocess.CompletedProcess[str]"] = forked.ran) -> str:
+def ran(stage: Stage, code: str, run: Callable[..., "subprocess.CompletedProcess[str]"] = forked.ran) -> str:
     """What a program with this code prints."""
     script = stage.folder / "loop.py"
     script.write_text(code.replace("127.0.0.1:50051", stage.address))
-    done = run(script)
+    done = run(script, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def typed(script: Path) -> "subprocess.CompletedProcess[str]":
+def typed(script: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """`python SCRIPT` with nothing imported before, as one types it; it leaves when its interpreter ends."""
-    command, where = [sys.executable, script.name], {"cwd": script.parent, "env": ENVIRONMENT}
+    command, where = [sys.executable, script.name], {"cwd": script.parent, "env": environment}
     return subprocess.run(command, **where, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -79,13 +79,13 @@ def test_two_in_flight_trains_as_it_stands(stage: Stage) -> None:
 
 
 def test_transformer_trains_as_it_stands(stage: Stage) -> None:
-    stage.server(stop_after_gradients=12, local_steps=8, method="local-ormo")
+    stage.server(stop_after_gradients=8, local_steps=8, method="local-ormo")
     code = (EXAMPLES / "transformer.py").read_text(encoding="utf-8")
     assert example("far-apart.md", "transformer") in code
     loss, rate = ran(stage, code + "\nprint(float(loss), inner.param_groups[0]['lr'])\n").split()
     assert float(loss) < 3.5  # it begins at 4.9, as if all 128 symbols were as likely
     assert float(rate) == 0.0
-    assert stage.status().samples == 12 * 8 * 16
+    assert stage.status().samples == 8 * 8 * 16
 
 
 def test_the_tutorials_command_trains_a_transformer_with_local_steps(stage: Stage) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from ormo_runtime.settings import UsageError
 from ormo_server.core.method import PRESETS
-from ormo_server.sim import cli
-from ormo_server.sim.plots import STYLES, average, draw, lines_of
+from ormo_server.sim import cli, plots
+from ormo_server.sim.plots import STYLES, Curve, Line, average, draw, lines_of
 from ormo_server.sim.record import read_run
 from sim.written_runs import write_run
 
@@ -88,6 +89,23 @@ def test_a_line_ends_where_one_of_its_runs_is_not_finite(tmp_path: Path) -> None
     curve = average([sound, broken], lambda row: row.epochs, lambda row: row.train_loss)
     assert curve.mean.tolist() == [2.5]
     draw([sound.path, broken.path], tmp_path)
+
+
+def test_runs_by_local_steps_are_drawn_by_their_test_loss_over_samples_bytes_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[list[float]]] = {}
+
+    def note(axes: Axes, line: Line, curve: Curve) -> None:
+        drawn.setdefault(line.method, []).append(curve.x.tolist())
+        assert curve.mean.tolist() == [3.0, 2.0]
+
+    monkeypatch.setattr(plots, "_draw_curve", note)
+    scores = [(100, 3.0, 0.2), (200, 2.0, 0.1)]
+    told = {"local_steps": 4, "method": "local-ormo"}
+    draw([write_run(tmp_path / "run", scores, **told)], tmp_path / "into")
+    # Half a second and 10 bytes a gradient; 4 samples of 256.
+    assert drawn == {"local-ormo": [[100 / 64, 200 / 64], [0.001, 0.002], [50, 100]]}
 
 
 def test_a_run_that_diverged_at_once_can_be_drawn(tmp_path: Path) -> None:

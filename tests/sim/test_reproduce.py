@@ -150,6 +150,22 @@ LOCAL = """
 """
 
 
+def test_results_of_a_version_that_had_fewer_settings_and_columns_are_not_made_again(tmp_path: Path) -> None:
+    settings = SimSettings(workload="sim.analytic:LeastSquares", batch_size=4, stop_after_gradients=8, plots=False)
+    run_cell(tmp_path, settings, "c0ffee")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("local_steps", "inner", "inner_lr", "second_momentum"):
+        del summary["settings"][name]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = [line.split(",")[:-2] for line in (tmp_path / "evaluations.csv").read_text().splitlines()]
+    (tmp_path / "evaluations.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    assert is_done(tmp_path, settings)
+    assert [row.bytes_moved for row in read_run(tmp_path).rows] == [0] * (len(rows) - 1)
+    summary["settings"]["momentum"] = 0.1
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert not is_done(tmp_path, settings)
+
+
 def test_local_steps_are_compared_by_loss_over_samples_bytes_and_time_beyond_the_grids_edge(tmp_path: Path) -> None:
     suite_path = tmp_path / "tiny.toml"
     suite_path.write_text(LOCAL)

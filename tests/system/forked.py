@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 _IMPORTED = [
     "ormo_server.cli",
     "ormo_server.console.status",
@@ -104,6 +106,8 @@ def _run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # else it has as many as when it was imported, which spin for one another
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     program, *arguments = words
     sys.argv = ["", *map(str, arguments)]
     if isinstance(program, Path):

@@ -173,10 +173,10 @@ def test_loader_processes_are_passed_to_the_stream_of_batches(
     assert asked[-1] == 3
 
 
-@pytest.mark.parametrize("inner", ["adamw", "sgd"])
-def test_a_task_is_trained_with_local_steps_of_a_named_optimizer(server: FakeServer, inner: str) -> None:
+@pytest.mark.parametrize(("inner", "amp"), [("adamw", "off"), ("sgd", "float16")])
+def test_a_task_is_trained_with_local_steps_of_a_named_optimizer(server: FakeServer, inner: str, amp: str) -> None:
     server.stop_after, server.local_steps = 40, 5
-    run(settings(server, inner=inner, inner_lr=0.2, inner_schedule="cosine"))
+    run(settings(server, inner=inner, inner_lr=0.2, inner_schedule="cosine", amp=amp))
     assert trained(server) == pytest.approx(3.0, abs=0.1)
     assert {announced.local_steps for announced in server.announced} == {5}
     assert server.samples == 40 * 5 * 4

@@ -112,7 +112,8 @@ class Tally:
         """Count a sum of local steps that is not finite, and so was never sent."""
         self.last_result = None
         self.refusals[Reason.NON_FINITE] += 1
-        _LOG.warning(_NOT_FINITE, local_steps, extra=Fields(worker=self._worker, reason=Reason.NON_FINITE))
+        if self._may_warn():
+            _LOG.warning(_NOT_FINITE, local_steps, extra=Fields(worker=self._worker, reason=Reason.NON_FINITE))
 
     def note_mended(self, buffers: str, iteration: int) -> None:
         """Say that these buffers have the server's values again."""
@@ -210,7 +211,8 @@ class WorkerMetrics(Observer):
             self._stages[stage].observe(seconds)
         if fate is not None:
             self._steps[fate].inc()
-            self._local_steps[fate].inc(local_steps)
+            if local_steps:
+                self._local_steps[fate].inc(local_steps)
 
     def note_not_finite(self, local_steps: int) -> None:
         """The sum of so many was not finite, and so was refused here already."""

@@ -159,7 +159,9 @@ def draw(runs: Sequence[Path], into: Path) -> list[Path]:
         if settings[0].get(name) and len({repr(each.get(name)) for each in settings}) == 1
     )
     lines = lines_of(found)
-    return [draw_curves(lines, into / CURVES, title), draw_delays(lines, into / DELAYS, title)]
+    by_loss = all(each.get("local_steps") for each in settings)
+    curves = draw_losses if by_loss else draw_curves
+    return [curves(lines, into / CURVES, title), draw_delays(lines, into / DELAYS, title)]
 
 
 def lines_of(runs: Sequence[FinishedRun]) -> list[Line]:
@@ -237,7 +239,7 @@ def draw_losses(lines: Sequence[Line], path: Path, title: str) -> Path:
             _draw_curve(axes, line, curve)
         axes.set(xlabel=clock, ylabel="test loss")
         _scale_clock(axes, curves)
-        _scale_loss(axes, curves)
+        _cut_off_divergence(axes, curves)
     _legend(figure, grid[0][0])
     return _save(figure, path)
 
@@ -279,9 +281,15 @@ def _scale_loss(axes: Axes, curves: Sequence[Curve]) -> None:
     if lowest <= 0:
         return
     axes.set_yscale("log")
-    # Lines that diverge leave at the top, instead of pressing all others together.
-    start = float(np.median([losses[0] for losses in drawn]))
-    axes.set_ylim(0.8 * lowest, min(axes.get_ylim()[1], 3 * start))
+    _cut_off_divergence(axes, curves, below=0.8, above=3.0)
+
+
+def _cut_off_divergence(axes: Axes, curves: Sequence[Curve], *, below: float = 0.98, above: float = 1.1) -> None:
+    """Let lines that diverge leave at the top, instead of pressing all others together."""
+    drawn = [curve.mean for curve in curves if len(curve.mean)]
+    if drawn:
+        lowest, start = min(float(losses.min()) for losses in drawn), float(np.median([losses[0] for losses in drawn]))
+        axes.set_ylim(below * lowest, min(axes.get_ylim()[1], above * start))
 
 
 def draw_delays(lines: Sequence[Line], path: Path, title: str) -> Path:

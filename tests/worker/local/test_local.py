@@ -3,7 +3,10 @@
 import errno
 import os
 import re
+import socket
+import threading
 from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,6 +78,54 @@ def test_server_and_workers_are_told_of_local_steps(
     assert "--local-steps-by-speed" not in local._server_arguments()
     by_speed = LocalSettings(directory=tmp_path, local_steps=4, local_steps_by_speed=True)
     assert "--local-steps-by-speed" in Cluster(by_speed)._server_arguments()
+
+
+@pytest.mark.parametrize(
+    ("given", "updates"),
+    [({}, 1500), ({"local_steps": 16}, 300), ({"local_steps": 16, "stop_after_gradients": 0}, 0)],
+)
+def test_a_run_that_is_not_told_its_end_is_shorter_with_local_steps(given: dict[str, Any], updates: int) -> None:
+    local = Cluster(LocalSettings(**given))
+    assert values_of(local._server_arguments(), "--stop-after-gradients") == [str(updates)]
+
+
+METRICS = """
+# TYPE ormo_received_bytes_total counter
+ormo_received_bytes_total{method="PushPull"} 3e+06
+ormo_received_bytes_total{method="PushGradient"} 500.0
+ormo_received_bytes_total{method="OfferModel"} 7.0
+ormo_sent_bytes_total{method="PushPull"} 4e+06
+ormo_sent_bytes_total{method="PullParams"} 9e+06
+ormo_sent_bytes_created{method="PushPull"} 1.7e+09
+"""
+
+
+@pytest.mark.parametrize(("page", "moved"), [(METRICS, 7_000_500), ("nothing of that kind", None)])
+def test_the_bytes_that_moved_are_those_of_gradients_and_of_parameters_with_tickets(
+    page: str, moved: int | None
+) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    local = Cluster(LocalSettings())
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.handle_request).start()
+        local.metrics_address = f"127.0.0.1:{server.server_port}"
+        assert local.bytes_moved() == moved
+
+
+def test_where_nobody_serves_metrics_nothing_is_said_of_bytes() -> None:
+    local = Cluster(LocalSettings(metrics_listen=""))
+    assert local.bytes_moved() is None
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        local.metrics_address = f"127.0.0.1:{taken.getsockname()[1]}"
+    assert local.bytes_moved() is None
 
 
 @pytest.mark.parametrize("given", [{"inner": "adamw"}, {"local_steps_by_speed": True}])

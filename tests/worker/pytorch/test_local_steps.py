@@ -612,6 +612,38 @@ def test_an_interrupted_push_is_made_again_under_its_own_ticket(
     assert server.gradients[0].item() == 0.25 * H
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_push_that_is_interrupted_after_its_result_is_not_made_again(
+    server: FakeServer, model: nn.Linear, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where workers wait for each other, and one of them is stopped."""
+    with remote(model, server) as optimizer:
+        with monkeypatch.context() as interrupting:
+            interrupting.setattr(optimizer._client.slots[0], "_on_delivery", interrupted)
+            for _ in range(H - 1):
+                step(model, optimizer)
+            with pytest.raises(KeyboardInterrupt):
+                step(model, optimizer)
+        if goes_on:
+            step(model, optimizer)
+            assert model.weight.item() == 2.0 - LEARNING_RATE * 0.25 * H
+    assert len(server.gradients) == 1
+    assert [kind for kind in server.asked if kind.startswith("push")] == ["push 2"]
+    assert (counted(optimizer, "applied"), optimizer.refusals.total()) == (H, 0)
+
+
+def test_a_run_that_is_over_before_the_worker_joins_gives_it_the_last_parameters(
+    server: FakeServer, model: nn.Linear
+) -> None:
+    with remote(line(weight=5.0), server):
+        pass
+    server.stop_after, server.iteration = 1, 1
+    with remote(model, server) as optimizer:
+        assert optimizer.finished
+        assert optimizer.progress == 1.0
+        assert model.weight.item() == 5.0
+
+
 def interrupted(*_: Any) -> Any:
     raise KeyboardInterrupt
 

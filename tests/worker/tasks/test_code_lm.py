@@ -2,6 +2,7 @@ import logging
 import math
 import platform
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ import torch
 from ormo_worker.tasks import Score, TaskError
 from ormo_worker.tasks.batches import batches, evaluation_batches
 from ormo_worker.tasks.code_lm import HELD_BACK, SYMBOLS, TRAINED_ON, CodeLm, Windows, digest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two that wait for each other are many times slower where other programs want the processor as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

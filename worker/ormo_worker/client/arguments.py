@@ -167,7 +167,7 @@ class Observer:
             stages: what took how many seconds: computing the gradient; pushing it, up to its result; waiting for the
                 next parameters, up to their first byte; pulling them. Those that the exchange did not come to are left
                 out, and those of an attempt that failed are in it, too.
-            fate: what became of its gradient; None if it had none.
+            fate: what became of its gradient; None if it had none, or was given up before that was known.
             local_steps: how many its gradient was the sum of.
         """
 

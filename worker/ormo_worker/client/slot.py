@@ -84,6 +84,11 @@ class Slot:
         """Whether the next exchange can have a gradient."""
         return self._session.ticket is not None
 
+    @property
+    def awaits_result(self) -> bool:
+        """Whether the last exchange had a gradient, and was given up before its result was known."""
+        return self._session.fate == "lost"
+
     def exchange(self, gradient: Gradient | None, *, wants_next: bool = True) -> ExchangeOutcome:
         """Push a gradient, or nothing, and wait for its result and the next parameters.
 
@@ -109,6 +114,7 @@ class Slot:
             fate = outcome.fate
         except BaseException:
             self._drop_stream()  # answers that are still to come belong to an exchange that nobody waits for
+            fate = None if self.awaits_result else self._session.fate
             raise
         finally:
             # Once, when nobody waits for the next parameters any more: each figure costs about 1 µs.

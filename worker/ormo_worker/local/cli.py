@@ -30,6 +30,7 @@ class Progress:
     evaluation: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     first: tuple[float, int, int] | None = None
+    bytes_moved: int | None = None
 
     def observe(self, status: pb.GetStatusResponse) -> None:
         """Take a newer status; the first one with a gradient starts the clock of the rates."""
@@ -133,6 +134,7 @@ def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
                     progress.observe(status)
                     live.update(progress.line())
             if cluster.all_done():
+                progress.bytes_moved = cluster.bytes_moved()
                 return
             time.sleep(_POLL_SECONDS)
 
@@ -150,6 +152,8 @@ def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
     if progress.evaluation:
         rows["test loss"] = f"{progress.evaluation['loss']:.4f}"
         rows["test accuracy"] = f"{progress.evaluation['accuracy']:.2%}"
+    if progress.bytes_moved is not None:
+        rows["moved"] = f"{progress.bytes_moved / 1e6:,.1f} MB of tensors between server and workers, both ways"
     server = cluster.server.peak_bytes if cluster.server else 0
     workers = max((worker.peak_bytes for worker in cluster.workers), default=0)
     rows["peak memory"] = f"server {server / 1e6:.0f} MB, largest worker {workers / 1e6:.0f} MB"

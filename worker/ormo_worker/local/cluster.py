@@ -1,6 +1,8 @@
 """The processes of one local run: how many and which, started in order, watched, stopped in order."""
 
+import http.client
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,9 @@ from ormo_runtime.logs import printable
 from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors, variables_of
 
 _STOP_SECONDS = 30.0
+_METRICS_SECONDS = 5.0
+# Not `PullParams`, which is the evaluator's.
+_MOVED = re.compile(r'^ormo_(?:received|sent)_bytes_total\{method="(?:PushPull|PushGradient)"\} (\S+)$', re.MULTILINE)
 _KIB = 1024
 
 
@@ -68,8 +73,11 @@ class LocalSettings(Settings):
     )
     local_steps_by_speed: bool = Field(False, description="let slower workers make fewer, as for `ormo-server`")
 
-    stop_after_gradients: int = Field(
-        1500, title="End of the run", ge=0, description="end the run after this many gradients; 0: no such end"
+    stop_after_gradients: int | None = Field(
+        None,
+        title="End of the run",
+        ge=0,
+        description="end the run after this many gradients; 0: no such end; none: 1500, with --local-steps 300",
     )
     stop_after_samples: int = Field(0, ge=0, description="end the run after this many samples; 0: no such end")
 
@@ -102,6 +110,13 @@ class LocalSettings(Settings):
     def preset(self) -> str:
         """The method that the server trains by."""
         return self.method or ("local-ormo" if self.local_steps else "ormo")
+
+    @property
+    def updates(self) -> int:
+        """How many gradients, or sums of local steps, end the run; 0 for none."""
+        if self.stop_after_gradients is None:
+            return 300 if self.local_steps else 1500
+        return self.stop_after_gradients
 
     @model_validator(mode="after")
     def _slow_workers_exist(self) -> "LocalSettings":
@@ -338,6 +353,21 @@ class Cluster:
         for child in children:
             child.stop()
 
+    def bytes_moved(self) -> int | None:
+        """Tensor bytes between the workers and the server so far, both ways; None if its metrics don't tell."""
+        if not self.metrics_address:
+            return None
+        connection = http.client.HTTPConnection(self.metrics_address, timeout=_METRICS_SECONDS)
+        try:
+            connection.request("GET", "/metrics")
+            page = connection.getresponse().read().decode()
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        found = _MOVED.findall(page)
+        return sum(int(float(number)) for number in found) if found else None
+
     def newest_checkpoint(self) -> Path | None:
         """The model of the run's last checkpoint."""
         return max(self.directory.glob("checkpoint-*/model.safetensors"), default=None)
@@ -354,7 +384,7 @@ class Cluster:
             "--min-workers": settings.workers,
             "--max-workers": max(64, settings.workers),
             "--slots-per-worker": max(2, settings.in_flight),
-            "--stop-after-gradients": settings.stop_after_gradients,
+            "--stop-after-gradients": settings.updates,
             "--stop-after-samples": settings.stop_after_samples,
         }
         if settings.learning_rate is not None:

@@ -56,7 +56,7 @@ class LocalSteps:
         self._due = 1
         self._ticket: pb.Ticket | None = None
         self._spent = True  # the moves are pushed or dropped: other parameters must come before the next step
-        self._unanswered: Gathered | None = None  # what this thread pushes, until its outcome is known
+        self._given: Gathered | None = None  # what was pushed last, until other parameters are loaded
         self._inner = inner
         self._pipeline = pipeline
         self._watch = watch
@@ -77,7 +77,7 @@ class LocalSteps:
                 "model in float32 and compute under torch.autocast"
             )
 
-    def begin(self, ticket: pb.Ticket | None, most: int) -> None:
+    def begin(self, ticket: pb.Ticket, most: int) -> None:
         """The model has just got other parameters, to make local steps from.
 
         Args:
@@ -88,14 +88,14 @@ class LocalSteps:
         # Of the model's own values, and not of what came: rounded to bfloat16 they would differ without any step.
         self._reference.note()
         self._ticket = ticket
-        self.made, self._due = 0, min(max(1, 0 if ticket is None else ticket.local_steps), max(1, most))
+        self.made, self._due = 0, min(max(1, ticket.local_steps), max(1, most))
         self._samples, self._loss_sum, self._losses = 0, 0.0, 0
         self._loaded_at = time.monotonic()
-        self._unanswered, self._spent = None, False
+        self._given, self._spent = None, False
 
     def drop(self) -> None:
         """Nobody takes the moves any more."""
-        self._spent, self._unanswered = True, None
+        self._spent, self._given = True, None
 
     def step(self, samples: int, loss: float | Tensor | None) -> ExchangeOutcome | None:
         """Make one and, if it is the last one that is due, push their sum and wait for the next parameters.
@@ -132,9 +132,9 @@ class LocalSteps:
 
     def finish(self) -> None:
         """Push what there is, for the worker leaves; the pipeline's `settle` waits for it. From any thread."""
-        current, gathered = self._pipeline.current, self._unanswered
+        current, gathered = self._pipeline.current, self._unanswered()
         try:
-            if gathered is None and not self._spent and self.made and current is not None:
+            if not self._spent and self.made and current is not None:
                 gathered = self._gather(current)
             if gathered is not None:
                 self._pipeline.finish(gathered)
@@ -149,14 +149,18 @@ class LocalSteps:
         if gathered is None:
             self._inner.reset()
             return self._pipeline.renew()
-        if len(self._outgoing) == 1:  # else a thread of the slot's goes on with it, whatever happens here
-            self._unanswered = gathered
+        self._given = gathered
         return self._pipeline.swap(gathered)
 
     def _resume(self) -> ExchangeOutcome:
-        if self._unanswered is not None:  # under its own ticket: if it was applied, that is used up
-            return self._pipeline.swap(self._unanswered)
+        gathered = self._unanswered()
+        if gathered is not None:
+            return self._pipeline.swap(gathered)
         return self._pipeline.next() if self._pipeline.current is None else self._pipeline.renew()
+
+    def _unanswered(self) -> Gathered | None:
+        # It goes out again under its own ticket: if it was applied, that is used up.
+        return self._given if self._pipeline.awaits_result else None
 
     def _gather(self, slot: int) -> Gathered | None:
         """Send the sum of the moves on its way into the slot's payload; None if it is not finite."""

@@ -420,7 +420,7 @@ class RemoteOptimizer(Grouped):
             self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
         self._watch.note_loaded(incoming)
         self.iteration, self._samples = delivered.iteration.number, delivered.samples
-        if self._local is not None:
+        if self._local is not None and delivered.ticket is not None:  # else the run is over
             self._local.begin(delivered.ticket, most=self.settings.local_steps)
         self._loaded_at = time.monotonic()
 

@@ -18,7 +18,10 @@ from ormo_worker.errors import OptionRefused
 
 SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
-_NO_SCHEDULER = "start ormo-server with --learning-rate and --schedule, and use no learning-rate scheduler of torch"
+_NO_SCHEDULER = (
+    "start ormo-server with --learning-rate and --schedule, and use no learning-rate scheduler of torch but for "
+    "optimizers given as inner="
+)
 # For those who bring a group, a scheduler, or a whole line, from another optimizer.
 _INSTEAD = {
     "lr": _NO_SCHEDULER,
@@ -27,7 +30,7 @@ _INSTEAD = {
     "weight_decay": f"start ormo-server with --weight-decay, which a group may scale by {SCALE!r}, 0 for none",
 } | dict.fromkeys(
     ("alpha", "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "eps", "nesterov", "rho"),
-    "choose how parameters are updated with ormo-server's --method",
+    "choose how parameters are updated with ormo-server's --method, or give an optimizer of torch as inner=",
 )
 _LEFT_OUT = {"maximize": "give the loss the other sign"} | dict.fromkeys(
     ("capturable", "differentiable", "foreach", "fused"), "the server updates the parameters, so leave it out"

@@ -95,6 +95,11 @@ class Pipeline(ABC):
             OrmoError: as `swap`.
         """
 
+    @property
+    @abstractmethod
+    def awaits_result(self) -> bool:
+        """Whether a gradient whose exchange was interrupted may not have arrived, and nobody goes on with it."""
+
     @abstractmethod
     def renew(self) -> ExchangeOutcome:
         """Give the current slot's ticket back, and wait for the next parameters.
@@ -151,6 +156,11 @@ class OneAtATime(Pipeline):
         if outcome.delivered is not None:
             self._slot.note_loaded(outcome.delivered)
         return outcome
+
+    @property
+    @override
+    def awaits_result(self) -> bool:
+        return self._slot.awaits_result
 
     @override
     def renew(self) -> ExchangeOutcome:
@@ -237,6 +247,11 @@ class InFlight(Pipeline):
                 return self._note(done)
             self._failure = done.error  # for good: that slot has given its exchange up
         raise self._failure
+
+    @property
+    @override
+    def awaits_result(self) -> bool:
+        return False  # the slot's thread goes on with it, whatever happens to the caller
 
     @override
     def renew(self) -> ExchangeOutcome:

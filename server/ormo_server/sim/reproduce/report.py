@@ -22,7 +22,7 @@ def draw_clusters(comparison: Comparison, into: Path) -> list[Path]:
     for cluster in suite.clusters:
         lines = _lines([entry for entry in entries if entry.cluster is cluster])
         drawn = [line for line in lines if line.method in (suite.drawn_methods or suite.methods)]
-        title = f"{suite.title}: {cluster.workers} workers, {cluster.setting}"
+        title = f"{suite.title}: {_workers(cluster)}, {cluster.setting}"
         draw = draw_losses if suite.measure == "loss" else draw_curves
         if drawn:
             pictures.append(draw(drawn, into / f"curves-{cluster.name}.png", title))
@@ -164,9 +164,13 @@ def _end(suite: Suite, cluster: Cluster) -> str:
     return f"{settings.epochs:g} epochs in gradients" if settings.epochs else f"{settings.stop_after_samples:,} samples"
 
 
+def _workers(cluster: Cluster) -> str:
+    return "1 worker" if cluster.workers == 1 else f"{cluster.workers} workers"
+
+
 def _heading(cluster: Cluster) -> str:
     slow = cluster.simulation.get("slow")
-    return f"{cluster.workers} workers, {cluster.setting}" + (f" (slow: {slow})" if slow else "")
+    return f"{_workers(cluster)}, {cluster.setting}" + (f" (slow: {slow})" if slow else "")
 
 
 def _best_table(suite: Suite, entries: Sequence[Entry]) -> str:
@@ -243,7 +247,7 @@ def _short_loss_table(entries: Sequence[Entry], clusters: Sequence[Cluster]) -> 
     found = [entry for entry in entries if entry.cluster.name in names]
     # As much as the one that took least had at its end.
     seconds, moved = (_least(found, clock) for clock in (_seconds_of, _bytes_of))
-    heads = [f"{clusters[0].workers} worker{'s' if clusters[0].workers > 1 else ''}", "η, β", "test loss"]
+    heads = [_workers(clusters[0]), "η, β", "test loss"]
     heads += [f"in {seconds:,.0f} virtual s"] + ([f"with {moved / 1e6:,.0f} MB"] if clusters[0].workers > 1 else [])
     rows = []
     for entry in found:
