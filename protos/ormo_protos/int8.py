@@ -209,8 +209,9 @@ def encode(
     """
     device = values.device
     at_once = _ENCODED_AT_ONCE.get(device.type, _ENCODED_AT_ONCE_ON_DEVICE)
+    memory = torch.empty(min(at_once, blocks.elements), dtype=torch.float32, device=device)
     for start, stop in blocks.pieces(at_once):
-        quotients = torch.empty(stop - start, dtype=torch.float32, device=device)
+        quotients = memory[: stop - start]
         for span in blocks.spans(start, stop, device):
             own = scales[span.first : span.end]
             torch.div(_largest(values, span), INT8_LARGEST, out=own)
