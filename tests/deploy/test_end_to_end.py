@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(300)
 class Run:
     """A server and its workers, started as anybody would."""
 
-    def __init__(self, stage: Stage, task: str = "Paced", *, journal: bool = False) -> None:
+    def __init__(self, stage: Stage, task: str = "Paced", **flags: object) -> None:
         self.stage = stage
         self.task = f"{TASKS}:{task}"
         self.server = stage.server(
@@ -39,7 +39,7 @@ class Run:
             checkpoint_seconds=1.0,
             failure_timeout_seconds=2.0,
             learning_rate=1e-4,
-            journal=journal,
+            **flags,
         )
 
     @property
@@ -100,6 +100,7 @@ NOT_HERE = {
     "ormo_staleness_bound_iterations": "the method has no bound",
     "ormo_discard_limit_iterations": "the method discards nothing",
     "ormo_journal_commit_seconds": "this run has no journal; a later one has",
+    "ormo_worker_local_steps": "these workers push gradients; those of a later run make local steps",
     "ormo_refusals_total": "only reasons that have occurred are shown, and none has",
     "changes(": "no server was started again",
     'ALERTS{alertstate="firing"': "nothing is wrong yet",
@@ -154,6 +155,17 @@ def test_disk_that_takes_no_checkpoint_fires_and_resolves_when_it_does_again(run
     assert run.stage.status().phase == run.stage.status().PHASE_TRAINING
     resource.prlimit(server, resource.RLIMIT_FSIZE, limits)
     until_resolved(watched, run.instance, "OrmoCheckpointFailing", "OrmoCheckpointTooOld")
+
+
+def test_local_steps_have_data_in_the_dashboards(run: Run, watched: Prometheus, tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        local = Run(stage, method="local-ormo", local_steps=2)
+        write_targets(watched.log.parent, "ormo-server", [run.instance, local.instance])
+        local.worker("local", inner="adamw")
+        watched.until(
+            lambda: not without_data(watched, local, "local_steps"), "data of local steps", seconds=PATIENCE_SECONDS
+        )
+    write_targets(watched.log.parent, "ormo-server", [run.instance])
 
 
 def test_worker_that_computes_nan_fires_and_a_sound_one_resolves_it(
