@@ -5,6 +5,7 @@ tensor bytes are copied once into a message that goes out, and are a view of one
 writers, with other orders of fields, or with fields that are not known here, take the generated code's way.
 """
 
+from functools import lru_cache
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
@@ -155,6 +156,7 @@ def _read_varint(encoded: bytes, at: int, longest: int) -> _Varint | None:
     return None
 
 
+@lru_cache(maxsize=256)  # lengths are a few, offsets are the other ones
 def _varint(value: int) -> bytes:
     written = bytearray()
     while value >= 0x80:

@@ -127,7 +127,8 @@ def test_method_trains_survives_a_restart_bit_for_bit_and_its_trace_replays(tmp_
         second.pull()
         before = state_of(server)
         assert server.drain()
-    counted = before.fields["iteration"] + server.host.engine.observations.discarded
+    with server.host.engine.settled() as seen:
+        counted = before.fields["iteration"] + seen.discarded
     assert counted == WORKERS * GRADIENTS_EACH
     distance = (before.tensors["params"] - TARGET).norm() / TARGET.norm()
     assert distance < 0.5

@@ -21,6 +21,7 @@ from ormo_server.core.errors import DiskFull
 from ormo_server.journal import Journal
 from ormo_server.metrics.families import STAGES
 from ormo_server.metrics.process import memory_limit_bytes, resident_bytes
+from ormo_server.service.figures import _MOST_NOTED
 from ormo_server.service.server import Server
 from service.wire import SMALL, Refused, WireWorker, connected, eventually, payload, refusals, served
 
@@ -504,3 +505,17 @@ def test_what_is_described_is_what_is_exported(tmp_path: Path) -> None:
         described = {family.name for family in server.metrics.run.describe()}
         assert described - {family.name for family in server.metrics.run.collect()} == {"ormo_training_loss"}
         assert {family.name for family in server.metrics.run.collect()} <= described
+
+
+def test_gradients_are_counted_when_somebody_looks_and_do_not_heap_up_before(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", SMALL)
+        worker.join()
+        for _ in range(_MOST_NOTED + 3):
+            worker.pull()
+            worker.push(payload(SMALL, 1.0), samples=2)
+        assert len(server.host.engine._figures._noted) == 3
+        assert value(server, "ormo_samples_total") == 2 * (_MOST_NOTED + 3)
+        assert value(server, "ormo_gradient_delay_iterations_count") == _MOST_NOTED + 3
+        with server.host.engine.settled() as seen:
+            assert seen.workers["a"].applied == _MOST_NOTED + 3

@@ -285,7 +285,8 @@ class Gradients:
         self._samples.inc(samples)
         if local_steps:
             self._local_steps.observe(local_steps)
-        self._kept_buffers.inc(buffers_kept)
+        if buffers_kept:
+            self._kept_buffers.inc()
         self._norm.observe(norm)
 
     def lost(self, local_steps: int) -> None:

@@ -56,7 +56,8 @@ def status_of(host: RunHost, *, draining: bool) -> pb.GetStatusResponse:
     _describe_checkpoint(status, host)
     if host.has_model:
         _describe_run(status, host.engine.view())
-        _describe_gradients(status, host.engine.observations)
+        with host.engine.settled() as observations:
+            _describe_gradients(status, observations)
     return status
 
 

@@ -97,7 +97,7 @@ class Engine:
         for worker in machine.state.members:
             self._leases.grant(worker, clock())
         self._figures = Figures(metrics, machine.state.members)
-        self.observations = self._figures.observations
+        self.settled = self._figures.settled
         # The journal's position at the run's end.
         self._end: int | None = None
         if machine.state.finished:
@@ -119,7 +119,7 @@ class Engine:
             effects = self._take(inputs.Join(self._clock(), worker, incarnation, slots))
             self._leases.grant(worker, self._clock())
             if effects.changed:
-                self.observations.joined(worker)
+                self._figures.joined(worker)
             size, live_slots, position = machine.bucket_size, machine.state.live_slots, self.position
         self._figures.count_join(effects, held)
         self.wait_durable(position)
@@ -206,7 +206,7 @@ class Engine:
         effects = self._take(inputs.Leave(self._clock(), worker, incarnation))
         if effects.changed:
             self._leases.forget(worker)
-            self.observations.gone(worker)
+            self._figures.gone(worker)
         return effects
 
     # Exchanges
@@ -286,7 +286,7 @@ class Engine:
         if effects.redeemed is not None:
             # What decides about later inputs, so under the lock.
             self._ticket_timeout.redeemed(now - effects.redeemed.handed_out_seconds)
-            self.observations.of(requester.worker).note_taken()
+            self._figures.observations.of(requester.worker).note_taken()
 
     def _refuse_gradient(self, requester: Requester, received: ReceivedGradient) -> NoReturn:
         self._machine.requesting_slot(requester)  # whose gradient is refused has a place and a number to be told by
@@ -305,7 +305,7 @@ class Engine:
             raise self._lock.refusal()
 
     def _note_refused(self, requester: Requester, received: ReceivedGradient, refusal: OrmoError) -> None:
-        seen = self.observations.of(requester.worker)
+        seen = self._figures.observations.of(requester.worker)
         # Numbers rise with each gradient, so whoever sends one again and again does not fill the disk.
         if seen.refuses_anew(requester.slot, requester.request) and self._trace is not None:
             self._trace.append(Refused.of(self._clock(), requester, received.ticket, refusal.reason))
@@ -446,5 +446,5 @@ class Engine:
 
     def view(self) -> RunView:
         """The run at this moment."""
-        with self._lock.reading() as machine, self._figures.lock:
-            return RunView.of(machine, self.observations, self._leases, self._clock())
+        with self._lock.reading() as machine, self.settled() as observations:
+            return RunView.of(machine, observations, self._leases, self._clock())

@@ -2,8 +2,11 @@
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 from ormo_runtime.logs import Fields
 from ormo_server.core.effects import NOTHING, Effects, Redeemed
@@ -52,6 +55,44 @@ class Outcome:
     position: int = 0
 
 
+class _Taken(NamedTuple):
+    """What is told of a gradient that used its ticket up. No tensors: their memory is lent again meanwhile."""
+
+    worker: str
+    redeemed: Redeemed
+    bucket_size: int
+    learning_rate: float
+    pushed_at: float
+    apply_seconds: float
+    samples: int
+    local_steps: int
+    loss: float | None
+    compute_seconds: float
+    norm: float
+
+    @classmethod
+    def of(cls, outcome: Outcome, received: ReceivedGradient, redeemed: Redeemed) -> Self:
+        assert received.norm is not None
+        pushed = outcome.pushed
+        return cls(
+            outcome.requester.worker,
+            redeemed,
+            pushed.bucket_size,
+            pushed.learning_rate,
+            outcome.pushed_at,
+            outcome.apply_seconds,
+            received.samples,
+            received.local_steps,
+            received.loss,
+            received.compute_seconds,
+            received.norm,
+        )
+
+
+# Few enough for nobody to wait long for whoever counts them.
+_MOST_NOTED = 64
+
+
 class Figures:
     """Counts and tells what happened.
 
@@ -60,14 +101,16 @@ class Figures:
         members: workers that are there already.
 
     Attributes:
-        observations: of the run and its workers.
-        lock: whoever reads them holds it; never while waiting for the engine's.
+        observations: of the run and its workers; to be read inside `settled`.
     """
 
     def __init__(self, metrics: Metrics, members: Iterable[str]) -> None:
         self.observations = Observations()
-        self.lock = threading.Lock()
         self._metrics = metrics
+        # Gradients come from many threads, and are counted by whoever looks, or finds many: one after the other, in a
+        # loop, takes a third of what it takes in the middle of each exchange.
+        self._noted: deque[_Taken] = deque()
+        self._lock = threading.Lock()  # of what is counted; nobody waits for the engine's inside it
         self._idle_warning = ""
         self._lost: dict[TicketKey, None] = {}
         for worker in members:
@@ -88,7 +131,7 @@ class Figures:
             if isinstance(outcome.refusal, TicketUnknown):
                 self._note_lost(outcome.requester.worker, outcome.received.ticket, outcome.received.local_steps)
         elif outcome.pushed.redeemed is not None:
-            self._count_gradient(outcome, outcome.received, outcome.pushed.redeemed)
+            self._note_taken(outcome, outcome.received, outcome.pushed.redeemed)
         elif outcome.pushed.result is not None:
             self._metrics.traffic.repeated.inc()
         if _LOG.isEnabledFor(logging.DEBUG):
@@ -102,29 +145,51 @@ class Figures:
             for released in each.released:
                 self._metrics.traffic.pull_refused(released.error.reason)
 
-    def _count_gradient(self, outcome: Outcome, received: ReceivedGradient, redeemed: Redeemed) -> None:
-        metrics, worker = self._metrics, outcome.requester.worker
-        metrics.traffic.stage["apply"].observe(outcome.apply_seconds)
-        ticket_seconds = outcome.pushed_at - redeemed.handed_out_seconds
-        metrics.gradients.counted(redeemed.delay, redeemed.lag, outcome.pushed.bucket_size, ticket_seconds)
-        with self.lock:
-            mine = self.observations.workers.get(worker) or WorkerObservation()  # nobody's, if it has left meanwhile
-            mine.counted(redeemed.delay, outcome.pushed_at, ticket_seconds, received.compute_seconds)
-            if redeemed.discarded:
-                metrics.traffic.discarded.inc()
-                self.observations.discarded += 1
-                return
-            rate, norm = outcome.pushed.learning_rate, received.norm
-            assert norm is not None
-            scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
-            mine.apply(received.samples, received.local_steps, received.loss, norm)
-            self.observations.applied_with(redeemed.delay, scale)
+    def joined(self, worker: str) -> None:
+        """A worker is here from now on; what came before was another process's."""
+        with self.settled() as observations:
+            observations.joined(worker)
+
+    def gone(self, worker: str) -> None:
+        """A worker has left."""
+        with self.settled() as observations:
+            observations.gone(worker)
+
+    @contextmanager
+    def settled(self) -> Iterator[Observations]:
+        """The observations, with all that has come in them, held still."""
+        with self._lock:
+            while self._noted:
+                self._count_gradient(self._noted.popleft())
+            yield self.observations
+
+    def _note_taken(self, outcome: Outcome, received: ReceivedGradient, redeemed: Redeemed) -> None:
+        self._noted.append(_Taken.of(outcome, received, redeemed))
+        if len(self._noted) >= _MOST_NOTED:
+            with self.settled():
+                pass
+        if redeemed.buffers_kept:
+            _warn_of_kept_buffers(outcome.requester.worker, redeemed.iteration_after)
+
+    def _count_gradient(self, taken: "_Taken") -> None:
+        metrics, redeemed = self._metrics, taken.redeemed
+        metrics.traffic.stage["apply"].observe(taken.apply_seconds)
+        ticket_seconds = taken.pushed_at - redeemed.handed_out_seconds
+        metrics.gradients.counted(redeemed.delay, redeemed.lag, taken.bucket_size, ticket_seconds)
+        mine = self.observations.workers.get(taken.worker) or WorkerObservation()  # nobody's, if it has left meanwhile
+        mine.counted(redeemed.delay, taken.pushed_at, ticket_seconds, taken.compute_seconds)
+        if redeemed.discarded:
+            metrics.traffic.discarded.inc()
+            self.observations.discarded += 1
+            return
+        rate = taken.learning_rate
+        scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
+        mine.apply(taken.samples, taken.local_steps, taken.loss, taken.norm)
+        self.observations.applied_with(redeemed.delay, scale)
         metrics.traffic.applied.inc()
-        metrics.gradients.applied(received.samples, received.local_steps, norm, buffers_kept=redeemed.buffers_kept)
+        metrics.gradients.applied(taken.samples, taken.local_steps, taken.norm, buffers_kept=redeemed.buffers_kept)
         if scale is not None:
             metrics.gradients.scaled(scale)
-        if redeemed.buffers_kept:
-            _warn_of_kept_buffers(worker, redeemed.iteration_after)
 
     def note_evaluation(self, state: State, evaluation: Evaluation) -> None:
         """An evaluation was reported. One of another epoch says nothing of this run as it is now.
@@ -200,7 +265,7 @@ class Figures:
 
     def _note_lost(self, worker: str, ticket: TicketKey, local_steps: int, known: str = "") -> None:
         """Count local steps whose ticket is void, once: they may still come, and come again."""
-        with self.lock:
+        with self._lock:
             if not local_steps or ticket in self._lost:
                 return
             self._lost[ticket] = None
