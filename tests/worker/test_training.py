@@ -66,7 +66,8 @@ def test_a_worker_with_gradients_in_flight_leaves_after_as_many(
     with caplog.at_level("INFO"):
         run(settings(server, leave_after_gradients=stop_after, in_flight=2))
     assert server.iteration == stop_after
-    assert server.asked[-1] == "leave"
+    # What the other slot had asked for is on another stream, and may come after it.
+    assert {each.split()[0] for each in server.asked[server.asked.index("leave") :]} <= {"leave", "ask"}
     assert f": {stop_after} gradients from this worker in" in caplog.text
 
 
