@@ -141,7 +141,7 @@ def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
 def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest) -> None:
     """What is said about parameters of this model before they follow."""
     message.iteration.epoch, message.iteration.number = delivery.epoch, delivery.iteration
-    message.samples = delivery.samples
+    message.samples, message.learning_rate = delivery.samples, delivery.learning_rate
     ticket = delivery.ticket
     if ticket is not None:
         there = message.ticket
