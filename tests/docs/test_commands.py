@@ -12,6 +12,7 @@ from ormo_server.console.settings import ControlSettings, StatusSettings, TopSet
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
+from ormo_worker.integrations.ray.settings import RaySettings, ScaleSettings
 from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
@@ -24,6 +25,8 @@ SETTINGS = {
     "ormo-worker run": RunSettings,
     "ormo-worker evaluate": EvaluateSettings,
     "ormo-local": LocalSettings,
+    "ormo-ray scale": ScaleSettings,
+    "ormo-ray": RaySettings,
     "ormo-sim reproduce": ReproduceSettings,
     "ormo-sim": SimSettings,
 }
@@ -31,6 +34,7 @@ SETTINGS = {
 ELSEWHERE = {
     "docker": "tests/deploy/test_documented_commands.py",
     "kubectl": "tests/deploy/test_documented_commands.py",
+    "sbatch": "tests/integrations/test_slurm.py",
 }
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from integrations.ports import free_ports
 from system.programs import ENVIRONMENT
 
 _SECONDS = 120.0
@@ -156,15 +156,6 @@ def until(condition: Callable[[], bool], log: Path, process: "subprocess.Popen[b
         assert not ended, f"it ended:\n{log.read_text(errors='replace')}"
         assert time.monotonic() < deadline, log.read_text(errors="replace")
         time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has at the moment, on any address."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager

@@ -1,25 +1,28 @@
 """`ormo-ray` on a real cluster of several nodes. `make test-ray` runs it."""
 
+import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from chaos.archive import Archive
 from chaos.evidence import Evidence
 from chaos.lives import read_lives
-from integrations.ray_cluster import Cluster, Command, Node, cluster, free_ports, until
+from integrations.diaries import Diaries
+from integrations.ports import free_ports
+from integrations.ray_cluster import Cluster, Command, Node, cluster, until
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 
-pytest.importorskip("ray", reason="`make test-ray` installs it")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.skipif("TEST_RAY" not in os.environ, reason="it starts clusters: `make test-ray` does"),
+    pytest.mark.timeout(600),
+]
 
 HERE = Path(__file__).parent
 COUNTING = "--method asgd --learning-rate 1 --metrics-listen '' --checkpoint-seconds 1e6 --failure-timeout-seconds 3"
@@ -43,6 +46,7 @@ class Launched:
         self.cluster = on
         self.folder = folder
         self.name = name
+        self.diaries = Diaries(Path(on.environment["DIARIES"]), name, folder / "run")
         self.server = f"127.0.0.2:{port}"
         own = ["--server-port", port, "--directory", "run", f"--server-flags={server_flags}"]
         given = ["--name", name, "--address", on.address, "--working-dir", HERE, "--task", "diary_task.py:Diary"]
@@ -66,24 +70,9 @@ class Launched:
         until(reached, self.command.log, self.command.process)
         return found[0]
 
-    def until_acknowledged(self, more: int, numbers: range) -> None:
+    def until_acknowledged(self, more: int, numbers: Iterable[int]) -> None:
         """Wait until each of these workers was told so many times more that its gradient was applied."""
-        before = {number: len(self.acknowledged(number)) for number in numbers}
-        until(
-            lambda: all(len(self.acknowledged(number)) >= before[number] + more for number in numbers),
-            self.command.log,
-            self.command.process,
-        )
-
-    def acknowledged(self, number: int) -> list[int]:
-        """The iterations at which a worker was told that a gradient of its own was applied."""
-        diary = Path(self.cluster.environment["DIARIES"]) / f"{self.name}-{number}.diary"
-        return [int(line) for line in diary.read_text().splitlines()] if diary.exists() else []
-
-    def parameters(self) -> list[int]:
-        """How often each worker's gradient is in the newest checkpoint."""
-        weight = load_file(self.folder / "run" / "latest" / "model.safetensors")["weight"]
-        return [-round(value) for value in weight.tolist()]
+        until(self.diaries.longer(more, numbers), self.command.log, self.command.process)
 
 
 ORMO_RAY = [sys.executable, "-m", "ormo_worker.integrations.ray.cli"]
@@ -106,18 +95,6 @@ def program(of: Node, module: str) -> psutil.Process:
     )
 
 
-def assert_counted_once(run: Launched, workers: int, interrupted: int) -> None:
-    """All that was acknowledged is in the model, once; and besides it at most what was under way as a process ended."""
-    told = {number: run.acknowledged(number) for number in range(workers)}
-    twice = [at for at, count in Counter(at for numbers in told.values() for at in numbers).items() if count > 1]
-    assert twice == []  # what was lost would have its number given out again
-    counts = run.parameters()
-    assert counts[workers:] == [0] * (len(counts) - workers)
-    missing = [count - len(told[number]) for number, count in enumerate(counts[:workers])]
-    assert min(missing) >= 0
-    assert sum(missing) <= interrupted
-
-
 def test_a_node_that_dies_takes_nothing_that_was_acknowledged_and_k_follows(tmp_path: Path) -> None:
     with cluster(tmp_path, DIARIES=str(tmp_path)) as made:
         made.add(cpus=2)
@@ -133,8 +110,7 @@ def test_a_node_that_dies_takes_nothing_that_was_acknowledged_and_k_follows(tmp_
             left = {worker.worker for worker in run.until_size(2).workers}  # no room for the others
             assert len(left) == 2
             stayed = sorted(int(name.rpartition("-")[2]) for name in left)
-            for number in stayed:
-                run.until_acknowledged(20, range(number, number + 1))
+            run.until_acknowledged(20, stayed)
             assert run.status().iteration.number > before
             made.add(cpus=2)
             again = {worker.worker for worker in run.until_size(4).workers}
@@ -147,7 +123,7 @@ def test_a_node_that_dies_takes_nothing_that_was_acknowledged_and_k_follows(tmp_
             archive.close()
         moved = [number for number in range(4) if number not in stayed]
         run.command.until(*(f"four-{number} is on node 127.0.0.4 now" for number in moved))
-        assert_counted_once(run, 4, interrupted=6)
+        run.diaries.assert_counted_once(range(4), interrupted=6)
         assert_journal_tells_the_same(run, tmp_path / "archive")
 
 
@@ -161,7 +137,7 @@ def assert_journal_tells_the_same(run: Launched, archive: Path) -> None:
     owners = {each.iteration: each.name[0] for each in evidence.applied}
     for number in range(4):
         name = f"{run.name}-{number}"
-        assert [at for at in run.acknowledged(number) if owners[at] != name] == []
+        assert [at for at in run.diaries.acknowledged(number) if owners[at] != name] == []
 
 
 @pytest.mark.parametrize(
@@ -180,8 +156,8 @@ def test_programs_that_are_killed_are_started_again_and_nothing_that_was_acknowl
     launched.command.until("ended with code -9 and is started again (1 of 10)")
     assert launched.command.wait() == 0
     assert "the run is over at iteration 4000; its model is in " in launched.command.text
-    assert sum(launched.parameters()) == 4000
-    assert_counted_once(launched, 2, interrupted=1)
+    assert sum(launched.diaries.counts()) == 4000
+    launched.diaries.assert_counted_once(range(2), interrupted=1)
 
 
 @pytest.mark.parametrize("launched", [("scaled", "--workers", 1)], indirect=True)
@@ -211,4 +187,4 @@ def test_a_run_is_scaled_while_it_trains(launched: Launched, tmp_path: Path) -> 
     launched.command.signal(signal.SIGINT)
     assert launched.command.wait() == 130
     assert "the run stands at iteration " in launched.command.text
-    assert_counted_once(launched, 3, interrupted=3)
+    launched.diaries.assert_counted_once(range(3), interrupted=3)

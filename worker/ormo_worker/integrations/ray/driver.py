@@ -87,7 +87,8 @@ class OwnServer:
     """
 
     def __init__(self, settings: RaySettings) -> None:
-        self.address = f"{ray.util.get_node_ip_address()}:{settings.server_port}"
+        host = "127.0.0.1" if settings.address == "local" else ray.util.get_node_ip_address()
+        self.address = f"{host}:{settings.server_port}"
         self.directory = settings.directory_of_server()
         self.served = False
         self._again_at = 0.0
@@ -132,7 +133,12 @@ class OwnServer:
 
 def server_words(settings: RaySettings, address: str, directory: Any) -> list[str]:
     """The command line of the server; with a journal, for it is meant to come back after a crash."""
-    flags = {"--listen": address, "--directory": directory, "--max-workers": max(64, 2 * settings.workers)}
+    flags = {
+        "--listen": address,
+        "--metrics-listen": "127.0.0.1:0",  # several runs may have their servers here
+        "--directory": directory,
+        "--max-workers": max(64, 2 * settings.workers),
+    }
     given = [word for flag, value in flags.items() for word in (flag, str(value))]
     return ["serve", *given, "--journal", *shlex.split(settings.server_flags)]
 

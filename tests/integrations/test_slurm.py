@@ -1,0 +1,138 @@
+"""`deploy/slurm/ormo.sbatch` under a real Slurm of two nodes. `make test-slurm` runs it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from integrations.diaries import Diaries
+from integrations.ports import free_ports
+from integrations.slurm_cluster import Job, Slurm, slurm
+
+pytestmark = [
+    pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="it starts a cluster: `make test-slurm` does"),
+    pytest.mark.timeout(600),
+]
+HERE = Path(__file__).parent
+SCRIPT = HERE.parents[1] / "deploy" / "slurm" / "ormo.sbatch"
+BIN = Path(sys.executable).parent
+COUNTING = {"ORMO_METHOD": "asgd", "ORMO_LEARNING_RATE": "1", "ORMO_FAILURE_TIMEOUT_SECONDS": "3"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    with slurm() as made:
+        yield made
+
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submit(cluster: Slurm, tmp_path: Path) -> Iterator[Submit]:
+    """Submits the script with flags for `sbatch`, and settings in the environment."""
+    jobs = []
+
+    def submitted(*flags: str, **settings: str) -> Job:
+        (port,) = free_ports(1)
+        cluster.environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "DIARIES": str(tmp_path)}
+        given = {"ORMO_TASK": f"{HERE}/diary_task.py:Diary", "ORMO_LISTEN": f"127.0.0.1:{port}"} | COUNTING | settings
+        command = ["sbatch", "--parsable", "--chdir", str(tmp_path), *flags, str(SCRIPT)]
+        environment = cluster.environment | {name: value for name, value in given.items() if value}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        jobs.append(Job(cluster, tmp_path, done.stdout.strip()))
+        return jobs[-1]
+
+    yield submitted
+    for job in jobs:
+        cluster.typed("scancel", job.number)
+        job.until(lambda job=job: job.says("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"))
+
+
+def diaries(job: Job) -> Diaries:
+    return Diaries(job.folder, f"slurm-{job.number}", job.folder / "runs" / f"slurm-{job.number}")
+
+
+def test_a_requeued_job_goes_on_with_all_that_was_acknowledged_and_ends_with_the_run(
+    cluster: Slurm, submit: Submit
+) -> None:
+    job = submit("--ntasks=4", "--ntasks-per-node=2", ORMO_STOP_AFTER_GRADIENTS="3000")
+    told = diaries(job)
+    job.until_logged("K is 4")
+    job.until(told.longer(10, range(4)))
+    cluster.typed("scontrol", "requeue", job.number)
+    job.until(lambda: job.says("Restarts") == "1" and job.says("JobState") == "RUNNING")
+    job.until_state("COMPLETED")
+    assert sum(told.counts()) == 3000
+    told.assert_counted_once(range(4), interrupted=4)
+    assert re.search(r"the run is over at iteration 3000", job.log)
+
+
+def test_a_job_whose_time_is_nearly_up_queues_itself_again(cluster: Slurm, submit: Submit) -> None:
+    job = submit("--ntasks=2", ORMO_STOP_AFTER_GRADIENTS="2000")
+    told = diaries(job)
+    job.until(told.longer(10, range(2)))
+    cluster.typed("scancel", "--batch", "--signal=USR1", job.number)  # as `--signal=B:USR1@120` does
+    job.until(lambda: job.says("Restarts") == "1")
+    assert job.log.count("interrupted: left the run") == 2
+    assert "draining" in job.log
+    job.until_state("COMPLETED")
+    assert sum(told.counts()) == 2000
+    told.assert_counted_once(range(2), interrupted=2)
+
+
+def test_a_job_that_is_told_to_end_leaves_a_checkpoint_and_does_not_come_back(cluster: Slurm, submit: Submit) -> None:
+    job = submit("--ntasks=2")
+    told = diaries(job)
+    job.until(told.longer(10, range(2)))
+    cluster.typed("scancel", "--batch", "--signal=TERM", job.number)
+    job.until_state("COMPLETED")
+    assert job.says("Restarts") == "0"
+    assert job.log.count("interrupted: left the run") == 2
+    told.assert_counted_once(range(2), interrupted=2)
+
+
+def test_a_node_that_dies_takes_its_workers_only(cluster: Slurm, submit: Submit) -> None:
+    job = submit("--ntasks=4", "--ntasks-per-node=2")
+    told = diaries(job)
+    job.until_logged("K is 4")
+    job.until(told.longer(10, range(4)))
+    cluster.kill_node("n2")
+    job.until_logged("lost its lease", 2)
+    job.until(told.longer(20, range(2)))
+    assert job.says("JobState") == "RUNNING"
+    cluster.typed("scancel", "--batch", "--signal=TERM", job.number)
+    job.until(lambda: job.says("JobState") not in ("RUNNING", "COMPLETING"))
+    told.assert_counted_once(range(4), interrupted=4)
+    cluster.start_node("n2")
+
+
+def test_a_server_that_is_killed_comes_back_within_the_job(cluster: Slurm, submit: Submit) -> None:
+    job = submit("--ntasks=2", ORMO_STOP_AFTER_GRADIENTS="2000")
+    told = diaries(job)
+    job.until(told.longer(10, range(2)))
+    (server,) = cluster.tasks("n1", ("serve", "--exit-when-finished"))
+    server.kill()
+    job.until_logged("the server ended with code 137 and is started again in 5 s")
+    job.until_state("COMPLETED")
+    assert sum(told.counts()) == 2000
+    told.assert_counted_once(range(2), interrupted=0)
+
+
+def test_settings_that_cannot_be_used_end_the_job_at_once(submit: Submit) -> None:
+    job = submit("--ntasks=1", ORMO_METHOD="none", ORMO_CONNECT_TIMEOUT_SECONDS="600")
+    job.until_state("FAILED")
+    assert job.says("ExitCode") == "2:0"
+    assert "method 'none' is not known" in job.log
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="apt-get install shellcheck")
+def test_the_script_has_nothing_that_shellcheck_complains_of() -> None:
+    done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
