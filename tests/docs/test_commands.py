@@ -34,6 +34,7 @@ SETTINGS = {
 ELSEWHERE = {
     "docker": "tests/deploy/test_documented_commands.py",
     "kubectl": "tests/deploy/test_documented_commands.py",
+    "ray": "tests/integrations/test_ray.py",
     "sbatch": "tests/integrations/test_slurm.py",
 }
 
@@ -56,7 +57,7 @@ def test_make_words_exist() -> None:
 
 
 # In running text a flag may stand without its value.
-NAMED_ONLY = {"ormo-sim --trace", "ormo-server control", "ormo-sim reproduce"}
+NAMED_ONLY = {"ormo-ray scale", "ormo-sim --trace", "ormo-server control", "ormo-sim reproduce"}
 GIVEN = {"HOST:PORT": "h:1", "X": "1"}
 
 

@@ -42,8 +42,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=4
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=128 Gres=gpu:16
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=128 Gres=gpu:16
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -64,6 +65,7 @@ class Slurm:
         ports = {"controller": controller, "first": first, "second": second}
         written = _CONFIGURATION.format(folder=self.folder, host=os.uname().nodename.partition(".")[0], **ports)
         (self.folder / "slurm.conf").write_text(written)
+        (self.folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu Count=16\n")  # that nothing touches
         (self.folder / "munge.key").touch(0o600)
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}

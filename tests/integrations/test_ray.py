@@ -1,6 +1,8 @@
 """`ormo-ray` on a real cluster of several nodes. `make test-ray` runs it."""
 
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,15 +11,20 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import yaml
+from jsonschema import ValidationError
+from safetensors.torch import load_file
 
 from chaos.archive import Archive
 from chaos.evidence import Evidence
 from chaos.lives import read_lives
+from docs.pages import ROOT, blocks, example, text_of
 from integrations.diaries import Diaries
 from integrations.ports import free_ports
 from integrations.ray_cluster import Cluster, Command, Node, cluster, until
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from system.programs import ENVIRONMENT, staged
 
 pytestmark = [
     pytest.mark.skipif("TEST_RAY" not in os.environ, reason="it starts clusters: `make test-ray` does"),
@@ -188,3 +195,78 @@ def test_a_run_is_scaled_while_it_trains(launched: Launched, tmp_path: Path) -> 
     assert launched.command.wait() == 130
     assert "the run stands at iteration " in launched.command.text
     launched.diaries.assert_counted_once(range(3), interrupted=3)
+
+
+PAGE = text_of("with/ray.md")
+LINES = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("launched", [("refused", "--server-flags=--method none")], indirect=True)
+def test_a_server_that_cannot_start_ends_the_run_with_its_sentence(launched: Launched) -> None:
+    assert launched.command.wait() == 2
+    assert "ormo-ray: the server did not start: " in launched.command.text
+    assert "method 'none' is not known" in launched.command.text
+
+
+def test_workers_of_a_server_elsewhere_come_and_end_with_its_run(shared: Cluster, tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        server = stage.server(stop_after_gradients=200)
+        words = [*ORMO_RAY, "--name", "elsewhere", "--address", shared.address, "--server", stage.address]
+        run = Command(tmp_path / "run.log", shared.environment, *words, "--workers", 2)
+        assert run.wait() == 0, run.text
+        assert "the run is over at iteration 200\n" in run.text
+        assert server.process.poll() is None
+        unusable = Command(tmp_path / "unusable.log", shared.environment, *words, "--task", "no.such:Task")
+        assert unusable.wait() == 2
+        assert "elsewhere-1 ended with code 2 and is not started again" in unusable.text
+        assert "all workers failed; the last one with code 2: " in unusable.text
+
+
+def test_without_a_cluster_a_sentence_says_how_to_start_one(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    run = Command(tmp_path / "run.log", ENVIRONMENT, *ORMO_RAY, "--address", f"127.0.0.1:{port}")
+    assert run.wait() == 1
+    assert f"ormo-ray: no Ray cluster at --address 127.0.0.1:{port} (" in run.text
+    assert "start one with `ray start --head`" in run.text
+
+
+def test_the_first_line_of_the_page_trains(tmp_path: Path) -> None:
+    program, *words = shlex.split(LINES[0])
+    assert program == "ormo-ray"
+    run = Command(tmp_path / "run.log", ENVIRONMENT, *ORMO_RAY, *words, "--server-port", *free_ports(1))
+    assert run.wait() == 0, run.text
+    found = re.search(r"the run is over at iteration 1500; its model is in (.*)$", run.text, re.MULTILINE)
+    assert found is not None
+    assert load_file(Path(found[1]) / "model.safetensors")
+
+
+def test_the_actors_of_the_page_train(shared: Cluster, tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        stage.server(stop_after_gradients=100, learning_rate=0.01)
+        code = (
+            example("with/ray.md", "actors").replace("127.0.0.1:50051", stage.address).replace("auto", shared.address)
+        )
+        (tmp_path / "own.py").write_text(code)
+        own = Command(tmp_path / "own.log", shared.environment, sys.executable, "own.py")
+        assert own.wait() == 0, own.text
+        first, second = map(int, re.findall(r"^\[(\d+), (\d+)\]$", own.text, re.MULTILINE)[0])
+        assert first + second == 100
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("ray ")])
+def test_lines_for_ray_are_understood_by_it(line: str) -> None:
+    from ray.scripts.scripts import cli
+
+    command, words = cli, shlex.split(line)[1:]
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context("ray", words)
+
+
+def test_the_example_of_a_cluster_is_one_that_ray_takes() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    written = yaml.safe_load((ROOT / "deploy" / "ray" / "cluster.yaml").read_text())
+    validate_config(prepare_config(written))
+    with pytest.raises(ValidationError):
+        validate_config(prepare_config(written | {"cluster_names": "x"}))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.pages import ROOT, blocks, text_of
 from integrations.diaries import Diaries
 from integrations.ports import free_ports
 from integrations.slurm_cluster import Job, Slurm, slurm
@@ -19,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 HERE = Path(__file__).parent
-SCRIPT = HERE.parents[1] / "deploy" / "slurm" / "ormo.sbatch"
+SCRIPT = ROOT / "deploy" / "slurm" / "ormo.sbatch"
 BIN = Path(sys.executable).parent
 COUNTING = {"ORMO_METHOD": "asgd", "ORMO_LEARNING_RATE": "1", "ORMO_FAILURE_TIMEOUT_SECONDS": "3"}
 
@@ -74,17 +76,13 @@ def test_a_requeued_job_goes_on_with_all_that_was_acknowledged_and_ends_with_the
     assert re.search(r"the run is over at iteration 3000", job.log)
 
 
-def test_a_job_whose_time_is_nearly_up_queues_itself_again(cluster: Slurm, submit: Submit) -> None:
-    job = submit("--ntasks=2", ORMO_STOP_AFTER_GRADIENTS="2000")
+def test_a_job_whose_time_is_nearly_up_leaves_a_checkpoint_and_queues_itself_again(submit: Submit) -> None:
+    job = submit("--ntasks=2", "--time=2", "--signal=B:USR1@60")
     told = diaries(job)
-    job.until(told.longer(10, range(2)))
-    cluster.typed("scancel", "--batch", "--signal=USR1", job.number)  # as `--signal=B:USR1@120` does
     job.until(lambda: job.says("Restarts") == "1")
-    assert job.log.count("interrupted: left the run") == 2
     assert "draining" in job.log
-    job.until_state("COMPLETED")
-    assert sum(told.counts()) == 2000
-    told.assert_counted_once(range(2), interrupted=2)
+    job.until(told.longer(10, range(2)))  # again
+    assert "CANCELLED" not in job.log.partition("DUE TO JOB REQUEUE")[0]
 
 
 def test_a_job_that_is_told_to_end_leaves_a_checkpoint_and_does_not_come_back(cluster: Slurm, submit: Submit) -> None:
@@ -113,6 +111,21 @@ def test_a_node_that_dies_takes_its_workers_only(cluster: Slurm, submit: Submit)
     cluster.start_node("n2")
 
 
+def test_a_job_whose_first_node_dies_starts_again_with_all_that_was_acknowledged(
+    cluster: Slurm, submit: Submit
+) -> None:
+    job = submit("--ntasks=2", "--ntasks-per-node=1", "--nodes=2")
+    told = diaries(job)
+    job.until(told.longer(10, range(2)))
+    cluster.kill_node("n1")
+    job.until(lambda: job.says("Restarts") == "1")
+    cluster.start_node("n1")
+    job.until(told.longer(10, range(2)))
+    cluster.typed("scancel", "--batch", "--signal=TERM", job.number)
+    job.until_state("COMPLETED")
+    told.assert_counted_once(range(2), interrupted=4)
+
+
 def test_a_server_that_is_killed_comes_back_within_the_job(cluster: Slurm, submit: Submit) -> None:
     job = submit("--ntasks=2", ORMO_STOP_AFTER_GRADIENTS="2000")
     told = diaries(job)
@@ -130,6 +143,27 @@ def test_settings_that_cannot_be_used_end_the_job_at_once(submit: Submit) -> Non
     job.until_state("FAILED")
     assert job.says("ExitCode") == "2:0"
     assert "method 'none' is not known" in job.log
+
+
+LINES = [line for block in blocks(text_of("with/slurm.md"), "sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_of_the_page_are_understood_by_sbatch(cluster: Slurm, line: str) -> None:
+    program, *words = shlex.split(line)
+    done = subprocess.run(
+        [program, "--test-only", *words], cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_line_of_the_page_trains(submit: Submit) -> None:
+    *flags, script = shlex.split(LINES[0])[1:]
+    assert ROOT / script == SCRIPT
+    unset = dict.fromkeys(("ORMO_TASK", *COUNTING), "")
+    job = submit(*flags, **unset)
+    job.until_state("COMPLETED")
+    assert (job.folder / "runs" / f"slurm-{job.number}" / "latest" / "model.safetensors").exists()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="apt-get install shellcheck")

@@ -11,6 +11,7 @@ from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 SERVER = (ServerSettings, StatusSettings, TopSettings, ControlSettings, SimSettings, PlotSettings, ReproduceSettings)
+WORKER = (RunSettings, EvaluateSettings, LocalSettings, RaySettings, ScaleSettings)
 CLASSES: tuple[type[Settings], ...] = (
     *SERVER,
     RunSettings,

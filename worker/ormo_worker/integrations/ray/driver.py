@@ -1,7 +1,6 @@
 """The run as a whole: a server, workers, a line now and then, and the end in order."""
 
 import logging
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,7 +94,7 @@ class OwnServer:
         self._actor: Any = (
             ray.remote(Program)
             .options(max_concurrency=3, **on_this_node())
-            .remote("server", "ormo_server", server_words(settings, self.address, self.directory))
+            .remote("server", "ormo_server", settings.server_words(self.address, self.directory))
         )
         self.ended: Any = self._actor.run.remote()
 
@@ -129,18 +128,6 @@ class OwnServer:
     def kill(self) -> None:
         """End it at once."""
         ray.kill(self._actor)
-
-
-def server_words(settings: RaySettings, address: str, directory: Any) -> list[str]:
-    """The command line of the server; with a journal, for it is meant to come back after a crash."""
-    flags = {
-        "--listen": address,
-        "--metrics-listen": "127.0.0.1:0",  # several runs may have their servers here
-        "--directory": directory,
-        "--max-workers": max(64, 2 * settings.workers),
-    }
-    given = [word for flag, value in flags.items() for word in (flag, str(value))]
-    return ["serve", *given, "--journal", *shlex.split(settings.server_flags)]
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import shlex
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +73,7 @@ class Fleet:
 
     def __init__(self, settings: RaySettings, server: str) -> None:
         self._settings = settings
-        self._words = worker_words(settings, server)
+        self._words = settings.worker_words(server)
         self._actors = ray.remote(Program).options(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
@@ -172,22 +171,3 @@ class Fleet:
         for worker in self.workers.values():
             ray.kill(worker.actor)
         self.workers.clear()
-
-
-def worker_words(settings: RaySettings, server: str) -> list[str]:
-    """The command line of each worker, but for its name."""
-    flags = {
-        "--server": server,
-        "--task": settings.task,
-        "--data-dir": settings.data_dir,
-        "--threads": max(1, int(settings.cpus_per_worker)),
-        # Ray hides the GPUs that are not this worker's, but not from those that have none of their own.
-        "--device": "cuda" if settings.gpus_per_worker else "cpu",
-        "--tls-ca": settings.tls_ca,
-        "--tls-cert": settings.tls_cert,
-        "--tls-key": settings.tls_key,
-        "--tls-server-name": settings.tls_server_name,
-        "--token-file": settings.token_file,
-    }
-    given = [word for flag, value in flags.items() if value not in (None, "") for word in (flag, str(value))]
-    return ["run", *given, *shlex.split(settings.worker_flags)]

@@ -1,6 +1,8 @@
 """The settings of `ormo-ray` and `ormo-ray scale`."""
 
+import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -97,6 +99,37 @@ class RaySettings(ClientSettings):
     def directory_of_server(self) -> Path:
         """Where the server that is started here shall write; absolute, for it is started elsewhere."""
         return (self.directory or Path(time.strftime("runs/ray-%Y%m%d-%H%M%S"))).absolute()
+
+    def server_words(self, address: str, directory: Path) -> list[str]:
+        """The command line of the server; with a journal, for it is meant to come back after a crash."""
+        flags = {
+            "--listen": address,
+            "--metrics-listen": "127.0.0.1:0",  # several runs may have their servers here
+            "--directory": directory,
+            "--max-workers": max(64, 2 * self.workers),
+        }
+        return ["serve", *_flags(flags), "--journal", *shlex.split(self.server_flags)]
+
+    def worker_words(self, server: str) -> list[str]:
+        """The command line of each worker, but for its name."""
+        flags = {
+            "--server": server,
+            "--task": self.task,
+            "--data-dir": self.data_dir,
+            "--threads": max(1, int(self.cpus_per_worker)),
+            # Ray hides the GPUs that are not this worker's, but not from those that have none of their own.
+            "--device": "cuda" if self.gpus_per_worker else "cpu",
+            "--tls-ca": self.tls_ca,
+            "--tls-cert": self.tls_cert,
+            "--tls-key": self.tls_key,
+            "--tls-server-name": self.tls_server_name,
+            "--token-file": self.token_file,
+        }
+        return ["run", *_flags(flags), *shlex.split(self.worker_flags)]
+
+
+def _flags(values: Mapping[str, object]) -> list[str]:
+    return [word for flag, value in values.items() if value not in (None, "") for word in (flag, str(value))]
 
 
 class ScaleSettings(Settings):
