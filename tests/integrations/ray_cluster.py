@@ -23,6 +23,10 @@ _BIN = Path(sys.executable).parent
 _SYSTEM = '{"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}'
 
 
+# Nothing goes to Ray's makers, and no token of the user's is asked for.
+APART = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
 class Node:
     """One node: `ray start --block` and all that it started."""
 
@@ -63,7 +67,7 @@ class Cluster:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
-        self.environment = ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0"} | dict(environment)
+        self.environment = ENVIRONMENT | APART | dict(environment)
         self.nodes: list[Node] = []
         self._ports = free_ports(2)
         self.address = f"127.0.0.2:{self._ports[0]}"

@@ -19,6 +19,8 @@ from system.programs import ENVIRONMENT
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _SECONDS = 180.0
+_START_SECONDS = 60.0
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 _CONFIGURATION = """
 ClusterName=test
@@ -65,7 +67,9 @@ class Slurm:
         ports = {"controller": controller, "first": first, "second": second}
         written = _CONFIGURATION.format(folder=self.folder, host=os.uname().nodename.partition(".")[0], **ports)
         (self.folder / "slurm.conf").write_text(written)
-        (self.folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu Count=16\n")  # that nothing touches
+        for number in range(16):  # GPUs that nothing touches
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-15]\n")
         (self.folder / "munge.key").touch(0o600)
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -76,10 +80,17 @@ class Slurm:
         for node in ("n1", "n2"):
             self.start_node(node)
 
+    def mend(self) -> None:
+        """Start those nodes again that have died."""
+        for node in ("n1", "n2"):
+            if self.daemons[f"slurmd-{node}"].poll() is not None:
+                self.start_node(node)
+
     def start_node(self, node: str) -> None:
         """Start a node's daemon, and wait until it is idle."""
         self._start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
-        until(lambda: self.typed("sinfo", "--noheader", f"--nodes={node}", "--format=%t").strip() == "idle", self.say)
+        states = ["sinfo", "--noheader", f"--nodes={node}", "--format=%t"]
+        until(lambda: self.typed(*states).strip() == "idle", self.say, _START_SECONDS)
 
     def _start(self, program: str, *words: str, name: str = "") -> None:
         path = shutil.which(program, path=_SEARCHED)
@@ -116,14 +127,14 @@ class Slurm:
                     process.send_signal(how)
         slurmd.wait(30)
 
-    def tasks(self, node: str, words: tuple[str, ...] = ()) -> list[psutil.Process]:
-        """Processes of jobs on a node that have these among the words of their command lines."""
+    def tasks(self, node: str) -> list[psutil.Process]:
+        """What jobs run on a node."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 has = process.environ()
                 if has.get("SLURM_CONF") == self.environment["SLURM_CONF"] and has.get("SLURMD_NODENAME") == node:
-                    found += [process] if set(words) <= set(process.cmdline()) else []
+                    found.append(process)
         return found
 
     def close(self) -> None:
@@ -165,20 +176,32 @@ class Job:
     def until(self, condition: Callable[[], bool]) -> None:
         until(condition, lambda: f"{self.log}\n{self.slurm.typed('scontrol', 'show', 'job', self.number)}")
 
+    def server(self) -> psutil.Process:
+        """Its server."""
+        of_it = [each for each in self.slurm.tasks("n1") if each.environ().get("SLURM_JOB_ID") == self.number]
+        (found,) = [each for each in of_it if "--exit-when-finished" in each.cmdline()]
+        return found
+
     def until_logged(self, text: str, times: int = 1) -> None:
         self.until(lambda: self.log.count(text) >= times)
 
-    def until_state(self, state: str) -> None:
-        self.until(lambda: self.says("JobState") == state)
+    def until_ended(self, state: str) -> None:
+        """Wait until it is over.
+
+        Raises:
+            AssertionError: it is not, or in another state than this one.
+        """
+        self.until(lambda: self.says("JobState") in _ENDED)
+        assert self.says("JobState") == state, self.log
 
 
-def until(condition: Callable[[], bool], say: Callable[[], str]) -> None:
+def until(condition: Callable[[], bool], say: Callable[[], str], seconds: float = _SECONDS) -> None:
     """Wait until it holds.
 
     Raises:
         AssertionError: it does not, with what is to say then.
     """
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, say()
         time.sleep(0.1)

@@ -21,7 +21,7 @@ from chaos.lives import read_lives
 from docs.pages import ROOT, blocks, example, text_of
 from integrations.diaries import Diaries
 from integrations.ports import free_ports
-from integrations.ray_cluster import Cluster, Command, Node, cluster, until
+from integrations.ray_cluster import APART, Cluster, Command, Node, cluster, until
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from system.programs import ENVIRONMENT, staged
@@ -167,6 +167,19 @@ def test_programs_that_are_killed_are_started_again_and_nothing_that_was_acknowl
     launched.diaries.assert_counted_once(range(2), interrupted=1)
 
 
+@pytest.mark.parametrize("launched", [("actors", "--workers", 2)], indirect=True)
+def test_an_actor_that_dies_takes_its_program_with_it_and_comes_back_with_it(launched: Launched) -> None:
+    launched.until_acknowledged(5, range(2))
+    for module in ("ormo_server", "ormo_worker"):
+        of_actor = program(launched.cluster.nodes[0], module)
+        of_actor.parent().kill()
+        of_actor.wait(60)
+        launched.until_acknowledged(5, range(2))
+    launched.command.signal(signal.SIGTERM)
+    assert launched.command.wait() == 130
+    launched.diaries.assert_counted_once(range(2), interrupted=3)
+
+
 @pytest.mark.parametrize("launched", [("scaled", "--workers", 1)], indirect=True)
 def test_a_run_is_scaled_while_it_trains(launched: Launched, tmp_path: Path) -> None:
     def scale(*words: object) -> Command:
@@ -224,7 +237,7 @@ def test_workers_of_a_server_elsewhere_come_and_end_with_its_run(shared: Cluster
 
 def test_without_a_cluster_a_sentence_says_how_to_start_one(tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    run = Command(tmp_path / "run.log", ENVIRONMENT, *ORMO_RAY, "--address", f"127.0.0.1:{port}")
+    run = Command(tmp_path / "run.log", ENVIRONMENT | APART, *ORMO_RAY, "--address", f"127.0.0.1:{port}")
     assert run.wait() == 1
     assert f"ormo-ray: no Ray cluster at --address 127.0.0.1:{port} (" in run.text
     assert "start one with `ray start --head`" in run.text
@@ -233,7 +246,7 @@ def test_without_a_cluster_a_sentence_says_how_to_start_one(tmp_path: Path) -> N
 def test_the_first_line_of_the_page_trains(tmp_path: Path) -> None:
     program, *words = shlex.split(LINES[0])
     assert program == "ormo-ray"
-    run = Command(tmp_path / "run.log", ENVIRONMENT, *ORMO_RAY, *words, "--server-port", *free_ports(1))
+    run = Command(tmp_path / "run.log", ENVIRONMENT | APART, *ORMO_RAY, *words, "--server-port", *free_ports(1))
     assert run.wait() == 0, run.text
     found = re.search(r"the run is over at iteration 1500; its model is in (.*)$", run.text, re.MULTILINE)
     assert found is not None
@@ -242,7 +255,7 @@ def test_the_first_line_of_the_page_trains(tmp_path: Path) -> None:
 
 def test_the_actors_of_the_page_train(shared: Cluster, tmp_path: Path) -> None:
     with staged(tmp_path) as stage:
-        stage.server(stop_after_gradients=100, learning_rate=0.01)
+        stage.server(stop_after_gradients=100, min_workers=2, learning_rate=0.01)
         code = (
             example("with/ray.md", "actors").replace("127.0.0.1:50051", stage.address).replace("auto", shared.address)
         )
@@ -250,6 +263,7 @@ def test_the_actors_of_the_page_train(shared: Cluster, tmp_path: Path) -> None:
         own = Command(tmp_path / "own.log", shared.environment, sys.executable, "own.py")
         assert own.wait() == 0, own.text
         first, second = map(int, re.findall(r"^\[(\d+), (\d+)\]$", own.text, re.MULTILINE)[0])
+        assert min(first, second) > 0
         assert first + second == 100
 
 

@@ -1,6 +1,7 @@
 """The run as a whole: a server, workers, a line now and then, and the end in order."""
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 NAMESPACE = "ormo"
 _LOOK_SECONDS = 0.5
 _ANSWER_SECONDS = 2.0
+_CONNECT_SECONDS = 10.0
 _LINE_SECONDS = 10.0
 # A server that comes back is to be seen soon; gRPC would wait for up to two minutes.
 _OPTIONS = [("grpc.initial_reconnect_backoff_ms", 250), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -49,8 +51,11 @@ def connected(address: str, working_dir: Any = None) -> Iterator[None]:
     """
     environment = {} if working_dir is None else {"runtime_env": {"working_dir": str(working_dir)}}
     try:
+        if ":" in address:  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, **environment)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise RunFailed(
             f"no Ray cluster at --address {address} ({said}): start one with `ray start --head`, or give --address "

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ if sys.platform == "linux":
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-_LAST_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Ended:
 
     Attributes:
         code: its exit code; below 0 the signal that killed it.
-        last_words: the end of what it wrote.
+        last_words: the last line that it wrote.
     """
 
     code: int
@@ -59,7 +57,7 @@ class Program:
         """Start it and wait for its end; Ray calls this again where an actor comes to life again."""
         parent = str(os.getpid())
         command = [sys.executable, "-c", _LAUNCH, parent, "-m", *self._words]
-        said: deque[str] = deque(maxlen=_LAST_LINES)
+        said = ""
         # A session of its own: a Ctrl-C at a terminal reaches `ormo-ray` alone, which stops all in order.
         with subprocess.Popen(  # noqa: S603
             command,
@@ -77,8 +75,8 @@ class Program:
             for line in child.stdout:
                 sys.stdout.write(line)
                 sys.stdout.flush()
-                said.append(line)
-        return Ended(child.returncode, "".join(said).rstrip())
+                said = line.strip() or said
+        return Ended(child.returncode, said)
 
     def stop(self) -> None:
         """Have it leave as on SIGTERM: `run` returns when it has."""
