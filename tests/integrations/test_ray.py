@@ -26,10 +26,9 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
 from system.programs import ENVIRONMENT, staged
 
-pytestmark = [
-    pytest.mark.skipif("TEST_RAY" not in os.environ, reason="it starts clusters: `make test-ray` does"),
-    pytest.mark.timeout(600),
-]
+if "TEST_RAY" not in os.environ:
+    pytest.skip("it starts clusters: `make test-ray` does", allow_module_level=True)
+pytestmark = pytest.mark.timeout(600)
 
 HERE = Path(__file__).parent
 COUNTING = "--method asgd --learning-rate 1 --metrics-listen '' --checkpoint-seconds 1e6 --failure-timeout-seconds 3"

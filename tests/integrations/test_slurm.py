@@ -15,11 +15,11 @@ from docs.pages import ROOT, blocks, text_of
 from integrations.diaries import Diaries
 from integrations.ports import free_ports
 from integrations.slurm_cluster import Job, Slurm, slurm
+from system.programs import Stage, staged
 
-pytestmark = [
-    pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="it starts a cluster: `make test-slurm` does"),
-    pytest.mark.timeout(600),
-]
+if "TEST_SLURM" not in os.environ:
+    pytest.skip("it starts a cluster: `make test-slurm` does", allow_module_level=True)
+pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
 SCRIPT = ROOT / "deploy" / "slurm" / "ormo.sbatch"
 BIN = Path(sys.executable).parent
@@ -29,6 +29,12 @@ COUNTING = {"ORMO_METHOD": "asgd", "ORMO_LEARNING_RATE": "1", "ORMO_FAILURE_TIME
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
     with slurm() as made:
+        yield made
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    with staged(tmp_path) as made:
         yield made
 
 
@@ -97,33 +103,39 @@ def test_a_job_that_is_told_to_end_leaves_a_checkpoint_and_does_not_come_back(cl
     told.assert_counted_once(range(2), interrupted=2)
 
 
-def test_a_node_that_dies_takes_its_workers_only(cluster: Slurm, submit: Submit) -> None:
-    job = submit("--ntasks=4", "--ntasks-per-node=2")
-    told = diaries(job)
-    job.until_logged("K is 4")
-    job.until(told.longer(10, range(4)))
-    cluster.kill_node("n2")
-    job.until_logged("lost its lease", 2)
-    job.until(told.longer(20, range(2)))
-    assert job.says("JobState") == "RUNNING"
-    cluster.typed("scancel", "--batch", "--signal=TERM", job.number)
-    job.until_ended("COMPLETED")
-    told.assert_counted_once(range(4), interrupted=4)
-
-
-def test_a_job_whose_first_node_dies_starts_again_with_all_that_was_acknowledged(
-    cluster: Slurm, submit: Submit
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_job_that_loses_a_node_starts_again_with_all_that_was_acknowledged(
+    cluster: Slurm, submit: Submit, node: str
 ) -> None:
     job = submit("--ntasks=2", "--ntasks-per-node=1", "--nodes=2")
     told = diaries(job)
     job.until(told.longer(10, range(2)))
-    cluster.kill_node("n1")
+    cluster.kill_node(node)
     job.until(lambda: job.says("Restarts") == "1")
     cluster.mend()
     job.until(told.longer(10, range(2)))
     cluster.typed("scancel", "--batch", "--signal=TERM", job.number)
     job.until_ended("COMPLETED")
     told.assert_counted_once(range(2), interrupted=4)
+
+
+def test_workers_of_a_server_elsewhere_are_requeued_one_by_one_and_k_follows(
+    cluster: Slurm, submit: Submit, stage: Stage
+) -> None:
+    stage.server(failure_timeout_seconds=3)
+    jobs = [
+        submit("--ntasks=1", f"--nodelist={node}", ORMO_SERVER=stage.address, ORMO_TASK="digits")
+        for node in ("n1", "n2")
+    ]
+    stage.until(lambda status: status.bucket_size == 2, "both are members", 180)
+    cluster.kill_node("n2")
+    before = stage.until(lambda status: status.bucket_size == 1, "K follows").iteration.number
+    jobs[1].until(lambda: jobs[1].says("Restarts") == "1")
+    stage.until(lambda status: status.iteration.number > before, "the other one goes on")
+    assert jobs[0].says("JobState") == "RUNNING"
+    cluster.mend()
+    stage.until(lambda status: status.bucket_size == 2, "both are members again", 180)
+    assert jobs[0].says("Restarts") == "0"
 
 
 def test_a_server_that_is_killed_comes_back_within_the_job(cluster: Slurm, submit: Submit) -> None:
