@@ -45,6 +45,8 @@ SETTINGS = (
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
     ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
+    ("`ormo-ray`", "ormo_worker.integrations.ray.settings:RaySettings", False),
+    ("`ormo-ray scale`", "ormo_worker.integrations.ray.settings:ScaleSettings", False),
     ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
     ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.command:ReproduceSettings", False),
 )
