@@ -49,7 +49,7 @@ ALL_SETTINGS = frozenset(
     reflection schedule scheduler second_momentum seed seeds server server_flags setting slots slots_per_worker slow
     slow_factor sort staleness_bound step_scale stop_after_gradients stop_after_samples suite target_accuracy task
     test_samples threads ticket_timeout_seconds timeout_seconds tls_ca tls_cert tls_client_ca tls_key tls_server_name
-    token_file trace train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id
+    token_file trace track train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id
     worker_series workers workload
     """.split()  # noqa: SIM905 - a list would be a line for each
 )
