@@ -887,8 +887,8 @@ class Delivery(_message.Message):
     with_frozen: _builtins.bool
     """Whether the payload has the frozen tensors."""
     learning_rate: _builtins.float
-    """η in force when they were sent, before any step scale: it holds until the next bucket opens. Not set by servers that
-    do not know it.
+    """η in force when they were sent, before any step scale: it holds until the next bucket opens. Not set if no payload
+    follows, nor by servers that do not know it.
     """
     @_builtins.property
     def iteration(self) -> Global___Iteration:

@@ -141,7 +141,7 @@ def refused_result(request: int, refusal: OrmoError) -> pb.PushResult:
 def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest) -> None:
     """What is said about parameters of this model before they follow."""
     message.iteration.epoch, message.iteration.number = delivery.epoch, delivery.iteration
-    message.samples, message.learning_rate = delivery.samples, delivery.learning_rate
+    message.samples = delivery.samples
     ticket = delivery.ticket
     if ticket is not None:
         there = message.ticket
@@ -149,6 +149,7 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
         there.bucket, there.local_steps = ticket.bucket, ticket.local_steps
     if delivery.payload is not None:
         layout = delivery.payload.layout
+        message.learning_rate = delivery.learning_rate
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
         if delivery.frozen is not None:  # which follow the payload
             layout = PayloadLayout.of(manifest, layout.dtype, with_buffers=layout.with_buffers, with_frozen=True)
