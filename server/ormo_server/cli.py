@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ormo_runtime import logs
-from ormo_runtime.process import keep_freed_memory, patient, prepare_process
+from ormo_runtime.process import keep_freed_memory, prepare_process
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def serve(settings: "ServerSettings") -> int:
         logs.last_words("ormo-server", error, settings.log_format)
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
-    patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
+    facts = {"address": server.address, "metrics": server.metrics_address}
+    logs.announce("serving", facts, settings.log_format)
     _LOG.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 

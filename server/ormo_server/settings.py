@@ -43,7 +43,10 @@ OUTER_LEARNING_RATE = 0.4
 
 
 def _usual_learning_rate(given: Mapping[str, Any]) -> float:
-    return OUTER_LEARNING_RATE if given.get("local_steps") else 0.01
+    # A rule that divides by second moments steps by as much whatever it is given: sums of steps or gradients.
+    preset = PRESETS.get(given.get("method", ""), Method())
+    rule = UPDATE_RULES.get(given.get("update_rule") or preset.rule)
+    return OUTER_LEARNING_RATE if given.get("local_steps") and rule and rule.takes_mean_of_bucket else 0.01
 
 
 class TrainingSettings(Settings):
@@ -105,7 +108,7 @@ class TrainingSettings(Settings):
         title="Step sizes",
         gt=0,
         description="η after the warm-up; where a bucket is a sum, divide by about K; with `--local-steps` that of the "
-        f"sums of steps, and {OUTER_LEARNING_RATE:g} unless set",
+        f"sums of steps, and {OUTER_LEARNING_RATE:g} unless set (`fadas`: 0.01)",
     )
     schedule: str = Field("constant", description=f"how η changes with the iteration: {_choices(KINDS)}")
     warmup_gradients: int = Field(0, ge=0, le=MOST, description="gradients over which η rises linearly from near 0")

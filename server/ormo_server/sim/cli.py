@@ -56,7 +56,7 @@ def simulate(argv: Sequence[str]) -> int:
     directory.complete(result.record, described | _cost(result, wall_seconds))
     if settings.plots:
         draw([directory.path], directory.path)
-    _show(console, directory.path, result, wall_seconds)
+    _show(console, directory.path, result, wall_seconds, "pushes" if settings.local_steps else "gradients")
     return 0
 
 
@@ -90,13 +90,13 @@ def _cost(result: Result, wall_seconds: float) -> dict[str, float]:
     return {"wall_seconds": wall_seconds, "overhead_seconds_per_push": overhead / max(1, pushes)}
 
 
-def _show(console: Console, directory: Path, result: Result, wall_seconds: float) -> None:
+def _show(console: Console, directory: Path, result: Result, wall_seconds: float, pushed: str) -> None:
     found = result.summary
     delay, last = found["delay"], result.record.rows[-1]
     reached = {target: seconds for target, seconds in found["seconds_to_accuracy"].items() if seconds is not None}
     rows = {
-        "gradients": f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
-        "virtual time": f"{found['virtual_seconds']:.1f} s, {found['updates_per_virtual_second'] or 0:.2f} gradients/s",
+        pushed: f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
+        "virtual time": f"{found['virtual_seconds']:.1f} s, {found['updates_per_virtual_second'] or 0:.2f} {pushed}/s",
         "real time": f"{wall_seconds:.1f} s",
         "delay": "none" if delay["mean"] is None else f"mean {delay['mean']:.1f}, largest {delay['max']}",
         "train loss": "not finite: diverged" if found["train_loss"] is None else f"{found['train_loss']:.4f}",

@@ -46,6 +46,11 @@ class Progress:
         seconds = self.last - self.first[0]
         return (self.status.applied - self.first[1]) / seconds, (self.status.samples - self.first[2]) / seconds
 
+    @property
+    def pushed(self) -> str:
+        """What the workers push, in a word."""
+        return "pushes" if self.status.settings.local_steps else "gradients"
+
     def line(self) -> Text:
         """The live line."""
         status, (pushes, samples) = self.status, self.rates()
@@ -53,7 +58,7 @@ class Progress:
         loss = f"{status.loss:.4f}" if status.HasField("loss") else "-"
         accuracy = f"{self.evaluation['accuracy']:.1%}" if self.evaluation else "-"
         return Text(
-            f"iteration {status.iteration.number}{end} · {pushes:.0f} gradients/s · {samples:.0f} samples/s · "
+            f"iteration {status.iteration.number}{end} · {pushes:.0f} {self.pushed}/s · {samples:.0f} samples/s · "
             f"loss {loss} · delay mean {status.delay_mean:.1f} max {status.delay_max} · accuracy {accuracy} · "
             f"{len(status.workers)} workers"
         )
@@ -144,8 +149,8 @@ def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
         console.print()  # elsewhere the live line ends without a line feed
     status, (pushes, samples) = progress.status, progress.rates()
     rows = {
-        "gradients": f"{status.iteration.number} in {time.monotonic() - progress.started:.1f} s "
-        f"({pushes:.1f} gradients/s, {samples:.0f} samples/s while training)",
+        progress.pushed: f"{status.iteration.number} in {time.monotonic() - progress.started:.1f} s "
+        f"({pushes:.1f} {progress.pushed}/s, {samples:.0f} samples/s while training)",
         "delay": f"mean {status.delay_mean:.2f}, largest {status.delay_max}",
         "training loss": f"{status.loss:.4f}" if status.HasField("loss") else "not reported",
     }

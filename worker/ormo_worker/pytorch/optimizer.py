@@ -16,6 +16,7 @@ from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.refusals import Reason
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
+from ormo_runtime.workload import share_of_run
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
 from ormo_worker.client.arguments import Identity, Patience, describe, one_number, whole_number
 from ormo_worker.errors import (
@@ -236,11 +237,7 @@ class RemoteOptimizer(Grouped):
 
         By gradients or by samples, whichever ends it first; 0 throughout where neither does.
         """
-        if self.finished:
-            return 1.0
-        gradients, samples = self.settings.stop_after_gradients, self.settings.stop_after_samples
-        shares = (self.iteration / gradients if gradients else 0.0, self._samples / samples if samples else 0.0)
-        return min(1.0, max(shares))
+        return 1.0 if self.finished else share_of_run(self.settings, self.iteration, self._samples)
 
     @property
     def last_result(self) -> pb.PushResult | None:
