@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ormo_server.metrics import Metrics
-from ormo_server.mirror.buckets import BucketError, Folder
+from ormo_server.mirror.buckets import Bucket, BucketError, Folder
 from ormo_server.mirror.copies import copies, prune
 from ormo_server.mirror.lease import read_record
 from ormo_server.service.server import Server
@@ -39,8 +39,15 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> 
         time.sleep(0.02)
 
 
+def iterations_in(bucket: Bucket) -> list[int]:
+    """Of the whole copies of the run, oldest first."""
+    found = read_record(bucket)
+    lineage = found[0].lineage if found else None
+    return [int(copy.name.rpartition("-")[2]) for copy in copies(bucket, lineage) if copy.whole]
+
+
 def iterations(mirror: Path) -> list[int]:
-    """Of the whole copies, oldest first."""
+    """Of all whole copies."""
     return [int(copy.name.rpartition("-")[2]) for copy in copies(Folder(mirror)) if copy.whole]
 
 

@@ -6,33 +6,50 @@ from pathlib import Path
 
 from ormo_server.mirror.addresses import is_address, local_path
 from ormo_server.mirror.buckets import bucket_at
-from ormo_server.store.checkpoints import STATE_FILE
+from ormo_server.mirror.copies import copies
+from ormo_server.mirror.lease import LEASE, read_record
+from ormo_server.store.checkpoints import LATEST, STATE_FILE
 from ormo_server.store.files import SUMS_FILE, StoreError
 from ormo_server.store.models import ModelFile
 
 
-def fetched(address: str, room: Path) -> ModelFile:
+def fetched(address: str, room: Path | None = None) -> ModelFile:
     """The model that is at a path or in a bucket.
 
     Args:
-        address: of a file, a Hugging Face folder or a checkpoint.
-        room: a directory in which a copy from a bucket has room, as long as it is read.
+        address: of a file, a Hugging Face folder, a checkpoint, a run's directory, or a mirror; of the last two it is
+            the newest checkpoint's.
+        room: a directory in which a copy from a bucket has room, as long as it is read; None for the system's.
 
     Raises:
         SettingsError: it is in a bucket, and the library for that is missing.
         StoreError: it is missing, damaged, or holds what is not served.
     """
-    if not is_address(address):
-        return ModelFile.load(local_path(address))
-    above, _, name = address.rstrip("/").rpartition("/")
-    bucket = bucket_at(above)
+    path = local_path(address)
+    if not is_address(address) and not (path / LEASE).exists():
+        return ModelFile.load(path / LATEST if (path / LATEST).exists() else path)
     with tempfile.TemporaryDirectory(prefix=".model-", dir=room) as folder:
-        below = [file for file in bucket.sizes(name) if _is_of_model(file.removeprefix(f"{name}/"))]
-        for file in below or [name]:
-            target = Path(folder, file)
-            target.parent.mkdir(exist_ok=True)
-            bucket.download(file, target)
-        return ModelFile.load(Path(folder, name), said=address)
+        return ModelFile.load(_brought(address, Path(folder, "model")), said=address)
+
+
+def _brought(address: str, target: Path) -> Path:
+    bucket = bucket_at(address)
+    found = read_record(bucket)
+    if found is not None:
+        whole = [copy for copy in copies(bucket, found[0].lineage) if copy.whole]
+        if not whole:
+            raise StoreError(f"no model to start from: the mirror {address} has no whole checkpoint yet")
+        names = {name: whole[-1].object_of(name) for name in whole[-1].files if _is_of_model(name)}
+    else:
+        names = {name: name for name in bucket.sizes() if _is_of_model(name)}
+    if not names:
+        above, _, name = address.rstrip("/").rpartition("/")
+        bucket_at(above).download(name, target)
+        return target
+    target.mkdir()
+    for name, object_name in names.items():
+        bucket.download(object_name, target / name)
+    return target
 
 
 def _is_of_model(name: str) -> bool:

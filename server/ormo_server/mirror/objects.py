@@ -35,6 +35,7 @@ _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 2
 # S3 takes 10,000 parts of one object.
 _MOST_PARTS = 9_000
+_DENIED = ("401 Unauthorized", "403 Forbidden")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
@@ -73,7 +74,7 @@ class ObjectStore:
 
     def read(self, name: str) -> Object | None:
         """A small object; None if there is none, in a bucket that is there."""
-        with self._using("read"):
+        with self._using("read", name):
             try:
                 got = obstore.get(self._store, name)
                 return Object(bytes(got.bytes()), _version(got.meta))
@@ -84,7 +85,7 @@ class ObjectStore:
 
     def replace(self, name: str, content: bytes, over: Any) -> Any:
         """Write an object where the one of version `over` is, or none where that is None; returns its version."""
-        with self._using("written"):
+        with self._using("written", name):
             try:
                 return _version(obstore.put(self._store, name, content, mode="create" if over is None else over))
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
@@ -97,12 +98,12 @@ class ObjectStore:
     def upload(self, source: Path, name: str) -> None:
         """Copy a file there; it appears once it is whole."""
         part = max(_PART_BYTES, source.stat().st_size // _MOST_PARTS)
-        with self._using("written"):
+        with self._using("written", name):
             obstore.put(self._store, name, source, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
 
     def download(self, name: str, target: Path) -> None:
         """Copy an object into a file, part by part, so that a slow line ends no request."""
-        with self._using("read"), target.open("wb") as file:
+        with self._using("read", name), target.open("wb") as file:
             size = obstore.head(self._store, name)["size"]
             for start in range(0, size, _PART_BYTES):
                 end = min(start + _PART_BYTES, size)
@@ -119,16 +120,15 @@ class ObjectStore:
                     continue
 
     @contextmanager
-    def _using(self, done: str) -> Iterator[None]:
+    def _using(self, done: str, name: str = "") -> Iterator[None]:
+        what = f"{self.address}/{name}" if name else self.address
         try:
             yield
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise BucketError(
-                f"{self.address} can't be {done}: access is denied ({_reason(error)}); the credentials in force need "
-                "to list, get, put and delete there"
-            ) from error
         except (exceptions.BaseError, OSError) as error:
-            raise BucketError(f"{self.address} can't be {done}: {_reason(error)}") from error
+            why = f"{what} can't be {done}: {_reason(error)}"
+            if any(status in str(error) for status in _DENIED):  # to list has no exception of its own for it
+                why += ". Access is denied: the credentials in force need to list, get, put and delete there"
+            raise BucketError(why) from error
 
 
 def _version(about: Any) -> dict[str, str]:
@@ -164,4 +164,4 @@ def _reason(error: BaseException) -> str:
     if said:
         return f"{said[1]}: {said[2].rstrip('.')}"
     first = text.partition("\n")[0].strip()
-    return first.rpartition(" - ")[2] if " - " in first else first[:300]
+    return first.rpartition(" - ")[2].rstrip(": ")[:300]

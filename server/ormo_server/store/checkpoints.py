@@ -215,7 +215,7 @@ def _read_document(path: Path) -> _Document:
 
 NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
 _ASIDE = ".writing-"
-_LATEST = "latest"
+LATEST = "latest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,11 +347,11 @@ class CheckpointStore:
         named = self._named_latest()
         if named is None or any(_serial(path) >= _serial(named) for path in self.paths()):
             return []
-        return [StoreError(f"{named} is missing, and {self._directory / _LATEST} names it as the last one")]
+        return [StoreError(f"{named} is missing, and {self._directory / LATEST} names it as the last one")]
 
     def _named_latest(self) -> Path | None:
         # It may stay behind where it could not be pointed anew, and then names an older one.
-        link = self._directory / _LATEST
+        link = self._directory / LATEST
         name = link.readlink().name if link.is_symlink() else ""
         return self._directory / name if NAME.fullmatch(name) else None
 
@@ -407,10 +407,10 @@ class CheckpointStore:
     def _point_latest(self, path: Path) -> None:
         # A convenience for people and scripts: where a file system has no links, there is none.
         with suppress(OSError):
-            link = self._directory / f".{_LATEST}"
+            link = self._directory / f".{LATEST}"
             link.unlink(missing_ok=True)
             link.symlink_to(path.name, target_is_directory=True)
-            link.replace(self._directory / _LATEST)
+            link.replace(self._directory / LATEST)
 
     def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
