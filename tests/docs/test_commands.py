@@ -33,6 +33,8 @@ SETTINGS = {
 ELSEWHERE = {
     "docker": "tests/deploy/test_documented_commands.py",
     "kubectl": "tests/deploy/test_documented_commands.py",
+    "pip": "tests/integrations",
+    "rm": "tests/integrations/test_buckets.py",
 }
 
 

@@ -1,5 +1,6 @@
 """A mirror in a real server of S3, through the real library, with all that goes wrong between the two."""
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ pytest.importorskip("obstore", reason="`make test-integrations` installs it")
 pytest.importorskip("moto", reason="`make test-integrations` installs it")
 
 from chaos.proxy import Way
+from docs.pages import blocks, text_of
 from integrations.s3 import S3, s3_server
 from mirror.test_mirror import Trainer, iterations_in, metric, until
 from ormo_server.core.errors import SettingsError
+from ormo_server.export import ExportSettings, export
 from ormo_server.mirror.buckets import Bucket, BucketError, ChangedError, bucket_at
 from ormo_server.mirror.copies import copies
 from ormo_server.mirror.lease import read_record
@@ -24,6 +27,7 @@ from ormo_server.service.server import Server
 from ormo_server.store import StoreError
 from service.wire import LARGE, SMALL, WireWorker, connected, payload, served, settings
 from system import programs
+from system.forked import ran
 from system.programs import Program, Stage
 
 SILENCE = 3.0
@@ -259,21 +263,20 @@ def test_a_model_comes_from_a_bucket_and_goes_into_one(stage: Stage, tmp_path: P
         Trainer(server, stub, start=3.0).push(1).kept()
         assert server.drain()
     expected = load_file(run / "latest" / "model.safetensors")
-    for number, (model, into, kind) in enumerate(
-        [
-            (address, f"{address}-models/model.safetensors", "safetensors"),
-            (f"{address}-models/model.safetensors", f"{address}-models/model.pt", "torch"),
-            (f"{address}-models/model.pt", "model.pt", "torch"),
-            (f"{address}-models", "again.safetensors", "safetensors"),
-        ]
-    ):
-        command = ["export", "--model", model, "--into", into, "--format", kind]
-        program: Program = stage.program(f"export-{number}", *command, module="ormo_server")
-        code, text = program.printed()
-        assert code == 0, program.log.read_text()
-        assert text == f"{into}: 4 tensors from {model}, {kind}\n"
+    pt = stage.folder / "model.pt"
+    for model, into, kind in [
+        (address, f"{address}-models/model.safetensors", "safetensors"),
+        (f"{address}-models/model.safetensors", f"{address}-models/model.pt", "torch"),
+        (f"{address}-models/model.pt", str(pt), "torch"),
+    ]:
+        assert export(ExportSettings(model=model, into=into, format=kind)) == 0
+    command = ["export", "--model", f"{address}-models", "--into", "again.safetensors"]
+    assert stage.program("export", *command, module="ormo_server").printed() == (
+        0,
+        f"again.safetensors: 4 tensors from {address}-models, safetensors\n",
+    )
     for found in (
-        torch.load(stage.folder / "model.pt", weights_only=True),
+        torch.load(pt, weights_only=True),
         load_file(stage.folder / "again.safetensors"),
     ):
         assert found.keys() == expected.keys()
@@ -316,3 +319,36 @@ def test_a_killed_server_whose_disk_is_wiped_goes_on_with_its_worker(
     assert record is not None
     assert record[0].released
     assert iterations_in(bucket)[-1] == record[0].iteration > kept + 20
+
+
+# The page
+
+
+def test_the_page_does_what_it_says(stage: Stage, address: str, bucket: Bucket) -> None:
+    """Its commands as they stand, but for the address and the free ports; each server has its worker beside it."""
+    page = text_of("with/buckets.md").replace("s3://my-bucket/runs/mine", address)
+    install, first, second, export = blocks(page, "sh")
+    assert install == "pip install 'ormo-parameter-server[buckets]'\n"
+    for number, block in enumerate((first, second), 1):
+        lines = block.splitlines()
+        remove, (serve, work) = lines[:-2], lines[-2:]
+        assert remove == ["rm -r runs/mine"] * (number - 1)
+        if remove:
+            shutil.rmtree(stage.folder / "runs/mine")
+        server = typed(stage, f"server-{number}", serve, "--listen", stage.address, "--metrics-listen", "")
+        assert server.process.stdout is not None
+        stage.address = server.process.stdout.readline().split()[1].partition("=")[2]
+        worker = typed(stage, f"worker-{number}", work, "--server", stage.address)
+        assert (worker.wait(100), server.wait(60)) == (0, 0), server.log.read_text()
+    assert f"restored iteration 200 from {address}" in server.log.read_text()
+    assert iterations_in(bucket)[-1] == 400
+    assert typed(stage, "export", export).wait() == 0
+    (code,) = blocks(page, "python")
+    script = stage.folder / "program.py"
+    script.write_text(code)
+    assert ran(script).stdout.endswith(" numbers\n")
+
+
+def typed(stage: Stage, name: str, line: str, *more: str) -> Program:
+    program, *words = shlex.split(line)
+    return stage.program(name, *words, *more, module=program.replace("-", "_"))
