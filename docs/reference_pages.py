@@ -42,6 +42,7 @@ SETTINGS = (
     ("`ormo-server status`", "ormo_server.console.settings:StatusSettings", False),
     ("`ormo-server top`", "ormo_server.console.settings:TopSettings", False),
     ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
+    ("`ormo-server export`", "ormo_server.export:ExportSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
     ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
