@@ -21,5 +21,11 @@ SERVER = (
     PlotSettings,
     ReproduceSettings,
 )
-WORKER = (RunSettings, EvaluateSettings, LocalSettings, RaySettings, ScaleSettings)
-CLASSES: tuple[type[Settings], ...] = (*SERVER, *WORKER)
+CLASSES: tuple[type[Settings], ...] = (
+    *SERVER,
+    RunSettings,
+    EvaluateSettings,
+    LocalSettings,
+    RaySettings,
+    ScaleSettings,
+)
