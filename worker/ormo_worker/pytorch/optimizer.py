@@ -20,7 +20,6 @@ from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
 from ormo_worker.client.arguments import Identity, Patience, describe, one_number, whole_number
 from ormo_worker.errors import (
     ModelMismatch,
-    ModelUnusable,
     OlderServer,
     OptionRefused,
     OrmoError,
@@ -34,10 +33,10 @@ from ormo_worker.pytorch.inner import Inner
 from ormo_worker.pytorch.leaving import close_older, leave, remember
 from ormo_worker.pytorch.local_steps import LocalSteps
 from ormo_worker.pytorch.module import frozen_in, unwrap
-from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
+from ormo_worker.pytorch.options import check_model_and_server, decays, wire_dtype_of
 from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
 from ormo_worker.pytorch.transfer import Staging, Transfer
-from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
+from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
@@ -138,13 +137,8 @@ class RemoteOptimizer(Grouped):
         **others: Never,
     ) -> None:
         check_model_and_server(model, server, others)
-        self._own = set(model.parameters())
-        if not self._own:
-            raise ModelUnusable("the model has no parameters: there is nothing to train")
-        self._began = False
         self._process = os.getpid()
-        super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
-        self._began = True
+        super().__init__(model, params)
         given = {parameter for group in self.param_groups for parameter in group["params"]}
         if inner is not None:
             self.inner = Inner(inner, model, given)
@@ -320,27 +314,6 @@ class RemoteOptimizer(Grouped):
         else:
             self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
         return returned
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For the groups that it is made with; later there is none to add, for the others are frozen.
-
-        Raises:
-            OptionRefused: the group has an option that the server decides, or a parameter that is not the
-                model's, or the run has begun.
-        """
-        if self.inner is not None:
-            raise OptionRefused("a group of parameters was added to RemoteOptimizer: add it to the inner optimizer")
-        super().add_param_group(ParameterGroup(param_group))
-        strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
-        if strangers:
-            self.param_groups.pop()
-            raise OptionRefused(
-                f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
-                "the model that it belongs to"
-            )
-        if self._began:
-            self.param_groups.pop()
-            raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
 
     def close(self) -> None:
         """Leave the run; may be called again, also after the run is over.
