@@ -216,13 +216,17 @@ class Ranks:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # what each backend raises, and torch for a group that is destroyed
-            said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
-            raise GroupBroken(
-                f"rank {self.number} of the {self.size} that are this worker can't go on without the others ({said}): "
-                "one of them has ended, or did not come to this step within the group's timeout of "
-                f"{self._timeout.total_seconds():g} s. See which rank's log ends first, and start all of them again; "
-                "the run goes on meanwhile"
-            ) from error
+            raise broken(self.number, self.size, error) from error
+
+
+def broken(rank: int, ranks: int, error: Exception) -> GroupBroken:
+    """What a rank says when a call that needs the others has failed."""
+    said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
+    return GroupBroken(
+        f"rank {rank} of the {ranks} that are this worker can't go on without the others ({said}): one of them has "
+        "ended, or did not come to this step within the group's timeout. See which rank's log ends first, and start "
+        "all of them again; the run goes on meanwhile"
+    )
 
 
 def _timeout_of(group: Any) -> timedelta:
