@@ -68,7 +68,9 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(rank)  # the ranks begin with different models
     model = Model(batch_norm=options.get("batch_norm", False))
     group = dist.new_group(timeout=timedelta(seconds=options.get("step_timeout", 60)))
-    wrapped = DistributedDataParallel(model, process_group=group) if options.get("ddp", True) else model
+    wrapped: nn.Module = model
+    if options.get("ddp") is None:
+        wrapped = DistributedDataParallel(model, process_group=group)
     inner = torch.optim.AdamW(model.parameters(), lr=0.01) if options.get("inner") else None
     given = {"inner": inner, "in_flight": options.get("in_flight", 1)}
     if options.get("process_group", True):
@@ -76,6 +78,8 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     step, digests = 0, []
     with RemoteOptimizer(wrapped, options["address"], batch_size=PER_RANK, connect_timeout=20.0, **given) as optimizer:
         digests.append(digest(model))
+        if options.get("ddp") == "late":  # as trainers do
+            wrapped = DistributedDataParallel(model, process_group=group)
         while not optimizer.finished and step != options.get("steps"):
             if options.get("dies_at") == step:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -163,21 +163,24 @@ def errors(group: Group) -> list[str]:
     return [said["said"] for said in group.results()]
 
 
-def test_a_parallel_model_whose_ranks_are_not_said_to_be_one_worker_is_refused(
-    stage: Stage, groups: list[Group]
+@pytest.mark.parametrize("ddp", [None, "late"])
+def test_ranks_of_a_parallel_model_that_are_not_said_to_be_one_worker_do_not_push_one_gradient_twice(
+    stage: Stage, groups: list[Group], ddp: str | None
 ) -> None:
-    stage.server()
-    for said in errors(started(groups, stage, process_group=False)):
+    stage.server(failure_timeout_seconds=5.0)
+    refused = errors(started(groups, stage, process_group=False, ddp=ddp))[1]
+    for said in (refused, (stage.folder / "rank-0.log").read_text()):
         assert "the model is in a DistributedDataParallel of 2 ranks, which have the same gradient" in said
         assert "process_group=torch.distributed.group.WORLD" in said
-    assert stage.status().workers == []
+    stage.until(lambda status: not status.workers, "nobody is in the run")
+    assert stage.status().applied <= 1
 
 
 def test_ranks_whose_gradients_are_not_reduced_are_told_so_before_any_is_pushed(
     stage: Stage, groups: list[Group]
 ) -> None:
     stage.server()
-    for said in errors(started(groups, stage, ddp=False)):
+    for said in errors(started(groups, stage, ddp="none")):
         assert said.startswith("the gradient of rank 1 of this worker's ranks is not that of rank 0: put the model")
     assert stage.status().applied == 0
 

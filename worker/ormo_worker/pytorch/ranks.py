@@ -47,7 +47,8 @@ class Ranks:
     Attributes:
         number: this rank's in the group; 0 speaks with the server.
         size: how many there are.
-        give_up: called, in rank 0, from a thread of its own, when another rank is gone while it waits for the server.
+        give_up: called, in rank 0, when another rank is found to be gone: also from a thread of its own, while the
+            program's waits for the server.
 
     Raises:
         GroupBroken: another rank does not answer.
@@ -190,8 +191,6 @@ class Ranks:
                     self._send(_WAIT)
                 except GroupBroken as error:
                     self._failure = error
-            if self._failure is not None:
-                self.give_up()
 
     def _send(self, data: bytes) -> None:
         framed = len(data).to_bytes(_LENGTH_BYTES) + data
@@ -216,6 +215,7 @@ class Ranks:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # what each backend raises, and torch for a group that is destroyed
+            self.give_up()
             raise broken(self.number, self.size, error) from error
 
 
@@ -232,8 +232,8 @@ def broken(rank: int, ranks: int, error: Exception) -> GroupBroken:
 def _timeout_of(group: Any) -> timedelta:
     """The one that the group was made with; there is no public way to ask for it."""
     devices = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
-    options = group._get_backend(torch.device(devices[0])).options  # noqa: SLF001
-    timeout = getattr(options, "_timeout", None)
+    backend = group._get_backend(torch.device(devices[0]))  # noqa: SLF001
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else dist.default_pg_timeout
 
 
@@ -264,6 +264,8 @@ def ranks_of(group: object) -> Ranks | None:
 def refuse_silent_group(parameters: Collection[Tensor]) -> None:
     """The ranks of a model in DistributedDataParallel all have one gradient: as many workers, they would all push it.
 
+    Rank 0 is only warned: a program may well have it push alone, and give the others what comes by itself.
+
     Looks at all objects there are, where torch's processes have joined one another, and at none elsewhere: a trainer
     may have wrapped the model, and a plain one does not show it.
 
@@ -271,30 +273,39 @@ def refuse_silent_group(parameters: Collection[Tensor]) -> None:
         parameters: the model's.
 
     Raises:
-        OptionRefused: they are in one.
+        OptionRefused: they are in one, and this is not its rank 0.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     own = set(parameters)
-    if _reducing(own):
-        gc.collect()  # one that nobody has any more may just not have been collected yet
-        if size := _reducing(own):
-            raise OptionRefused(
-                f"the model is in a DistributedDataParallel of {size} ranks, which have the same gradient, and each of "
-                "them would push it: say that these ranks are one worker, in all of them, with process_group= of "
-                "RemoteOptimizer, such as process_group=torch.distributed.group.WORLD"
-            )
+    if _reducing(own) is None:
+        return
+    gc.collect()  # one that nobody has any more may just not have been collected yet
+    group = _reducing(own)
+    if group is None:
+        return
+    rank, said = dist.get_rank(group), _SILENT.format(size=dist.get_world_size(group))
+    if rank:
+        raise OptionRefused(f"{said} (this is rank {rank})")
+    _LOG.warning("%s; this is rank 0, which may push alone if the others make no RemoteOptimizer", said)
 
 
-def _reducing(own: set[Tensor]) -> int:
-    """How many ranks reduce these parameters' gradients; 0 for none."""
+_SILENT = (
+    "the model is in a DistributedDataParallel of {size} ranks, which have the same gradient, and each of them would "
+    "push it: say that these ranks are one worker, in all of them, with process_group= of RemoteOptimizer, such as "
+    "process_group=torch.distributed.group.WORLD"
+)
+
+
+def _reducing(own: set[Tensor]) -> Any:
+    """The group that reduces these parameters' gradients; None if there is none of several ranks."""
     for each in gc.get_objects():
         # By its type: some objects make something up when they are asked for their class.
         if issubclass(type(each), DistributedDataParallel) and "process_group" in vars(each):
-            size = dist.get_world_size(each.process_group)
-            if size > 1 and not own.isdisjoint(each.parameters()):
-                return size
-    return 0
+            group = each.process_group
+            if dist.get_world_size(group) > 1 and not own.isdisjoint(each.parameters()):
+                return group
+    return None
 
 
 _ROW = struct.Struct("<Bq?ddd")
