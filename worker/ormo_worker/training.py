@@ -140,7 +140,7 @@ class Training:
         self.optimizer.zero_grad()
         with self._autocast():
             loss = self.task.loss(self.model, batch) if self.reduced is None else self.reduced(batch)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:

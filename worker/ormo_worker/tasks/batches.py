@@ -36,11 +36,11 @@ class Part(NamedTuple):
 
     Attributes:
         number: from 0 up.
-        count: how many there are.
+        of: how many there are.
     """
 
     number: int = 0
-    count: int = 1
+    of: int = 1
 
 
 _WHOLE = Part()
@@ -82,12 +82,12 @@ def batches(
     Raises:
         TaskError: as for `part_size`.
     """
-    size, share = _size(dataset), part_size(dataset, batch_size, part.count)
+    size, share = _size(dataset), part_size(dataset, batch_size, part.of)
     generator = torch.Generator("cpu").manual_seed(seed)
     # Augmentation draws from a generator of its own: how far a loader reads ahead must not matter.
     drawn = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     augmenting = torch.Generator("cpu").manual_seed(drawn + part.number)
-    order = (whole[part.number * share :][:share] for whole in _endless_indices(size, share * part.count, generator))
+    order = (whole[part.number * share :][:share] for whole in _endless_indices(size, share * part.of, generator))
     stream = _read(dataset, order, seed ^ part.number, loader_processes)
     if isinstance(dataset, Augmented):
         augment = dataset.augment
