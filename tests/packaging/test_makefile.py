@@ -37,7 +37,9 @@ def test_a_user_gets_what_running_needs_and_a_line_that_says_so(tmp_path: Path, 
     assert commands.startswith(f'echo "Installing into {tmp_path}/venv what training needs: a few minutes')
 
 
-@pytest.mark.parametrize("word", ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images"])
+@pytest.mark.parametrize(
+    "word", ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images", "test-ray"]
+)
 def test_what_tests_and_checks_need_comes_with_them(tmp_path: Path, word: str) -> None:
     commands = would(word, folder=tmp_path).stdout
     assert installed(commands)[:2] == [RUNNING, f"{RUNNING},dev,deploy"]
@@ -81,6 +83,14 @@ def test_an_old_word_says_the_new_one_and_does_the_same(tmp_path: Path, word: st
     assert rf"make {word}\` goes with the next release: type \`make bench WHAT={now[0]}\`" in commands
     for what in now:
         assert re.search(rf"{re.escape(BENCHES[what])} --some 1$", commands, re.MULTILINE)
+
+
+def test_others_libraries_are_installed_beside_the_same_torch_and_not_for_other_tests(tmp_path: Path) -> None:
+    commands = would("test-integrations", f"INTEGRATIONS={tmp_path}/integrations", folder=tmp_path).stdout
+    assert installed(commands)[-1] == f"{RUNNING},dev,integrations"
+    assert commands.index("cp --archive --link") < commands.index("dev,integrations]")
+    assert commands.rstrip().endswith("tests/integrations")
+    assert "integrations" not in would("test", folder=tmp_path).stdout
 
 
 @pytest.mark.parametrize("end", ["lowest", "newest"])

@@ -102,11 +102,11 @@ def same_digests(results: list[dict[str, Any]]) -> int:
     return len(set(results[0]["digests"]))
 
 
-def test_ranks_with_batch_norm_and_two_in_flight_have_the_same_bits_after_each_step(
+def test_ranks_with_batch_norm_and_two_in_flight_have_the_same_bits_after_each_step_and_reload(
     stage: Stage, groups: list[Group]
 ) -> None:
     stage.server(learning_rate=RATE, momentum=MOMENTUM, stop_after_gradients=10)
-    group = started(groups, stage, batch_norm=True, in_flight=2)
+    group = started(groups, stage, batch_norm=True, in_flight=2, reloads_at=4)
     results = [said["result"] for said in group.results()]
     assert same_digests(results) >= 10
     assert [result["iteration"] for result in results] == [10, 10]

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Grouped(torch.optim.Optimizer):
     """
 
     inner: Inner | None = None
+    _learning_rate = 0.0  # the server's, as its own groups show it
 
     def __init__(self, model: nn.Module, params: Iterable[Any] | None) -> None:
         self._own = set(model.parameters())
@@ -42,11 +43,11 @@ class Grouped(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups, each with its options; of all inner optimizers, one after the other."""
-        return self._groups if self.inner is None else self.inner.param_groups
+        return cast(list[dict[str, Any]], self._groups) if self.inner is None else self.inner.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._groups = groups
+        self._groups = cast(list[ParameterGroup], groups)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -82,7 +83,12 @@ class Grouped(torch.optim.Optimizer):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The groups' options; that of the one inner optimizer, or those of several, in order, under `inner`."""
-        return super().state_dict() if self.inner is None else self.inner.state_dict()
+        if self.inner is not None:
+            return self.inner.state_dict()
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            del group["lr"]  # shown, and not to be set
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,6 +104,12 @@ class Grouped(torch.optim.Optimizer):
             ParameterGroup(group)  # complains before anything changes
         super().load_state_dict(state_dict)
         self.param_groups = [ParameterGroup(group) for group in self.param_groups]
+        self._show_rate(self._learning_rate)
+
+    def _show_rate(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        for group in self._groups:
+            group.show_rate(learning_rate)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

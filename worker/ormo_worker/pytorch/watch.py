@@ -56,6 +56,7 @@ class Watch:
         alone: whether this process is a worker by itself, and not one of a worker's ranks.
 
     Attributes:
+        loaded: what the model has got last, as long as its payload is as it was; None once a gradient is on its way.
         resting: the frozen parameters that required no gradient, each with its name and whether it is in a group.
 
     Raises:
@@ -80,7 +81,7 @@ class Watch:
         self._may_have_silent_ranks = alone
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
-        self._loaded: Transfer | None = None
+        self.loaded: Transfer | None = None
         self._has_frozen = bool(staging.tensors.frozen)
         self._frozen_changes = LocalChanges(*_columns(staging.tensors.named_frozen()), staging.fetch)
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
@@ -88,7 +89,7 @@ class Watch:
 
     def note_loaded(self, transfer: Transfer) -> None:
         """The model has these parameters now: what is other at the next gradient was changed by the program."""
-        self._loaded = transfer
+        self.loaded = transfer
         self._changes.note_loaded()
         if transfer.payload.layout.frozen:
             self._frozen_changes.note_loaded()
@@ -117,9 +118,9 @@ class Watch:
             OptionRefused: the model is in a DistributedDataParallel, whose ranks are not known to be one worker.
         """
         self._refuse_silent_ranks()
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
-            self._find_changes(self._loaded)
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
+            self._find_changes(self.loaded)
             self._find_frozen_changes()
         missing = []
         for name, parameter, decay in zip(self._names, self._parameters, decays, strict=True):
@@ -129,7 +130,7 @@ class Watch:
                 missing.append(name)
         if missing or self._missing.unsaid:
             self._missing.note(missing)
-        self._loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
+        self.loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
 
     def check_local(self) -> None:
         """As `check`, before moves are pushed: whatever the program does to trained parameters is one of them.
@@ -140,8 +141,8 @@ class Watch:
             OptionRefused: as for `check`.
         """
         self._refuse_silent_ranks()
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
         self._find_frozen_changes()
 
     def _refuse_silent_ranks(self) -> None:
