@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from docs.pages import EXAMPLES, README, blocks, example, text_of
@@ -97,6 +98,7 @@ def test_the_tutorials_command_trains_a_transformer_with_local_steps(stage: Stag
     assert float(output.split("test loss")[1].split()[0]) < 3.2
 
 
+@pytest.mark.timeout(300)  # three programs, with all that they import
 def test_the_loop_with_ddp_is_one_worker_of_several_processes(stage: Stage) -> None:
     server = stage.server(stop_after_gradients=100, learning_rate=0.02)
     command = re.search(r"^torchrun (.*) loop\.py$", text_of("with/ddp.md"), re.MULTILINE)

@@ -15,7 +15,8 @@ from service.wire import eventually
 from system import linear_task
 from system.programs import Program, Stage, as_flags
 
-PATIENT_SECONDS = 60.0
+pytestmark = pytest.mark.timeout(300)  # each starts three programs, with all that they import
+PATIENT_SECONDS = 120.0
 STEPS, RATE, MOMENTUM = 10, 0.1, 0.9
 # Each of both processes has four of the eight samples in each step.
 LINEAR = {"task": "linear_task.py:Linear", "batch_size": 4}
