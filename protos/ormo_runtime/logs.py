@@ -41,6 +41,7 @@ class Fields(TypedDict, total=False):
 
     Attributes:
         worker: its id.
+        rank: of one of a worker's processes; not that of the worker in the run.
         incarnation: which process of that id, in hexadecimal.
         slot, request: of the exchange.
         ticket: its number.
@@ -59,6 +60,7 @@ class Fields(TypedDict, total=False):
     """
 
     worker: str
+    rank: int
     incarnation: str
     slot: int
     request: int

@@ -36,6 +36,7 @@ SETTINGS = {
 ELSEWHERE = {
     "docker": "tests/deploy/test_documented_commands.py",
     "kubectl": "tests/deploy/test_documented_commands.py",
+    "torchrun": "tests/docs/test_examples.py and tests/system/test_processes.py",
     "ray": "tests/integrations/test_ray.py",
     "sbatch": "tests/integrations/test_slurm.py",
     "pip": "tests/integrations",

@@ -1,26 +1,44 @@
 """What the conventions of torch call an optimizer's groups and state: its own, or those of the optimizers within it."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, SupportsIndex, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from ormo_worker.errors import OrmoError
+from ormo_worker.errors import ModelUnusable, OptionRefused, OrmoError
 from ormo_worker.pytorch.inner import Inner
-from ormo_worker.pytorch.options import ParameterGroup
+from ormo_worker.pytorch.options import SCALE, ParameterGroup
+from ormo_worker.pytorch.watch import FIXED
 
 
 class Grouped(torch.optim.Optimizer):
     """Groups of its own scale the weight decay and have no state; those of inner optimizers are shown as they are now.
 
+    Args:
+        model: whose parameters they are.
+        params: parameters, named ones or groups; None for all of the model's.
+
     Attributes:
         inner: None for groups of its own.
+
+    Raises:
+        ModelUnusable: the model has no parameters.
+        OptionRefused: a group has an option that the server decides, or a parameter that is not the model's.
     """
 
     inner: Inner | None = None
     _learning_rate = 0.0  # the server's, as its own groups show it
+
+    def __init__(self, model: nn.Module, params: Iterable[Any] | None) -> None:
+        self._own = set(model.parameters())
+        if not self._own:
+            raise ModelUnusable("the model has no parameters: there is nothing to train")
+        self._began = False
+        super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
+        self._began = True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -39,6 +57,28 @@ class Grouped(torch.optim.Optimizer):
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self._state = state
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For the groups that it is made with; later there is none to add, for the others are frozen.
+
+        Raises:
+            OptionRefused: the group has an option that the server decides, or a parameter that is not the
+                model's, or the run has begun.
+        """
+        if self.inner is not None:
+            raise OptionRefused("a group of parameters was added to RemoteOptimizer: add it to the inner optimizer")
+        super().add_param_group(ParameterGroup(param_group))
+        strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
+        if strangers:
+            self.param_groups.pop()
+            raise OptionRefused(
+                f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
+                "the model that it belongs to"
+            )
+        if self._began:
+            self.param_groups.pop()
+            raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
 
     @override
     def state_dict(self) -> dict[str, Any]:

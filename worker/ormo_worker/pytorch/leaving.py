@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import nn
 
-from ormo_worker.client import ParameterClient
 from ormo_worker.metrics import Exporter
 from ormo_worker.pytorch.local_steps import LocalSteps
+from ormo_worker.pytorch.parts import Client
 from ormo_worker.pytorch.pipeline import Pipeline
 
 # A gradient that was computed is worth delivering, but whoever stops a worker kills it soon: most give it 10 seconds.
@@ -37,7 +37,7 @@ def remember(optimizer: Closable, model: nn.Module, server: str) -> None:
     _made.setdefault(model, {})[server] = weakref.ref(optimizer)
 
 
-def leave(pipeline: Pipeline, client: ParameterClient, exporter: Exporter, local: LocalSteps | None) -> None:
+def leave(pipeline: Pipeline, client: Client, exporter: Exporter, local: LocalSteps | None) -> None:
     """Push what is left, wait a little for what is under way, and leave the run; from any thread."""
     if client.inherited:  # a fork that ends must not leave in the name of its parent
         return

@@ -18,9 +18,7 @@ from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
 from ormo_worker.client.arguments import Identity, Patience, whole_number
 from ormo_worker.errors import (
     ModelMismatch,
-    ModelUnusable,
     OlderServer,
-    OptionRefused,
     OrmoError,
     Refused,
     RunFinished,
@@ -32,11 +30,13 @@ from ormo_worker.pytorch.inner import Inner
 from ormo_worker.pytorch.leaving import close_older, leave, remember
 from ormo_worker.pytorch.local_steps import LocalSteps
 from ormo_worker.pytorch.module import frozen_in, unwrap
-from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
-from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
+from ormo_worker.pytorch.options import check_model_and_server, decays, wire_dtype_of
+from ormo_worker.pytorch.parts import take_part
+from ormo_worker.pytorch.pipeline import Gathered
+from ormo_worker.pytorch.ranks import ranks_of, refuse_silent_group
 from ormo_worker.pytorch.run_view import RunView
 from ormo_worker.pytorch.transfer import Staging, Transfer
-from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
+from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
@@ -92,6 +92,10 @@ class RemoteOptimizer(RunView):
             longer than a gradient. Each needs memory for two payloads.
         inner: an optimizer of torch that makes this worker's steps, or several that together have each parameter
             once: for servers with local steps. A parameter that is in none stays with the other workers' moves.
+        process_group: the ranks of torch.distributed that are this worker together, such as
+            torch.distributed.group.WORLD, with the model in DistributedDataParallel. All of them make this optimizer
+            and call its methods; rank 0 has the slots, pushes once for all of them, and gives the others what comes
+            back. Numbers and errors are then the same in all ranks. None: this process is a worker by itself.
         on_local_change: what a step does about parameters that the program has changed since the last one, and that it
             overwrites: "warn" of each once, or raise an "error". With `inner` only frozen ones are looked at: what is
             done to the others between two steps is part of the move.
@@ -112,8 +116,9 @@ class RemoteOptimizer(RunView):
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
         CredentialsError: a certificate, key or token can't be used.
         OptionRefused: `model` is no module, `server` no address, a parameter another model's, an option the server's,
-            an id or number out of its limits, the dtype another one, the address for metrics not free, or `inner` no
-            such optimizer.
+            an id or number out of its limits, the dtype another one, the address for metrics not free, `inner` no
+            such optimizer, or the model in DistributedDataParallel and no process group given.
+        GroupBroken: another rank of the process group has ended, or does not answer within the group's timeout.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
         Refused: the server won't have this worker, such as one without `inner` in a run with local steps.
@@ -130,6 +135,7 @@ class RemoteOptimizer(RunView):
         wire_dtype: torch.dtype = torch.float32,
         in_flight: int = 1,
         inner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        process_group: Any = None,
         on_local_change: OnLocalChange = "warn",
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
@@ -139,17 +145,17 @@ class RemoteOptimizer(RunView):
         **others: Never,
     ) -> None:
         check_model_and_server(model, server, others)
-        self._own = set(model.parameters())
-        if not self._own:
-            raise ModelUnusable("the model has no parameters: there is nothing to train")
-        self._began = False
         self._process = os.getpid()
-        super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
-        self._began = True
+        super().__init__(model, params)
         given = {parameter for group in self.param_groups for parameter in group["params"]}
         if inner is not None:
             self.inner = Inner(inner, model, given)
-        staging = Staging(model, (self._own - given) | frozen_in(model))
+        self._ranks = ranks_of(process_group)
+        if process_group is None:
+            refuse_silent_group(self._own)
+        elif self._ranks is not None and not self._ranks.leads:
+            metrics_listen = ""
+        staging = Staging(model, (self._own - given) | frozen_in(model), self._ranks)
         self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
         self.iteration = 0
         self.finished = False
@@ -176,17 +182,17 @@ class RemoteOptimizer(RunView):
             observer=self._metrics,
             credentials=credentials,
         )
-        watch = Watch(staging, given, on_local_change)
+        watching = partial(Watch, given=given, on_local_change=on_local_change, alone=process_group is None)
         self._place = (unwrap(model), server)
         close_older(*self._place)
         try:
-            self._join(staging, watch, connect, metrics_listen)
+            self._join(staging, watching(staging), connect, metrics_listen)
         except OlderServer:
             _LOG.warning(
                 "the server at %s does not know frozen parameters: in its run, they travel as all others do", server
             )
-            whole = Staging(model, frozenset())
-            self._join(whole, Watch(whole, given, on_local_change), connect, metrics_listen)
+            whole = Staging(model, frozenset(), self._ranks)
+            self._join(whole, watching(whole), connect, metrics_listen)
 
     def _join(
         self, staging: Staging, watch: Watch, connect: Callable[..., ParameterClient], metrics_listen: str
@@ -194,19 +200,14 @@ class RemoteOptimizer(RunView):
         """Join the run with this description of the model."""
         self._staging = staging
         self._watch = watch
-        with_buffers = staging.tensors.has_buffers
-        self._outgoing = tuple(
-            staging.transfer(staging.payload(self._dtype, with_buffers=with_buffers)) for _ in range(self._in_flight)
-        )
+        self._outgoing = tuple(staging.outgoing(self._dtype) for _ in range(self._in_flight))
         self._incoming: dict[int | None, Transfer] = {}
-        self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
+        self._client, self._pipeline = take_part(connect, staging, self._metrics, self._ranks)
         exporter = Exporter(metrics_listen, self._metrics.registry)
-        slots, metrics = self._client.slots, self._metrics
-        self._pipeline: Pipeline = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         self._local = None
         self._local_steps: dict[int, int] = {}  # by slot, those that it pushed last
         if self.inner is not None:
-            told = partial(note_not_finite, self._tally, metrics)
+            told = partial(note_not_finite, self._tally, self._metrics)
             self._local = LocalSteps(self.inner, staging, self._outgoing, self._pipeline, watch, told)
             self._local_steps = self._local.pushed
         # Also at the end of the program, and in whichever thread forgets the last reference: it may not know `self`.
@@ -243,7 +244,9 @@ class RemoteOptimizer(RunView):
         Raises:
             RunFinished: the run was over before this step; the step that finds out only sets `finished`.
             ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
-            OptionRefused: samples or loss are no such numbers; nothing was pushed.
+            OptionRefused: samples or loss are no such numbers, or the ranks' gradients are not the same; nothing was
+                pushed.
+            GroupBroken: as when it is made; rank 0 leaves the run.
             OrmoError: what waiting and trying again can't mend.
         """
         if os.getpid() != self._process:
@@ -306,27 +309,6 @@ class RemoteOptimizer(RunView):
         self._watch.note_loaded(held)
         if self._local is not None:
             self._local.restart()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For the groups that it is made with; later there is none to add, for the others are frozen.
-
-        Raises:
-            OptionRefused: the group has an option that the server decides, or a parameter that is not the
-                model's, or the run has begun.
-        """
-        if self.inner is not None:
-            raise OptionRefused("a group of parameters was added to RemoteOptimizer: add it to the inner optimizer")
-        super().add_param_group(ParameterGroup(param_group))
-        strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
-        if strangers:
-            self.param_groups.pop()
-            raise OptionRefused(
-                f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
-                "the model that it belongs to"
-            )
-        if self._began:
-            self.param_groups.pop()
-            raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
 
     def close(self) -> None:
         """Leave the run; may be called again, also after the run is over.

@@ -4,9 +4,9 @@ from collections import Counter
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.workload import share_of_run
-from ormo_worker.client import ParameterClient
 from ormo_worker.metrics import Tally
 from ormo_worker.pytorch.groups import Grouped
+from ormo_worker.pytorch.parts import Client
 from ormo_worker.pytorch.pipeline import Pipeline
 
 
@@ -16,7 +16,7 @@ class RunView(Grouped):
     iteration: int
     finished: bool
     _samples: int
-    _client: ParameterClient
+    _client: Client
     _tally: Tally
     _pipeline: Pipeline
 

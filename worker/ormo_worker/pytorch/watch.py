@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.pytorch.devices import Arriving, length_of
+from ormo_worker.pytorch.ranks import refuse_silent_group
 from ormo_worker.pytorch.transfer import Staging, Transfer
 
 OnLocalChange = Literal["warn", "error"]
@@ -52,6 +53,7 @@ class Watch:
         staging: the model's tensors, and the way to look at those on a device without waiting for it.
         given: the parameters that the optimizer has in its groups.
         on_local_change: what is done about parameters that the program has changed.
+        alone: whether this process is a worker by itself, and not one of a worker's ranks.
 
     Attributes:
         loaded: what the model has got last, as long as its payload is as it was; None once a gradient is on its way.
@@ -61,7 +63,9 @@ class Watch:
         OptionRefused: `on_local_change` is neither "warn" nor "error".
     """
 
-    def __init__(self, staging: Staging, given: Collection[Tensor], on_local_change: OnLocalChange) -> None:
+    def __init__(
+        self, staging: Staging, given: Collection[Tensor], on_local_change: OnLocalChange, *, alone: bool = True
+    ) -> None:
         if on_local_change not in ("warn", "error"):
             raise OptionRefused(f"on_local_change is {on_local_change!r}: expected 'warn' or 'error'")
         self._raises = on_local_change == "error"
@@ -73,6 +77,8 @@ class Watch:
             for name, parameter in staging.tensors.named_frozen()
             if not parameter.requires_grad
         ]
+        # Once more with the first gradient: a trainer wraps the model after the optimizer was made for it.
+        self._may_have_silent_ranks = alone
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
         self.loaded: Transfer | None = None
@@ -109,7 +115,9 @@ class Watch:
         Raises:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: some have changed, and an error is wanted for that.
+            OptionRefused: the model is in a DistributedDataParallel, whose ranks are not known to be one worker.
         """
+        self._refuse_silent_ranks()
         if self.loaded is not None:
             self._check_shapes(self.loaded)
             self._find_changes(self.loaded)
@@ -130,10 +138,17 @@ class Watch:
         Raises:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: frozen ones have changed, and an error is wanted for that.
+            OptionRefused: as for `check`.
         """
+        self._refuse_silent_ranks()
         if self.loaded is not None:
             self._check_shapes(self.loaded)
         self._find_frozen_changes()
+
+    def _refuse_silent_ranks(self) -> None:
+        if self._may_have_silent_ranks:
+            refuse_silent_group(self._parameters)
+            self._may_have_silent_ranks = False
 
     def _check_shapes(self, loaded: Transfer) -> None:
         for name, parameter, value in zip(self._names, self._parameters, loaded.values, strict=True):
