@@ -1,6 +1,7 @@
 """The run as a whole: a server, workers, a line now and then, and the end in order."""
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -144,8 +145,9 @@ def _refuse_taken(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise RunFailed(
-            f"the server can't listen on {host}:{port} ({error.strerror}): give another --server-port",
+            f"the server can't listen on {host}:{port} ({why}): give another --server-port",
             BAD_SETTINGS_EXIT_CODE,
         ) from None
 
