@@ -10,6 +10,8 @@ CHECKOV_VENV = .venv-checkov
 CHECKOV_INSTALLED = $(CHECKOV_VENV)/.installed
 AUDIT_VENV = .venv-audit
 AUDIT_INSTALLED = $(AUDIT_VENV)/.installed
+INTEGRATIONS = .venv-integrations
+INTEGRATIONS_INSTALLED = $(INTEGRATIONS)/.installed
 PROTO = protos/ormo_protos/v1/parameter_server.proto
 GENERATE = PATH="$(CURDIR)/$(PROTO_TOOLS)/bin:$$PATH" $(PROTO_TOOLS)/bin/python -m grpc_tools.protoc -I protos \
     --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
@@ -154,6 +156,21 @@ test-lowest test-newest: test-%: $(TOOLS_INSTALLED)  ## test what stands on othe
 	.venv-$*/bin/python -m pip check
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(PROCESSES) --dist worksteal $(NOT_VERSIONED) $(addprefix tests/,$(VERSIONED))
 
+$(INTEGRATIONS_INSTALLED): $(TOOLS_INSTALLED)
+	@echo "Installing into $(INTEGRATIONS) the libraries that are tested with: about two minutes."
+	rm -rf $(INTEGRATIONS)
+	$(BIN)/python -m venv $(INTEGRATIONS)
+	cp --archive --link $(LINKED) $(INTEGRATIONS)/lib/python3*/site-packages/
+	$(INTEGRATIONS)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[$(RUNNING),dev,integrations]'
+	$(INTEGRATIONS)/bin/python -m pip check
+	touch $@
+
+# In an environment of their own, so that `make test` shows that nobody needs one of these libraries.
+.PHONY: integrations test-integrations
+integrations: $(INTEGRATIONS_INSTALLED)  ## install the trainers, trackers and stores that `make test-integrations` tests with
+test-integrations: $(INTEGRATIONS_INSTALLED)  ## test with real trainers, trackers and stores: Trainer, Lightning and so on
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n $(PROCESSES) --dist worksteal tests/integrations
+
 # Seconds for each of the four targets, and of hostile traffic to a server that trains.
 SECONDS ?= 60
 HOSTILE ?= 60
@@ -226,7 +243,7 @@ picture: $(TOOLS_INSTALLED)  ## train for some seconds and draw the pages' pictu
 
 .PHONY: clean
 clean:  ## remove what the other words made
-	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) $(AUDIT_VENV) .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_TOOLS) $(CHECKOV_VENV) $(AUDIT_VENV) .venv-lowest .venv-newest $(INTEGRATIONS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .PHONY: docs docs-serve
 docs docs-serve: $(TOOLS_INSTALLED)  ## build the pages into build/docs, every link checked; or show them while you write

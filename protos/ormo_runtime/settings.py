@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import override
 
@@ -23,6 +23,24 @@ MOST = 2**63 - 1
 _PREFIX = "ORMO_"
 _HOST_AND_PORT = re.compile(r"(?:[^:/@\s]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
 _SLOW_PART = re.compile(r"(\d+):(\d+(?:\.\d+)?)x")
+
+
+# Of local steps: for workers, and for the simulator's.
+InnerOptimizer = Literal["adamw", "muon", "sgd"]
+InnerLearningRate = Annotated[float, Field(gt=0, le=1e6, description="its learning rate at the peak")]
+InnerSchedule = Annotated[
+    Literal["constant", "cosine"],
+    Field(description="how that rate changes: `cosine` falls to 0 at the end of the run"),
+]
+InnerWarmup = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of the run over which that rate rises from near 0 once a worker has joined, 2000 local "
+        "steps at the latest; 0: none",
+    ),
+]
 
 
 class UsageError(Exception):

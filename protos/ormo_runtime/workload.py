@@ -69,6 +69,7 @@ class Scores:
 __all__ = [
     "TASKS_OF_THE_WORKER",
     "Computed",
+    "Ends",
     "InnerSettings",
     "Model",
     "Scores",
@@ -76,6 +77,7 @@ __all__ = [
     "Workload",
     "WorkloadSettings",
     "load_workload",
+    "share_of_run",
 ]
 
 TASKS_OF_THE_WORKER = "ormo_worker.simulated:TaskWorkload"
@@ -136,6 +138,25 @@ class Workload(Protocol):
 
     def evaluate(self, model: Model) -> Scores:
         """Score a model."""
+
+
+class Ends(Protocol):
+    """When a run is over; 0 where it never is."""
+
+    @property
+    def stop_after_gradients(self) -> int:
+        """How many gradients it applies."""
+
+    @property
+    def stop_after_samples(self) -> int:
+        """How many samples it counts."""
+
+
+def share_of_run(ends: Ends, gradients: int, samples: int) -> float:
+    """How much of a run is over after so many, 0 to 1, by whichever ends it first; 0 where neither does."""
+    by_gradients = gradients / ends.stop_after_gradients if ends.stop_after_gradients else 0.0
+    by_samples = samples / ends.stop_after_samples if ends.stop_after_samples else 0.0
+    return min(1.0, max(by_gradients, by_samples))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 import torch
 
-from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT64, PARAMETER, Manifest, TensorSpec
+from ormo_protos.manifest import BFLOAT16, BUFFER, FLOAT32, INT8, INT64, PARAMETER, Manifest, TensorSpec
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
@@ -78,11 +78,12 @@ class Team:
     stub: ParameterServerStub
     manifest: Manifest
     dtype: int = FLOAT32
+    local_steps: int = 0
     workers: dict[str, WireWorker] = field(default_factory=dict)
 
     def join(self, *names: str, incarnation: int = 1) -> None:
         for name in names:
-            self.workers[name] = WireWorker(self.stub, name, self.manifest, incarnation)
+            self.workers[name] = WireWorker(self.stub, name, self.manifest, incarnation, local_steps=self.local_steps)
             self.workers[name].join()
 
     def pull(self, names: str) -> None:
@@ -94,8 +95,13 @@ class Team:
             worker = self.workers[name]
             assert worker.ticket is not None
             buffers = len(self.manifest.tensors) > 1
-            made = Payload(PayloadLayout.of(self.manifest, self.dtype, with_buffers=buffers))  # type: ignore[arg-type]
-            made.parameters.copy_(gradient_of(worker.params, worker.ticket.number))
+            made = Payload(PayloadLayout.of_gradient(self.manifest, self.dtype, with_buffers=buffers))  # type: ignore[arg-type]
+            pushed = gradient_of(worker.params, worker.ticket.number)
+            if self.local_steps:
+                worker.local_steps = worker.ticket.local_steps
+                pushed *= worker.local_steps
+            made.parameters.copy_(pushed)  # as int8 too, for they are whole and small; nothing else has scales
+            made.scales.fill_(1.0)
             made.float_buffers.fill_(worker.ticket.number % 4)
             made.int_buffers.fill_(worker.ticket.number)
             worker.push(made)
@@ -197,6 +203,14 @@ RECORDINGS = {
     "ssgdm": Recording({"method": "ssgdm", "min_workers": 3}, _synchronous),
     "idle": Recording({"method": "ssgdm", "min_workers": 2}, _idle),
     "asgd-da": Recording({"method": "asgd-da", "bucket_size": 1}, _delayed),
+    "local-ormo": Recording(
+        {"method": "local-ormo", "local_steps": 4, "local_steps_by_speed": True, "bucket_size": 2},
+        _asynchronous,
+        dtype=INT8,
+    ),
+    "delayed-nesterov": Recording(
+        {"method": "delayed-nesterov", "local_steps": 4, "bucket_size": 2}, _asynchronous, WITH_BUFFERS, INT8
+    ),
     "integer-buffers": Recording({"method": "ormo", "bucket_size": 2}, _asynchronous, WITH_BUFFERS, BFLOAT16),
 }
 
@@ -204,7 +218,8 @@ RECORDINGS = {
 @contextlib.contextmanager
 def _killed_at_the_end(folder: Path, flags: dict[str, Any]) -> Iterator[ParameterServerStub]:
     # Paths are relative: checkpoints name them.
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+    words = [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
     program = Path(sys.executable).parent / "ormo-server"
     place = ["--directory", "run", "--listen", "127.0.0.1:0", "--metrics-listen", ""]
     server = subprocess.Popen(
@@ -238,7 +253,8 @@ def write(version: str, *names: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             run = Path(scratch) / "run"
             with _killed_at_the_end(run.parent, flags | {"trace": "trace.jsonl"}) as stub:
-                recording.act(Team(stub, recording.manifest, recording.dtype))
+                local_steps = recording.flags.get("local_steps", 0)
+                recording.act(Team(stub, recording.manifest, recording.dtype, local_steps))
                 time.sleep(_TRACE_SECONDS)
             shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns(".lock", "latest"))
             shutil.copy(run.parent / "trace.jsonl", folder)

@@ -85,6 +85,14 @@ def test_an_old_word_says_the_new_one_and_does_the_same(tmp_path: Path, word: st
         assert re.search(rf"{re.escape(BENCHES[what])} --some 1$", commands, re.MULTILINE)
 
 
+def test_others_libraries_are_installed_beside_the_same_torch_and_not_for_other_tests(tmp_path: Path) -> None:
+    commands = would("test-integrations", f"INTEGRATIONS={tmp_path}/integrations", folder=tmp_path).stdout
+    assert installed(commands)[-1] == f"{RUNNING},dev,integrations"
+    assert commands.index("cp --archive --link") < commands.index("dev,integrations]")
+    assert commands.rstrip().endswith("tests/integrations")
+    assert "integrations" not in would("test", folder=tmp_path).stdout
+
+
 @pytest.mark.parametrize("end", ["lowest", "newest"])
 def test_what_stands_on_others_versions_is_tested_with_both_ends_of_them(tmp_path: Path, end: str) -> None:
     commands = would(f"test-{end}", folder=tmp_path).stdout

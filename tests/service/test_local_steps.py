@@ -418,3 +418,9 @@ def test_without_a_word_a_run_of_local_steps_takes_means_at_the_outer_rate(tmp_p
     given = settings(tmp_path, local_steps=H).model_dump(exclude={"learning_rate", "momentum"})
     made = type(settings(tmp_path))(**given)
     assert (made.run().method.bucket, made.learning_rate, made.momentum) == ("mean", 0.4, 0.9)
+
+
+@pytest.mark.parametrize("choice", [{"method": "fadas"}, {"update_rule": "fadas"}])
+def test_a_rule_with_second_moments_has_the_rate_of_gradients(tmp_path: Path, choice: dict[str, str]) -> None:
+    given = settings(tmp_path, local_steps=H, **choice).model_dump(exclude={"learning_rate"})
+    assert type(settings(tmp_path))(**given).learning_rate == 0.01

@@ -8,8 +8,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ormo_protos.limits import MAX_SLOTS, WORKER_ID, WORKER_ID_IN_WORDS
-from ormo_runtime.settings import LONGEST_SECONDS, checked_address
+from ormo_runtime.settings import (
+    LONGEST_SECONDS,
+    InnerLearningRate,
+    InnerOptimizer,
+    InnerSchedule,
+    InnerWarmup,
+    checked_address,
+)
 from ormo_runtime.tls import ClientSettings
+from ormo_runtime.tracking import TRACK
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -101,23 +109,15 @@ class RunSettings(_Common):
         1.0, ge=1, le=1e6, description="take this many times as long for each gradient, to imitate a slower machine"
     )
 
-    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+    inner: InnerOptimizer | None = Field(
         None,
         title="Local steps, for servers with --local-steps",
         description="optimizer of the local steps: `adamw`, `muon` (of matrices, with `adamw` for all else), `sgd`; "
         "none: push the gradient of each step",
     )
-    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate at the peak")
-    inner_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="how that rate changes: `cosine` falls to 0 at the end of the run"
-    )
-    inner_warmup: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="share of the run over which that rate rises from near 0 once this worker has joined, 2000 local "
-        "steps at the latest; 0: none",
-    )
+    inner_lr: InnerLearningRate = 3e-4
+    inner_schedule: InnerSchedule = "constant"
+    inner_warmup: InnerWarmup = 0.05
 
     worker_id: str | None = Field(
         None,
@@ -158,3 +158,4 @@ class EvaluateSettings(_Common):
         10.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations; skipped if nothing is newer"
     )
     once: bool = Field(False, description="evaluate once and exit")
+    track: str = Field("", description=TRACK)

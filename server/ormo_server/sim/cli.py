@@ -17,6 +17,7 @@ from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row
 from ormo_server.sim.reproduce.command import reproduce
 from ormo_server.sim.settings import SimSettings
+from ormo_server.sim.tracked import tracked
 
 _INTERRUPTED_EXIT_CODE = 130
 # An update of the bar takes as long as a push of a small model.
@@ -45,22 +46,23 @@ def simulate(argv: Sequence[str]) -> int:
     plan = Plan(settings)
     if plan.warning():
         console.print(plan.warning(), style="yellow", soft_wrap=True)
-    directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
-    started = time.perf_counter()
-    try:
-        result = _with_progress(plan, directory, console)
-    finally:
-        directory.close()
-    wall_seconds = time.perf_counter() - started
-    described = {"settings": plan.settings.recorded(), **result.summary}
-    directory.complete(result.record, described | _cost(result, wall_seconds))
-    if settings.plots:
-        draw([directory.path], directory.path)
-    _show(console, directory.path, result, wall_seconds)
+    with tracked(plan.settings, lambda said: console.print(said, style="yellow", markup=False)) as track:
+        directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
+        started = time.perf_counter()
+        try:
+            result = _with_progress(plan, directory, console, track)
+        finally:
+            directory.close()
+        wall_seconds = time.perf_counter() - started
+        described = {"settings": plan.settings.recorded(), **result.summary}
+        directory.complete(result.record, described | _cost(result, wall_seconds))
+        if settings.plots:
+            draw([directory.path], directory.path)
+        _show(console, directory.path, result, wall_seconds, "pushes" if settings.local_steps else "gradients")
     return 0
 
 
-def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result:
+def _with_progress(plan: Plan, directory: Directory, console: Console, track: Callable[[Row], None]) -> Result:
     columns = (
         TextColumn("{task.fields[method]}"),
         BarColumn(),
@@ -73,6 +75,7 @@ def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result
 
         def show(row: Row) -> None:
             directory.write_row(row)
+            track(row)
             last = f"{row.seconds:.0f} virtual s, loss {row.train_loss:.4f}, accuracy {row.test_accuracy:.1%}"
             progress.update(task, last=last)
 
@@ -90,13 +93,13 @@ def _cost(result: Result, wall_seconds: float) -> dict[str, float]:
     return {"wall_seconds": wall_seconds, "overhead_seconds_per_push": overhead / max(1, pushes)}
 
 
-def _show(console: Console, directory: Path, result: Result, wall_seconds: float) -> None:
+def _show(console: Console, directory: Path, result: Result, wall_seconds: float, pushed: str) -> None:
     found = result.summary
     delay, last = found["delay"], result.record.rows[-1]
     reached = {target: seconds for target, seconds in found["seconds_to_accuracy"].items() if seconds is not None}
     rows = {
-        "gradients": f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
-        "virtual time": f"{found['virtual_seconds']:.1f} s, {found['updates_per_virtual_second'] or 0:.2f} gradients/s",
+        pushed: f"{found['gradients']} ({found['epochs']:.1f} epochs), {found['discarded']} discarded",
+        "virtual time": f"{found['virtual_seconds']:.1f} s, {found['updates_per_virtual_second'] or 0:.2f} {pushed}/s",
         "real time": f"{wall_seconds:.1f} s",
         "delay": "none" if delay["mean"] is None else f"mean {delay['mean']:.1f}, largest {delay['max']}",
         "train loss": "not finite: diverged" if found["train_loss"] is None else f"{found['train_loss']:.4f}",

@@ -2,13 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
 from ormo_protos.limits import MAX_SLOTS
-from ormo_runtime.settings import UsageError, flag_of, slow_factors
+from ormo_runtime.settings import (
+    InnerLearningRate,
+    InnerOptimizer,
+    InnerSchedule,
+    InnerWarmup,
+    UsageError,
+    flag_of,
+    slow_factors,
+)
+from ormo_runtime.tracking import TRACK
 from ormo_runtime.workload import TASKS_OF_THE_WORKER
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
@@ -53,22 +62,14 @@ class SimSettings(TrainingSettings):
     )
     workload: str = Field(TASKS_OF_THE_WORKER, description="import path of what computes the gradients")
 
-    inner: Literal["adamw", "muon", "sgd"] | None = Field(
+    inner: InnerOptimizer | None = Field(
         None,
         title="Local steps of the workers",
         description="their optimizer, as for `ormo-worker`; none: `adamw` with --local-steps",
     )
-    inner_lr: float = Field(3e-4, gt=0, le=1e6, description="its learning rate at the peak")
-    inner_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="how that rate changes: `cosine` falls to 0 at the end of the run"
-    )
-    inner_warmup: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="share of the run over which that rate rises from near 0 once a worker has joined, 2000 local "
-        "steps at the latest; 0: none",
-    )
+    inner_lr: InnerLearningRate = 3e-4
+    inner_schedule: InnerSchedule = "constant"
+    inner_warmup: InnerWarmup = 0.05
 
     workers: int = Field(16, title="Simulated machines", ge=1, le=10_000, description="simulated workers at the start")
     slow: str = Field("", description="make some slower: `4:10x` is four workers ten times slower, `1:10x,2:3x` three")
@@ -116,6 +117,7 @@ class SimSettings(TrainingSettings):
         None, description="where results go; none: a new one under `runs/`, named by the time"
     )
     plots: bool = Field(True, description="draw accuracy and loss against epochs and time, and delays")
+    track: str = Field("", description=TRACK)
 
     @property
     @override
@@ -156,7 +158,7 @@ class SimSettings(TrainingSettings):
 
     def recorded(self) -> dict[str, Any]:
         """As JSON holds them, for summaries: with the delay threshold in force."""
-        return self.model_dump(mode="json", exclude={"directory"}) | {
+        return self.model_dump(mode="json", exclude={"directory", "track"}) | {
             "delay_threshold": self.run().method.delay_threshold
         }
 

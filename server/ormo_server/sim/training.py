@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ormo_runtime.workload import Computed, Model, SimulatedWorker, Workload
+from ormo_runtime.workload import Computed, Model, SimulatedWorker, Workload, share_of_run
 from ormo_server.core.effects import Effects, Granted
 from ormo_server.core.errors import NormTooLarge
 from ormo_server.core.ids import SlotKey
@@ -158,7 +158,9 @@ class Training:
             name, number = each.slot
             place = self.processes[name].places[number]
             self.machine.write_delivery(each, place.params)
-            place.ticket, place.progress = each.ticket, self._progress()
+            state = self.machine.state
+            place.ticket = each.ticket
+            place.progress = share_of_run(self.machine.run, state.iteration, state.samples)
             self._record.delivered()
             asked = place.wants_buffers or place.wants_mended
             if asked:
@@ -225,13 +227,6 @@ class Training:
             computed = worker.gradient(number, place.params, self._gradient)
         self._record.computed(time.perf_counter() - started)
         return computed
-
-    def _progress(self) -> float:
-        """As `RemoteOptimizer.progress` has it."""
-        run, state = self.machine.run, self.machine.state
-        gradients, samples = run.stop_after_gradients, run.stop_after_samples
-        shares = (state.iteration / gradients if gradients else 0.0, state.samples / samples if samples else 0.0)
-        return min(1.0, max(shares))
 
     def _clipped(self, norm: float) -> float:
         """The gradient's norm, after it was scaled down if it was above the bound."""

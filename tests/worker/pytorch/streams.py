@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.devices import Streams
+from ormo_worker.pytorch.transfer import Staging
 
 _ATEN = torch.ops.aten
 _QUEUED = {
@@ -95,6 +98,17 @@ class LateStreams(Streams):
 
     def keep(self, tensor: Tensor) -> None:
         self.kept.append(tensor)
+
+    def serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Be the streams of all optimizers that are made from now on, as those of a device are."""
+        streams = self
+
+        class OnDevice(Staging):
+            def __init__(self, *options: Any) -> None:
+                super().__init__(*options)
+                self.device, self.streams = torch.device("cpu"), streams
+
+        monkeypatch.setattr(optimizer_module, "Staging", OnDevice)
 
     def queueing(self) -> TorchDispatchMode:
         return _Queueing(self)

@@ -21,7 +21,6 @@ from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ClientClosed, OptionRefused, Refused, RunFinished
 from ormo_worker.local.cluster import Cluster, LocalSettings
 from ormo_worker.pytorch import leaving
-from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.devices import Copies
 from ormo_worker.pytorch.pipeline import Gathered, InFlight
 from ormo_worker.pytorch.transfer import Staging
@@ -472,13 +471,7 @@ def test_slots_thread_waits_for_the_copy_from_the_device_and_the_training_thread
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, in_flight: int, threads: set[str], mirrors: list[int]
 ) -> None:
     streams = LateStreams(ahead="compute")
-
-    class OnDevice(Staging):
-        def __init__(self, *options: Any) -> None:
-            super().__init__(*options)
-            self.device, self.streams = torch.device("cpu"), streams
-
-    monkeypatch.setattr(optimizer_module, "Staging", OnDevice)
+    streams.serve(monkeypatch)
     with streams.queueing():
         loop = Loop(server.address, in_flight)
         loop.wait()

@@ -14,9 +14,7 @@ from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.refusals import Reason
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import OptionRefused, OrmoError, ParametersChanged, Refused
-from ormo_worker.pytorch import optimizer as optimizer_module
 from ormo_worker.pytorch.inner import Inner
-from ormo_worker.pytorch.transfer import Staging
 from service.wire import eventually
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer, refuse
 from worker.models import Tied, line
@@ -688,13 +686,7 @@ def test_moves_leave_a_device_beside_the_computation_as_gradients_do(
     server: FakeServer, model: nn.Linear, in_flight: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = LateStreams(ahead="compute")
-
-    class OnDevice(Staging):
-        def __init__(self, *options: Any) -> None:
-            super().__init__(*options)
-            self.device, self.streams = torch.device("cpu"), streams
-
-    monkeypatch.setattr(optimizer_module, "Staging", OnDevice)
+    streams.serve(monkeypatch)
     with streams.queueing(), remote(model, server, in_flight=in_flight) as optimizer:
         for factor in range(1, 3 * H + 1):
             step(model, optimizer, float(factor), loss=torch.tensor(float(factor)))

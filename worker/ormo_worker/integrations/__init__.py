@@ -1,1 +1,1 @@
-"""What makes other libraries and launchers work with a parameter server; each is imported only by those who use it."""
+"""What others' libraries need besides the optimizer: one module for each, which imports it and is imported for it."""
