@@ -203,6 +203,9 @@ def test_a_run_is_scaled_while_it_trains(launched: Launched, tmp_path: Path) -> 
     second = Launched(launched.cluster, tmp_path / "second", "scaled", "--workers", 1)
     assert second.command.wait() == 2
     assert "the cluster has a run named 'scaled': give this one another --name and --server-port" in second.command.text
+    taken = Launched(launched.cluster, tmp_path / "second", "taken", "--server-port", launched.server.partition(":")[2])
+    assert taken.command.wait() == 2
+    assert f"the server can't listen on {launched.server} (Address already in use): give another" in taken.command.text
     launched.command.signal(signal.SIGINT)
     assert launched.command.wait() == 130
     assert "the run stands at iteration " in launched.command.text

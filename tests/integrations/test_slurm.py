@@ -15,7 +15,7 @@ from docs.pages import ROOT, blocks, text_of
 from integrations.diaries import Diaries
 from integrations.ports import free_ports
 from integrations.slurm_cluster import Job, Slurm, slurm
-from system.programs import Stage, staged
+from system.programs import Stage
 
 if "TEST_SLURM" not in os.environ:
     pytest.skip("it starts a cluster: `make test-slurm` does", allow_module_level=True)
@@ -29,12 +29,6 @@ COUNTING = {"ORMO_METHOD": "asgd", "ORMO_LEARNING_RATE": "1", "ORMO_FAILURE_TIME
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
     with slurm() as made:
-        yield made
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    with staged(tmp_path) as made:
         yield made
 
 

@@ -1,6 +1,7 @@
 """The run as a whole: a server, workers, a line now and then, and the end in order."""
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -85,6 +86,9 @@ class OwnServer:
     Args:
         settings: of the run.
 
+    Raises:
+        RunFailed: its port is another's.
+
     Attributes:
         address: HOST:PORT of it.
         served: whether it was ever heard of.
@@ -93,6 +97,7 @@ class OwnServer:
     def __init__(self, settings: RaySettings) -> None:
         host = "127.0.0.1" if settings.address == "local" else ray.util.get_node_ip_address()
         self.address = f"{host}:{settings.server_port}"
+        _refuse_taken(host, settings.server_port)
         self.directory = settings.directory_of_server()
         self.served = False
         self._again_at = 0.0
@@ -133,6 +138,18 @@ class OwnServer:
     def kill(self) -> None:
         """End it at once."""
         ray.kill(self._actor)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Where another run's server listens, that one would answer, and take our workers."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise RunFailed(
+            f"the server can't listen on {host}:{port} ({why}): give another --server-port",
+            BAD_SETTINGS_EXIT_CODE,
+        ) from None
 
 
 class Run:
