@@ -56,7 +56,7 @@ def test_make_words_exist() -> None:
 
 
 # In running text a flag may stand without its value.
-NAMED_ONLY = {"ormo-sim --trace", "ormo-server control", "ormo-sim reproduce"}
+NAMED_ONLY = {"ormo-sim --trace", "ormo-server control", "ormo-server export", "ormo-sim reproduce"}
 GIVEN = {"HOST:PORT": "h:1", "X": "1"}
 
 

@@ -119,7 +119,7 @@ def test_a_wiped_directory_comes_back_with_what_the_newest_copy_had_and_says_wha
         trainer = Trainer(server, stub, incarnation=2)
         assert trainer.parameter == before
         trainer.push(2).kept()
-    assert iterations(mirror)[-1] == 6
+    assert iterations_in(Folder(mirror))[-1] == 6
     assert not (run / ".restoring").exists()
 
 

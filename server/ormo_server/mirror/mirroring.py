@@ -22,6 +22,8 @@ _RESTORING = ".restoring"
 # Between tries to copy a checkpoint that could not be.
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
+# To give the mirror back, of the time that a stop has.
+_RELEASE_SECONDS = 5.0
 # How often a lease that may be dead is looked at, in the time that it has.
 _LOOKS = 10
 
@@ -61,10 +63,8 @@ class Mirroring:
         self._missing: deque[tuple[str, float]] = deque()
         self._changed = threading.Condition()
         self._finishing = self._ended = self._gave_up = False
-        self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (("mirror", self._copy_all), ("mirror-lease", self._keep_lease))
-        ]
+        self._copying = threading.Thread(target=self._copy_all, name="mirror", daemon=True)
+        self._leasing = threading.Thread(target=self._keep_lease, name="mirror-lease", daemon=True)
         metrics.behind(self._behind_seconds)
 
     # At the start
@@ -193,8 +193,8 @@ class Mirroring:
             iteration: the newest of the run; None before it has a model.
         """
         self._iteration = iteration
-        for thread in self._threads:
-            thread.start()
+        self._copying.start()
+        self._leasing.start()
 
     # While it runs
 
@@ -282,7 +282,7 @@ class Mirroring:
                 self._metrics.failures.inc()
                 _LOG.error("%s; until a restart no more checkpoints are copied, and training goes on", error)
                 return
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - without this thread the lease would end
                 self._metrics.failures.inc()
                 if not failed:
                     _LOG.error("the mirror can't be kept ours for now: %s; training goes on, tried again", error)
@@ -293,6 +293,7 @@ class Mirroring:
             failed = False
             with self._changed:
                 self._changed.notify_all()
+        self._give_back()
 
     def _ended_within(self, seconds: float) -> bool:
         with self._changed:
@@ -304,24 +305,30 @@ class Mirroring:
         else:
             self._tell_replaced(self._lease.take())
 
+    def _give_back(self) -> None:
+        if not (self._finishing and self._lease.held):
+            return
+        try:
+            self._lease.renew(self._iteration(), released=True)
+        except StoreError as error:
+            _LOG.warning("the mirror could not be given back: %s", error)
+
     # At the end
 
     def finish(self, seconds: float) -> None:
-        """Copy the last checkpoint, if that goes within this time, and let another server have the mirror."""
+        """Copy the last checkpoint, and let another server have the mirror, if that goes within this time."""
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._finishing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._missing or self._gave_up or not self._lease.held, seconds)
+            self._changed.wait_for(
+                lambda: not self._missing or self._gave_up or not self._lease.held, seconds - _RELEASE_SECONDS
+            )
             left = [name for name, _ in self._missing]
-        self.close()
         if left:
             _LOG.error("%s is not in the mirror: the next start with this directory copies it", left[-1])
-        try:
-            if self._lease.held:
-                self._threads[1].join(seconds)
-                self._lease.renew(self._iteration(), released=True)
-        except StoreError as error:
-            _LOG.warning("the mirror could not be given back: %s", error)
+        self.close()
+        self._leasing.join(max(deadline - time.monotonic(), _RELEASE_SECONDS))
 
     def close(self) -> None:
         """Copy nothing more."""

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ormo_server.mirror.addresses import is_address, local_path
+from ormo_server.addresses import is_address, local_path
 from ormo_server.mirror.buckets import bucket_at
 from ormo_server.mirror.copies import copies
 from ormo_server.mirror.lease import LEASE, read_record

@@ -160,7 +160,7 @@ def _aws_files(address: str) -> dict[str, Any]:
 def _reason(error: BaseException) -> str:
     """The sentence in what the library says, which may go on with XML and its own structures for pages."""
     text = str(error)
-    said = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)", text)
+    said = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<\n]*)", text)
     if said:
         return f"{said[1]}: {said[2].rstrip('.')}"
     first = text.partition("\n")[0].strip()
