@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +278,25 @@ def test_a_stop_waits_for_no_mirror_that_is_away(run: Path, mirror: Path, caplog
     mirror.with_name("away").rename(mirror)
     with served(run, mirror=mirror) as server:
         until(lambda: metric(server, "iteration") == 2, "it is copied")
+
+
+def test_a_stop_waits_for_no_mirror_that_hangs(
+    run: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ormo_server.service.server._MIRROR_SECONDS", 6.0)
+    with served(run, mirror=mirror) as server, connected(server) as stub:
+        trainer = Trainer(server, stub).push(1).kept()
+        hangs = threading.Event()
+        for name in ("upload", "replace"):
+            monkeypatch.setattr(Folder, name, lambda *_: hangs.wait())
+        trainer.push(1)
+        began = time.monotonic()
+        try:
+            assert server.drain()
+            assert time.monotonic() - began < server.stop_seconds
+        finally:
+            hangs.set()
+    assert "iteration-2 is not in the mirror" in caplog.text
 
 
 # More than one writer
