@@ -165,6 +165,28 @@ def test_a_restore_that_was_cut_off_is_begun_again(run: Path, mirror: Path, monk
         assert server.host.engine.iteration()[1] == 2
 
 
+def test_the_mirror_stays_ours_however_long_a_restore_takes(
+    run: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(run, mirror, 2, 0, drained=True)
+    wipe(run)
+    download, bucket = Folder.download, Folder(mirror)
+
+    def renewals() -> int:
+        found = read_record(bucket)
+        assert found is not None
+        return found[0].renewal
+
+    def slowly(folder: Folder, name: str, target: Path) -> None:
+        before = renewals()
+        until(lambda: renewals() >= before + 2, "it is renewed meanwhile")
+        download(folder, name, target)
+
+    monkeypatch.setattr(Folder, "download", slowly)
+    with served(run, mirror=mirror, failure_timeout_seconds=1.0) as server:
+        assert server.host.engine.iteration()[1] == 2
+
+
 # Copies that can't be used
 
 
@@ -431,6 +453,15 @@ def test_an_upload_that_failed_goes_on_where_it_was(
         trainer.push(1).kept()
     assert asked == ["model.safetensors", "state.safetensors", "state.safetensors", "checkpoint.json", "SHA256SUMS"]
     assert "copying to the mirror failed, and is tried again in 1 s" in caplog.text
+
+
+def test_a_checkpoint_that_somebody_removed_is_not_asked_for_again(run: Path, mirror: Path) -> None:
+    with served(run, mirror=mirror) as server, connected(server) as stub:
+        Trainer(server, stub).push(1).kept()
+        assert server.host.files.mirror is not None
+        server.host.files.mirror.notice(run / "checkpoint-00000099-iteration-99")
+        until(lambda: metric(server, "behind_seconds") == 0, "it has the newest that is there")
+        assert metric(server, "failures_total") == 0
 
 
 # Settings

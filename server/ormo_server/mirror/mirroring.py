@@ -13,7 +13,7 @@ from ormo_server.mirror.buckets import Bucket, BucketError
 from ormo_server.mirror.copies import Copy, copies, copy_in, fetch_newest, prune
 from ormo_server.mirror.identity import Writer, new_writer, read_writer, write_writer
 from ormo_server.mirror.lease import LEASE, RENEWALS, HeldError, Lease, LostError, Record, read_record
-from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, Found, serial_of
+from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, Found
 from ormo_server.store.files import StoreError
 
 _LOG = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Mirroring:
         except BucketError as error:
             self._metrics.failures.inc()
             _LOG.error("the mirror can't be used: %s; training goes on without copies, and it is tried again", error)
+            self._leasing.start()
 
     def _take_patiently(self, writer: Writer) -> Record | None:
         """Take the lease; if its writer may be dead, wait to see."""
@@ -123,6 +124,8 @@ class Mirroring:
                 time.sleep(min(error.seconds, self._lease.lease_seconds / _LOOKS))
                 continue
             self._tell_replaced(record)
+            # Now: what a start has yet to do may take longer than a lease lasts.
+            self._leasing.start()
             return record
 
     def _tell_replaced(self, record: Record | None) -> None:
@@ -170,6 +173,8 @@ class Mirroring:
         lineage = tuple(writer for writer in of_run if writer in with_copies or writer == of_run[0])
         writer = new_writer(lineage, self._name_before())
         record = self._take_patiently(writer)
+        if (record.writer if record else "") != (of_run[0] if of_run else ""):
+            raise BucketError(f"{self._bucket.address} became another server's while it was read")
         # Before anything of the run is in the directory: without it, that would be a run of its own.
         write_writer(self._directory, writer)
         if record is None:
@@ -194,7 +199,6 @@ class Mirroring:
         """
         self._iteration = iteration
         self._copying.start()
-        self._leasing.start()
 
     # While it runs
 
@@ -233,12 +237,18 @@ class Mirroring:
     def _copy_newest(self, pause: float) -> bool:
         """Copy the newest checkpoint; says whether nothing is left to be done for now."""
         started = time.monotonic()
+        with self._changed:
+            asked = len(self._missing)
         try:
             with self._store.newest_kept() as path:
-                if path is None or not self._lease.held:
+                if not self._lease.held:
                     return True
-                copy_in(self._bucket, self._lease.writer.name, path, self._refuse_if_not_held)
-            self._note(path)
+                if path is not None:
+                    copy_in(self._bucket, self._lease.writer.name, path, self._refuse_if_not_held)
+            self._forget_missing(asked)
+            if path is None:
+                return True
+            self._metrics.copied(int(path.name.rpartition("-")[2]))
             _LOG.info("%s is in the mirror after %.2f s", path.name, time.monotonic() - started)
             self._refuse_if_not_held()
             self._forget_old()
@@ -252,13 +262,11 @@ class Mirroring:
             return False
         return True
 
-    def _note(self, path: Path) -> None:
-        serial = serial_of(path.name)
+    def _forget_missing(self, count: int) -> None:
         with self._changed:
-            while self._missing and serial_of(self._missing[0][0]) <= serial:
+            for _ in range(count):
                 self._missing.popleft()
             self._changed.notify_all()
-        self._metrics.copied(int(path.name.rpartition("-")[2]))
 
     def _forget_old(self) -> None:
         writer = self._lease.writer
