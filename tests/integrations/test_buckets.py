@@ -17,7 +17,7 @@ pytest.importorskip("moto", reason="`make test-integrations` installs it")
 from chaos.proxy import Way
 from docs.pages import blocks, text_of
 from integrations.s3 import S3, s3_server
-from mirror.test_mirror import Trainer, iterations_in, metric, until
+from mirror.mirrored import Trainer, iterations_in, metric, until
 from ormo_server.core.errors import SettingsError
 from ormo_server.export import ExportSettings, export
 from ormo_server.mirror.buckets import Bucket, BucketError, ChangedError, bucket_at

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mirror.test_mirror import trained
+from mirror.mirrored import trained
 from ormo_server.cli import main
 from ormo_server.core.errors import SettingsError
 from ormo_server.mirror.models import fetched

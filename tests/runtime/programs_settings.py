@@ -7,6 +7,7 @@ from ormo_server.settings import ServerSettings
 from ormo_server.sim.plots import PlotSettings
 from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
+from ormo_worker.integrations.ray.settings import RaySettings, ScaleSettings
 from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
@@ -20,4 +21,11 @@ SERVER = (
     PlotSettings,
     ReproduceSettings,
 )
-CLASSES: tuple[type[Settings], ...] = (*SERVER, RunSettings, EvaluateSettings, LocalSettings)
+CLASSES: tuple[type[Settings], ...] = (
+    *SERVER,
+    RunSettings,
+    EvaluateSettings,
+    LocalSettings,
+    RaySettings,
+    ScaleSettings,
+)

@@ -1,7 +1,7 @@
 """What the conventions of torch call an optimizer's groups and state: its own, or those of the optimizers within it."""
 
 from collections import defaultdict
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -20,15 +20,16 @@ class Grouped(torch.optim.Optimizer):
     """
 
     inner: Inner | None = None
+    _learning_rate = 0.0  # the server's, as its own groups show it
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups, each with its options; of all inner optimizers, one after the other."""
-        return self._groups if self.inner is None else self.inner.param_groups
+        return cast(list[dict[str, Any]], self._groups) if self.inner is None else self.inner.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._groups = groups
+        self._groups = cast(list[ParameterGroup], groups)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -42,7 +43,12 @@ class Grouped(torch.optim.Optimizer):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The groups' options; that of the one inner optimizer, or those of several, in order, under `inner`."""
-        return super().state_dict() if self.inner is None else self.inner.state_dict()
+        if self.inner is not None:
+            return self.inner.state_dict()
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            del group["lr"]  # shown, and not to be set
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,6 +64,12 @@ class Grouped(torch.optim.Optimizer):
             ParameterGroup(group)  # complains before anything changes
         super().load_state_dict(state_dict)
         self.param_groups = [ParameterGroup(group) for group in self.param_groups]
+        self._show_rate(self._learning_rate)
+
+    def _show_rate(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        for group in self._groups:
+            group.show_rate(learning_rate)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

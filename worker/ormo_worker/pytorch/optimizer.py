@@ -4,7 +4,6 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Never, Self
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.refusals import Reason
-from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
-from ormo_runtime.workload import share_of_run
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
-from ormo_worker.client.arguments import Identity, Patience, describe, one_number, whole_number
+from ormo_worker.client.arguments import Identity, Patience, whole_number
 from ormo_worker.errors import (
     ModelMismatch,
     ModelUnusable,
@@ -30,13 +27,14 @@ from ormo_worker.errors import (
 )
 from ormo_worker.metrics import Exporter, Tally, WorkerMetrics, note_not_finite
 from ormo_worker.pytorch.devices import Copies
-from ormo_worker.pytorch.groups import Grouped
+from ormo_worker.pytorch.figures import BatchFigures
 from ormo_worker.pytorch.inner import Inner
 from ormo_worker.pytorch.leaving import close_older, leave, remember
 from ormo_worker.pytorch.local_steps import LocalSteps
 from ormo_worker.pytorch.module import frozen_in, unwrap
 from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
 from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
+from ormo_worker.pytorch.run_view import RunView
 from ormo_worker.pytorch.transfer import Staging, Transfer
 from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
 
@@ -44,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 
 
-class RemoteOptimizer(Grouped):
+class RemoteOptimizer(RunView):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
 
     For example::
@@ -107,6 +105,8 @@ class RemoteOptimizer(Grouped):
         iteration: gradients that the server had applied when it sent the parameters that the model has.
         finished: whether the run is over. The model then has the parameters and buffers that it ended with,
             if the server could still be asked for them.
+        quiet_end: whether a step after the end of the run does nothing, instead of raising `RunFinished`: for trainers,
+            which can't leave their loop at once. False at first.
 
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
@@ -153,6 +153,8 @@ class RemoteOptimizer(Grouped):
         self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
         self.iteration = 0
         self.finished = False
+        self.quiet_end = False
+        self._noted = BatchFigures()
         self._samples = 0  # counted by the run when it sent the parameters that the model has
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
@@ -216,52 +218,6 @@ class RemoteOptimizer(Grouped):
             self.close()
             raise
 
-    @property
-    def rank(self) -> int:
-        """The smallest number from 0 up that no other worker had when this one joined."""
-        return self._client.welcome.rank
-
-    @property
-    def data_seed(self) -> int:
-        """A number from 0 to 2**64 - 1 for the order of this worker's data: no other join has the same."""
-        return self._client.welcome.data_seed
-
-    @property
-    def settings(self) -> pb.RunSettings:
-        """How the server trains."""
-        return self._client.welcome.settings
-
-    @property
-    def progress(self) -> float:
-        """How much of the run was over when it sent the parameters that the model has, 0 to 1.
-
-        By gradients or by samples, whichever ends it first; 0 throughout where neither does.
-        """
-        return 1.0 if self.finished else share_of_run(self.settings, self.iteration, self._samples)
-
-    @property
-    def last_result(self) -> pb.PushResult | None:
-        """What the server said to the last gradient whose outcome is known; None before, and for a refused one.
-
-        With several in flight that is not the one that was pushed last.
-        """
-        return self._tally.last_result
-
-    @property
-    def counted(self) -> int:
-        """How many gradients the server is known to have counted: applied, or discarded as too late."""
-        return self._tally.counted
-
-    @property
-    def refusals(self) -> Counter[str]:
-        """How many gradients were refused, by reason."""
-        return self._tally.refusals
-
-    @property
-    def under_way(self) -> int:
-        """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
-        return self._pipeline.under_way
-
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -292,20 +248,16 @@ class RemoteOptimizer(Grouped):
         """
         if os.getpid() != self._process:
             self._client.check()  # raises: in a fork there is no thread that would exchange anything
+        if self.finished and self.quiet_end:
+            return None if closure is None else _called(closure)
         if self.finished:
             raise RunFinished(
                 f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
             )
-        count = self._batch_size if samples is None else whole_number("samples", samples, 0, MAX_SAMPLES)
-        shown = one_number(loss)
-        if loss is not None and shown is None:
-            raise OptionRefused(f"loss is {describe(loss)}: expected one real number, the mini-batch's mean")
-        returned = None
-        if closure is not None:
-            with torch.enable_grad():
-                returned = closure()
-            if loss is None:  # a closure may return anything: other optimizers hand it on and look at none of it
-                shown = one_number(returned)
+        figures = BatchFigures.checked(samples, loss)
+        returned = None if closure is None else _called(closure)
+        count, shown = figures.completed(self._noted, self._batch_size, returned)
+        self._noted = BatchFigures()
         if self._watch.resting:
             self._watch.refuse_unfrozen()
         if self._local is not None:
@@ -317,6 +269,43 @@ class RemoteOptimizer(Grouped):
         else:
             self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
         return returned
+
+    def note_batch(self, *, samples: float | Tensor | None = None, loss: float | Tensor | None = None) -> None:
+        """Say what the next `step` counts and shows, where its caller can't: a trainer, or a wrapper of accelerate's.
+
+        Args:
+            samples: as for `step`, which goes by its own arguments first.
+            loss: as for `step`.
+
+        Raises:
+            OptionRefused: they are no such numbers.
+        """
+        self._noted = BatchFigures.checked(samples, loss)
+
+    def reload(self) -> None:
+        """Put the server's parameters back into the model, over whatever the program has loaded there since.
+
+        That is for programs that load a checkpoint of their own, whose weights are older. The next gradient is then of
+        the parameters that it will count for. Gradients from before are dropped, and so are local steps that were not
+        pushed; buffers become the server's; frozen parameters stay.
+
+        Raises:
+            OrmoError: what waiting and trying again can't mend.
+        """
+        held, mirror = self._watch.loaded, int(self._in_flight > 1)
+        self.zero_grad()
+        if held is None:  # an earlier step was interrupted while it waited: other parameters are to come
+            if not self.finished:
+                self._apply(self._pipeline.renew())
+            return
+        if self._staging.tensors.has_buffers and not held.payload.layout.with_buffers:
+            newest = self._client.pull()
+            if newest is not None:
+                self._staging.transfer(newest.payload, mirror=mirror).load()
+        held.load()
+        self._watch.note_loaded(held)
+        if self._local is not None:
+            self._local.restart()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """For the groups that it is made with; later there is none to add, for the others are frozen.
@@ -416,6 +405,10 @@ class RemoteOptimizer(Grouped):
         if delivered.joins is not None and delivered.joins != self._joins:
             self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
         self._watch.note_loaded(incoming)
+        if delivered.learning_rate is not None:
+            self._show_rate(delivered.learning_rate)
+        elif delivered.joins is not None:  # from an older server, which said it at the join
+            self._show_rate(self.settings.learning_rate)
         self.iteration, self._samples = delivered.iteration.number, delivered.samples
         if self._local is not None and delivered.ticket is not None:  # else the run is over
             self._local.begin(delivered.ticket, most=self.settings.local_steps)
@@ -441,3 +434,8 @@ class RemoteOptimizer(Grouped):
             return
         if delivered is not None:
             self._load(None, delivered)
+
+
+def _called(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()

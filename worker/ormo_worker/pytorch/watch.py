@@ -54,6 +54,7 @@ class Watch:
         on_local_change: what is done about parameters that the program has changed.
 
     Attributes:
+        loaded: what the model has got last, as long as its payload is as it was; None once a gradient is on its way.
         resting: the frozen parameters that required no gradient, each with its name and whether it is in a group.
 
     Raises:
@@ -74,7 +75,7 @@ class Watch:
         ]
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
-        self._loaded: Transfer | None = None
+        self.loaded: Transfer | None = None
         self._has_frozen = bool(staging.tensors.frozen)
         self._frozen_changes = LocalChanges(*_columns(staging.tensors.named_frozen()), staging.fetch)
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
@@ -82,7 +83,7 @@ class Watch:
 
     def note_loaded(self, transfer: Transfer) -> None:
         """The model has these parameters now: what is other at the next gradient was changed by the program."""
-        self._loaded = transfer
+        self.loaded = transfer
         self._changes.note_loaded()
         if transfer.payload.layout.frozen:
             self._frozen_changes.note_loaded()
@@ -109,9 +110,9 @@ class Watch:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: some have changed, and an error is wanted for that.
         """
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
-            self._find_changes(self._loaded)
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
+            self._find_changes(self.loaded)
             self._find_frozen_changes()
         missing = []
         for name, parameter, decay in zip(self._names, self._parameters, decays, strict=True):
@@ -121,7 +122,7 @@ class Watch:
                 missing.append(name)
         if missing or self._missing.unsaid:
             self._missing.note(missing)
-        self._loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
+        self.loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
 
     def check_local(self) -> None:
         """As `check`, before moves are pushed: whatever the program does to trained parameters is one of them.
@@ -130,8 +131,8 @@ class Watch:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: frozen ones have changed, and an error is wanted for that.
         """
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
         self._find_frozen_changes()
 
     def _check_shapes(self, loaded: Transfer) -> None:
