@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 
 from ormo_runtime import logs
 from ormo_runtime.settings import Settings
+from ormo_server.addresses import check_address
 from ormo_server.core.errors import SettingsError
-from ormo_server.mirror.addresses import check_address
 from ormo_server.mirror.models import fetched, put_file
 from ormo_server.store import ModelFile, StoreError
 from ormo_server.store.files import save_tensors

@@ -11,6 +11,7 @@ from typing_extensions import override
 from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.channels import is_loopback
 from ormo_runtime.settings import LONGEST_SECONDS, MOST, Settings, checked_address
+from ormo_server.addresses import check_address, is_address, local_path
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.method import (
     BUCKETS,
@@ -24,7 +25,6 @@ from ormo_server.core.method import (
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
-from ormo_server.mirror.addresses import check_address, is_address, local_path
 
 
 def _choices(names: object) -> str:

@@ -17,7 +17,7 @@ pytest.importorskip("moto", reason="`make test-integrations` installs it")
 from chaos.proxy import Way
 from docs.pages import blocks, text_of
 from integrations.s3 import S3, s3_server
-from mirror.test_mirror import Trainer, iterations_in, metric, until
+from mirror.mirrored import Trainer, iterations_in, metric, until
 from ormo_server.core.errors import SettingsError
 from ormo_server.export import ExportSettings, export
 from ormo_server.mirror.buckets import Bucket, BucketError, ChangedError, bucket_at
@@ -257,6 +257,7 @@ def test_access_that_is_denied_is_a_sentence(
 # Models
 
 
+@pytest.mark.timeout(300)
 def test_a_model_comes_from_a_bucket_and_goes_into_one(stage: Stage, tmp_path: Path, address: str) -> None:
     run = tmp_path / "first"
     with run_of(run, address) as server, connected(server) as stub:
@@ -298,6 +299,7 @@ def test_a_model_that_is_not_in_the_bucket_is_a_sentence(tmp_path: Path, address
 # Real programs
 
 
+@pytest.mark.timeout(300)
 def test_a_killed_server_whose_disk_is_wiped_goes_on_with_its_worker(
     stage: Stage, address: str, bucket: Bucket
 ) -> None:
@@ -324,6 +326,7 @@ def test_a_killed_server_whose_disk_is_wiped_goes_on_with_its_worker(
 # The page
 
 
+@pytest.mark.timeout(300)
 def test_the_page_does_what_it_says(stage: Stage, address: str, bucket: Bucket) -> None:
     """Its commands as they stand, but for the address and the free ports; each server has its worker beside it."""
     page = text_of("with/buckets.md").replace("s3://my-bucket/runs/mine", address)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ormo_server.addresses import check_address, is_address, local_path
 from ormo_server.core.errors import SettingsError
-from ormo_server.mirror.addresses import check_address, is_address, local_path
 from ormo_server.store.files import StoreError, make_directory, sync
 
 _ASIDE = ".writing-"

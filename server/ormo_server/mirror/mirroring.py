@@ -13,7 +13,7 @@ from ormo_server.mirror.buckets import Bucket, BucketError
 from ormo_server.mirror.copies import Copy, copies, copy_in, fetch_newest, prune
 from ormo_server.mirror.identity import Writer, new_writer, read_writer, write_writer
 from ormo_server.mirror.lease import LEASE, RENEWALS, HeldError, Lease, LostError, Record, read_record
-from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, Found, serial_of
+from ormo_server.store.checkpoints import Checkpoint, CheckpointStore, Found
 from ormo_server.store.files import StoreError
 
 _LOG = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ _RESTORING = ".restoring"
 # Between tries to copy a checkpoint that could not be.
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
+# To give the mirror back, of the time that a stop has.
+_RELEASE_SECONDS = 5.0
 # How often a lease that may be dead is looked at, in the time that it has.
 _LOOKS = 10
 
@@ -61,10 +63,8 @@ class Mirroring:
         self._missing: deque[tuple[str, float]] = deque()
         self._changed = threading.Condition()
         self._finishing = self._ended = self._gave_up = False
-        self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (("mirror", self._copy_all), ("mirror-lease", self._keep_lease))
-        ]
+        self._copying = threading.Thread(target=self._copy_all, name="mirror", daemon=True)
+        self._leasing = threading.Thread(target=self._keep_lease, name="mirror-lease", daemon=True)
         metrics.behind(self._behind_seconds)
 
     # At the start
@@ -105,6 +105,7 @@ class Mirroring:
         except BucketError as error:
             self._metrics.failures.inc()
             _LOG.error("the mirror can't be used: %s; training goes on without copies, and it is tried again", error)
+            self._leasing.start()
 
     def _take_patiently(self, writer: Writer) -> Record | None:
         """Take the lease; if its writer may be dead, wait to see."""
@@ -123,6 +124,8 @@ class Mirroring:
                 time.sleep(min(error.seconds, self._lease.lease_seconds / _LOOKS))
                 continue
             self._tell_replaced(record)
+            # Now: what a start has yet to do may take longer than a lease lasts.
+            self._leasing.start()
             return record
 
     def _tell_replaced(self, record: Record | None) -> None:
@@ -170,6 +173,8 @@ class Mirroring:
         lineage = tuple(writer for writer in of_run if writer in with_copies or writer == of_run[0])
         writer = new_writer(lineage, self._name_before())
         record = self._take_patiently(writer)
+        if (record.writer if record else "") != (of_run[0] if of_run else ""):
+            raise BucketError(f"{self._bucket.address} became another server's while it was read")
         # Before anything of the run is in the directory: without it, that would be a run of its own.
         write_writer(self._directory, writer)
         if record is None:
@@ -193,8 +198,7 @@ class Mirroring:
             iteration: the newest of the run; None before it has a model.
         """
         self._iteration = iteration
-        for thread in self._threads:
-            thread.start()
+        self._copying.start()
 
     # While it runs
 
@@ -233,12 +237,18 @@ class Mirroring:
     def _copy_newest(self, pause: float) -> bool:
         """Copy the newest checkpoint; says whether nothing is left to be done for now."""
         started = time.monotonic()
+        with self._changed:
+            asked = len(self._missing)
         try:
             with self._store.newest_kept() as path:
-                if path is None or not self._lease.held:
+                if not self._lease.held:
                     return True
-                copy_in(self._bucket, self._lease.writer.name, path, self._refuse_if_not_held)
-            self._note(path)
+                if path is not None:
+                    copy_in(self._bucket, self._lease.writer.name, path, self._refuse_if_not_held)
+            self._forget_missing(asked)
+            if path is None:
+                return True
+            self._metrics.copied(int(path.name.rpartition("-")[2]))
             _LOG.info("%s is in the mirror after %.2f s", path.name, time.monotonic() - started)
             self._refuse_if_not_held()
             self._forget_old()
@@ -252,13 +262,11 @@ class Mirroring:
             return False
         return True
 
-    def _note(self, path: Path) -> None:
-        serial = serial_of(path.name)
+    def _forget_missing(self, count: int) -> None:
         with self._changed:
-            while self._missing and serial_of(self._missing[0][0]) <= serial:
+            for _ in range(count):
                 self._missing.popleft()
             self._changed.notify_all()
-        self._metrics.copied(int(path.name.rpartition("-")[2]))
 
     def _forget_old(self) -> None:
         writer = self._lease.writer
@@ -282,7 +290,7 @@ class Mirroring:
                 self._metrics.failures.inc()
                 _LOG.error("%s; until a restart no more checkpoints are copied, and training goes on", error)
                 return
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - without this thread the lease would end
                 self._metrics.failures.inc()
                 if not failed:
                     _LOG.error("the mirror can't be kept ours for now: %s; training goes on, tried again", error)
@@ -293,6 +301,7 @@ class Mirroring:
             failed = False
             with self._changed:
                 self._changed.notify_all()
+        self._give_back()
 
     def _ended_within(self, seconds: float) -> bool:
         with self._changed:
@@ -304,24 +313,30 @@ class Mirroring:
         else:
             self._tell_replaced(self._lease.take())
 
+    def _give_back(self) -> None:
+        if not (self._finishing and self._lease.held):
+            return
+        try:
+            self._lease.renew(self._iteration(), released=True)
+        except StoreError as error:
+            _LOG.warning("the mirror could not be given back: %s", error)
+
     # At the end
 
     def finish(self, seconds: float) -> None:
-        """Copy the last checkpoint, if that goes within this time, and let another server have the mirror."""
+        """Copy the last checkpoint, and let another server have the mirror, if that goes within this time."""
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._finishing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._missing or self._gave_up or not self._lease.held, seconds)
+            self._changed.wait_for(
+                lambda: not self._missing or self._gave_up or not self._lease.held, seconds - _RELEASE_SECONDS
+            )
             left = [name for name, _ in self._missing]
-        self.close()
         if left:
             _LOG.error("%s is not in the mirror: the next start with this directory copies it", left[-1])
-        try:
-            if self._lease.held:
-                self._threads[1].join(seconds)
-                self._lease.renew(self._iteration(), released=True)
-        except StoreError as error:
-            _LOG.warning("the mirror could not be given back: %s", error)
+        self.close()
+        self._leasing.join(max(deadline - time.monotonic(), _RELEASE_SECONDS))
 
     def close(self) -> None:
         """Copy nothing more."""

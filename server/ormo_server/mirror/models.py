@@ -2,9 +2,10 @@
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from ormo_server.mirror.addresses import is_address, local_path
+from ormo_server.addresses import is_address, local_path
 from ormo_server.mirror.buckets import bucket_at
 from ormo_server.mirror.copies import copies
 from ormo_server.mirror.lease import LEASE, read_record
@@ -75,5 +76,6 @@ def put_file(source: Path, address: str) -> None:
         shutil.copyfile(source, aside)
         aside.replace(target)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise StoreError(f"{target} can't be written ({error}): make room there or choose another --into") from error

@@ -28,9 +28,11 @@ except ImportError as error:
 # Whoever calls tries again, after growing pauses; here only what a lost packet or a busy server needs.
 _RETRIES = 2
 _RETRY_SECONDS = 20
-_CONNECT_SECONDS = 10
-# Of one request, which carries at most a part; slower than 140 kB/s is as good as away.
-_REQUEST_SECONDS = 60
+_CONNECT_SECONDS = 5
+# Of one small request, for which a start or the lease waits; and of one that carries a part: slower than 60 kB/s is as
+# good as away.
+_REQUEST_SECONDS = 15
+_PART_SECONDS = 300
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 2
 # S3 takes 10,000 parts of one object.
@@ -51,20 +53,24 @@ class ObjectStore:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
-        plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
         try:
-            self._store = from_url(
-                self.address,
-                client_options={
-                    "timeout": f"{_REQUEST_SECONDS}s",
-                    "connect_timeout": f"{_CONNECT_SECONDS}s",
-                    **({"allow_http": True} if plain else {}),
-                },
-                retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
-                **_aws_files(self.address),
-            )
+            credentials = _aws_files(self.address)
+            self._store = self._opened(_REQUEST_SECONDS, credentials)
+            self._for_parts = self._opened(_PART_SECONDS, credentials)
         except (exceptions.BaseError, ValueError) as error:
             raise SettingsError(f"{self.address} can't be used as a bucket: {_reason(error)}") from error
+
+    def _opened(self, seconds: int, credentials: dict[str, Any]) -> Any:
+        plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+        options: Any = {"timeout": f"{seconds}s", "connect_timeout": f"{_CONNECT_SECONDS}s"}
+        if plain:
+            options["allow_http"] = True
+        return from_url(
+            self.address,
+            client_options=options,
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
+            **credentials,
+        )
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Bytes of each object by its name."""
@@ -99,7 +105,7 @@ class ObjectStore:
         """Copy a file there; it appears once it is whole."""
         part = max(_PART_BYTES, source.stat().st_size // _MOST_PARTS)
         with self._using("written", name):
-            obstore.put(self._store, name, source, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+            obstore.put(self._for_parts, name, source, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
 
     def download(self, name: str, target: Path) -> None:
         """Copy an object into a file, part by part, so that a slow line ends no request."""
@@ -107,7 +113,7 @@ class ObjectStore:
             size = obstore.head(self._store, name)["size"]
             for start in range(0, size, _PART_BYTES):
                 end = min(start + _PART_BYTES, size)
-                file.write(obstore.get_range(self._store, name, start=start, end=end))
+                file.write(obstore.get_range(self._for_parts, name, start=start, end=end))
         sync(target)
 
     def remove(self, names: Sequence[str]) -> None:
@@ -160,7 +166,7 @@ def _aws_files(address: str) -> dict[str, Any]:
 def _reason(error: BaseException) -> str:
     """The sentence in what the library says, which may go on with XML and its own structures for pages."""
     text = str(error)
-    said = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)", text)
+    said = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<\n]*)", text)
     if said:
         return f"{said[1]}: {said[2].rstrip('.')}"
     first = text.partition("\n")[0].strip()

@@ -50,7 +50,7 @@ _STOP_SECONDS = 30.0
 # A checkpoint at the end takes no longer but on a disk that hangs. A network's disk writes so much in a second.
 _SLOW_DISK_BYTES = 10e6
 # What the copy of the last checkpoint to a mirror may take besides, and to give the mirror back.
-_MIRROR_SECONDS = 15.0
+_MIRROR_SECONDS = 20.0
 # gRPC tells at once, unless its serving thread is dead: then it never does.
 _GRPC_STOP_SECONDS = 5.0
 # How often the journal's size is looked at, and how long a full disk is left alone.

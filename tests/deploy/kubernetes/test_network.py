@@ -1,9 +1,12 @@
 """The NetworkPolicies, as a cluster that enforces them would: who reaches whom, and nobody else."""
 
 import pytest
+import yaml
 
 from deploy.kubernetes.reach import Peer, reaches
 from deploy.kubernetes.rendering import RUNS, Manifests, overlay
+from deploy.kubernetes.schemas import against_schemas
+from docs.pages import blocks, text_of
 
 STRANGER = Peer({"app.kubernetes.io/name": "stranger"})
 PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, namespace="monitoring")
@@ -54,6 +57,18 @@ def test_those_that_look_for_the_server_can_ask_dns_and_the_server_need_not(prot
     manifests = overlay("gpu")
     asks = {name for name, peer in peers(manifests).items() if reaches(manifests, peer, DNS, 53, protocol)}
     assert asks & {"worker", "evaluator", "server"} == {"worker", "evaluator"}
+
+
+def test_with_the_pages_policy_the_server_reaches_a_bucket_and_nothing_else_is_open() -> None:
+    manifests = overlay("gpu")
+    before = reached(manifests)
+    (policy,) = map(yaml.safe_load, blocks(text_of("with/buckets.md"), "yaml"))
+    manifests.objects.append(policy)
+    added = reached(manifests) - before
+    assert ("server", "outside", 443) in added
+    assert {(source, port) for source, _, port in added} == {("server", 443)}
+    assert reaches(manifests, peers(manifests)["server"], DNS, 53, "UDP")
+    assert list(against_schemas(Manifests([policy]))) == []
 
 
 def test_policy_that_lets_everybody_in_is_noticed() -> None:
