@@ -262,6 +262,11 @@ class RemoteOptimizer(Grouped):
         """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
         return self._pipeline.under_way
 
+    @property
+    def left(self) -> bool:
+        """Whether it has left the run, as it has once it is closed."""
+        return not self._close.alive
+
     def step(
         self,
         closure: Callable[[], Any] | None = None,
