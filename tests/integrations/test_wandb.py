@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def finished(file: Path) -> list[bytes]:
+    """What a run has kept, once its end is there, too: W&B's own process writes it some time after all else."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = list(records(file.read_bytes()))
+        if found and wandb_internal_pb2.Record.FromString(found[-1]).HasField("exit"):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"the run did not end in {file}")
+
+
 def test_a_run_is_kept_offline_with_its_settings_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,16 +54,13 @@ def test_a_run_is_kept_offline_with_its_settings_and_figures(
     written = simulate("wandb", tmp_path, monkeypatch)
     assert "did not get to the tracker" not in capsys.readouterr().out
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    rows, config, finished = [], {}, False
-    for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        finished = finished or record.HasField("exit")
-    assert finished
+    kept = [wandb_internal_pb2.Record.FromString(data) for data in finished(file)]
+    config = {item.key: json.loads(item.value_json) for record in kept for item in record.run.config.update}
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in kept
+        if record.HasField("history")
+    ]
     assert (config["method"], config["workers"]) == ("ormo", 2)
     assert FIGURES | {"updates", "samples", "seconds"} <= {name for row in rows for name in row}
     assert [(row["updates"], row["test_loss"]) for row in rows] == [
