@@ -42,9 +42,12 @@ SETTINGS = (
     ("`ormo-server status`", "ormo_server.console.settings:StatusSettings", False),
     ("`ormo-server top`", "ormo_server.console.settings:TopSettings", False),
     ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
+    ("`ormo-server export`", "ormo_server.export:ExportSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
     ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
+    ("`ormo-ray`", "ormo_worker.integrations.ray.settings:RaySettings", False),
+    ("`ormo-ray scale`", "ormo_worker.integrations.ray.settings:ScaleSettings", False),
     ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
     ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.command:ReproduceSettings", False),
 )
@@ -212,13 +215,18 @@ def python_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_PUBLIC = [getattr(ormo_worker, name) for name in ormo_worker.__all__]
+
+
 def _described(name: str, thing: Any) -> Iterator[str]:
     yield f"## {name}"
     if not inspect.isclass(thing) or not issubclass(thing, BaseException):
         yield f"```python\n{_signature(name, thing)}\n```"
     yield _docstring(thing)
     if inspect.isclass(thing):
-        for member, value in vars(thing).items():
+        # Also of the classes of ours that it is made of and that have no place of their own here.
+        parts = [each for each in thing.__mro__[1:] if each.__module__.startswith("ormo_") and each not in _PUBLIC]
+        for member, value in [pair for each in (thing, *parts) for pair in vars(each).items()]:
             if not member.startswith("_") and (callable(value) or isinstance(value, property)) and value.__doc__:
                 shown = f"{name}.{member}"
                 yield f"### {shown}"

@@ -21,12 +21,15 @@ ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 ARG TORCH_INDEX_URL=""
+# "server buckets" for a --mirror in a bucket.
+ARG EXTRAS="server"
 COPY pyproject.toml constraints.txt ./
 COPY deploy/docker/install.sh deploy/docker/install.sh
+# hadolint ignore=SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=pip-ca,target=/etc/pip-ca.pem \
-    deploy/docker/install.sh dependencies /opt/ormo server
+    deploy/docker/install.sh dependencies /opt/ormo ${EXTRAS}
 
 FROM dependencies AS programs
 COPY README.md LICENSE ./

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from docs.pages import EXAMPLES, README, blocks, example, text_of
@@ -95,6 +96,24 @@ def test_the_tutorials_command_trains_a_transformer_with_local_steps(stage: Stag
     code, output = local.printed()
     assert code == 0, output
     assert float(output.split("test loss")[1].split()[0]) < 3.2
+
+
+@pytest.mark.timeout(300)  # three programs, with all that they import
+def test_the_loop_with_ddp_is_one_worker_of_several_processes(stage: Stage) -> None:
+    server = stage.server(stop_after_gradients=100, learning_rate=0.02)
+    command = re.search(r"^torchrun (.*) loop\.py$", text_of("with/ddp.md"), re.MULTILINE)
+    assert command is not None
+    loop = stage.folder / "loop.py"
+    loop.write_text(example("with/ddp.md", "ddp").replace("127.0.0.1:50051", stage.address))
+    words = [*command[1].replace("--nproc-per-node 8", "--nproc-per-node 2").split(), loop.name]
+    torchrun = stage.program("torchrun", *words, module="torch.distributed.run", environment={"OMP_NUM_THREADS": "1"})
+    code, printed = torchrun.printed()
+    assert code == 0, torchrun.log.read_text()
+    (line,) = printed.splitlines()
+    assert line.startswith("iteration 100, loss ")
+    assert float(line.split()[-1]) < 2.0  # it begins at about 4, the variance of the targets
+    assert stage.status().samples == 100 * 2 * 32
+    assert server.log.read_text().count(" joined (rank 0, 1 slot)") == 1
 
 
 def test_evaluate_and_export_scores_and_writes_what_a_worker_trained(stage: Stage) -> None:

@@ -52,6 +52,22 @@ def test_one_stream_carries_many_exchanges_and_each_answer_is_the_state_after_it
         assert seen == [(1, 0, -1.0), (2, 0, -2.5), (3, 0, -4.25)]
 
 
+def test_parameters_come_with_the_learning_rate_that_is_in_force_for_workers_and_readers(tmp_path: Path) -> None:
+    schedule = {"schedule": "milestones", "milestones": (2,), "milestone_factor": 0.5}
+    with served(tmp_path, learning_rate=0.5, method="ormo-da", **schedule) as server, connected(server) as stub:
+        worker, fresh = WireWorker(stub, "a"), WireWorker(stub, "b")
+        worker.join()
+        stream = worker.open()
+        stream.begin(None)
+        rates = [stream.delivery().learning_rate]
+        for _ in range(3):
+            stream.begin(payload(SMALL, 1.0))
+            stream.result()
+            rates.append(stream.delivery().learning_rate)
+        assert rates == [0.5, 0.5, 0.5, 0.25]  # what came after two gradients is of the bucket before the milestone
+        assert fresh.pull(ticket=False).learning_rate == 0.25
+
+
 def test_last_gradient_may_come_without_a_wish_for_a_ticket(tmp_path: Path) -> None:
     with served(tmp_path) as server, connected(server) as stub:
         worker = WireWorker(stub, "a")

@@ -83,6 +83,7 @@ class FakeServer(ParameterServerServicer):
     manifest: Manifest | None = None
     model: Payload | None = None  # float32 with buffers and frozen tensors
     weight_decay: float = 0.0
+    rate: float | None = None  # said with each delivery; None: as servers that say it at the join alone
     stop_after: int = 0
     local_steps: int = 0
     steps_of_tickets: deque[int] = field(default_factory=deque)  # of those to come; when it is empty, `local_steps`
@@ -350,6 +351,7 @@ class FakeServer(ParameterServerServicer):
             payload_bytes=layout.total_bytes,
             manifest_digest=self.manifest.digest,
             samples=self.samples,
+            learning_rate=self.rate,
         )
         if ticket is not None:
             steps = self.steps_of_tickets.popleft() if self.steps_of_tickets else self.local_steps

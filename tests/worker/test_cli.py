@@ -43,6 +43,7 @@ MISTAKES = [
     (["run", "--batch-size", "many"], "--batch-size is 'many': input should be a valid integer"),
     (["run", "--slow-factor", "0.5"], "--slow-factor is '0.5': input should be greater than or equal to 1"),
     (["run", "--device", "tpu"], "--device is 'tpu': expected auto, cpu, cuda, or cuda:N"),
+    (["run", "--device", "cuda:1", "--processes", "2"], "each process takes the GPU of its own number"),
     (["run", "--amp", "fp8"], "--amp is 'fp8': input should be 'off', 'bfloat16' or 'float16'"),
     (["run", "--worker-id", "a b"], "--worker-id is 'a b': string should match pattern"),
     (["run", "--device", "cuda:99"], "ormo-worker run: --device is cuda:99, but PyTorch finds"),

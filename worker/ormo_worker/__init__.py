@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for those who read the code without running it; the table b
     from ormo_worker.errors import RunFinished as RunFinished
     from ormo_worker.pytorch.module import manifest_of as manifest_of
     from ormo_worker.pytorch.optimizer import RemoteOptimizer as RemoteOptimizer
+    from ormo_worker.pytorch.schedule import ServerSchedule as ServerSchedule
     from ormo_worker.tasks import ClassificationTask as ClassificationTask
     from ormo_worker.tasks import Score as Score
     from ormo_worker.tasks import Task as Task
@@ -32,6 +33,7 @@ _HOMES = {
     "RemoteOptimizer": "ormo_worker.pytorch.optimizer",
     "RunFinished": "ormo_worker.errors",
     "Score": "ormo_worker.tasks",
+    "ServerSchedule": "ormo_worker.pytorch.schedule",
     "Task": "ormo_worker.tasks",
     "TaskError": "ormo_worker.tasks",
     "keep_freed_memory": "ormo_runtime.process",

@@ -9,6 +9,7 @@ from ormo_runtime import logs
 from ormo_runtime.process import keep_freed_memory, leave_on_signals, prepare_process
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
+from ormo_worker.processes import Place, Processes, end_with_parent
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
 USAGE = """usage: ormo-worker COMMAND [FLAGS]
@@ -30,19 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     prepare_process()
     commands = {
-        "run": lambda rest: _run(load_settings(RunSettings, rest, program="ormo-worker run")),
+        "run": lambda rest: _run(load_settings(RunSettings, rest, program="ormo-worker run"), rest),
         "evaluate": lambda rest: _evaluate(load_settings(EvaluateSettings, rest, program="ormo-worker evaluate")),
     }
     return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-worker", usage=USAGE)
 
 
-def _run(settings: RunSettings) -> int:
+def _run(settings: RunSettings, arguments: Sequence[str]) -> int:
     from ormo_worker.client.arguments import default_worker_id
 
+    place = Place.found(os.environ)
     # Made up here already, so that every line of the log can have it.
     worker = settings.worker_id or default_worker_id()
     named = settings.model_copy(update={"worker_id": worker})
-    logs.set_up(settings.log_level, settings.log_format, logs.Fields(worker=worker))
+    if place is None and settings.processes > 1:
+        logs.set_up(settings.log_level, settings.log_format, logs.Fields(worker=worker))
+        leave_on_signals()
+        return Processes([*arguments, "--worker-id", worker], settings.processes).run()
+    _set_up_logs(named, place)
+    if place is not None:
+        # Or each rank would be told, by a line of C++'s, that all parameters of this model have gradients.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        end_with_parent()
 
     if settings.keep_freed_memory:
         keep_freed_memory()
@@ -50,9 +60,16 @@ def _run(settings: RunSettings) -> int:
     def command() -> None:
         from ormo_worker.training import run  # with PyTorch, which `--help` need not wait for
 
-        run(named)
+        run(named, place)
 
     return _run_guarded(command, "ormo-worker run", settings.log_format)
+
+
+def _set_up_logs(settings: RunSettings, place: Place | None) -> None:
+    if place is None or place.rank == 0:
+        logs.set_up(settings.log_level, settings.log_format, logs.Fields(worker=settings.worker_id or ""))
+    else:  # whatever befalls the worker is said once, by rank 0
+        logs.set_up("error", settings.log_format, logs.Fields(rank=place.rank))
 
 
 def _evaluate(settings: EvaluateSettings) -> int:

@@ -56,6 +56,10 @@ class ClientClosed(OrmoError):
     """The client was closed, by this thread or another."""
 
 
+class GroupBroken(OrmoError):
+    """A rank of the process group that is this worker has ended, or the ranks do not do the same."""
+
+
 class OptionRefused(OrmoError, UsageError, ValueError):
     """An option that can't be had: the server decides it, or it does not exist, or not on this machine."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ormo_protos.limits import MAX_SLOTS, WORKER_ID, WORKER_ID_IN_WORDS
 from ormo_runtime.settings import (
@@ -20,6 +20,7 @@ from ormo_runtime.tls import ClientSettings
 from ormo_runtime.tracking import TRACK
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+MAX_PROCESSES = 128  # of one worker on one machine
 
 
 class _Common(ClientSettings):
@@ -44,7 +45,7 @@ class _Common(ClientSettings):
         title="Device and memory",
         description="`cpu`, `cuda`, `cuda:1` and so on; `auto`: the first GPU, if there is one",
     )
-    threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU")
+    threads: int = Field(1, ge=1, description="threads that PyTorch computes with on the CPU, in each process")
     keep_freed_memory: bool = Field(
         True,
         description="keep freed memory in the process for the next message, instead of returning large blocks to the "
@@ -98,7 +99,16 @@ class RunSettings(_Common):
     # Not `stop_after_gradients`, for a pod may have that in its environment for the server: it is the end of the run.
     renamed: ClassVar[Mapping[str, str]] = {**_Common.renamed, "stop_after": "leave_after_gradients"}
 
-    batch_size: int = Field(32, title="Mini-batches", ge=1, description="samples in each mini-batch")
+    processes: int = Field(
+        1,
+        title="Several GPUs",
+        ge=1,
+        le=MAX_PROCESSES,
+        description="processes that are this one worker, each with its GPU, or on the CPU: they reduce each gradient "
+        "among themselves, and push it once; under torchrun: as many as it has started",
+    )
+
+    batch_size: int = Field(32, title="Mini-batches", ge=1, description="samples in each mini-batch of each process")
     loader_processes: int = Field(
         0, ge=0, description="processes that read samples ahead, for data sets that are not kept in memory"
     )
@@ -148,6 +158,15 @@ class RunSettings(_Common):
     leave_after_gradients: int = Field(
         0, ge=0, description="leave after this many gradients of this worker; 0: at the run's end"
     )
+
+    @model_validator(mode="after")
+    def _each_process_has_its_device(self) -> "RunSettings":
+        if self.processes > 1 and ":" in self.device:
+            raise ValueError(
+                f"--device is {self.device} and --processes {self.processes}: each process takes the GPU of its own "
+                "number, so give --device cuda, auto or cpu"
+            )
+        return self
 
 
 class EvaluateSettings(_Common):

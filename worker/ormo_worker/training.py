@@ -12,59 +12,73 @@ from torch import Tensor, nn
 
 from ormo_runtime.logs import Fields
 from ormo_runtime.process import leave_if_asked
+from ormo_worker.parallel import Reduced, joined, own_device
+from ormo_worker.processes import Place
 from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.optimizer import RemoteOptimizer
 from ormo_worker.pytorch.options import decay_groups
 from ormo_worker.pytorch.recipes import RateSchedule, named_optimizers
 from ormo_worker.settings import RunSettings
 from ormo_worker.tasks import Task, load_task
-from ormo_worker.tasks.batches import batches, to_device
+from ormo_worker.tasks.batches import Part, batches, part_size, to_device
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def run(settings: RunSettings) -> None:
+def run(settings: RunSettings, place: Place | None = None) -> None:
     """Train until the server says that the run is over, or for `leave_after_gradients` gradients.
+
+    Args:
+        settings: of the worker.
+        place: which of the worker's processes this one is; None for a worker that is one process.
 
     Raises:
         TaskError: the task or its data can't be used.
         OptionRefused: the device is not there.
+        GroupBroken: another of the worker's processes has ended.
         OrmoError: the run can't be joined, or the server has been gone for too long.
     """
     torch.set_num_threads(settings.threads)
-    device = resolve_device(settings.device)
+    device = resolve_device(own_device(settings.device, place))
     task = load_task(settings.task, settings.data_dir)
     torch.manual_seed(settings.seed)
     model = task.build_model().to(device)
     groups = decay_groups(model, task.weight_decay_scale)
     inner = named_optimizers(settings.inner, model, groups, settings.inner_lr) if settings.inner else None
     dataset: Any = task.train_set()
-    batches(dataset, settings.batch_size, seed=0)  # complains of a useless set before the run counts on this worker
-    samples = min(settings.batch_size, len(dataset))
-    with RemoteOptimizer(
-        model,
-        settings.server,
-        params=groups,
-        batch_size=samples,
-        worker_id=settings.worker_id,
-        wire_dtype=getattr(torch, settings.wire_dtype),
-        in_flight=settings.in_flight,
-        inner=inner,
-        connect_timeout=settings.connect_timeout_seconds,
-        failure_timeout=settings.failure_timeout_seconds,
-        give_up_after=settings.give_up_after_seconds,
-        metrics_listen=settings.metrics_listen,
-        credentials=settings.credentials(),
-    ) as optimizer:
+    ranks = 1 if place is None else place.ranks
+    samples = part_size(dataset, settings.batch_size, ranks)  # complains before the run counts on this worker
+    with (
+        joined(place, device) as group,
+        RemoteOptimizer(
+            model,
+            settings.server,
+            params=groups,
+            batch_size=samples,
+            worker_id=settings.worker_id,
+            wire_dtype=getattr(torch, settings.wire_dtype),
+            in_flight=settings.in_flight,
+            inner=inner,
+            process_group=group,
+            connect_timeout=settings.connect_timeout_seconds,
+            failure_timeout=settings.failure_timeout_seconds,
+            give_up_after=settings.give_up_after_seconds,
+            metrics_listen=settings.metrics_listen,
+            credentials=settings.credentials(),
+        ) as optimizer,
+    ):
         if optimizer.finished:
             _LOG.info("the run is already over, at iteration %d: there is nothing to train", optimizer.iteration)
-        else:
-            stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes)
-            rates = RateSchedule(settings.inner_schedule, settings.inner_warmup) if inner else None
-            Training(task, model, optimizer, device, settings.amp, settings.slow_factor, rates).run(
-                stream, settings.leave_after_gradients
-            )
+            return
+        cut: dict[str, Any] = {} if place is None else {"part": Part(place.rank, ranks)}
+        stream = batches(dataset, samples, optimizer.data_seed, loader_processes=settings.loader_processes, **cut)
+        rates = RateSchedule(settings.inner_schedule, settings.inner_warmup) if inner else None
+        training = Training(task, model, optimizer, device, settings.amp, settings.slow_factor, rates)
+        if place is not None:
+            torch.manual_seed(settings.seed + place.rank)  # or dropout would be the same in all
+            training.reduced = Reduced.over(group, task, model)
+        training.run(stream, settings.leave_after_gradients)
 
 
 @dataclass
@@ -79,6 +93,8 @@ class Training:
         amp: the dtype of mixed precision, or "off".
         slow_factor: how many times as long as it would a gradient shall take, to play a slower machine.
         rates: how the learning rates of the inner optimizers change; None without any.
+        reduced: computes the loss of a batch in place of the task, and has gradients reduced among processes; None for
+            a worker that is one process.
     """
 
     task: Task
@@ -88,6 +104,7 @@ class Training:
     amp: Literal["off", "bfloat16", "float16"] = "off"
     slow_factor: float = 1.0
     rates: RateSchedule | None = None
+    reduced: nn.Module | None = None
 
     def __post_init__(self) -> None:
         # float16 alone has so narrow a range that gradients vanish without scaling.
@@ -122,8 +139,8 @@ class Training:
     def _backward(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad()
         with self._autocast():
-            loss = self.task.loss(self.model, batch)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss = self.task.loss(self.model, batch) if self.reduced is None else self.reduced(batch)
+        self._scaler.scale(loss).backward()
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:

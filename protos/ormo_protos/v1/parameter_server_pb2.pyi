@@ -867,6 +867,7 @@ class Delivery(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     WITH_FROZEN_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Dtype of the payload's first section; not set if no payload follows."""
     with_buffers: _builtins.bool
@@ -885,6 +886,10 @@ class Delivery(_message.Message):
     """
     with_frozen: _builtins.bool
     """Whether the payload has the frozen tensors."""
+    learning_rate: _builtins.float
+    """η in force when they were sent, before any step scale: it holds until the next bucket opens. Not set if no payload
+    follows, nor by servers that do not know it.
+    """
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The iteration of the parameters."""
@@ -912,12 +917,15 @@ class Delivery(_message.Message):
         result: Global___PushResult | None = ...,
         model_digest: _builtins.bytes = ...,
         with_frozen: _builtins.bool = ...,
+        learning_rate: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "result", b"result", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "iteration", b"iteration", "learning_rate", b"learning_rate", "result", b"result", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "iteration", b"iteration", "manifest_digest", b"manifest_digest", "model_digest", b"model_digest", "payload_bytes", b"payload_bytes", "result", b"result", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers", "with_frozen", b"with_frozen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "dtype", b"dtype", "iteration", b"iteration", "learning_rate", b"learning_rate", "manifest_digest", b"manifest_digest", "model_digest", b"model_digest", "payload_bytes", b"payload_bytes", "result", b"result", "samples", b"samples", "ticket", b"ticket", "with_buffers", b"with_buffers", "with_frozen", b"with_frozen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
 
 Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 

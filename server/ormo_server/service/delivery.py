@@ -135,6 +135,7 @@ class Delivery:
     Attributes:
         epoch, iteration: of the parameters.
         samples: counted so far in the run.
+        learning_rate: η in force.
         ticket: None for readers.
         payload: None if nothing is newer than what the reader has.
         copy: that fills the payload; None if it is full.
@@ -146,6 +147,7 @@ class Delivery:
     epoch: int
     iteration: int
     samples: int
+    learning_rate: float
     ticket: Ticket | None
     payload: Payload | None
     copy: Copy | None = None
@@ -277,7 +279,8 @@ class Waiting:
             self._copy_seconds.observe(time.perf_counter() - started)
             if state.rule.keeps_deliveries and self._journal is not None:
                 position = self._journal.append_delivery(granted.slot, payload.layout.dtype)
-        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, state.samples, ticket, payload, copy, position))
+        counted, rate = state.samples, state.learning_rate
+        waiter.resolve(Delivery(ticket.epoch, ticket.iteration, counted, rate, ticket, payload, copy, position))
 
 
 def copy_buffers(machine: StateMachine, payload: Payload) -> None:

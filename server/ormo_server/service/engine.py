@@ -356,9 +356,9 @@ class Engine:
                 payload.parameters.copy_(state.params)
                 if payload.layout.with_buffers:
                     copy_buffers(machine, payload)
-            pulled = Delivery(
-                state.epoch, state.iteration, state.samples, None, None if known else payload, position=position
-            )
+            sent = None if known else payload
+            counted, rate = state.samples, state.learning_rate
+            pulled = Delivery(state.epoch, state.iteration, counted, rate, None, sent, position=position)
         (self._metrics.traffic.not_modified if known else self._metrics.traffic.read).inc()
         return pulled
 

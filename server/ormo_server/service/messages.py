@@ -149,6 +149,7 @@ def write_delivery(message: pb.Delivery, delivery: Delivery, manifest: Manifest)
         there.bucket, there.local_steps = ticket.bucket, ticket.local_steps
     if delivery.payload is not None:
         layout = delivery.payload.layout
+        message.learning_rate = delivery.learning_rate
         message.dtype, message.with_buffers = layout.dtype, layout.with_buffers
         if delivery.frozen is not None:  # which follow the payload
             layout = PayloadLayout.of(manifest, layout.dtype, with_buffers=layout.with_buffers, with_frozen=True)

@@ -204,11 +204,14 @@ def test_an_option_that_is_the_servers_gets_one_sentence(
 ) -> None:
     attempts = [
         lambda: optimizer_of(model, server, params=[{"params": model.parameters(), option: 0.1}]),
-        lambda: optimizer.param_groups[0][option],
         lambda: optimizer.param_groups[0].__setitem__(option, 0.1),
         lambda: optimizer.param_groups[0].update({option: 0.1}),
-        lambda: optimizer.param_groups[0].setdefault(option, 0.1),
     ]
+    if option != "lr":  # which can be read
+        attempts += [
+            lambda: optimizer.param_groups[0][option],
+            lambda: optimizer.param_groups[0].setdefault(option, 0.1),
+        ]
     for attempt in attempts:
         with pytest.raises(OptionRefused, match=f"option '{option}'"):
             attempt()

@@ -1,6 +1,8 @@
 """Tensors between a model and a payload, straight and through a mirror of the payload on their device."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_worker.pytorch.devices import Arriving
 from ormo_worker.pytorch.transfer import Staging
 from worker.models import Tied, line
 from worker.pytorch.streams import LateStreams
@@ -234,11 +237,11 @@ def test_loading_needs_no_gradient_history(way: str) -> None:
 class Device:
     """A model with one weight, and the streams of a device that is as late as it may be."""
 
-    def __init__(self, ahead: str) -> None:
+    def __init__(self, ahead: str, ranks: Any = None) -> None:
         self.streams = LateStreams(ahead)
         self.model = line(weight=1.0)
         self.model.weight.grad = torch.zeros(1, 1)
-        self.staging = Staging(self.model)
+        self.staging = Staging(self.model, ranks=ranks)
         through_device(self.staging, self.streams)
         self.payloads = [self.staging.payload(FLOAT32, with_buffers=False) for _ in range(4)]
 
@@ -321,3 +324,63 @@ def test_memory_that_copies_use_is_kept_for_them() -> None:
     device.staging.transfer(device.payloads[0], mirror=0)
     device.staging.transfer(device.payloads[1], mirror=1)
     assert [tensor.numel() for tensor in device.streams.kept] == [1, 0, 0, 0] * 2
+
+
+@dataclass
+class OnDevices:
+    """A rank whose broadcasts are queued where it computes, as those of NCCL are."""
+
+    leads: bool
+    sent: list[Tensor]
+
+    def reaches(self, device: torch.device) -> bool:
+        return True
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self.leads:
+            self.sent.append(torch.empty_like(tensor).copy_(tensor))
+        else:
+            tensor.copy_(self.sent.pop(0))
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value.detach() + (1.0 if self.leads else -1.0)
+
+
+@pytest.mark.parametrize("ahead", ["", "compute", "outward", "inward"])
+def test_the_other_ranks_load_what_rank_0_has_loaded_from_device_to_device(ahead: str) -> None:
+    sent: list[Tensor] = []
+    first, other = Device(ahead, OnDevices(True, sent)), Device(ahead, OnDevices(False, sent))
+    with first.streams.queueing():
+        for number, payload in enumerate(first.payloads):
+            payload.parameters.numpy().fill(float(number))
+            first.staging.transfer(payload).load()
+            payload.parameters.numpy().fill(99.0)
+    first.streams.synchronize()
+    seen = []
+    with other.streams.queueing():
+        for payload in other.payloads:  # in which nothing has come
+            other.compute(10.0)
+            other.staging.transfer(payload, mirror=1).load()
+            other.streams.synchronize()
+            seen.append((other.model.weight.item(), other.model.weight.grad.item()))  # type: ignore[union-attr]
+    assert seen == [(0.0, 11.0), (1.0, 10.0), (2.0, 11.0), (3.0, 12.0)]
+    assert first.model.weight.item() == 3.0
+
+
+def test_a_loss_on_a_device_is_the_mean_of_the_ranks() -> None:
+    for leads in (True, False):
+        device = Device("", OnDevices(leads, []))
+        device.staging.transfer(device.payloads[0])
+        arriving = device.staging.fetch_number(torch.tensor(2.0))
+        assert isinstance(arriving, Arriving)
+        assert arriving.number() == (3.0 if leads else 1.0)
+
+
+def test_ranks_that_send_nothing_pack_nothing() -> None:
+    other = Device("", OnDevices(False, []))
+    outgoing = other.staging.outgoing(FLOAT32)
+    outgoing.payload.parameters.fill_(7.0)
+    assert outgoing.begin_gradients([0.0]).done()
+    assert outgoing.begin_moves([torch.zeros(1, 1)]).done()
+    other.streams.synchronize()
+    assert outgoing.payload.parameters.item() == 7.0

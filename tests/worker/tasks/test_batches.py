@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ormo_worker.tasks import TaskError
-from ormo_worker.tasks.batches import batches, evaluation_batches, tensors_in, to_device
+from ormo_worker.tasks.batches import Part, batches, evaluation_batches, part_size, tensors_in, to_device
 from worker.tasks.aborted import Aborted
 
 SIZE = 10
@@ -75,6 +75,25 @@ def test_the_same_seed_gives_the_same_stream_and_another_seed_another(dataset: D
     assert same(first, again)
     assert not same(first, other)
     assert torch.equal(torch.get_rng_state(), before)  # nor does it touch the global generator
+
+
+@EVERY_KIND
+def test_the_parts_of_processes_are_together_the_batches_of_one(dataset: Dataset[Any]) -> None:
+    whole = labels(dataset, 4, seed=5, count=4)
+    parts = [islice(batches(dataset, 2, 5, part=Part(number, 2)), 4) for number in range(2)]
+    together = [first[1].tolist() + second[1].tolist() for first, second in zip(*parts, strict=True)]
+    assert together == whole
+
+
+def test_each_part_is_augmented_by_numbers_of_its_own() -> None:
+    streams = [batches(AtOnce(), SIZE, 5, part=Part(number, 2)) for number in range(2)]
+    assert not torch.equal(*(next(stream)[0] for stream in streams))
+
+
+def test_a_set_with_fewer_samples_than_processes_is_refused_at_once() -> None:
+    assert part_size(tensors(), 64, parts=3) == SIZE // 3
+    with pytest.raises(TaskError, match=f"has {SIZE} samples for {SIZE + 1} processes, of which each needs one"):
+        batches(tensors(), 1, seed=0, part=Part(0, SIZE + 1))
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])

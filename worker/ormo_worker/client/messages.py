@@ -63,6 +63,7 @@ class Delivered:
         iteration: epoch of the server, and gradients that it had applied when it sent these parameters.
         ticket: the right to push one gradient computed at them; None for readers.
         samples: how many the run had counted by then.
+        learning_rate: η in force then; None from servers that don't say it.
         joins: how often the worker had joined when it asked for them; None for readers.
     """
 
@@ -70,6 +71,7 @@ class Delivered:
     iteration: pb.Iteration
     ticket: pb.Ticket | None
     samples: int
+    learning_rate: float | None = None
     joins: int | None = None
 
 
@@ -286,4 +288,6 @@ class DeliveryReceiver:
         """What has arrived, once `accept` has said that it is complete; `joins` is passed on."""
         receiver, self._receiver = self._receiver, None
         assert receiver is not None
-        return Delivered(receiver.payload, self._delivery.iteration, self.ticket, self._delivery.samples, joins)
+        said = self._delivery
+        rate = said.learning_rate if said.HasField("learning_rate") else None
+        return Delivered(receiver.payload, said.iteration, self.ticket, said.samples, rate, joins)

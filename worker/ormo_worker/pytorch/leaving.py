@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from ormo_worker.client import ParameterClient
 from ormo_worker.metrics import Exporter
 from ormo_worker.pytorch.local_steps import LocalSteps
+from ormo_worker.pytorch.parts import Client
 from ormo_worker.pytorch.pipeline import Pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _running_cell(server: str) -> _Made | None:
         return _Made(server, typed[-1], shell.execution_count)
 
 
-def leave(pipeline: Pipeline, client: ParameterClient, exporter: Exporter, local: LocalSteps | None) -> None:
+def leave(pipeline: Pipeline, client: Client, exporter: Exporter, local: LocalSteps | None) -> None:
     """Push what is left, wait a little for what is under way, and leave the run; from any thread."""
     if client.inherited:  # a fork that ends must not leave in the name of its parent
         return

@@ -93,6 +93,11 @@ class LocalSteps:
         self._loaded_at = time.monotonic()
         self._given, self._spent = None, False
 
+    def restart(self) -> None:
+        """The model has once more what it had then: the moves since are dropped."""
+        if not self._spent and self._ticket is not None:
+            self.begin(self._ticket, self._due)
+
     def drop(self) -> None:
         """Nobody takes the moves any more."""
         self._spent, self._given = True, None

@@ -112,6 +112,15 @@ class ModelTensors:
         """
         return [buffer.bits() for buffer in self._int_buffers]
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers that travel, as they are now.
+
+        Raises:
+            ModelUnusable: as for `float_buffers`.
+        """
+        return self.float_buffers + self.int_buffers
+
     @torch.no_grad()
     def mend(self, float_buffers: list[Tensor], int_buffers: list[Tensor]) -> list[str]:
         """Take over, of the server's buffers, those that it did not take from this model.
@@ -267,7 +276,10 @@ def _check_whole(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(base.__name__ in _SHARDED for base in type(module).__mro__):
             what = f"the module {name!r}" if name else "the model"
-            raise ModelUnusable(f"{what} is sharded by FSDP, so each process has a part of it: {_WHOLE}")
+            raise ModelUnusable(
+                f"{what} is sharded by FSDP, so each process has a part of it (DTensor parameters): {_WHOLE}; GPUs "
+                "that have room for it are one worker with DistributedDataParallel and process_group="
+            )
 
 
 def _check_usable(entries: dict[str, _Entry]) -> None:

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Never, Self
@@ -14,37 +13,36 @@ from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.refusals import Reason
-from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.tls import Credentials
-from ormo_runtime.workload import share_of_run
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
-from ormo_worker.client.arguments import Identity, Patience, describe, one_number, whole_number
+from ormo_worker.client.arguments import Identity, Patience, whole_number
 from ormo_worker.errors import (
     ModelMismatch,
-    ModelUnusable,
     OlderServer,
-    OptionRefused,
     OrmoError,
     Refused,
     RunFinished,
 )
 from ormo_worker.metrics import Exporter, Tally, WorkerMetrics, note_not_finite
 from ormo_worker.pytorch.devices import Copies
-from ormo_worker.pytorch.groups import Grouped
+from ormo_worker.pytorch.figures import BatchFigures
 from ormo_worker.pytorch.inner import Inner
 from ormo_worker.pytorch.leaving import close_older, leave, remember
 from ormo_worker.pytorch.local_steps import LocalSteps
 from ormo_worker.pytorch.module import frozen_in, unwrap
-from ormo_worker.pytorch.options import SCALE, ParameterGroup, check_model_and_server, decays, wire_dtype_of
-from ormo_worker.pytorch.pipeline import Gathered, InFlight, OneAtATime, Pipeline
+from ormo_worker.pytorch.options import check_model_and_server, decays, wire_dtype_of
+from ormo_worker.pytorch.parts import take_part
+from ormo_worker.pytorch.pipeline import Gathered
+from ormo_worker.pytorch.ranks import ranks_of, refuse_silent_group
+from ormo_worker.pytorch.run_view import RunView
 from ormo_worker.pytorch.transfer import Staging, Transfer
-from ormo_worker.pytorch.watch import FIXED, OnLocalChange, Watch, listed
+from ormo_worker.pytorch.watch import OnLocalChange, Watch, listed
 
 _LOG = logging.getLogger(__name__)
 _FINAL_PULL_SECONDS = 3.0  # a server may well be gone once the run is over
 
 
-class RemoteOptimizer(Grouped):
+class RemoteOptimizer(RunView):
     """Pushes gradients to a parameter server and keeps the model at the parameters that come back.
 
     For example::
@@ -94,6 +92,10 @@ class RemoteOptimizer(Grouped):
             longer than a gradient. Each needs memory for two payloads.
         inner: an optimizer of torch that makes this worker's steps, or several that together have each parameter
             once: for servers with local steps. A parameter that is in none stays with the other workers' moves.
+        process_group: the ranks of torch.distributed that are this worker together, such as
+            torch.distributed.group.WORLD, with the model in DistributedDataParallel. All of them make this optimizer
+            and call its methods; rank 0 has the slots, pushes once for all of them, and gives the others what comes
+            back. Numbers and errors are then the same in all ranks. None: this process is a worker by itself.
         on_local_change: what a step does about parameters that the program has changed since the last one, and that it
             overwrites: "warn" of each once, or raise an "error". With `inner` only frozen ones are looked at: what is
             done to the others between two steps is part of the move.
@@ -107,13 +109,16 @@ class RemoteOptimizer(Grouped):
         iteration: gradients that the server had applied when it sent the parameters that the model has.
         finished: whether the run is over. The model then has the parameters and buffers that it ended with,
             if the server could still be asked for them.
+        quiet_end: whether a step after the end of the run does nothing, instead of raising `RunFinished`: for trainers,
+            which can't leave their loop at once. False at first.
 
     Raises:
         ModelUnusable: the model can't be trained this way; the sentence names the tensor.
         CredentialsError: a certificate, key or token can't be used.
         OptionRefused: `model` is no module, `server` no address, a parameter another model's, an option the server's,
-            an id or number out of its limits, the dtype another one, the address for metrics not free, or `inner` no
-            such optimizer.
+            an id or number out of its limits, the dtype another one, the address for metrics not free, `inner` no
+            such optimizer, or the model in DistributedDataParallel and no process group given.
+        GroupBroken: another rank of the process group has ended, or does not answer within the group's timeout.
         ServerUnreachable: nobody answered within the connect timeout.
         ModelMismatch: the server trains another model.
         Refused: the server won't have this worker, such as one without `inner` in a run with local steps.
@@ -130,6 +135,7 @@ class RemoteOptimizer(Grouped):
         wire_dtype: torch.dtype = torch.float32,
         in_flight: int = 1,
         inner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        process_group: Any = None,
         on_local_change: OnLocalChange = "warn",
         connect_timeout: float = 60.0,
         failure_timeout: float = 30.0,
@@ -139,20 +145,22 @@ class RemoteOptimizer(Grouped):
         **others: Never,
     ) -> None:
         check_model_and_server(model, server, others)
-        self._own = set(model.parameters())
-        if not self._own:
-            raise ModelUnusable("the model has no parameters: there is nothing to train")
-        self._began = False
         self._process = os.getpid()
-        super().__init__(model.parameters() if params is None else params, {SCALE: 1.0})
-        self._began = True
+        super().__init__(model, params)
         given = {parameter for group in self.param_groups for parameter in group["params"]}
         if inner is not None:
             self.inner = Inner(inner, model, given)
-        staging = Staging(model, (self._own - given) | frozen_in(model))
+        self._ranks = ranks_of(process_group)
+        if process_group is None:
+            refuse_silent_group(self._own)
+        elif self._ranks is not None and not self._ranks.leads:
+            metrics_listen = ""
+        staging = Staging(model, (self._own - given) | frozen_in(model), self._ranks)
         self._batch_size = whole_number("batch_size", batch_size, 1, MAX_SAMPLES)
         self.iteration = 0
         self.finished = False
+        self.quiet_end = False
+        self._noted = BatchFigures()
         self._samples = 0  # counted by the run when it sent the parameters that the model has
         self._loaded_at = 0.0
         self._joins = 0  # of which the model has the server's buffers
@@ -174,17 +182,17 @@ class RemoteOptimizer(Grouped):
             observer=self._metrics,
             credentials=credentials,
         )
-        watch = Watch(staging, given, on_local_change)
+        watching = partial(Watch, given=given, on_local_change=on_local_change, alone=process_group is None)
         self._place = (unwrap(model), server)
         close_older(*self._place)
         try:
-            self._join(staging, watch, connect, metrics_listen)
+            self._join(staging, watching(staging), connect, metrics_listen)
         except OlderServer:
             _LOG.warning(
                 "the server at %s does not know frozen parameters: in its run, they travel as all others do", server
             )
-            whole = Staging(model, frozenset())
-            self._join(whole, Watch(whole, given, on_local_change), connect, metrics_listen)
+            whole = Staging(model, frozenset(), self._ranks)
+            self._join(whole, watching(whole), connect, metrics_listen)
 
     def _join(
         self, staging: Staging, watch: Watch, connect: Callable[..., ParameterClient], metrics_listen: str
@@ -192,19 +200,14 @@ class RemoteOptimizer(Grouped):
         """Join the run with this description of the model."""
         self._staging = staging
         self._watch = watch
-        with_buffers = staging.tensors.has_buffers
-        self._outgoing = tuple(
-            staging.transfer(staging.payload(self._dtype, with_buffers=with_buffers)) for _ in range(self._in_flight)
-        )
+        self._outgoing = tuple(staging.outgoing(self._dtype) for _ in range(self._in_flight))
         self._incoming: dict[int | None, Transfer] = {}
-        self._client = connect(staging.tensors.manifest, model=staging.snapshot, pin_memory=staging.pinned)
+        self._client, self._pipeline = take_part(connect, staging, self._metrics, self._ranks)
         exporter = Exporter(metrics_listen, self._metrics.registry)
-        slots, metrics = self._client.slots, self._metrics
-        self._pipeline: Pipeline = OneAtATime(slots[0], metrics) if len(slots) == 1 else InFlight(slots, metrics)
         self._local = None
         self._local_steps: dict[int, int] = {}  # by slot, those that it pushed last
         if self.inner is not None:
-            told = partial(note_not_finite, self._tally, metrics)
+            told = partial(note_not_finite, self._tally, self._metrics)
             self._local = LocalSteps(self.inner, staging, self._outgoing, self._pipeline, watch, told)
             self._local_steps = self._local.pushed
         # Also at the end of the program, and in whichever thread forgets the last reference: it may not know `self`.
@@ -215,57 +218,6 @@ class RemoteOptimizer(Grouped):
         except BaseException:
             self.close()
             raise
-
-    @property
-    def rank(self) -> int:
-        """The smallest number from 0 up that no other worker had when this one joined."""
-        return self._client.welcome.rank
-
-    @property
-    def data_seed(self) -> int:
-        """A number from 0 to 2**64 - 1 for the order of this worker's data: no other join has the same."""
-        return self._client.welcome.data_seed
-
-    @property
-    def settings(self) -> pb.RunSettings:
-        """How the server trains."""
-        return self._client.welcome.settings
-
-    @property
-    def progress(self) -> float:
-        """How much of the run was over when it sent the parameters that the model has, 0 to 1.
-
-        By gradients or by samples, whichever ends it first; 0 throughout where neither does.
-        """
-        return 1.0 if self.finished else share_of_run(self.settings, self.iteration, self._samples)
-
-    @property
-    def last_result(self) -> pb.PushResult | None:
-        """What the server said to the last gradient whose outcome is known; None before, and for a refused one.
-
-        With several in flight that is not the one that was pushed last.
-        """
-        return self._tally.last_result
-
-    @property
-    def counted(self) -> int:
-        """How many gradients the server is known to have counted: applied, or discarded as too late."""
-        return self._tally.counted
-
-    @property
-    def refusals(self) -> Counter[str]:
-        """How many gradients were refused, by reason."""
-        return self._tally.refusals
-
-    @property
-    def under_way(self) -> int:
-        """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
-        return self._pipeline.under_way
-
-    @property
-    def left(self) -> bool:
-        """Whether it has left the run, as it has once it is closed."""
-        return not self._close.alive
 
     def step(
         self,
@@ -292,25 +244,23 @@ class RemoteOptimizer(Grouped):
         Raises:
             RunFinished: the run was over before this step; the step that finds out only sets `finished`.
             ParametersChanged: the program has changed parameters, and `on_local_change` is "error"; nothing was pushed.
-            OptionRefused: samples or loss are no such numbers; nothing was pushed.
+            OptionRefused: samples or loss are no such numbers, or the ranks' gradients are not the same; nothing was
+                pushed.
+            GroupBroken: as when it is made; rank 0 leaves the run.
             OrmoError: what waiting and trying again can't mend.
         """
         if os.getpid() != self._process:
             self._client.check()  # raises: in a fork there is no thread that would exchange anything
+        if self.finished and self.quiet_end:
+            return None if closure is None else _called(closure)
         if self.finished:
             raise RunFinished(
                 f"the run is over at iteration {self.iteration}: leave the training loop when `finished` is true"
             )
-        count = self._batch_size if samples is None else whole_number("samples", samples, 0, MAX_SAMPLES)
-        shown = one_number(loss)
-        if loss is not None and shown is None:
-            raise OptionRefused(f"loss is {describe(loss)}: expected one real number, the mini-batch's mean")
-        returned = None
-        if closure is not None:
-            with torch.enable_grad():
-                returned = closure()
-            if loss is None:  # a closure may return anything: other optimizers hand it on and look at none of it
-                shown = one_number(returned)
+        figures = BatchFigures.checked(samples, loss)
+        returned = None if closure is None else _called(closure)
+        count, shown = figures.completed(self._noted, self._batch_size, returned)
+        self._noted = BatchFigures()
         if self._watch.resting:
             self._watch.refuse_unfrozen()
         if self._local is not None:
@@ -323,26 +273,42 @@ class RemoteOptimizer(Grouped):
             self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
         return returned
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For the groups that it is made with; later there is none to add, for the others are frozen.
+    def note_batch(self, *, samples: float | Tensor | None = None, loss: float | Tensor | None = None) -> None:
+        """Say what the next `step` counts and shows, where its caller can't: a trainer, or a wrapper of accelerate's.
+
+        Args:
+            samples: as for `step`, which goes by its own arguments first.
+            loss: as for `step`.
 
         Raises:
-            OptionRefused: the group has an option that the server decides, or a parameter that is not the
-                model's, or the run has begun.
+            OptionRefused: they are no such numbers.
         """
-        if self.inner is not None:
-            raise OptionRefused("a group of parameters was added to RemoteOptimizer: add it to the inner optimizer")
-        super().add_param_group(ParameterGroup(param_group))
-        strangers = [p for p in self.param_groups[-1]["params"] if p not in self._own]
-        if strangers:
-            self.param_groups.pop()
-            raise OptionRefused(
-                f"a parameter of shape {tuple(strangers[0].shape)} is not one of the model's: give the optimizer "
-                "the model that it belongs to"
-            )
-        if self._began:
-            self.param_groups.pop()
-            raise OptionRefused(f"a group of parameters was added after the optimizer was made: {FIXED}")
+        self._noted = BatchFigures.checked(samples, loss)
+
+    def reload(self) -> None:
+        """Put the server's parameters back into the model, over whatever the program has loaded there since.
+
+        That is for programs that load a checkpoint of their own, whose weights are older. The next gradient is then of
+        the parameters that it will count for. Gradients from before are dropped, and so are local steps that were not
+        pushed; buffers become the server's; frozen parameters stay.
+
+        Raises:
+            OrmoError: what waiting and trying again can't mend.
+        """
+        held, mirror = self._watch.loaded, int(self._in_flight > 1)
+        self.zero_grad()
+        if held is None:  # an earlier step was interrupted while it waited: other parameters are to come
+            if not self.finished:
+                self._apply(self._pipeline.renew())
+            return
+        if self._staging.tensors.has_buffers and not held.payload.layout.with_buffers:
+            newest = self._client.pull()
+            if newest is not None:
+                self._staging.transfer(newest.payload, mirror=mirror).load()
+        held.load()
+        self._watch.note_loaded(held)
+        if self._local is not None:
+            self._local.restart()
 
     def close(self) -> None:
         """Leave the run; may be called again, also after the run is over.
@@ -421,6 +387,10 @@ class RemoteOptimizer(Grouped):
         if delivered.joins is not None and delivered.joins != self._joins:
             self._joins, self._weight_decay = delivered.joins, self._client.welcome.settings.weight_decay
         self._watch.note_loaded(incoming)
+        if delivered.learning_rate is not None:
+            self._show_rate(delivered.learning_rate)
+        elif delivered.joins is not None:  # from an older server, which said it at the join
+            self._show_rate(self.settings.learning_rate)
         self.iteration, self._samples = delivered.iteration.number, delivered.samples
         if self._local is not None and delivered.ticket is not None:  # else the run is over
             self._local.begin(delivered.ticket, most=self.settings.local_steps)
@@ -446,3 +416,8 @@ class RemoteOptimizer(Grouped):
             return
         if delivered is not None:
             self._load(None, delivered)
+
+
+def _called(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()

@@ -6,7 +6,7 @@ Its parameter groups can scale the weight decay, and nothing else.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ SCALE = "weight_decay_scale"
 _ALLOWED = ("params", "param_names", SCALE)
 _NO_SCHEDULER = (
     "start ormo-server with --learning-rate and --schedule, and use no learning-rate scheduler of torch but for "
-    "optimizers given as inner="
+    "optimizers given as inner=; where a trainer wants one, give it ormo_worker.ServerSchedule(optimizer)"
 )
 # For those who bring a group, a scheduler, or a whole line, from another optimizer.
 _INSTEAD = {
@@ -42,13 +42,23 @@ _WIRE_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: IN
 class ParameterGroup(dict[str, Any]):
     """One of an optimizer's `param_groups`, which has a sentence for options that the server decides.
 
+    Of those it shows `lr`, the learning rate in force when the model's parameters were sent; 0 before the first came.
+
     Raises:
-        OptionRefused: on reading, setting or bringing along any other option.
+        OptionRefused: on setting or bringing along that or any other option, and on reading any other.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
+        self.show_rate(0.0)
         self.update(options)
+
+    def show_rate(self, learning_rate: float) -> None:
+        """Have `lr` be this one."""
+        super().__setitem__("lr", learning_rate)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return dict, (dict(self),)  # nobody trains by a copy
 
     def __missing__(self, option: str) -> Any:
         raise refused_option(option)

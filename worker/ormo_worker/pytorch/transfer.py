@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ormo_protos.int8 import encode, rounding
 from ormo_protos.manifest import FLOAT32
@@ -13,6 +14,7 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker.pytorch.devices import Arriving, Copies, Event, Streams, queue_copies
 from ormo_worker.pytorch.module import ModelTensors
+from ormo_worker.pytorch.ranks import Ranks
 
 Tensors = list[Tensor]
 # Payload's views, gradients and weights that belong together, as `torch._foreach` functions want them.
@@ -29,6 +31,7 @@ class Staging:
     Args:
         model: the module whose tensors they are.
         frozen: parameters that this run does not train; by default those that require no gradient.
+        ranks: those that are one worker; None for a worker that is one process.
 
     Attributes:
         tensors: the model's distinct tensors, in the order in which they travel.
@@ -37,8 +40,9 @@ class Staging:
         loading: held while the model's parameters are written.
     """
 
-    def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, frozen: Collection[Tensor] | None = None, ranks: Ranks | None = None) -> None:
         self.tensors = ModelTensors(model, frozen)
+        self._ranks = ranks
         devices = {parameter.device for parameter in self.tensors.parameters}
         self.device = devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else None
         self.streams: Streams | None = None
@@ -52,10 +56,24 @@ class Staging:
         """Whether payloads lie in page-locked memory, as copies beside the computation need it."""
         return self.device is not None and self.device.type == "cuda"
 
+    @property
+    def spreads(self) -> bool:
+        """Whether rank 0's parameters go to the other ranks from device to device, while they are loaded."""
+        return self._ranks is not None and self.device is not None and self._ranks.reaches(self.device)
+
     def payload(self, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> Payload:
         """Memory for one payload of this model, without its frozen tensors."""
         layout = PayloadLayout.of_gradient(self.tensors.manifest, dtype, with_buffers=with_buffers)
         return Payload(layout, pin_memory=self.pinned)
+
+    def outgoing(self, dtype: pb.Dtype.ValueType) -> "Transfer":
+        """The way of one slot's gradients, with buffers if the model has any; a dead end in ranks that send nothing."""
+        layout = PayloadLayout.of_gradient(self.tensors.manifest, dtype, with_buffers=self.tensors.has_buffers)
+        if self._ranks is not None and not self._ranks.leads:
+            return Unsent(
+                self.tensors, Payload(layout), None, self.loading
+            )  # memory that is never touched is not there
+        return self.transfer(Payload(layout, pin_memory=self.pinned))
 
     def transfer(self, payload: Payload, *, mirror: int = 0) -> "Transfer":
         """The way between the model and this payload; all ways of a model are for one thread.
@@ -73,7 +91,9 @@ class Staging:
         key = (payload.layout.dtype, mirror)
         if key not in self._mirrors:
             self._mirrors[key] = self._mirror(payload, self.device, self.streams)
-        return Transfer(self.tensors, payload, _ThroughDevice(payload, self._mirrors[key], self.streams), self.loading)
+        ranks = self._ranks if self.spreads else None
+        device = _ThroughDevice(payload, self._mirrors[key], self.streams, ranks)
+        return Transfer(self.tensors, payload, device, self.loading)
 
     def snapshot(self) -> Payload:
         """All of the model as it is now, in float32: what a server without a model is offered.
@@ -101,11 +121,12 @@ class Staging:
     def fetch_number(self, value: Tensor) -> Arriving | float:
         """As `fetch`, for a tensor with one element; at once where nothing is queued that would have to be waited for.
 
-        The caller may overwrite its own from now on.
+        Where it is not, and there are other ranks, it is the mean of theirs. The caller may overwrite its own from now
+        on.
         """
         if self.streams is None or value.device != self.device:
             return float(value.detach().item())
-        return self.fetch(value)
+        return self.fetch(self._ranks.mean(value) if self._ranks is not None and self.spreads else value)
 
     def _mirror(self, payload: Payload, device: torch.device, streams: Streams) -> "_Mirror":
         sizes = self.tensors.manifest.sizes
@@ -260,6 +281,22 @@ class Transfer:
         return Copies() if self._device is None else self._device.to_payload()
 
 
+class Unsent(Transfer):
+    """The way of gradients that another rank sends, which has the same."""
+
+    @override
+    def begin_gradients(self, decays: Sequence[float | None]) -> Copies:
+        return Copies()
+
+    @override
+    def begin_moves(self, moves: Sequence[Tensor]) -> Copies:
+        return Copies()
+
+    @override
+    def begin_codes(self, moves: Tensor, ticket: pb.Ticket) -> Copies:
+        return Copies()
+
+
 @dataclass(slots=True)
 class _Mirror:
     """The sections of a payload, on a device.
@@ -282,6 +319,7 @@ class _ThroughDevice:
     payload: Payload
     flat: _Mirror
     streams: Streams
+    ranks: Ranks | None  # if parameters go on to others from here
 
     def claim(self) -> None:
         """What is computed from now on may overwrite the mirror."""
@@ -294,10 +332,18 @@ class _ThroughDevice:
         return Copies(self.flat.free)
 
     def from_payload(self) -> Copies:
-        # Not after all that is queued: parameters come in while the gradient before is still being computed.
-        arrived = queue_copies(self.streams, self.streams.inward, self.flat.free, self._pairs())
-        self.streams.computing().wait_event(arrived)
-        return Copies(arrived)
+        if self.ranks is not None and not self.ranks.leads:
+            self.claim()
+            copies = Copies()
+        else:
+            # Not after all that is queued: parameters come in while the gradient before is still being computed.
+            arrived = queue_copies(self.streams, self.streams.inward, self.flat.free, self._pairs())
+            self.streams.computing().wait_event(arrived)
+            copies = Copies(arrived)
+        if self.ranks is not None:
+            for section, _ in self._pairs():
+                self.ranks.broadcast(section)
+        return copies
 
     def release(self) -> None:
         """What is computed by now was the last to read the mirror."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ormo_worker.errors import ModelUnusable, OptionRefused, ParametersChanged
 from ormo_worker.pytorch.devices import Arriving, length_of
+from ormo_worker.pytorch.ranks import refuse_silent_group
 from ormo_worker.pytorch.transfer import Staging, Transfer
 
 OnLocalChange = Literal["warn", "error"]
@@ -52,15 +53,19 @@ class Watch:
         staging: the model's tensors, and the way to look at those on a device without waiting for it.
         given: the parameters that the optimizer has in its groups.
         on_local_change: what is done about parameters that the program has changed.
+        alone: whether this process is a worker by itself, and not one of a worker's ranks.
 
     Attributes:
+        loaded: what the model has got last, as long as its payload is as it was; None once a gradient is on its way.
         resting: the frozen parameters that required no gradient, each with its name and whether it is in a group.
 
     Raises:
         OptionRefused: `on_local_change` is neither "warn" nor "error".
     """
 
-    def __init__(self, staging: Staging, given: Collection[Tensor], on_local_change: OnLocalChange) -> None:
+    def __init__(
+        self, staging: Staging, given: Collection[Tensor], on_local_change: OnLocalChange, *, alone: bool = True
+    ) -> None:
         if on_local_change not in ("warn", "error"):
             raise OptionRefused(f"on_local_change is {on_local_change!r}: expected 'warn' or 'error'")
         self._raises = on_local_change == "error"
@@ -72,9 +77,11 @@ class Watch:
             for name, parameter in staging.tensors.named_frozen()
             if not parameter.requires_grad
         ]
+        # Once more with the first gradient: a trainer wraps the model after the optimizer was made for it.
+        self._may_have_silent_ranks = alone
         self._had_gradient: set[str] = set()
         self._changes = LocalChanges(self._names, self._parameters, staging.fetch)
-        self._loaded: Transfer | None = None
+        self.loaded: Transfer | None = None
         self._has_frozen = bool(staging.tensors.frozen)
         self._frozen_changes = LocalChanges(*_columns(staging.tensors.named_frozen()), staging.fetch)
         self._missing, self._changed = Notice(_NO_GRADIENT), Notice(_CHANGED)
@@ -82,7 +89,7 @@ class Watch:
 
     def note_loaded(self, transfer: Transfer) -> None:
         """The model has these parameters now: what is other at the next gradient was changed by the program."""
-        self._loaded = transfer
+        self.loaded = transfer
         self._changes.note_loaded()
         if transfer.payload.layout.frozen:
             self._frozen_changes.note_loaded()
@@ -108,10 +115,12 @@ class Watch:
         Raises:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: some have changed, and an error is wanted for that.
+            OptionRefused: the model is in a DistributedDataParallel, whose ranks are not known to be one worker.
         """
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
-            self._find_changes(self._loaded)
+        self._refuse_silent_ranks()
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
+            self._find_changes(self.loaded)
             self._find_frozen_changes()
         missing = []
         for name, parameter, decay in zip(self._names, self._parameters, decays, strict=True):
@@ -121,7 +130,7 @@ class Watch:
                 missing.append(name)
         if missing or self._missing.unsaid:
             self._missing.note(missing)
-        self._loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
+        self.loaded = None  # once the gradient is on its way, what comes may overwrite the values that were loaded
 
     def check_local(self) -> None:
         """As `check`, before moves are pushed: whatever the program does to trained parameters is one of them.
@@ -129,10 +138,17 @@ class Watch:
         Raises:
             ModelUnusable: a parameter has another shape.
             ParametersChanged: frozen ones have changed, and an error is wanted for that.
+            OptionRefused: as for `check`.
         """
-        if self._loaded is not None:
-            self._check_shapes(self._loaded)
+        self._refuse_silent_ranks()
+        if self.loaded is not None:
+            self._check_shapes(self.loaded)
         self._find_frozen_changes()
+
+    def _refuse_silent_ranks(self) -> None:
+        if self._may_have_silent_ranks:
+            refuse_silent_group(self._parameters)
+            self._may_have_silent_ranks = False
 
     def _check_shapes(self, loaded: Transfer) -> None:
         for name, parameter, value in zip(self._names, self._parameters, loaded.values, strict=True):

@@ -6,7 +6,7 @@ once, and `augment`, where training changes samples at random.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,39 @@ class Augmented(Protocol):
         """The changed batch; every random number comes from the (CPU) generator."""
 
 
-def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_processes: int = 0) -> Iterator[Batch]:
+class Part(NamedTuple):
+    """One of the equal parts that each batch is cut into.
+
+    Attributes:
+        number: from 0 up.
+        of: how many there are.
+    """
+
+    number: int = 0
+    of: int = 1
+
+
+_WHOLE = Part()
+
+
+def part_size(dataset: Dataset[Any], batch_size: int, parts: int = 1) -> int:
+    """How many samples a batch, or a part of one, comes to have: fewer than wanted where the set has fewer.
+
+    Raises:
+        TaskError: the data set is empty, has fewer samples than there are parts, or has no length.
+    """
+    size = _size(dataset)
+    if size < parts:
+        raise TaskError(
+            f"the data set {type(dataset).__name__} has {size} samples for {parts} processes, of which each needs one "
+            "in each batch: start fewer"
+        )
+    return min(batch_size, size // parts)
+
+
+def batches(
+    dataset: Dataset[Any], batch_size: int, seed: int, *, loader_processes: int = 0, part: Part = _WHOLE
+) -> Iterator[Batch]:
     """An endless stream of shuffled training batches, in pinned memory where CUDA is available.
 
     Each pass is a new permutation; its last, incomplete batch is dropped, except where the set is smaller
@@ -40,19 +72,23 @@ def batches(dataset: Dataset[Any], batch_size: int, seed: int, *, loader_process
 
     Args:
         dataset: map-style. A `TensorDataset`, or one with `batch_at`, is read without loader processes.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, or in the part of it.
         seed: any integer from -2**63 to 2**64 - 1; the server gives each worker its own.
         loader_processes: processes that read samples ahead, 0 to read in this one. They are spawned, not
             forked (a fork would inherit gRPC's threads): the data set must be picklable.
+        part: what is returned of each batch, where several processes train on one together: of one seed their parts
+            are the batch, each augmented by numbers of its own.
 
     Raises:
-        TaskError: the data set is empty or has no length.
+        TaskError: as for `part_size`.
     """
-    size = _size(dataset)
+    size, share = _size(dataset), part_size(dataset, batch_size, part.of)
     generator = torch.Generator("cpu").manual_seed(seed)
     # Augmentation draws from a generator of its own: how far a loader reads ahead must not matter.
-    augmenting = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
-    stream = _read(dataset, _endless_indices(size, min(batch_size, size), generator), seed, loader_processes)
+    drawn = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    augmenting = torch.Generator("cpu").manual_seed(drawn + part.number)
+    order = (whole[part.number * share :][:share] for whole in _endless_indices(size, share * part.of, generator))
+    stream = _read(dataset, order, seed ^ part.number, loader_processes)
     if isinstance(dataset, Augmented):
         augment = dataset.augment
         # Not a generator expression, which would hold on to each batch until the next is wanted.
