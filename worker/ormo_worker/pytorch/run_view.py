@@ -1,6 +1,8 @@
 """What a program may ask of its `RemoteOptimizer`."""
 
+import weakref
 from collections import Counter
+from typing import Any
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.workload import share_of_run
@@ -19,6 +21,7 @@ class RunView(Grouped):
     _client: Client
     _tally: Tally
     _pipeline: Pipeline
+    _close: "weakref.finalize[..., Any]"
 
     @property
     def rank(self) -> int:
@@ -65,3 +68,8 @@ class RunView(Grouped):
     def under_way(self) -> int:
         """Gradients that were pushed and whose outcome is not known yet; always fewer than `in_flight`."""
         return self._pipeline.under_way
+
+    @property
+    def left(self) -> bool:
+        """Whether it has left the run, as it has once it is closed."""
+        return not self._close.alive
