@@ -102,6 +102,16 @@ check: lint drift types test  ## all that a change must pass before it is shown 
 test-images: $(TOOLS_INSTALLED)  ## run the images' build steps and what they install, without a container engine
 	CHECK_IMAGES=1 $(TEST) tests/deploy/docker
 
+# Not part of `make test`: they start clusters on this machine, and take minutes.
+.PHONY: test-ray
+test-ray: $(TOOLS_INSTALLED)  ## run `ormo-ray` on a Ray cluster of three nodes on this machine, one of which is killed
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[ray]'
+	TEST_RAY=1 $(TEST) tests/integrations/test_ray.py
+
+.PHONY: test-slurm
+test-slurm: $(TOOLS_INSTALLED)  ## run the batch script under a Slurm of two nodes on this machine, if its programs are installed
+	TEST_SLURM=1 $(TEST) tests/integrations/test_slurm.py
+
 # A linter with so many dependencies that it has an environment of its own.
 $(CHECKOV_INSTALLED):
 	$(PYTHON) -m venv $(CHECKOV_VENV)

@@ -42,9 +42,12 @@ SETTINGS = (
     ("`ormo-server status`", "ormo_server.console.settings:StatusSettings", False),
     ("`ormo-server top`", "ormo_server.console.settings:TopSettings", False),
     ("`ormo-server control`", "ormo_server.console.settings:ControlSettings", False),
+    ("`ormo-server export`", "ormo_server.export:ExportSettings", False),
     ("`ormo-worker run`", "ormo_worker.settings:RunSettings", False),
     ("`ormo-worker evaluate`", "ormo_worker.settings:EvaluateSettings", False),
     ("`ormo-local`", "ormo_worker.local.cli:LocalSettings", False),
+    ("`ormo-ray`", "ormo_worker.integrations.ray.settings:RaySettings", False),
+    ("`ormo-ray scale`", "ormo_worker.integrations.ray.settings:ScaleSettings", False),
     ("`ormo-sim`, besides those of training", "ormo_server.sim.settings:SimSettings", True),
     ("`ormo-sim reproduce`", "ormo_server.sim.reproduce.command:ReproduceSettings", False),
 )

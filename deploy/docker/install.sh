@@ -3,7 +3,8 @@
 # into an image is what was tested. It is run in the root of the tree.
 #
 #   install.sh dependencies VENV EXTRA...   what these extras need; reads pyproject.toml and constraints.txt alone
-#   install.sh programs VENV                the programs, from a wheel of the tree
+#   install.sh programs VENV PLACE          the programs, from a wheel of the tree, into PLACE: to be copied over VENV,
+#                                           whose Python they start
 #
 # TORCH_INDEX_URL: the package index that PyTorch (and torchvision) come from; empty: where everything comes from.
 set -eu
@@ -48,7 +49,8 @@ programs)
     "$python" -m venv --without-pip "$scratch/build"
     pip_in "$scratch/build" install --quiet -c constraints.txt hatchling
     pip_in "$scratch/build" wheel --no-build-isolation --no-deps --wheel-dir "$scratch" .
-    pip_in "$venv" install --no-deps --no-index "$scratch"/*.whl
+    pip_in "$venv" install --no-deps --no-index --prefix "$1" "$scratch"/*.whl
+    cp -a "$1/." "$venv"
     pip_in "$venv" check
     "$venv/bin/python" -c 'import torch; print("PyTorch", torch.__version__, "for CUDA", torch.version.cuda)'
     ;;

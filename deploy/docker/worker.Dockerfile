@@ -10,23 +10,29 @@
 # The CUDA image needs no CUDA base: PyTorch's wheels for Linux bring CUDA's libraries, in the versions that they name
 # exactly, and the driver's come from the host through the NVIDIA container runtime (`docker run --gpus all`).
 #
-# PYTHON_IMAGE takes a digest, as in server.Dockerfile.
+# PYTHON_IMAGE takes a digest, and pip its index, proxy and certificate from secrets, as in server.Dockerfile.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 # checkov:skip=CKV_DOCKER_7: the tag is PYTHON_IMAGE's, which checkov does not look up; a test checks it
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 ARG TORCH_INDEX_URL=""
-# The dependencies have a layer of their own, so that a change of code does not install PyTorch again.
 COPY pyproject.toml constraints.txt ./
 COPY deploy/docker/install.sh deploy/docker/install.sh
-RUN --mount=type=cache,target=/root/.cache/pip deploy/docker/install.sh dependencies /opt/ormo worker vision
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=pip-ca,target=/etc/pip-ca.pem \
+    deploy/docker/install.sh dependencies /opt/ormo worker vision
+
+FROM dependencies AS programs
 COPY README.md LICENSE ./
 COPY protos/ormo_protos protos/ormo_protos
 COPY protos/ormo_runtime protos/ormo_runtime
 COPY server/ormo_server server/ormo_server
 COPY worker/ormo_worker worker/ormo_worker
-RUN deploy/docker/install.sh programs /opt/ormo
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=pip-ca,target=/etc/pip-ca.pem \
+    deploy/docker/install.sh programs /opt/ormo /opt/programs
 
 FROM ${PYTHON_IMAGE} AS runtime
 LABEL org.opencontainers.image.title="ormo-worker" \
@@ -36,7 +42,9 @@ LABEL org.opencontainers.image.title="ormo-worker" \
 # A number that Kubernetes can tell from root. Its home is /tmp, the one place that should be writable.
 RUN groupadd --gid 10001 ormo \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin ormo
-COPY --from=build /opt/ormo /opt/ormo
+# Two layers: a change of code is a new one of 5 MB, and PyTorch's stays what every node has already.
+COPY --from=dependencies /opt/ormo /opt/ormo
+COPY --from=programs /opt/programs /opt/ormo
 COPY deploy/docker/metrics_answer.py /usr/local/lib/ormo/metrics_answer.py
 # No bytecode: pip has compiled it, and the root file system may be read-only.
 ENV PATH=/opt/ormo/bin:$PATH \

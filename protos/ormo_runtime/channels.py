@@ -32,6 +32,9 @@ A = TypeVar("A", bound=Message)
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
+# A server that comes back under another address is found by asking DNS again, which gRPC does every 30 s at most.
+_MS_BETWEEN_QUESTIONS_TO_DNS = 1000
+
 
 class Dialer:
     """Makes channels to one server.
@@ -50,7 +53,7 @@ class Dialer:
 
     def __init__(self, server: str, credentials: Credentials | None, options: ChannelOptions = ()) -> None:
         self._server = server
-        self._options = list(options)
+        self._options = [*options, ("grpc.dns_min_time_between_resolutions_ms", _MS_BETWEEN_QUESTIONS_TO_DNS)]
         self.place = server + through_proxy(server, os.environ)
         if is_local(server):
             self._options.append(("grpc.enable_http_proxy", 0))

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, TypedDict
 
@@ -173,6 +174,16 @@ def _apology(lines: logging.Formatter, left_out: int) -> str:
 def _warning(lines: logging.Formatter, name: str, sentence: str) -> str:
     said = {"name": name, "levelno": logging.WARNING, "levelname": "WARNING", "msg": sentence}
     return f"{lines.format(logging.makeLogRecord(said))}\n"
+
+
+def announce(what: str, facts: Mapping[str, object], form: LogFormat) -> None:
+    """Write a line to stdout that programs read: `what name=value ...`, or in JSON a record with these fields."""
+    if form == "json":
+        said = {"name": what, "levelno": logging.INFO, "levelname": "INFO", "msg": what, **facts}
+        line = formatter(form).format(logging.makeLogRecord(said))
+    else:
+        line = " ".join([what, *(f"{name}={value}" for name, value in facts.items())])
+    patient(sys.stdout).write(f"{line}\n")
 
 
 def first_words(program: str, sentence: str, form: LogFormat) -> None:

@@ -37,20 +37,21 @@ BAD_SETTINGS_EXIT_CODE = 2
 # worker may be installed without each other, so nobody can ask all of them; a test does.
 ALL_SETTINGS = frozenset(
     """
-    access amp bandwidth_bytes_per_second batch_size bucket bucket_size checkpoint_seconds checkpoints_kept commit
-    compute_seconds connect_timeout_seconds cosine_gradients crash data_dir delay_compensation delay_threshold device
-    directory discard_delay drain_seconds epochs epsilon evaluate_every_gradients evaluate_every_seconds every_seconds
-    exit_when_finished failure_timeout_seconds final_learning_rate give_up_after_seconds gradients in_flight
-    initial_second_moment inner inner_lr inner_schedule inner_warmup insecure join journal journal_fsync
-    journal_max_bytes json keep_freed_memory latency_seconds learning_rate learning_rates leave leave_after_gradients
-    listen loader_processes local_steps local_steps_by_speed log_format log_level max_bytes_in_flight
-    max_gradient_norm max_readers max_refused_share max_workers memory_limit_bytes method methods metrics_listen
-    milestone_factor milestones min_workers model momentum once over_norm plots processes receive_window_bytes
-    reflection schedule scheduler second_momentum seed seeds server server_flags setting slots slots_per_worker slow
-    slow_factor sort staleness_bound step_scale stop_after_gradients stop_after_samples suite target_accuracy task
-    test_samples threads ticket_timeout_seconds timeout_seconds tls_ca tls_cert tls_client_ca tls_key tls_server_name
-    token_file trace train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id
-    worker_series workers workload
+    access address amp bandwidth_bytes_per_second batch_size bucket bucket_size checkpoint_seconds checkpoints_kept
+    commit compute_seconds connect_timeout_seconds cosine_gradients cpus_per_worker crash data_dir delay_compensation
+    delay_threshold device directory discard_delay drain_seconds epochs epsilon evaluate_every_gradients
+    evaluate_every_seconds every_seconds exit_when_finished failure_timeout_seconds final_learning_rate
+    give_up_after_seconds gpus_per_worker gradients in_flight initial_second_moment inner inner_lr inner_schedule
+    inner_warmup insecure join journal journal_fsync journal_max_bytes json keep_freed_memory latency_seconds
+    learning_rate learning_rates leave leave_after_gradients listen loader_processes local_steps local_steps_by_speed
+    log_format log_level max_bytes_in_flight max_gradient_norm max_readers max_refused_share max_workers
+    memory_limit_bytes method methods metrics_listen milestone_factor milestones min_workers mirror model momentum
+    name once over_norm plots processes receive_window_bytes reflection restarts_per_worker schedule scheduler
+    second_momentum seed seeds server server_flags setting slots slots_per_worker slow slow_factor sort
+    staleness_bound step_scale stop_after_gradients stop_after_samples suite target_accuracy task test_samples threads
+    ticket_timeout_seconds timeout_seconds tls_ca tls_cert tls_client_ca tls_key tls_server_name token_file trace
+    track train_samples update_rule warmup_gradients weight_decay wire_dtype worker_flags worker_id worker_series
+    workers working_dir workload
     """.split()  # noqa: SIM905 - a list would be a line for each
 )
 # What they were called before the names had units, until the next release.

@@ -1,6 +1,6 @@
-"""The command line: `ormo-server serve`, `status`, `top` and `control`.
+"""The command line: `ormo-server serve`, `status`, `top`, `control` and `export`.
 
-Each command imports what it needs: only `serve` waits for PyTorch.
+Each command imports what it needs: only `serve` and `export` wait for PyTorch.
 """
 
 import logging
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ormo_runtime import logs
-from ormo_runtime.process import keep_freed_memory, patient, prepare_process
+from ormo_runtime.process import keep_freed_memory, prepare_process
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ commands:
   status   show how a server is doing
   top      show how a server and its workers are doing, again and again
   control  have a server write a checkpoint, change its learning rate, or stop without losing anything
+  export   write the model of a run into a file of safetensors or of PyTorch
 
 `ormo-server COMMAND --help` lists the flags.
 """
@@ -40,7 +41,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     prepare_process()
-    commands = {"serve": _serve, "status": _status, "top": _top, "control": _control}
+    commands = {"serve": _serve, "status": _status, "top": _top, "control": _control, "export": _export}
     return dispatch(sys.argv[1:] if argv is None else argv, commands, program="ormo-server", usage=USAGE)
 
 
@@ -69,6 +70,12 @@ def _control(argv: Sequence[str]) -> int:
     from ormo_server.console.status import act
 
     return act(load_settings(ControlSettings, argv, program="ormo-server control"))
+
+
+def _export(argv: Sequence[str]) -> int:
+    from ormo_server.export import ExportSettings, export
+
+    return export(load_settings(ExportSettings, argv, program="ormo-server export"))
 
 
 def serve(settings: "ServerSettings") -> int:
@@ -102,7 +109,8 @@ def serve(settings: "ServerSettings") -> int:
         logs.last_words("ormo-server", error, settings.log_format)
         return BAD_SETTINGS_EXIT_CODE if isinstance(error, SettingsError | UsageError) else 1
     # One line that programs read: with port 0 nobody else knows where we are.
-    patient(sys.stdout).write(f"serving address={server.address} metrics={server.metrics_address}\n")
+    facts = {"address": server.address, "metrics": server.metrics_address}
+    logs.announce("serving", facts, settings.log_format)
     _LOG.info("serving on %s, metrics on %s", server.address, server.metrics_address or "no port")
     return _run_until_told(server, stop)
 

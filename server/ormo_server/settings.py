@@ -24,6 +24,7 @@ from ormo_server.core.method import (
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.schedulers import SCHEDULERS
 from ormo_server.core.step_size import KINDS, STEP_SCALES, LearningRate
+from ormo_server.mirror.addresses import check_address, is_address, local_path
 
 
 def _choices(names: object) -> str:
@@ -240,9 +241,10 @@ class ServerSettings(TrainingSettings):
         title="How a run begins",
         description="begin a new run: what an earlier one left in the directory is moved into `before-DATE-TIME` there",
     )
-    model: Path | None = Field(
+    model: str | None = Field(
         None,
-        description="safetensors file or checkpoint that a new run starts from; none: the first worker's model",
+        description="what a new run starts from, as a path or the address of a bucket: a file of safetensors or of "
+        "tensors that PyTorch saved, a Hugging Face folder, a checkpoint; none: the first worker's model",
     )
 
     tls_cert: Path | None = Field(
@@ -312,6 +314,11 @@ class ServerSettings(TrainingSettings):
         60.0, title="Checkpoints and journal", gt=0, le=LONGEST_SECONDS, description="time between checkpoints"
     )
     checkpoints_kept: int = Field(3, ge=1, description="how many of the last checkpoints stay on disk")
+    mirror: str | None = Field(
+        None,
+        description="folder elsewhere, or bucket such as `s3://bucket/folder`, that each checkpoint is copied to, and "
+        "that a start with an empty directory restores from; none: no copies",
+    )
     journal: bool = Field(
         False, description="keep every input since the last checkpoint on disk, so that a crash loses nothing"
     )
@@ -385,7 +392,7 @@ class ServerSettings(TrainingSettings):
     def recorded(self) -> dict[str, Any]:
         """As JSON holds them, with the rules in force, for files that are read later: see `TracedSettings`."""
         run = self.run()
-        unsaid = {name for name in ("local_steps", "local_steps_by_speed") if not getattr(self, name)}
+        unsaid = {name for name in ("local_steps", "local_steps_by_speed") if not getattr(self, name)} | {"mirror"}
         if run.method.rule != "fadas":
             unsaid |= {"second_momentum", "epsilon", "initial_second_moment"}
         # Without what older programs do not know, where there is none of it.
@@ -408,6 +415,24 @@ class ServerSettings(TrainingSettings):
                 f"--listen is {self.listen!r}: anyone who can reach it could change or copy the model. Give "
                 "--tls-cert, --tls-key and --access; or --insecure, if nobody else can reach it; or listen on 127.0.0.1"
             )
+        return self
+
+    @field_validator("mirror", "model", mode="before")
+    @classmethod
+    def _is_place(cls, value: str | Path | None) -> str | None:
+        if value is not None:
+            check_address(str(value))
+        return None if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _mirror_is_elsewhere(self) -> Self:
+        if self.mirror and not is_address(self.mirror):
+            folder, directory = local_path(self.mirror).resolve(), self.directory.resolve()
+            if folder == directory or directory in folder.parents or folder in directory.parents:
+                raise ValueError(
+                    f"--mirror {self.mirror} and --directory {self.directory} lie in each other: expected a folder "
+                    "elsewhere, best on another disk"
+                )
         return self
 
     @field_validator("listen", "metrics_listen")

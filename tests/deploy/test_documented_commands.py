@@ -49,15 +49,21 @@ def test_status_and_top_are_typed_as_they_are_understood() -> None:
             )
 
 
-def test_the_operators_command_in_a_guarded_pod_uses_what_is_mounted_there() -> None:
-    (words,) = [words for words in commands("kubectl -n ormo exec") if "ormo-server" in words]
+def test_operators_reach_a_guarded_server_with_the_key_of_their_secret() -> None:
     manifests = overlay("tls")
-    assert words[4] == f"{manifests.server.owner['metadata']['name']}-0"
-    told = read_settings(StatusSettings, words[words.index("status") + 1 :], {}, program="status")
-    mounted = {mount["mountPath"] for mount in manifests.server.container["volumeMounts"]}
-    for path in (told.tls_ca, told.tls_cert, told.tls_key):
-        assert str(path.parent) in mounted
-    assert told.server.partition(":")[0] in manifests.one("Certificate", "ormo-server")["spec"]["dnsNames"]
+    for get in commands("kubectl -n ormo get secret"):
+        assert get[5] == manifests.one("Certificate", "ormo-operator")["spec"]["secretName"]
+        assert f'index .data "{get[-1]}"' in get[7]  # each file is called as in the Secret
+    (forward,) = commands("kubectl -n ormo port-forward")
+    kind, _, name = forward[4].partition("/")
+    assert (kind, manifests.one("Service", name)["spec"]["ports"][0]["port"]) == ("service", int(forward[5]))
+    (status,) = [words for words in commands("ormo-server status") if "--tls-key" in words]
+    told = read_settings(StatusSettings, status[2:], {}, program="status")
+    # As cert-manager writes them into a Secret.
+    assert [str(path) for path in (told.tls_ca, told.tls_cert, told.tls_key)] == ["ca.crt", "tls.crt", "tls.key"]
+    host, _, port = told.server.partition(":")
+    assert port == forward[5]
+    assert host in manifests.one("Certificate", "ormo-server")["spec"]["dnsNames"]
 
 
 def test_paths_in_the_pages_and_the_runbook_exist() -> None:

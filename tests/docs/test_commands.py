@@ -9,9 +9,11 @@ import pytest
 from docs.pages import PAGES, ROOT, all_text, blocks
 from ormo_runtime.settings_loader import read_settings
 from ormo_server.console.settings import ControlSettings, StatusSettings, TopSettings
+from ormo_server.export import ExportSettings
 from ormo_server.settings import ServerSettings
 from ormo_server.sim.reproduce.command import ReproduceSettings
 from ormo_server.sim.settings import SimSettings
+from ormo_worker.integrations.ray.settings import RaySettings, ScaleSettings
 from ormo_worker.local.cluster import LocalSettings
 from ormo_worker.settings import EvaluateSettings, RunSettings
 
@@ -21,9 +23,12 @@ SETTINGS = {
     "ormo-server status": StatusSettings,
     "ormo-server top": TopSettings,
     "ormo-server control": ControlSettings,
+    "ormo-server export": ExportSettings,
     "ormo-worker run": RunSettings,
     "ormo-worker evaluate": EvaluateSettings,
     "ormo-local": LocalSettings,
+    "ormo-ray scale": ScaleSettings,
+    "ormo-ray": RaySettings,
     "ormo-sim reproduce": ReproduceSettings,
     "ormo-sim": SimSettings,
 }
@@ -31,6 +36,10 @@ SETTINGS = {
 ELSEWHERE = {
     "docker": "tests/deploy/test_documented_commands.py",
     "kubectl": "tests/deploy/test_documented_commands.py",
+    "ray": "tests/integrations/test_ray.py",
+    "sbatch": "tests/integrations/test_slurm.py",
+    "pip": "tests/integrations",
+    "rm": "tests/integrations/test_buckets.py",
 }
 
 
@@ -52,7 +61,7 @@ def test_make_words_exist() -> None:
 
 
 # In running text a flag may stand without its value.
-NAMED_ONLY = {"ormo-sim --trace", "ormo-server control", "ormo-sim reproduce"}
+NAMED_ONLY = {"ormo-ray scale", "ormo-sim --trace", "ormo-server control", "ormo-sim reproduce"}
 GIVEN = {"HOST:PORT": "h:1", "X": "1"}
 
 

@@ -26,7 +26,7 @@ def test_what_is_generated_is_what_the_code_gives(page: Path) -> None:
 
 def test_every_setting_is_in_the_reference() -> None:
     text = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    assert len(SETTINGS) == 10
+    assert len(SETTINGS) == 13
     assert [name for name in ALL_SETTINGS if f"`--{name.replace('_', '-')}`" not in text] == []
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CHECKERS = {"mypy", "ruff"}
 FIXED = ("torch", "torchvision")
 # Extras that are tested as pinned in constraints.txt alone.
-PINNED = ("bench", "deploy", "docs", "fuzz", "integrations")
+PINNED = ("bench", "buckets", "deploy", "docs", "fuzz", "integrations", "ray")
 
 
 def requirements(text: str) -> dict[str, Requirement]:

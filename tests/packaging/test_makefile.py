@@ -37,7 +37,9 @@ def test_a_user_gets_what_running_needs_and_a_line_that_says_so(tmp_path: Path, 
     assert commands.startswith(f'echo "Installing into {tmp_path}/venv what training needs: a few minutes')
 
 
-@pytest.mark.parametrize("word", ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images"])
+@pytest.mark.parametrize(
+    "word", ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images", "test-ray"]
+)
 def test_what_tests_and_checks_need_comes_with_them(tmp_path: Path, word: str) -> None:
     commands = would(word, folder=tmp_path).stdout
     assert installed(commands)[:2] == [RUNNING, f"{RUNNING},dev,deploy"]

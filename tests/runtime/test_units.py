@@ -12,6 +12,7 @@ from runtime.programs_settings import CLASSES
 UNITS = frozenset(
     """
     seconds bytes gradients steps samples epochs workers readers slots processes threads checkpoints rates seeds
+    gpus cpus restarts
     """.split()  # noqa: SIM905
 )
 # Numbers without a unit, or of a kind that the documentation has a word for.
@@ -27,6 +28,7 @@ WITHOUT = {
     "gradients under way; also an argument in Python": {"in_flight"},
     "how many workers have them": {"worker_series"},
     "where random numbers begin": {"seed"},
+    "a number that names": {"server_port"},
 }
 
 

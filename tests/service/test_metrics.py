@@ -111,6 +111,14 @@ def test_step_scales_of_applied_gradients_are_exported(tmp_path: Path) -> None:
         assert status.step_scale_mean == pytest.approx((4 * 1.0 + 1 / 4) / 5)
 
 
+def test_status_tells_the_mean_lag_once_there_is_one(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        assert not stub.GetStatus(pb.GetStatusRequest()).HasField("lag_mean")
+        race(stub)
+        # With K = 2 the fast one's tickets are of buckets 0, 1, 1, 2, and the slow one's of 0.
+        assert stub.GetStatus(pb.GetStatusRequest()).lag_mean == pytest.approx(2 / 5)
+
+
 def test_learning_rate_that_a_schedule_ends_at_zero_has_no_scale(tmp_path: Path) -> None:
     with served(tmp_path, schedule="cosine", cosine_gradients=1) as server, connected(server) as stub:
         race(stub)

@@ -157,10 +157,10 @@ def test_results_of_a_version_that_had_fewer_settings_and_columns_are_not_made_a
     for name in ("local_steps", "inner", "inner_lr", "second_momentum"):
         del summary["settings"][name]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    rows = [line.split(",")[:-2] for line in (tmp_path / "evaluations.csv").read_text().splitlines()]
+    rows = [line.split(",")[:-4] for line in (tmp_path / "evaluations.csv").read_text().splitlines()]
     (tmp_path / "evaluations.csv").write_text("\n".join(map(",".join, rows)) + "\n")
     assert is_done(tmp_path, settings)
-    assert [row.bytes_moved for row in read_run(tmp_path).rows] == [0] * (len(rows) - 1)
+    assert [(row.bytes_moved, row.samples) for row in read_run(tmp_path).rows] == [(0, 0)] * (len(rows) - 1)
     summary["settings"]["momentum"] = 0.1
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert not is_done(tmp_path, settings)

@@ -1,6 +1,7 @@
 """The real programs as processes, ended by their ids and nothing else."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -110,6 +111,11 @@ class Stage:
         server = self.program("server", "serve", *as_flags(given), module="ormo_server", through=through)
         assert server.process.stdout is not None
         ready = server.process.stdout.readline()
+        if given.get("log_format") == "json":
+            said = json.loads(ready)
+            assert said["message"] == "serving"
+            self.address, self.metrics = said["address"], said["metrics"]
+            return server
         assert ready.startswith("serving address="), server.log.read_text()
         self.address, self.metrics = (word.partition("=")[2] for word in ready.split()[1:3])
         return server

@@ -110,6 +110,7 @@ def test_every_line_of_json_logs_says_what_it_is_about(stage: Stage) -> None:
     served = [json.loads(line) for line in server.log.read_text().splitlines()]
     trained = [json.loads(line) for line in worker.log.read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in (*served, *trained))
+    assert not {line["level"] for line in (*served, *trained)} & {"warning", "error", "critical"}, "of a clean end"
     applied = [line for line in served if line["message"].startswith("applied a gradient")]
     assert [line["iteration"] for line in applied] == [1, 2, 3, 4, 5]
     assert {line["worker"] for line in applied} == {"w1"}

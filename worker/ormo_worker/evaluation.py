@@ -1,10 +1,11 @@
 """`ormo-worker evaluate`: how good a run's parameters are, while it goes on."""
 
+import contextlib
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.process import leave_if_asked
 from ormo_runtime.tls import Credentials
+from ormo_runtime.tracking import Tracking, refuse_unusable_tracker
 from ormo_worker.client.api import ParameterClient
 from ormo_worker.client.arguments import Observer, Patience, real_number
 from ormo_worker.client.messages import Delivered
 from ormo_worker.errors import ModelMismatch, OrmoError
+from ormo_worker.figures import RunRows, settings_of
 from ormo_worker.metrics import EvaluatorMetrics, Exporter
 from ormo_worker.pytorch.devices import resolve_device
 from ormo_worker.pytorch.transfer import Staging
@@ -36,12 +39,14 @@ class Evaluation:
     Attributes:
         epoch: number of the server start that had these parameters.
         iteration: gradients that were applied to these parameters.
+        samples: that the run had counted by then.
         score: the model's, on the whole test set.
         seconds: how long it took to compute.
     """
 
     epoch: int
     iteration: int
+    samples: int
     score: Score
     seconds: float
 
@@ -49,7 +54,7 @@ class Evaluation:
         """The evaluation in one line, for people and programs."""
         return (
             f"evaluation iteration={self.iteration} loss={self.score.mean_loss:.4f} "
-            f"accuracy={self.score.accuracy:.4f} seconds={self.seconds:.2f}"
+            f"accuracy={self.score.accuracy:.4f} seconds={self.seconds:.2f} samples={self.samples}"
         )
 
     def to_message(self) -> pb.Evaluation:
@@ -67,10 +72,13 @@ def run(settings: EvaluateSettings) -> None:
 
     Raises:
         TaskError: the task or its data can't be used.
+        UsageError: there is no such tracker, or it could not be made.
         OptionRefused: the device is not there, or the metrics' port is not free.
         OrmoError: the server can't be reached, or trains another model.
     """
     torch.set_num_threads(settings.threads)
+    if settings.track:
+        refuse_unusable_tracker(settings.track)
     task = load_task(settings.task, settings.data_dir)
     evaluator = Evaluator(task, resolve_device(settings.device), settings.batch_size)
     metrics = EvaluatorMetrics()
@@ -79,14 +87,34 @@ def run(settings: EvaluateSettings) -> None:
         settings.connect_timeout_seconds, settings.failure_timeout_seconds, settings.give_up_after_seconds
     )
     try:
-        with evaluator.client(settings.server, patience, metrics, settings.credentials()) as client:
-            for evaluation in evaluations(evaluator, client, settings.every_seconds, once=settings.once):
+        with (
+            evaluator.client(settings.server, patience, metrics, settings.credentials()) as client,
+            _followed(settings, client) as rows,
+        ):
+            for evaluation in evaluations(
+                evaluator, client, settings.every_seconds, once=settings.once, on_status=rows.look
+            ):
                 sys.stdout.write(evaluation.line() + "\n")
                 sys.stdout.flush()
                 metrics.note_evaluation(evaluation.iteration, evaluation.seconds)
+                score = evaluation.score
+                rows.evaluated(evaluation.iteration, evaluation.samples, score.mean_loss, score.accuracy)
                 _report(client, evaluation)
     finally:
         exporter.close()
+
+
+@contextlib.contextmanager
+def _followed(settings: EvaluateSettings, client: ParameterClient) -> Iterator[RunRows]:
+    """Rows for the tracker that the settings name, if they do."""
+    if not settings.track:
+        yield RunRows(())
+        return
+    tracking = Tracking(settings.track, {"task": settings.task} | settings_of(client.status()))
+    try:
+        yield RunRows((tracking,))
+    finally:
+        tracking.close()
 
 
 def _report(client: ParameterClient, evaluation: Evaluation) -> None:
@@ -98,7 +126,12 @@ def _report(client: ParameterClient, evaluation: Evaluation) -> None:
 
 
 def evaluations(
-    evaluator: "Evaluator", client: ParameterClient, every_seconds: float, *, once: bool = False
+    evaluator: "Evaluator",
+    client: ParameterClient,
+    every_seconds: float,
+    *,
+    once: bool = False,
+    on_status: Callable[[pb.GetStatusResponse], None] = lambda _: None,
 ) -> Iterator[Evaluation]:
     """Evaluate each time that there is something newer, and for the last time when the run is over.
 
@@ -107,12 +140,14 @@ def evaluations(
         client: a reader of the run's server.
         every_seconds: time from the beginning of an evaluation to that of the next.
         once: whether the first evaluation is the last.
+        on_status: is told of each look at the server.
     """
     known: pb.Iteration | None = None
     due_at = time.monotonic()
     while True:
         leave_if_asked()
         status = client.status()
+        on_status(status)
         over = status.phase == pb.GetStatusResponse.PHASE_FINISHED
         if (over or time.monotonic() >= due_at) and status.phase != pb.GetStatusResponse.PHASE_WAITING_FOR_MODEL:
             due_at = time.monotonic() + every_seconds
@@ -180,4 +215,4 @@ class Evaluator:
         for batch in evaluation_batches(self._test_set, self._batch_size):
             score += self._task.score(self._model, to_device(batch, self._device))
         epoch, iteration = delivered.iteration.epoch, delivered.iteration.number
-        return Evaluation(epoch, iteration, score, time.monotonic() - started)
+        return Evaluation(epoch, iteration, delivered.samples, score, time.monotonic() - started)

@@ -17,6 +17,7 @@ from ormo_runtime.settings import (
     checked_address,
 )
 from ormo_runtime.tls import ClientSettings
+from ormo_runtime.tracking import TRACK
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -157,3 +158,4 @@ class EvaluateSettings(_Common):
         10.0, gt=0, le=LONGEST_SECONDS, description="seconds between evaluations; skipped if nothing is newer"
     )
     once: bool = Field(False, description="evaluate once and exit")
+    track: str = Field("", description=TRACK)

@@ -12,5 +12,8 @@ LAST_PUSH_SECONDS = 120.0
 # Of work that no checkpoint holds, as a multiple of the interval between checkpoints: after failures, and in any case.
 UNSAVED_INTERVALS_AFTER_FAILURE = 1.5
 UNSAVED_INTERVALS = 5.0
+# Of a checkpoint that is not in the mirror, beside so many intervals between checkpoints.
+MIRROR_BEHIND_SECONDS = 300.0
+MIRROR_BEHIND_INTERVALS = 5.0
 # Starts of the server within half an hour.
 RESTARTS = 3.0

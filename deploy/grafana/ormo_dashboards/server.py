@@ -25,6 +25,7 @@ def server() -> Dashboard:
         Section("Traffic", [_bytes(), _pushes(), _pulls(), _refusals(), _streams()]),
         Section("gRPC", [_started(), _handled(), _latency(), _open_calls()]),
         Section("Checkpoints", [_unsaved(), _behind(), _duration(), _size(), _failures(), _upkeep()]),
+        Section("Mirror", [_mirror(), _mirror_behind(), _mirror_failures()]),
         Section("Journal", [_journal_size(), _journal_writes()]),
         Section("Process", [_memory(), _cpu(), _files(), _restarts(), _build()]),
     ]
@@ -407,6 +408,57 @@ def _upkeep() -> Panel:
             "gap.",
         ),
         Query(increase("ormo_upkeep_failures_total", "work"), "{{work}} {{instance}}"),
+        unit="none",
+        size=THIRD,
+    )
+
+
+def _mirror() -> Panel:
+    copied = series("ormo_mirror_last_success_timestamp_seconds")
+    return lines(
+        Text(
+            title="Checkpoints on the way to the mirror",
+            shows="Time since the last copy, age of the oldest checkpoint that the mirror should have and has not, and "
+            "the alert's limit for it. 0 without --mirror.",
+            normal="A saw at most as high as the time between checkpoints and that of copying one.",
+            bad="Missing near the limit: copies fail or are too slow. The log says why.",
+        ),
+        Query(f"time() - ({copied} > 0)", "age {{instance}}"),
+        Query(series("ormo_mirror_behind_seconds"), "missing {{instance}}"),
+        Query(
+            f"{limits.MIRROR_BEHIND_SECONDS:g} "
+            f"+ {limits.MIRROR_BEHIND_INTERVALS:g} * {series('ormo_checkpoint_interval_seconds')}",
+            "limit {{instance}}",
+        ),
+        unit="s",
+        size=THIRD,
+    )
+
+
+def _mirror_behind() -> Panel:
+    return lines(
+        Text(
+            title="Iterations since the last copy",
+            shows="How many updates would be lost now with the disk.",
+            normal="A saw: updates per second times the interval and the time of copying.",
+            bad="It only grows: nothing gets to the mirror.",
+        ),
+        Query(f"{series('ormo_iteration')} - ({series('ormo_mirror_iteration')} > 0)"),
+        unit="locale",
+        size=THIRD,
+        no_value="no mirror",
+    )
+
+
+def _mirror_failures() -> Panel:
+    return lines(
+        Text(
+            title="Failures of the mirror",
+            shows="Copies, and renewals of the lease, that failed within each step.",
+            normal="0.",
+            bad="Anything else again and again: the bucket is away, denies access, or is another server's now.",
+        ),
+        Query(increase("ormo_mirror_failures_total")),
         unit="none",
         size=THIRD,
     )

@@ -1583,6 +1583,7 @@ class GetStatusResponse(_message.Message):
     CHECKPOINT_AGE_SECONDS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    LAG_MEAN_FIELD_NUMBER: _builtins.int
     phase: Global___GetStatusResponse.Phase.ValueType
     """What the server is doing."""
     samples: _builtins.int
@@ -1635,6 +1636,8 @@ class GetStatusResponse(_message.Message):
     """Memory of the server's process, bytes; 0 if not known."""
     version: _builtins.str
     """Version of the server's package."""
+    lag_mean: _builtins.float
+    """Mean bucket lag of the gradients applied since the server started; not set before the first."""
     @_builtins.property
     def iteration(self) -> Global___Iteration:
         """The server's epoch and how far it is; not set before there is a model."""
@@ -1687,17 +1690,22 @@ class GetStatusResponse(_message.Message):
         checkpoint_age_seconds: _builtins.float | None = ...,
         resident_bytes: _builtins.int = ...,
         version: _builtins.str = ...,
+        lag_mean: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_loss", b"_loss", "checkpoint_age_seconds", b"checkpoint_age_seconds", "evaluation", b"evaluation", "iteration", b"iteration", "loss", b"loss", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_lag_mean", b"_lag_mean", "_loss", b"_loss", "checkpoint_age_seconds", b"checkpoint_age_seconds", "evaluation", b"evaluation", "iteration", b"iteration", "lag_mean", b"lag_mean", "loss", b"loss", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_age_seconds", b"checkpoint_age_seconds", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "discarded", b"discarded", "evaluation", b"evaluation", "iteration", b"iteration", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "resident_bytes", b"resident_bytes", "samples", b"samples", "scheduler", b"scheduler", "settings", b"settings", "slots_waiting", b"slots_waiting", "step_scale", b"step_scale", "step_scale_mean", b"step_scale_mean", "tickets_in_flight", b"tickets_in_flight", "update_rule", b"update_rule", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds", "_lag_mean", b"_lag_mean", "_loss", b"_loss", "applied", b"applied", "bucket_size", b"bucket_size", "checkpoint_age_seconds", b"checkpoint_age_seconds", "checkpoint_iteration", b"checkpoint_iteration", "checkpoint_path", b"checkpoint_path", "delay_max", b"delay_max", "delay_mean", b"delay_mean", "discarded", b"discarded", "evaluation", b"evaluation", "iteration", b"iteration", "lag_mean", b"lag_mean", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "model_parameters", b"model_parameters", "newest_bucket", b"newest_bucket", "phase", b"phase", "refusals", b"refusals", "resident_bytes", b"resident_bytes", "samples", b"samples", "scheduler", b"scheduler", "settings", b"settings", "slots_waiting", b"slots_waiting", "step_scale", b"step_scale", "step_scale_mean", b"step_scale_mean", "tickets_in_flight", b"tickets_in_flight", "update_rule", b"update_rule", "uptime_seconds", b"uptime_seconds", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_age_seconds: _TypeAlias = _typing.Literal["checkpoint_age_seconds"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_age_seconds: _TypeAlias = _typing.Literal["_checkpoint_age_seconds", b"_checkpoint_age_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__lag_mean: _TypeAlias = _typing.Literal["lag_mean"]  # noqa: Y015
+    _WhichOneofArgType__lag_mean: _TypeAlias = _typing.Literal["_lag_mean", b"_lag_mean"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_age_seconds) -> _WhichOneofReturnType__checkpoint_age_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lag_mean) -> _WhichOneofReturnType__lag_mean | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 

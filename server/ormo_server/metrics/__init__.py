@@ -9,6 +9,7 @@ from ormo_server.metrics.families import (
     Families,
     Gradients,
     JournalMetrics,
+    MirrorMetrics,
     Streams,
     Traffic,
     Upkeep,
@@ -34,6 +35,7 @@ class Metrics:
         upkeep: locks, members, background work.
         checkpoints: where the run is safe.
         journal: what came since.
+        mirror: copies of checkpoints elsewhere.
         streams: how many are open.
         calls: gRPC's.
         process: build, settings, memory.
@@ -48,6 +50,7 @@ class Metrics:
         self.upkeep = Upkeep(families)
         self.checkpoints = Checkpoints(families)
         self.journal = JournalMetrics(families)
+        self.mirror = MirrorMetrics(families)
         self.streams = Streams(families)
         self.calls = Calls(self.registry)
         self.process = Process(families, self.registry)

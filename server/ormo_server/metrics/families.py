@@ -24,8 +24,6 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 PREFIX = "ormo_"
 # From 100 µs, a small model's update, to 30 s, a large one's way over a slow network.
 SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-
 # Values that may wait to be sorted, so that memory stays bounded if nobody scrapes.
 _MOST_NOTED = 1024
 
@@ -356,6 +354,30 @@ class Checkpoints:
         self._timestamp.set_to_current_time()
         self._iteration.set(iteration)
         self._bytes.set(size_bytes)
+
+
+class MirrorMetrics:
+    """Copies of checkpoints elsewhere. All are 0 without `--mirror`."""
+
+    def __init__(self, families: Families) -> None:
+        self.failures = families.counter("mirror_failures", "Times that copying to the mirror, or its lease, failed.")
+        self._timestamp = families.gauge(
+            "mirror_last_success_timestamp_seconds", "When the last checkpoint was copied to the mirror, Unix time."
+        )
+        self._iteration = families.gauge("mirror_iteration", "Iteration of the last checkpoint in the mirror.")
+        self._behind = families.gauge(
+            "mirror_behind_seconds",
+            "Time since the oldest checkpoint was written that the mirror should have and has not; 0 if it has all.",
+        )
+
+    def behind(self, seconds: Callable[[], float]) -> None:
+        """Ask for the time at each scrape."""
+        self._behind.set_function(seconds)
+
+    def copied(self, iteration: int) -> None:
+        """A checkpoint is in the mirror."""
+        self._timestamp.set_to_current_time()
+        self._iteration.set(iteration)
 
 
 class Streams:

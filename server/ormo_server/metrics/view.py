@@ -110,6 +110,7 @@ class Observations:
         self.workers: dict[str, WorkerObservation] = {}
         self.applied = 0
         self.delay_sum = 0
+        self.lag_sum = 0
         self.delay_max = 0
         self.discarded = 0
         self.evaluation: Evaluation | None = None
@@ -132,10 +133,11 @@ class Observations:
             self.workers[worker] = WorkerObservation()
         return self.workers[worker]
 
-    def applied_with(self, delay: int, scale: float | None) -> None:
+    def applied_with(self, delay: int, lag_buckets: int, scale: float | None) -> None:
         """A gradient was applied, with so much of the learning rate; None if that can't be told."""
         self.applied += 1
         self.delay_sum += delay
+        self.lag_sum += lag_buckets
         self.delay_max = max(self.delay_max, delay)
         if scale is not None:
             self._scales += 1
@@ -156,6 +158,11 @@ class Observations:
     def delay_mean(self) -> float:
         """Mean delay of the applied gradients; 0 before the first."""
         return self.delay_sum / self.applied if self.applied else 0.0
+
+    @property
+    def lag_mean(self) -> float | None:
+        """Mean bucket lag of the applied gradients; None before the first."""
+        return self.lag_sum / self.applied if self.applied else None
 
     @property
     def loss(self) -> float | None:

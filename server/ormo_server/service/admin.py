@@ -90,6 +90,8 @@ def _describe_run(status: pb.GetStatusResponse, run: RunView) -> None:
 def _describe_gradients(status: pb.GetStatusResponse, seen: Observations) -> None:
     status.applied, status.delay_mean, status.delay_max = seen.applied, seen.delay_mean, seen.delay_max
     status.discarded, status.step_scale_mean = seen.discarded, seen.step_scale_mean
+    if seen.lag_mean is not None:
+        status.lag_mean = seen.lag_mean
 
 
 def _evaluation(evaluation: Evaluation) -> pb.Evaluation:

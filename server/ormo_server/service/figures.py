@@ -185,7 +185,7 @@ class Figures:
         rate = taken.learning_rate
         scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
         mine.apply(taken.samples, taken.local_steps, taken.loss, taken.norm)
-        self.observations.applied_with(redeemed.delay, scale)
+        self.observations.applied_with(redeemed.delay, redeemed.lag, scale)
         metrics.traffic.applied.inc()
         metrics.gradients.applied(taken.samples, taken.local_steps, taken.norm, buffers_kept=redeemed.buffers_kept)
         if scale is not None:

@@ -12,6 +12,8 @@ from ormo_runtime.logs import Fields
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.journal import Journal, next_log
 from ormo_server.metrics import Metrics
+from ormo_server.mirror.buckets import bucket_at
+from ormo_server.mirror.mirroring import Mirroring
 from ormo_server.service.engine import Engine
 from ormo_server.settings import ServerSettings
 from ormo_server.store import Checkpoint, CheckpointStore, DirectoryLock, NotFinite, StoreError, size_bytes
@@ -46,12 +48,14 @@ class RunFiles:
 
     Attributes:
         store: of the checkpoints.
+        mirror: where checkpoints are copied to; None without one.
         journal: what inputs are recorded in; None until it is opened, and without one.
         last_checkpoint: the newest one; None before the first.
         last_log: the log of the journal that the checkpoint names which the run goes on from; 0 for none.
 
     Raises:
         StoreError: the directory can't be used, or another server has it.
+        SettingsError: the address of the mirror can't be used.
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
@@ -63,12 +67,25 @@ class RunFiles:
         self._metrics = metrics
         self._on_failure = on_failure
         self._lock = DirectoryLock(settings.directory)
+        self.mirror = None if settings.mirror is None else self._make_mirror(settings.mirror)
         self._writing = threading.Lock()
         self._drained = self._closed = False
         # The log that checkpoints name while there is no journal: above those of one that was there before.
         self._log_without_journal: int | None = None
         metrics.checkpoints.every(settings.checkpoint_seconds)
         metrics.journal.size(lambda: 0 if self.journal is None else self.journal.size_bytes)
+
+    def _make_mirror(self, address: str) -> Mirroring:
+        settings = self._settings
+        # The silence after which a worker counts as dead is also what a writer's is.
+        return Mirroring(
+            bucket_at(address),
+            settings.directory,
+            self.store,
+            settings.checkpoints_kept,
+            settings.failure_timeout_seconds,
+            self._metrics.mirror,
+        )
 
     def stop_writing(self) -> bool:
         """Write no checkpoint from now on; says whether none is being written any more."""
@@ -83,6 +100,8 @@ class RunFiles:
 
     def close(self) -> None:
         """Finish the journal, and let another server have the directory; after `stop_writing`."""
+        if self.mirror is not None:
+            self.mirror.close()
         if self.journal is not None:
             self.journal.close()
         self._lock.release()
@@ -179,6 +198,8 @@ class RunFiles:
         seconds = time.perf_counter() - started
         self.last_checkpoint = LastCheckpoint(path, fields["epoch"], fields["iteration"], time.monotonic())
         self._metrics.checkpoints.written(fields["iteration"], size_bytes(path), seconds)
+        if self.mirror is not None:
+            self.mirror.notice(path)
         return seconds
 
     def checkpoint(self, engine: Engine, settings: ServerSettings, *, drained: bool, anew: bool) -> bool:

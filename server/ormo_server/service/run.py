@@ -19,6 +19,7 @@ from ormo_server.core.rules import LARGEST
 from ormo_server.core.vectors import largest
 from ormo_server.journal import is_journal, told_since
 from ormo_server.metrics import Metrics
+from ormo_server.mirror.models import fetched
 from ormo_server.service.admission import Bounds, ModelOffers, check_memory
 from ormo_server.service.delivery import Copies
 from ormo_server.service.engine import Engine
@@ -142,16 +143,25 @@ class RunHost:
 
     def _begin_anew(self) -> None:
         model = self.settings.model
-        weights = None if model is None else ModelFile.load(model)  # before the move: it may be that run's
+        weights = (
+            None if model is None else fetched(model, self.settings.directory)
+        )  # before the move: it may be that run's
+        mirror = self.files.mirror
+        mirrored = None if mirror is None else mirror.take_anew()  # before the move, too: it may be another server's
         aside = self.files.move_run_aside(time.strftime("before-%Y%m%d-%H%M%S"))
         if aside is not None:
             _LOG.info("a new run begins: the one that was in %s is kept in %s", self.settings.directory, aside)
+        if mirrored is not None:
+            mirrored()
         if weights is not None:
             self._load(weights)
 
     def _restore_or_load(self) -> None:
         newest = self.files.store.newest(partial(refuse_overflowing, self._run))
+        mirror = self.files.mirror
         if newest is not None:
+            if mirror is not None:
+                mirror.take()
             self._restore(newest)
             return
         told = told_since(self.files.journal_directory)
@@ -161,8 +171,14 @@ class RunHost:
                 "missing: restore that one from a backup, or begin a new run, with --fresh or in another --directory; "
                 "nothing was changed"
             )
+        if mirror is not None:
+            newest = mirror.restore(partial(refuse_overflowing, self._run))
+            if newest is not None:
+                self._restore(newest)
+                mirror.forget_restored()
+                return
         if self.settings.model is not None:
-            self._load(ModelFile.load(self.settings.model))
+            self._load(fetched(self.settings.model, self.settings.directory))
 
     def _restore(self, newest: Found) -> None:
         checkpoint = newest.checkpoint

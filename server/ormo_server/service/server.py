@@ -49,6 +49,8 @@ LIVENESS_NAME = "liveness"
 _STOP_SECONDS = 30.0
 # A checkpoint at the end takes no longer but on a disk that hangs. A network's disk writes so much in a second.
 _SLOW_DISK_BYTES = 10e6
+# What the copy of the last checkpoint to a mirror may take besides, and to give the mirror back.
+_MIRROR_SECONDS = 15.0
 # gRPC tells at once, unless its serving thread is dead: then it never does.
 _GRPC_STOP_SECONDS = 5.0
 # How often the journal's size is looked at, and how long a full disk is left alone.
@@ -176,6 +178,8 @@ class Server:
         self._checkpoints.start()
         if self.settings.journal:
             self._relief.start()
+        if self.host.files.mirror is not None:
+            self.host.files.mirror.start(lambda: self.host.engine.iteration()[1] if self.host.has_model else None)
         before = threading.enumerate()
         self._grpc.start()
         self._serving = [each for each in threading.enumerate() if each not in before and "_serve" in each.name]
@@ -256,7 +260,16 @@ class Server:
     @property
     def stop_seconds(self) -> float:
         """How long a stop may take, whatever it waits for."""
-        return self.settings.drain_seconds + _STOP_SECONDS + self.host.checkpoint_bytes / _SLOW_DISK_BYTES
+        mirror_seconds = 0.0 if self.settings.mirror is None else self._mirror_seconds
+        return self.settings.drain_seconds + _STOP_SECONDS + self._disk_seconds + mirror_seconds
+
+    @property
+    def _disk_seconds(self) -> float:
+        return self.host.checkpoint_bytes / _SLOW_DISK_BYTES
+
+    @property
+    def _mirror_seconds(self) -> float:
+        return _MIRROR_SECONDS + self._disk_seconds
 
     def drain(self) -> bool:
         """Stop without losing anything: let exchanges end, checkpoint, close.
@@ -276,6 +289,9 @@ class Server:
         if not kept:  # without connections there may be descriptors and memory for it
             self._stop("the last checkpoint")
             kept = self.host.checkpoint(drained=True)
+        if self.host.files.mirror is not None:
+            self._stop("the copy of the last checkpoint in the mirror")
+            self.host.files.mirror.finish(self._mirror_seconds)
         self.close()
         return kept
 

@@ -17,6 +17,7 @@ from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row
 from ormo_server.sim.reproduce.command import reproduce
 from ormo_server.sim.settings import SimSettings
+from ormo_server.sim.tracked import tracked
 
 _INTERRUPTED_EXIT_CODE = 130
 # An update of the bar takes as long as a push of a small model.
@@ -45,22 +46,23 @@ def simulate(argv: Sequence[str]) -> int:
     plan = Plan(settings)
     if plan.warning():
         console.print(plan.warning(), style="yellow", soft_wrap=True)
-    directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
-    started = time.perf_counter()
-    try:
-        result = _with_progress(plan, directory, console)
-    finally:
-        directory.close()
-    wall_seconds = time.perf_counter() - started
-    described = {"settings": plan.settings.recorded(), **result.summary}
-    directory.complete(result.record, described | _cost(result, wall_seconds))
-    if settings.plots:
-        draw([directory.path], directory.path)
-    _show(console, directory.path, result, wall_seconds, "pushes" if settings.local_steps else "gradients")
+    with tracked(plan.settings, lambda said: console.print(said, style="yellow", markup=False)) as track:
+        directory = Directory(settings.directory or Path(time.strftime("runs/sim-%Y%m%d-%H%M%S")))
+        started = time.perf_counter()
+        try:
+            result = _with_progress(plan, directory, console, track)
+        finally:
+            directory.close()
+        wall_seconds = time.perf_counter() - started
+        described = {"settings": plan.settings.recorded(), **result.summary}
+        directory.complete(result.record, described | _cost(result, wall_seconds))
+        if settings.plots:
+            draw([directory.path], directory.path)
+        _show(console, directory.path, result, wall_seconds, "pushes" if settings.local_steps else "gradients")
     return 0
 
 
-def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result:
+def _with_progress(plan: Plan, directory: Directory, console: Console, track: Callable[[Row], None]) -> Result:
     columns = (
         TextColumn("{task.fields[method]}"),
         BarColumn(),
@@ -73,6 +75,7 @@ def _with_progress(plan: Plan, directory: Directory, console: Console) -> Result
 
         def show(row: Row) -> None:
             directory.write_row(row)
+            track(row)
             last = f"{row.seconds:.0f} virtual s, loss {row.train_loss:.4f}, accuracy {row.test_accuracy:.1%}"
             progress.update(task, last=last)
 

@@ -1,4 +1,4 @@
-"""Pictures of finished simulations: accuracy and loss against epochs and virtual time, and delays."""
+"""Pictures of finished simulations, and of runs: accuracy and loss against data and time, and delays."""
 
 import io
 import math
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,11 @@ from pydantic import Field
 
 from ormo_runtime.settings import Settings, UsageError
 from ormo_runtime.settings_loader import load_settings
+from ormo_server.sim.measured import MeasuredRun, is_measured, read_measured
 from ormo_server.sim.record import FinishedRun, Row, read_run
 
+DrawnRun: TypeAlias = FinishedRun | MeasuredRun
+Quantities: TypeAlias = tuple[tuple[str, Callable[[Row], float]], ...]
 Numbers = npt.NDArray[np.float64]
 
 CURVES, DELAYS = "curves.png", "delays.png"
@@ -93,7 +96,7 @@ class Line:
 
     label: str
     style: Style
-    runs: tuple[FinishedRun, ...]
+    runs: tuple[DrawnRun, ...]
 
     @property
     def method(self) -> str:
@@ -118,12 +121,14 @@ class Curve:
 
 
 class PlotSettings(Settings):
-    """Draw finished simulations: runs that differ in nothing but their seed become one line with a band."""
+    """Draw finished simulations, or runs of ormo-local: those that differ only in their seed become one line."""
 
     flags_only: ClassVar[frozenset[str]] = frozenset({"runs", "directory"})
     renamed: ClassVar[Mapping[str, str]] = {"into": "directory"}  # which is a file for `ormo-sim reproduce`
 
-    runs: tuple[Path, ...] = Field(title="Input and output", description="directories of finished simulations")
+    runs: tuple[Path, ...] = Field(
+        title="Input and output", description="directories of finished simulations, or of runs of `ormo-local`"
+    )
     directory: Path = Field(description="directory for the pictures")
 
 
@@ -136,7 +141,7 @@ def plot(argv: Sequence[str]) -> int:
 
 
 def draw(runs: Sequence[Path], into: Path) -> list[Path]:
-    """Draw finished simulations.
+    """Draw finished simulations, or runs.
 
     Args:
         runs: their directories, at least one.
@@ -146,32 +151,41 @@ def draw(runs: Sequence[Path], into: Path) -> list[Path]:
         The pictures' paths.
 
     Raises:
-        UsageError: a directory holds no finished simulation.
+        UsageError: a directory holds no finished simulation, or some hold simulations and others runs.
         OSError: a picture can't be written.
     """
     if not runs:
         raise UsageError("no run was given: name the directory of a finished simulation, or several")
-    found = [read_run(path) for path in runs]
-    settings = [run.summary.settings for run in found]
+    kinds = {is_measured(path) for path in runs}
+    if len(kinds) > 1:
+        raise UsageError("simulations and runs of ormo-local have other clocks: draw them into two directories")
+    found: list[DrawnRun] = [read_measured(path) if kinds == {True} else read_run(path) for path in runs]
+    settings = [run.settings for run in found]
     title = ", ".join(
         describe(name, settings[0].get(name))
         for name in ("task", "workers", "slow")
         if settings[0].get(name) and len({repr(each.get(name)) for each in settings}) == 1
     )
     lines = lines_of(found)
-    by_loss = all(each.get("local_steps") for each in settings)
-    curves = draw_losses if by_loss else draw_curves
-    return [curves(lines, into / CURVES, title), draw_delays(lines, into / DELAYS, title)]
+    if kinds == {True}:
+        drawn = draw_curves(lines, into / CURVES, title, _MEASURES_OF_RUNS, _CLOCKS_OF_RUNS)
+    else:
+        by_loss = all(each.get("local_steps") for each in settings)
+        drawn = (draw_losses if by_loss else draw_curves)(lines, into / CURVES, title)
+    delays = [draw_delays(lines, into / DELAYS, title)] if any(run.delays for run in found) else []
+    return [drawn, *delays]
 
 
-def lines_of(runs: Sequence[FinishedRun]) -> list[Line]:
+def lines_of(runs: Sequence[DrawnRun]) -> list[Line]:
     """A line for each set of runs that differ in nothing but their seed; labels say what else differs."""
-    every = [run.summary.settings for run in runs]
+    every = [run.settings for run in runs]
     names = [name for name in every[0] if name not in _IGNORED_DIFFERENCES]
     differing = [name for name in names if len({repr(settings.get(name)) for settings in every}) > 1]
-    groups: dict[str, list[FinishedRun]] = {}
+    groups: dict[str, list[DrawnRun]] = {}
     for run, settings in zip(runs, every, strict=True):
         label = ", ".join((run.method, *(describe(name, settings.get(name)) for name in differing)))
+        if isinstance(run, MeasuredRun) and len(runs) > 1:  # each was evaluated at moments of its own: there is no mean
+            label += f", {run.path.name}"
         groups.setdefault(label, []).append(run)
     others = cycle(_OTHER_STYLES)
     used: set[Style] = set()
@@ -199,17 +213,29 @@ def describe(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {value}"
 
 
-def draw_curves(lines: Sequence[Line], path: Path, title: str) -> Path:
-    """Test accuracy and train loss against epochs and against virtual time, with ± deviation over seeds."""
+_MEASURES: Quantities = (
+    ("test accuracy", lambda row: row.test_accuracy),
+    ("train loss", lambda row: row.train_loss),
+)
+_CLOCKS: Quantities = (
+    ("epochs (passes over the training data)", lambda row: row.epochs),
+    ("virtual time in seconds", lambda row: row.seconds),
+)
+_MEASURES_OF_RUNS: Quantities = (
+    ("test accuracy", lambda row: row.test_accuracy),
+    ("test loss", lambda row: row.test_loss),
+)
+_CLOCKS_OF_RUNS: Quantities = (
+    ("samples", lambda row: row.samples),
+    ("time in seconds", lambda row: row.seconds),
+)
+
+
+def draw_curves(
+    lines: Sequence[Line], path: Path, title: str, measures: Quantities = _MEASURES, clocks: Quantities = _CLOCKS
+) -> Path:
+    """Test accuracy and loss against data and time, with ± deviation over seeds."""
     figure, grid = _figure(7.5, title, rows=2, columns=2)
-    measures: tuple[tuple[str, Callable[[Row], float]], ...] = (
-        ("test accuracy", lambda row: row.test_accuracy),
-        ("train loss", lambda row: row.train_loss),
-    )
-    clocks: tuple[tuple[str, Callable[[Row], float]], ...] = (
-        ("epochs (passes over the training data)", lambda row: row.epochs),
-        ("virtual time in seconds", lambda row: row.seconds),
-    )
     for panels, (measure, y) in zip(grid, measures, strict=True):
         for axes, (clock, x) in zip(panels, clocks, strict=True):
             curves = [average(line.runs, x, y) for line in lines]
@@ -217,7 +243,7 @@ def draw_curves(lines: Sequence[Line], path: Path, title: str) -> Path:
                 _draw_curve(axes, line, curve)
             axes.set(xlabel=clock, ylabel=measure)
             _scale_clock(axes, curves)
-            if measure == "train loss":
+            if measure.endswith("loss"):
                 _scale_loss(axes, curves)
             else:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -228,7 +254,7 @@ def draw_curves(lines: Sequence[Line], path: Path, title: str) -> Path:
 def draw_losses(lines: Sequence[Line], path: Path, title: str) -> Path:
     """Test loss against samples, bytes and virtual time, with ± deviation over seeds."""
     figure, grid = _figure(4.5, title, columns=3)
-    clocks: tuple[tuple[str, Callable[[Row], float]], ...] = (
+    clocks: Quantities = (
         ("epochs (passes over the training data)", lambda row: row.epochs),
         ("bytes moved, in MB", lambda row: row.bytes_moved / 1e6),
         ("virtual time in seconds", lambda row: row.seconds),
@@ -244,7 +270,7 @@ def draw_losses(lines: Sequence[Line], path: Path, title: str) -> Path:
     return _save(figure, path)
 
 
-def average(runs: Sequence[FinishedRun], x: Callable[[Row], float], y: Callable[[Row], float]) -> Curve:
+def average(runs: Sequence[DrawnRun], x: Callable[[Row], float], y: Callable[[Row], float]) -> Curve:
     """The mean curve of runs that were evaluated after the same numbers of gradients."""
     rows = [{row.gradients: row for row in run.rows} for run in runs]
     common = sorted(set(rows[0]).intersection(*rows[1:]))

@@ -43,6 +43,8 @@ class Row:
         bucket_size: K.
         bytes_moved: tensors of gradients and of parameters with tickets, all workers', so far, in float32.
         int8_bytes_moved: the same, had the gradients been int8 and the parameters bfloat16.
+        samples: counted so far.
+        lag_mean: of the gradients applied since the last row, in buckets.
     """
 
     seconds: float
@@ -60,10 +62,13 @@ class Row:
     bucket_size: int
     bytes_moved: int = 0
     int8_bytes_moved: int = 0
+    samples: int = 0
+    lag_mean: float = math.nan
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
-_BYTES = ("bytes_moved", "int8_bytes_moved")
+# Which versions that wrote the first digests did not count; they follow from the rest.
+_LATER = ("bytes_moved", "int8_bytes_moved", "samples", "lag_mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class _SinceLastRow:
     losses: float = 0.0
     pushes: int = 0
     delays: int = 0
+    lags: int = 0
     applied: int = 0
     delay_max: int = 0
 
@@ -150,6 +156,7 @@ class Record:
             return
         self.delays[result.delay] += 1
         since.delays += result.delay
+        since.lags += result.lag_buckets
         since.applied += 1
         since.delay_max = max(since.delay_max, result.delay)
         self.on_gradient(result.iteration)
@@ -189,6 +196,8 @@ class Record:
             bucket_size=bucket_size,
             bytes_moved=(self.pushes + self.deliveries) * self.message.float32,
             int8_bytes_moved=self.pushes * self.message.int8 + self.deliveries * self.message.bfloat16,
+            samples=state.samples,
+            lag_mean=since.lags / since.applied if since.applied else math.nan,
         )
 
 
@@ -222,8 +231,7 @@ def summary(record: Record, params: torch.Tensor, targets: Sequence[float]) -> d
 def digest(record: Record, params: torch.Tensor) -> str:
     """A fingerprint of all that a simulation led to: the same for the same seed, on one thread of one machine."""
     found = hashlib.sha256(params.numpy().tobytes())
-    # Without the bytes, which follow from the rest: the same as of versions that did not count them.
-    rows = [{name: value for name, value in asdict(row).items() if name not in _BYTES} for row in record.rows]
+    rows = [{name: value for name, value in asdict(row).items() if name not in _LATER} for row in record.rows]
     found.update(repr(rows).encode())
     found.update(repr(sorted(record.delays.items())).encode())
     return found.hexdigest()
@@ -345,6 +353,11 @@ class FinishedRun:
     method: str
     rows: tuple[Row, ...]
     delays: Mapping[int, int]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it was started with."""
+        return self.summary.settings
 
     def gradients_to_loss(self, target: float) -> int | None:
         """How many gradients were applied at the first evaluation with this train loss or less."""

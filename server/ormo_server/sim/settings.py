@@ -17,6 +17,7 @@ from ormo_runtime.settings import (
     flag_of,
     slow_factors,
 )
+from ormo_runtime.tracking import TRACK
 from ormo_runtime.workload import TASKS_OF_THE_WORKER
 from ormo_server.settings import TrainingSettings
 from ormo_server.sim.machines import FORMS, Change, changes, parse
@@ -116,6 +117,7 @@ class SimSettings(TrainingSettings):
         None, description="where results go; none: a new one under `runs/`, named by the time"
     )
     plots: bool = Field(True, description="draw accuracy and loss against epochs and time, and delays")
+    track: str = Field("", description=TRACK)
 
     @property
     @override
@@ -156,7 +158,7 @@ class SimSettings(TrainingSettings):
 
     def recorded(self) -> dict[str, Any]:
         """As JSON holds them, for summaries: with the delay threshold in force."""
-        return self.model_dump(mode="json", exclude={"directory"}) | {
+        return self.model_dump(mode="json", exclude={"directory", "track"}) | {
             "delay_threshold": self.run().method.delay_threshold
         }
 

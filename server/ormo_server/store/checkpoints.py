@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ormo_protos.manifest import (
-    FROZEN,
-    Manifest,
-)
+from ormo_protos.manifest import FROZEN, Manifest
 from ormo_server.core.errors import SettingsError
 from ormo_server.core.snapshot import Snapshot
 from ormo_server.store.files import (
@@ -54,7 +51,7 @@ _LOG = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 STATE_FILE = "state.safetensors"
 
-_FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
+CHECKPOINT_FILES = (MODEL_FILE, STATE_FILE, DOCUMENT_FILE)
 _MODEL_VECTORS = ("params", "float_buffers", "int_buffers")
 # Of the 100 MB that safetensors allows for a header; the names of 100,000 tensors take 60 MB of it.
 _MOST_METADATA_BYTES = 40_000_000
@@ -116,8 +113,8 @@ def write_files(directory: Path, checkpoint: Checkpoint) -> None:
     state = tensors | ({_FROZEN: frozen} if frozen.numel() else {})
     save_tensors(directory / STATE_FILE, state, {"format": "pt"})
     (directory / DOCUMENT_FILE).write_text(document, encoding="utf-8")
-    write_sums(directory, _FILES)
-    for name in (*_FILES, SUMS_FILE):
+    write_sums(directory, CHECKPOINT_FILES)
+    for name in (*CHECKPOINT_FILES, SUMS_FILE):
         sync(directory / name)
     sync(directory)
 
@@ -159,7 +156,7 @@ def damage_of_model(directory: Path) -> str:
 def has_files(directory: Path) -> bool:
     """Whether this folder holds any file of a checkpoint."""
     with reading(directory):
-        return any((directory / name).exists() for name in (*_FILES, SUMS_FILE))
+        return any((directory / name).exists() for name in (*CHECKPOINT_FILES, SUMS_FILE))
 
 
 def unsound(taken: Snapshot, manifest: Manifest) -> str:
@@ -216,9 +213,9 @@ def _read_document(path: Path) -> _Document:
         return _Document.model_validate(content)
 
 
-_NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
+NAME = re.compile(r"checkpoint-(\d+)-iteration-\d+")
 _ASIDE = ".writing-"
-_LATEST = "latest"
+LATEST = "latest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +264,7 @@ class CheckpointStore:
         self._keep = keep
         # Those that `newest` could not read: they do not count among those that stay.
         self._corrupt: set[Path] = set()
+        self._copied: Path | None = None
         # One write at a time: two would draw the same number, and each would remove what the other has half written.
         self._writing = threading.Lock()
 
@@ -276,7 +274,7 @@ class CheckpointStore:
         Raises:
             StoreError: the directory can't be read.
         """
-        found = [path for path in self._entries() if _NAME.fullmatch(path.name) and path.is_dir()]
+        found = [path for path in self._entries() if NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(filter(has_files, found), key=_serial)
 
     def newest(self, refuse: Callable[[Checkpoint], object] = lambda _: None) -> Found | None:
@@ -321,6 +319,20 @@ class CheckpointStore:
             )
         return None
 
+    @contextmanager
+    def newest_kept(self) -> Iterator[Path | None]:
+        """The newest checkpoint, which stays as long as this lasts; None if there is none. One caller at a time.
+
+        Raises:
+            StoreError: the directory can't be read.
+        """
+        with self._writing:
+            self._copied = next(reversed(self.paths()), None)
+        try:
+            yield self._copied
+        finally:
+            self._copied = None  # the next write removes it
+
     def move_corrupt(self, directory: Path) -> None:
         """Put those that `newest` has found corrupt into this directory.
 
@@ -335,13 +347,13 @@ class CheckpointStore:
         named = self._named_latest()
         if named is None or any(_serial(path) >= _serial(named) for path in self.paths()):
             return []
-        return [StoreError(f"{named} is missing, and {self._directory / _LATEST} names it as the last one")]
+        return [StoreError(f"{named} is missing, and {self._directory / LATEST} names it as the last one")]
 
     def _named_latest(self) -> Path | None:
         # It may stay behind where it could not be pointed anew, and then names an older one.
-        link = self._directory / _LATEST
+        link = self._directory / LATEST
         name = link.readlink().name if link.is_symlink() else ""
-        return self._directory / name if _NAME.fullmatch(name) else None
+        return self._directory / name if NAME.fullmatch(name) else None
 
     def write(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint; it is on the disk when this returns. One write at a time, others wait.
@@ -395,10 +407,10 @@ class CheckpointStore:
     def _point_latest(self, path: Path) -> None:
         # A convenience for people and scripts: where a file system has no links, there is none.
         with suppress(OSError):
-            link = self._directory / f".{_LATEST}"
+            link = self._directory / f".{LATEST}"
             link.unlink(missing_ok=True)
             link.symlink_to(path.name, target_is_directory=True)
-            link.replace(self._directory / _LATEST)
+            link.replace(self._directory / LATEST)
 
     def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
@@ -410,12 +422,12 @@ class CheckpointStore:
     def _outdated(self) -> list[Path]:
         paths = self.paths()
         oldest_kept = [path for path in paths if path not in self._corrupt][-self._keep :][0]
-        return paths[: paths.index(oldest_kept)]
+        return [path for path in paths[: paths.index(oldest_kept)] if path != self._copied]
 
     def _stale(self) -> list[Path]:
         # What a server left that died while it wrote.
         names = (path for path in self._entries() if path.name.startswith(_ASIDE))
-        return [path for path in names if _NAME.fullmatch(path.name.removeprefix(_ASIDE))]
+        return [path for path in names if NAME.fullmatch(path.name.removeprefix(_ASIDE))]
 
     def _entries(self) -> Iterator[Path]:
         with reading(self._directory):
@@ -423,6 +435,11 @@ class CheckpointStore:
 
 
 def _serial(path: Path) -> int:
-    name = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
-    assert name is not None
-    return int(name[1])
+    return serial_of(path.name.removeprefix(_ASIDE))
+
+
+def serial_of(name: str) -> int:
+    """The number in the order of writing that a checkpoint has by its name."""
+    found = NAME.fullmatch(name)
+    assert found is not None
+    return int(found[1])

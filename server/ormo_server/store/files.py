@@ -160,7 +160,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_OF_A_RUN = ("checkpoint-*", ".writing-checkpoint-*", "journal-damaged-*", "journal", "latest")
+_OF_A_RUN = ("checkpoint-*", ".writing-checkpoint-*", "journal-damaged-*", "journal", "latest", "mirror.json")
 
 
 class DirectoryLock:

@@ -20,7 +20,8 @@ from ormo_protos.manifest import (
     TensorSpec,
 )
 from ormo_server.core.buffers import Buffer, Buffers, Merge
-from ormo_server.store.files import StoreError, check_sums, listed, load_tensors, non_finite, reading
+from ormo_server.store.files import StoreError, check_sums, listed, non_finite, reading
+from ormo_server.store.weights import EXPECTED, read_weights
 
 # Of a checkpoint.
 MODEL_FILE = "model.safetensors"
@@ -138,35 +139,42 @@ class ModelFile:
     """The tensors of a model by name.
 
     Attributes:
-        path: the file.
+        path: of the file or folder.
+        name: what people call it: its path, or where it was brought from.
         weights: by name; float32, bfloat16, float64 or int64, without NaN.
         manifest: the model's, if the file says it. A plain state_dict does not: safetensors sorts the tensors, so their
             order is lost, and so is what is a parameter and what a buffer. The first worker knows both.
     """
 
     path: Path
+    name: str
     weights: dict[str, torch.Tensor]
     manifest: Manifest | None
 
     @classmethod
-    def load(cls, path: Path) -> "ModelFile":
-        """Read a state_dict in safetensors format, or the model of a checkpoint, given as its directory.
+    def load(cls, path: Path, said: str = "") -> "ModelFile":
+        """Read a model from any of the kinds of file in `weights.py`, or that of a checkpoint, given as its directory.
+
+        Args:
+            path: of the file or directory.
+            said: what people call it, if that is not the path.
 
         Raises:
-            StoreError: it is missing, not safetensors, damaged, or has values that are not served.
+            StoreError: it is missing, damaged, of another format, or has values that are not served.
         """
+        name = said or str(path)
         try:
-            file = model_of(path) if path.is_dir() else path
-            weights, metadata = load_tensors(file)
+            if (path / DOCUMENT_FILE).exists():
+                check_sums(path, (MODEL_FILE,))
+                path = path / MODEL_FILE
+            weights, metadata = read_weights(path)
         except StoreError as error:
-            raise StoreError(
-                f"no model to start from: {error}; expected a file that safetensors.torch.save_file or save_model "
-                "wrote, or the directory of a checkpoint"
-            ) from error
-        _refuse_values(file, weights)
-        with reading(file):
+            why = str(error) if not said else str(error).replace(str(path), said)
+            raise StoreError(f"no model to start from: {why}; expected {EXPECTED}") from error
+        _refuse_values(name, weights)
+        with reading(path):
             rows = metadata.get(MANIFEST_KEY)
-            return cls(file, weights, None if rows is None else Manifest.from_json(json.loads(rows)))
+            return cls(path, name, weights, None if rows is None else Manifest.from_json(json.loads(rows)))
 
     def arrange(self, manifest: Manifest) -> FlatModel:
         """The values in the order of this manifest, in memory of their own.
@@ -180,7 +188,7 @@ class ModelFile:
         found = list(self._differences(manifest))
         if found:
             raise StoreError(
-                f"{self.path} is not the model that is to be trained: {listed(found)}; give the file of this model, or "
+                f"{self.name} is not the model that is to be trained: {listed(found)}; give the file of this model, or "
                 "none, to start from the first worker's"
             )
         flat = FlatModel.empty(manifest)
@@ -189,7 +197,7 @@ class ModelFile:
                 flat.view(spec).copy_(self.weights[spec.name])
         bad = unsound_tensors(flat.state_dict(manifest), manifest)
         if bad:
-            raise StoreError(f"{self.path} has infinite values in {listed(bad)}: start from a sound model")
+            raise StoreError(f"{self.name} has infinite values in {listed(bad)}: start from a sound model")
         return flat
 
     def _differences(self, manifest: Manifest) -> Iterator[str]:
@@ -218,7 +226,7 @@ def _holds(spec: TensorSpec, dtype: torch.dtype) -> bool:
     return spec.dtype == FLOAT64 or (spec.dtype != INT64 and dtype != torch.float64)
 
 
-def _refuse_values(path: Path, weights: dict[str, torch.Tensor]) -> None:
+def _refuse_values(path: str, weights: dict[str, torch.Tensor]) -> None:
     other = [f"{name!r} ({tensor.dtype})" for name, tensor in weights.items() if tensor.dtype not in _SERVED]
     if other:
         raise StoreError(
@@ -228,15 +236,3 @@ def _refuse_values(path: Path, weights: dict[str, torch.Tensor]) -> None:
     bad = non_finite(weights, buffers=weights)  # which of them are parameters, the manifest says
     if bad:
         raise StoreError(f"{path} has NaN in {listed(bad)}: start from a sound model")
-
-
-def model_of(directory: Path) -> Path:
-    """The model file of a checkpoint, checked.
-
-    Raises:
-        StoreError: this is not a checkpoint, or the file is not what was written.
-    """
-    if not (directory / DOCUMENT_FILE).exists():
-        raise StoreError(f"{directory} is a directory, but not a checkpoint: it has no {DOCUMENT_FILE}")
-    check_sums(directory, (MODEL_FILE,))
-    return directory / MODEL_FILE

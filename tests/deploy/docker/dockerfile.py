@@ -18,6 +18,7 @@ from pathlib import Path
 from deploy.docker.tree import FOLDER, ROOT
 
 VENV = "/opt/ormo"  # where the images have the programs
+PROGRAMS = "/opt/programs"  # where they are alone, to be a layer of their own
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,19 @@ class Dockerfile:
                 self.arguments[argument] = default
 
 
-def build(stage: Stage, sources: Path, venv: Path) -> None:
-    """Do what a build stage does: its COPYs from the build context into `sources`, its RUNs there."""
+def build(stage: Stage, sources: Path, venv: Path, programs: Path) -> None:
+    """Do what a build stage does: its COPYs from the build context into `sources`, its RUNs there.
+
+    Secrets are not mounted, as for whoever has none: pip takes the configuration of this machine.
+    """
+    places = {VENV: str(venv), PROGRAMS: str(programs)}
     for one in stage.instructions:
         if one.keyword == "COPY":
             *froms, to = one.words
             _copy(froms, sources, to)
         elif one.keyword == "RUN":
-            words = [word for word in one.words if not word.startswith("--mount=type=cache,")]
-            _run([str(venv) if word == VENV else word for word in words], sources)
+            words = [word for word in one.words if not word.startswith(("--mount=type=cache,", "--mount=type=secret,"))]
+            _run([places.get(word, word) for word in words], sources)
         else:
             assert one.keyword in ("WORKDIR", "ARG"), one
 

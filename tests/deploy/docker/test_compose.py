@@ -140,6 +140,15 @@ def test_server_may_have_the_threads_that_it_needs() -> None:
     assert threads_needed(settings) + 20 <= limit, "20 for the first process, the health check, and whoever looks in"
 
 
+def test_server_may_have_a_descriptor_for_each_connection_and_for_files_besides() -> None:
+    settings = settings_of(ours()["server"])
+    assert isinstance(settings, ServerSettings)
+    limits = ours()["server"]["ulimits"]["nofile"]
+    assert limits["soft"] == limits["hard"]
+    people = settings.max_workers + settings.max_readers
+    assert limits["soft"] > 1000 + 2 * (2 * people + 256), "as docs/security.md has it, for IPv4 and IPv6"
+
+
 def test_only_this_machine_reaches_the_ports(service: dict[str, Any]) -> None:
     for port in service.get("ports", []):
         assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)

@@ -118,6 +118,15 @@ def test_image_says_the_version_of_the_package(name: str, target: str) -> None:
     assert labels["org.opencontainers.image.version"] == version
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_pip_takes_its_index_and_certificate_from_secrets_that_are_in_no_layer(name: str) -> None:
+    runs = [one.value for one in Dockerfile(name).stages["programs"].all("RUN")]
+    assert len(runs) == 2
+    for run in runs:
+        assert "--mount=type=secret,id=pip,target=/etc/pip.conf " in run
+        assert "--mount=type=secret,id=pip-ca,target=/etc/pip-ca.pem " in run
+
+
 def test_build_context_has_the_sources_and_nothing_else() -> None:
     assert in_context("server/ormo_server/core/state.py")
     assert in_context("deploy/docker/install.sh")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.docker.dockerfile import VENV, Dockerfile, Stage, build
+from deploy.docker.dockerfile import PROGRAMS, VENV, Dockerfile, Stage, build
 from deploy.docker.tree import FOLDER
 
 pytestmark = [
@@ -42,6 +42,10 @@ class Container:
     @property
     def venv(self) -> Path:
         return self.root / "venv"
+
+    @property
+    def programs(self) -> Path:
+        return self.root / "programs"
 
     @property
     def data(self) -> Path:
@@ -131,7 +135,8 @@ def images() -> Iterator[dict[str, Container]]:
         made = {name: stack.enter_context(contained(*file)) for name, file in files.items()}
 
         def built(name: str) -> None:
-            build(Dockerfile(files[name][0]).stages["build"], made[name].root / "src", made[name].venv)
+            stage, container = Dockerfile(files[name][0]).stages["programs"], made[name]
+            build(stage, container.root / "src", container.venv, container.programs)
 
         with ThreadPoolExecutor(len(made)) as pool:
             list(pool.map(built, made))
@@ -214,6 +219,16 @@ def test_programs_of_both_images_are_compiled_when_they_are_built(
         assert len(list(folder.glob("__pycache__/*.pyc"))) == len(list(folder.glob("*.py")))
 
 
+def test_a_change_of_code_is_a_layer_without_any_dependency(server_image: Container, worker_image: Container) -> None:
+    for container in (server_image, worker_image):
+        (packages,) = container.programs.glob("lib/python3*/site-packages")
+        assert {path.name.partition("-")[0] for path in packages.iterdir()} == {
+            "ormo_parameter_server", "ormo_protos", "ormo_runtime", "ormo_server", "ormo_worker",
+        }  # fmt: skip
+        size = sum(path.stat().st_size for path in container.programs.rglob("*") if path.is_file())
+        assert size < 10e6
+
+
 def test_worker_image_can_load_every_task(worker_image: Container) -> None:
     code = (
         "from ormo_worker.tasks.images import import_torchvision; print(import_torchvision().__version__)\n"
@@ -270,4 +285,6 @@ def test_dockerfiles_run_the_programs_from_where_they_are_installed() -> None:
         for target in targets:
             stage = Dockerfile(name).stages[target]
             assert stage.environment["PATH"].startswith(f"{VENV}/bin:")
-            assert f"--from=build {VENV} {VENV}" in [one.value for one in stage.all("COPY")]
+            copies = [one.value for one in stage.all("COPY")]
+            layers = [f"--from=dependencies {VENV} {VENV}", f"--from=programs {PROGRAMS} {VENV}"]
+            assert [copy for copy in copies if copy.startswith("--from=")] == layers

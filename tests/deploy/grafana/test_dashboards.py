@@ -170,6 +170,7 @@ def test_limits_on_panels_are_those_at_which_alerts_fire() -> None:
         "OrmoWorkerSilent": f"> {limits.LAST_PUSH_SECONDS:g} # seconds",
         "OrmoCheckpointFailing": f"{limits.UNSAVED_INTERVALS_AFTER_FAILURE:g} * ormo_checkpoint_interval_seconds",
         "OrmoCheckpointTooOld": f"{limits.UNSAVED_INTERVALS:g} * ormo_checkpoint_interval_seconds",
+        "OrmoMirrorBehind": f"({limits.MIRROR_BEHIND_SECONDS:g} + {limits.MIRROR_BEHIND_INTERVALS:g} * ormo_check",
         "OrmoServerRestarting": f"> {limits.RESTARTS - 1:g}",
     }.items():
         assert condition in expressions[alert], alert

@@ -49,6 +49,7 @@ def references(manifests: Manifests) -> Iterator[str]:
         wanted += [("ConfigMap", volume["configMap"]["name"]) for volume in volumes if "configMap" in volume]
         yield from (f"{pod.name} needs {kind} {name}" for kind, name in wanted if (kind, name) not in named)
         made = {each["spec"]["secretName"] for each in manifests.of("Certificate")}
+        made |= {each["metadata"]["name"] for each in manifests.of("Secret")}
         secrets = {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
         yield from (f"{pod.name} mounts a Secret that nobody makes: {secret}" for secret in secrets - made)
         claims = {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod.spec["volumes"]} - {None}
@@ -156,6 +157,8 @@ def security(manifests: Manifests) -> Iterator[str]:
             yield f"{pod.name} has no place for temporary files"
         if pod.container["resources"]["requests"]["memory"] != pod.container["resources"]["limits"]["memory"]:
             yield f"{pod.name} may be killed for memory that it was promised"
+        if "ephemeral-storage" not in pod.container["resources"]["limits"]:
+            yield f"{pod.name} may fill its node's disk"
 
 
 def server_shape(manifests: Manifests) -> Iterator[str]:
@@ -206,7 +209,7 @@ def certificates(manifests: Manifests) -> Iterator[str]:
     if _server_settings(manifests).tls_cert is None:
         return
     made = {each["spec"]["secretName"]: each["spec"] for each in manifests.of("Certificate")}
-    lines = parsed_list(manifests.one("ConfigMap", "ormo-access")["data"]["access.toml"])
+    lines = parsed_list(manifests.access)
     for pod in manifests.pods():
         own = made[_mounted(pod, "/tls")["secret"]["secretName"]]
         told = settings(manifests, pod)
@@ -217,6 +220,11 @@ def certificates(manifests: Manifests) -> Iterator[str]:
             yield f"{pod.name} can't read its key"
         if pod.component == "ormo-server":
             yield from _server_names(manifests, own)
+            keys = {
+                volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume
+            } & made.keys()
+            if keys != {own["secretName"]}:
+                yield f"{pod.name} has the keys of others: {keys}"
             continue
         caller = by_name(lines, own["dnsNames"])
         role = Role.WORKER if pod.component == "ormo-worker" else Role.READER

@@ -1,5 +1,6 @@
 """The overlays as `kubectl kustomize` renders them, and ways round in them."""
 
+import base64
 import copy
 import functools
 import os
@@ -16,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-RUNS = ("local", "gpu", "tls")  # with a server in them
+RUNS = ("local", "gpu", "tls", "gpu-tls")  # with a server in them
 OVERLAYS = (*RUNS, "monitoring")
 # Made by the user, on storage that only they know.
 FOREIGN_CLAIMS = {"ormo-data"}
@@ -127,6 +128,15 @@ class Manifests:
             if re.fullmatch(re.escape(name) + "-[a-z0-9]{10}", each["metadata"]["name"])
         )
         return found
+
+    @property
+    def access(self) -> str:
+        """The server's list of who may call."""
+        return base64.b64decode(self.one("Secret", "ormo-access")["data"]["access.toml"]).decode()
+
+    def replace_access(self, text: str) -> None:
+        """Have another list in its place."""
+        self.one("Secret", "ormo-access")["data"]["access.toml"] = base64.b64encode(text.encode()).decode()
 
     def pods(self, component: str | None = None) -> list[Pod]:
         pods = [Pod(each, each["spec"]["template"]) for each in self.of(*_WORKLOADS)]

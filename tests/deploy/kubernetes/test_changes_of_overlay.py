@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.kubernetes.rendering import Object, overlay
+from deploy.kubernetes.rendering import RUNS, Object, overlay
 
 # Of a spec, what may be changed in an object that is there: by Kubernetes' validation of updates.
 _CHANGEABLE = {
@@ -43,19 +43,22 @@ def _refused(before: str, after: str) -> set[str]:
     return kinds
 
 
-@pytest.mark.parametrize(("before", "after"), [("local", "tls"), ("tls", "local")])
-def test_between_local_and_tls_the_jobs_alone_are_in_the_way(before: str, after: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"), [("local", "tls"), ("tls", "local"), ("gpu", "gpu-tls"), ("gpu-tls", "gpu")]
+)
+def test_between_an_overlay_and_itself_with_tls_the_jobs_alone_are_in_the_way(before: str, after: str) -> None:
     assert _refused(before, after) == {"Job"}
     jobs = overlay(before).jobs
     assert all(job["metadata"]["labels"]["app.kubernetes.io/component"] == "worker" for job in jobs)
 
 
-@pytest.mark.parametrize("other", ["local", "tls"])
-def test_from_and_to_gpu_the_server_s_volume_is_in_the_way(other: str) -> None:
-    assert _refused(other, "gpu") == _refused("gpu", other) == {"StatefulSet"}
+@pytest.mark.parametrize("small", ["local", "tls"])
+@pytest.mark.parametrize("large", ["gpu", "gpu-tls"])
+def test_from_and_to_gpu_the_server_s_volume_is_in_the_way(small: str, large: str) -> None:
+    assert _refused(small, large) == _refused(large, small) == {"StatefulSet"}
 
 
-@pytest.mark.parametrize("run", ["local", "tls", "gpu"])
+@pytest.mark.parametrize("run", RUNS)
 def test_monitoring_changes_nothing_of_a_run_that_it_stands_beside(run: str) -> None:
     def names(name: str) -> set[tuple[str, str]]:
         return {(each["kind"], each["metadata"]["name"]) for each in overlay(name).objects}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy.kubernetes import checks
-from deploy.kubernetes.rendering import KUBERNETES, OVERLAYS, Manifests, overlay, program, rendered_text
+from deploy.kubernetes.rendering import KUBERNETES, OVERLAYS, overlay, program, rendered_text
 from deploy.kubernetes.schemas import against_schemas
 
 
@@ -21,7 +21,9 @@ def test_every_object_fits_the_schemas_of_the_oldest_and_the_newest_kubernetes_a
 
 
 @pytest.mark.parametrize("check", checks.ALL, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("names", [("local",), ("gpu",), ("gpu", "monitoring"), ("tls",)], ids=" and ".join)
+@pytest.mark.parametrize(
+    "names", [("local",), ("gpu",), ("gpu", "monitoring"), ("tls",), ("gpu-tls",)], ids=" and ".join
+)
 def test_nothing_is_wrong_that_schemas_can_not_see(names: tuple[str, ...], check: checks.Check) -> None:
     assert [*check(overlay(*names))] == []
 
@@ -42,17 +44,6 @@ def test_gpu_and_monitoring_can_be_one_overlay_of_three_lines(tmp_path: Path) ->
     objects = list(yaml.safe_load_all(rendered_text(tmp_path)))
     assert len(objects) == len(overlay("gpu", "monitoring").objects)
     assert {each["metadata"].get("namespace", "mine") for each in objects} == {"mine"}
-
-
-def test_tls_goes_with_any_overlay(tmp_path: Path) -> None:
-    places = {
-        name: os.path.relpath(KUBERNETES / name, tmp_path.resolve()) for name in ("overlays/gpu", "components/tls")
-    }
-    resources, components = places.values()
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [resources], "components": [components]}))
-    guarded = Manifests(list(yaml.safe_load_all(rendered_text(tmp_path))))
-    assert len(guarded.pods("ormo-worker")) == 3
-    assert [said for check in checks.ALL for said in check(guarded)] == []
 
 
 def _key(each: dict[str, dict[str, str]]) -> tuple[object, str]:

@@ -25,9 +25,8 @@ def _job(manifests: Manifests) -> dict:
 
 
 def _access(manifests: Manifests, old: str, new: str) -> None:
-    data = manifests.one("ConfigMap", "ormo-access")["data"]
-    assert old in data["access.toml"]
-    data["access.toml"] = data["access.toml"].replace(old, new)
+    assert old in manifests.access
+    manifests.replace_access(manifests.access.replace(old, new))
 
 
 FAULTS_OF_TLS: dict[str, tuple[Check, Fault, str]] = {
@@ -43,8 +42,8 @@ FAULTS_OF_TLS: dict[str, tuple[Check, Fault, str]] = {
     ),
     "a list that is not there": (
         checks.references,
-        lambda it: it.one("ConfigMap", "ormo-access")["metadata"].update(name="other"),
-        "needs ConfigMap ormo-access",
+        lambda it: it.one("Secret", "ormo-access")["metadata"].update(name="other"),
+        "mounts a Secret that nobody makes: ormo-access",
     ),
     "a probe that speaks gRPC to a port with TLS": (
         checks.server_probes,
@@ -74,6 +73,11 @@ FAULTS_OF_TLS: dict[str, tuple[Check, Fault, str]] = {
         checks.certificates,
         lambda it: it.jobs[0]["spec"]["template"]["spec"]["securityContext"].pop("fsGroup"),
         "Job/ormo-worker can't read its key",
+    ),
+    "a key of somebody else in the server's pod": (
+        checks.certificates,
+        lambda it: it.server.spec["volumes"].append({"name": "o", "secret": {"secretName": "ormo-operator-tls"}}),
+        "StatefulSet/ormo-server has the keys of others",
     ),
     "a key in another place": (
         checks.certificates,
@@ -107,6 +111,11 @@ FAULTS: dict[str, tuple[Check, Fault, str]] = {
         checks.selectors,
         lambda it: it.one("NetworkPolicy", "ormo-server")["spec"].update(podSelector={"matchLabels": {"a": "b"}}),
         "is for no pod",
+    ),
+    "a pod that may fill the disk": (
+        checks.security,
+        lambda it: it.server.container["resources"]["limits"].pop("ephemeral-storage"),
+        "StatefulSet/ormo-server may fill its node's disk",
     ),
     "a ConfigMap by a wrong name": (
         checks.references,

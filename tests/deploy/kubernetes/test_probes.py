@@ -50,7 +50,7 @@ def test_server_of_the_manifests_starts_and_answers_every_probe(name: str, tmp_p
 def test_with_tls_the_manifests_server_answers_every_probe_and_takes_those_of_the_manifests(tmp_path: Path) -> None:
     """Certificates as cert-manager would make them, the access list and the workers' ids as they are."""
     manifests, authority = overlay("tls"), Authority(tmp_path)
-    access = manifests.one("ConfigMap", "ormo-access")["data"]["access.toml"]
+    access = manifests.access
     (worker,) = manifests.pods("ormo-worker")
     with started(manifests, tmp_path / "run", **authority.server(access)) as server:
         paths = [probe["httpGet"]["path"] for probe in probes(manifests.server.container)]

@@ -14,6 +14,7 @@ import pytest
 
 from ormo_worker.local import cli, cluster
 from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
+from ormo_worker.local.exported import bytes_moved, delays_of
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN])
@@ -97,12 +98,18 @@ ormo_received_bytes_total{method="OfferModel"} 7.0
 ormo_sent_bytes_total{method="PushPull"} 4e+06
 ormo_sent_bytes_total{method="PullParams"} 9e+06
 ormo_sent_bytes_created{method="PushPull"} 1.7e+09
+ormo_gradient_delay_iterations_bucket{le="0.0"} 3.0
+ormo_gradient_delay_iterations_bucket{le="4.0"} 3.0
+ormo_gradient_delay_iterations_bucket{le="6.0"} 8.0
+ormo_gradient_delay_iterations_bucket{le="+Inf"} 9.0
 """
 
 
-@pytest.mark.parametrize(("page", "moved"), [(METRICS, 7_000_500), ("nothing of that kind", None)])
+@pytest.mark.parametrize(
+    ("page", "moved", "delays"), [(METRICS, 7_000_500, {0: 3, 6: 5, 7: 1}), ("nothing of that kind", None, {})]
+)
 def test_the_bytes_that_moved_are_those_of_gradients_and_of_parameters_with_tickets(
-    page: str, moved: int | None
+    page: str, moved: int | None, delays: dict[int, int]
 ) -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -117,15 +124,17 @@ def test_the_bytes_that_moved_are_those_of_gradients_and_of_parameters_with_tick
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.handle_request).start()
         local.metrics_address = f"127.0.0.1:{server.server_port}"
-        assert local.bytes_moved() == moved
+        exported = local.metrics()
+    assert bytes_moved(exported) == moved
+    assert delays_of(exported) == delays
 
 
 def test_where_nobody_serves_metrics_nothing_is_said_of_bytes() -> None:
     local = Cluster(LocalSettings(metrics_listen=""))
-    assert local.bytes_moved() is None
+    assert bytes_moved(local.metrics()) is None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         local.metrics_address = f"127.0.0.1:{taken.getsockname()[1]}"
-    assert local.bytes_moved() is None
+    assert bytes_moved(local.metrics()) is None
 
 
 @pytest.mark.parametrize("given", [{"inner": "adamw"}, {"local_steps_by_speed": True}])
@@ -135,13 +144,14 @@ def test_flags_of_local_steps_without_their_number_are_one_sentence(given: dict[
 
 
 UNUSABLE = {
+    "an unknown tracker": (["--track", "wandb"], r"--track 'wandb' names no tracker: expected tensorboard:DIR"),
     "an unknown task": (["--task", "mnist"], r"there is no task named 'mnist': use one of digits"),
     "a data folder that is not there": (["--task", "image-folder", "--data-dir", "gone"], r"folder gone has no folder"),
 }
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_a_task_that_can_not_be_used_is_said_before_anything_is_started(
+def test_what_can_not_be_used_is_said_before_anything_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -55,6 +55,8 @@ class CallEnded(Exception):
             for kind in (info, retry):
                 detail.Unpack(kind)  # does nothing if it is of another kind
         reason = info.reason if info.domain == ERROR_DOMAIN else ""
+        if not reason and _TOO_LARGE_FOR_A_PROXY in (call.details() or ""):
+            return cls("RESOURCE_EXHAUSTED", "", f"HTTP status 413: {BODY_LIMIT}")
         seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
         # Whoever answered there: what it says gets into errors, and so to the terminals of programs that are not ours.
         return cls(call.code().name, printable(reason), printable(call.details() or "no details"), seconds)
@@ -91,6 +93,13 @@ def replaced_error(message: str) -> Replaced:
         Reason.REPLACED,
     )
 
+
+# How gRPC tells of an answer by something that speaks HTTP, and not gRPC.
+_TOO_LARGE_FOR_A_PROXY = "http2 header with status: 413"
+BODY_LIMIT = (
+    "a proxy on the way to the server ends calls that send more than it allows: set nginx's client_max_body_size to 0 "
+    "(it is 1 MiB unless set), or the same of another proxy"
+)
 
 # By reason, or by status code.
 _ADVICE = {

@@ -20,10 +20,15 @@ from ormo_worker.client.connection import Connection
 from ormo_worker.client.membership import Membership
 from ormo_worker.client.messages import Delivered, DeliveryReceiver, Gradient, Outgoing, PushPullFrame, Wire, malformed
 from ormo_worker.client.protocol import Fate, SlotSession, Step
-from ormo_worker.client.retries import CallEnded, TryAgain
-from ormo_worker.errors import ProtocolBroken, RunFinished
+from ormo_worker.client.retries import BODY_LIMIT, CallEnded, TryAgain
+from ormo_worker.errors import ProtocolBroken, Refused, RunFinished
 
 _LOG = logging.getLogger(__name__)
+
+# nginx ends a stream that it let begin where the client has sent 1 MiB. It counts the heads of messages, too, and not
+# what gRPC still holds, while we count gradients as they are given to gRPC.
+_CUT_BYTES, _HEADS_BYTES, _HELD_BYTES = 1 << 20, 1 << 18, 8 << 20
+_CUTS_THAT_TELL = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Slot:
         self._since = 0.0
         self._stages: list[tuple[Stage, float]] = []
         self._wanted = wire.wanted[False, False]
+        self._cuts = 0  # streams in a row that ended as behind a proxy with a limit
 
     @property
     def holds_ticket(self) -> bool:
@@ -181,6 +187,7 @@ class Slot:
             step = session.on_finished()
         except CallEnded as end:
             # The session decides: whether the gradient goes out once more depends on whether its result has come.
+            self._note_cut(end)
             self._drop_stream()
             step = session.on_end(end.code, end.reason)
             if step is Step.JOIN:
@@ -204,6 +211,7 @@ class Slot:
             self._connection.add(self._stream)
         stream, self._since = self._stream, time.monotonic()
         self._wanted = self._wire.wanted[ask.wants_buffers, ask.wants_frozen]
+        stream.count(0 if ask.ticket is None or gradient is None else gradient.payload.layout.total_bytes)
         stream.send(
             self._wire.exchange_messages(
                 self._identity,
@@ -285,6 +293,22 @@ class Slot:
         session = self._session
         return ExchangeOutcome(self.number, session.fate, session.result, session.refusal, None, finished=True)
 
+    def _note_cut(self, end: CallEnded) -> None:
+        """Find out whether a proxy cuts the streams, by how much they had sent.
+
+        Raises:
+            Refused: it does, and this gradient will never get through.
+        """
+        sent, largest = (0, 0) if self._stream is None else (self._stream.sent_bytes, self._stream.largest_bytes)
+        cut = end.code == "INTERNAL" and not end.reason and _CUT_BYTES - _HEADS_BYTES <= sent <= _HELD_BYTES + largest
+        self._cuts = self._cuts + 1 if cut else 0
+        if self._cuts != _CUTS_THAT_TELL:
+            return
+        found = f"each stream ends when it has sent about {sent / 2**20:.1f} MiB ({end.message}): {BODY_LIMIT}"
+        if sent == largest:  # one gradient is too much
+            raise Refused(found) from None
+        _LOG.warning("%s; until then each exchange may take several streams", found)
+
     def _drop_stream(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
@@ -302,16 +326,24 @@ class _Stream:
 
     Attributes:
         send: gives gRPC's thread the messages of one exchange; `None` ends the thread.
+        sent_bytes: of all gradients that were given to it.
+        largest_bytes: of one of them.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.sent_bytes = self.largest_bytes = 0
         exchanges: queue.SimpleQueue[Iterable[PushPullFrame] | None] = queue.SimpleQueue()
         self.send = exchanges.put
         # Until `None`: gRPC's thread waits in here for the next exchange.
         self._outgoing = Outgoing(chain.from_iterable(iter(exchanges.get, None)))
         with connection.errors_as_call_ended():
             self._call = connection.tensors.push_pull(iter(self._outgoing))
+
+    def count(self, gradient_bytes: int) -> None:
+        """Note how much the next exchange sends."""
+        self.sent_bytes += gradient_bytes
+        self.largest_bytes = max(self.largest_bytes, gradient_bytes)
 
     def receive(self) -> Frame[pb.PushPullResponse]:
         """The next answer.

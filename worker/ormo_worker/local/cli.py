@@ -1,9 +1,10 @@
 """The command `ormo-local`."""
 
 import contextlib
+import queue
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -14,8 +15,12 @@ from rich.text import Text
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.process import leave_if_asked, leave_on_signals, prepare_process
+from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import load_settings
+from ormo_runtime.tracking import refuse_unusable_tracker
 from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
+from ormo_worker.local.exported import bytes_moved
+from ormo_worker.local.recorder import Recorder
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 2.0
@@ -28,9 +33,11 @@ class Progress:
 
     status: pb.GetStatusResponse = field(default_factory=pb.GetStatusResponse)
     evaluation: dict[str, float] = field(default_factory=dict)
+    # Told by another thread, and not looked at yet.
+    evaluations: "queue.SimpleQueue[dict[str, float]]" = field(default_factory=queue.SimpleQueue)
     started: float = field(default_factory=time.monotonic)
     first: tuple[float, int, int] | None = None
-    bytes_moved: int | None = None
+    metrics: str = ""
 
     def observe(self, status: pb.GetStatusResponse) -> None:
         """Take a newer status; the first one with a gradient starts the clock of the rates."""
@@ -38,6 +45,13 @@ class Progress:
         if self.first is None and status.applied:
             self.first = (time.monotonic(), status.applied, status.samples)
         self.last = time.monotonic()
+
+    def new_evaluations(self) -> Iterator[dict[str, float]]:
+        """Those that came since the last look."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.evaluation = self.evaluations.get_nowait()
+                yield self.evaluation
 
     def rates(self) -> tuple[float, float]:
         """Gradients and samples per second since the first gradient was seen."""
@@ -71,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     leave_on_signals()
     try:
+        if settings.track:
+            refuse_unusable_tracker(settings.track)
         refuse_unusable_task(settings)
-    except ClusterError as error:
+    except (ClusterError, UsageError) as error:
         _say_error(error, console)
         return 1
     except KeyboardInterrupt:
@@ -82,13 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(settings: LocalSettings, console: Console) -> int:
     cluster, progress = Cluster(settings), Progress()
+    recorder = Recorder(cluster, lambda said: console.print(Text(said, style="yellow"), soft_wrap=True))
     code = 0
     try:
-        cluster.start(progress.evaluation.update)
+        cluster.start(progress.evaluations.put)
         console.print(f"server on {cluster.address}, metrics on http://{cluster.metrics_address}/metrics")
         console.print(f"training {settings.task} by {settings.preset} with {settings.workers} workers", markup=False)
-        _watch(cluster, progress, console)
-    except ClusterError as error:
+        _watch(cluster, progress, recorder, console)
+    except (ClusterError, UsageError) as error:
         _say_error(error, console)
         code = 1
     except KeyboardInterrupt:
@@ -96,11 +113,13 @@ def _train(settings: LocalSettings, console: Console) -> int:
     finally:
         if not _stopped(cluster, console, asked=code == _INTERRUPTED_EXIT_CODE):
             code = _INTERRUPTED_EXIT_CODE
-    _summarize(cluster, progress, console)
+        _record(progress, recorder)
+        recorder.close()
+    _summarize(cluster, progress, recorder, console)
     return code
 
 
-def _say_error(error: ClusterError, console: Console) -> None:
+def _say_error(error: Exception, console: Console) -> None:
     console.print(Text(f"ormo-local: {error}", style="red"))
 
 
@@ -122,7 +141,12 @@ def _stopped(cluster: Cluster, console: Console, *, asked: bool) -> bool:
             return True
 
 
-def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
+def _record(progress: Progress, recorder: Recorder) -> None:
+    for evaluation in progress.new_evaluations():
+        recorder.evaluated(evaluation)
+
+
+def _watch(cluster: Cluster, progress: Progress, recorder: Recorder, console: Console) -> None:
     with Dialer(cluster.address, None).dial() as channel, Live(console=console, refresh_per_second=4) as live:
         stub = UnaryStub(channel)
         reported: set[str] = set()
@@ -137,14 +161,16 @@ def _watch(cluster: Cluster, progress: Progress, console: Console) -> None:
                 status = stub.get_status(pb.GetStatusRequest(), wait_for_ready=True, timeout=_ANSWER_SECONDS)
                 if isinstance(status, pb.GetStatusResponse):
                     progress.observe(status)
+                    recorder.look(status)
+                    _record(progress, recorder)
                     live.update(progress.line())
             if cluster.all_done():
-                progress.bytes_moved = cluster.bytes_moved()
+                progress.metrics = cluster.metrics()
                 return
             time.sleep(_POLL_SECONDS)
 
 
-def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
+def _summarize(cluster: Cluster, progress: Progress, recorder: Recorder, console: Console) -> None:
     if not console.is_terminal:
         console.print()  # elsewhere the live line ends without a line feed
     status, (pushes, samples) = progress.status, progress.rates()
@@ -157,11 +183,14 @@ def _summarize(cluster: Cluster, progress: Progress, console: Console) -> None:
     if progress.evaluation:
         rows["test loss"] = f"{progress.evaluation['loss']:.4f}"
         rows["test accuracy"] = f"{progress.evaluation['accuracy']:.2%}"
-    if progress.bytes_moved is not None:
-        rows["moved"] = f"{progress.bytes_moved / 1e6:,.1f} MB of tensors between server and workers, both ways"
+    moved = bytes_moved(progress.metrics)
+    if moved is not None:
+        rows["moved"] = f"{moved / 1e6:,.1f} MB of tensors between server and workers, both ways"
     server = cluster.server.peak_bytes if cluster.server else 0
     workers = max((worker.peak_bytes for worker in cluster.workers), default=0)
     rows["peak memory"] = f"server {server / 1e6:.0f} MB, largest worker {workers / 1e6:.0f} MB"
+    if progress.evaluation:
+        rows["pictures"] = recorder.summarize(status, progress.metrics)
     rows["logs"] = str(cluster.directory / "logs")
     rows["model"] = str(cluster.newest_checkpoint() or "no checkpoint")
     for name, value in rows.items():

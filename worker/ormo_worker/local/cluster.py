@@ -1,8 +1,6 @@
 """The processes of one local run: how many and which, started in order, watched, stopped in order."""
 
-import http.client
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -18,11 +16,10 @@ from pydantic import Field, model_validator
 from ormo_protos.limits import MAX_SLOTS
 from ormo_runtime.logs import printable
 from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors, variables_of
+from ormo_runtime.tracking import TRACK
+from ormo_worker.local.exported import metrics_page
 
 _STOP_SECONDS = 30.0
-_METRICS_SECONDS = 5.0
-# Not `PullParams`, which is the evaluator's.
-_MOVED = re.compile(r'^ormo_(?:received|sent)_bytes_total\{method="(?:PushPull|PushGradient)"\} (\S+)$', re.MULTILINE)
 _KIB = 1024
 
 
@@ -93,6 +90,7 @@ class LocalSettings(Settings):
         description="where checkpoints and logs go; an earlier run's directory continues that run; none: a new one "
         "under `runs/`, named by the time",
     )
+    track: str = Field("", description=TRACK)
     metrics_listen: str = Field("127.0.0.1:0", description="host and port of the server's metrics; port 0: a free one")
 
     server_flags: str = Field(
@@ -269,6 +267,7 @@ class Cluster:
         self.workers: list[Child] = []
         self.server: Child | None = None
         self.evaluator: Child | None = None
+        self._reader: threading.Thread | None = None  # of the evaluator's lines
         self.directory = settings.directory or Path(time.strftime("runs/local-%Y%m%d-%H%M%S"))
         self._logs = self.directory / "logs"
 
@@ -276,7 +275,7 @@ class Cluster:
         """Start everything.
 
         Args:
-            evaluated: told of each evaluation: iteration, loss, accuracy and seconds.
+            evaluated: told of each evaluation, in another thread: iteration, loss, accuracy, seconds and samples.
 
         Raises:
             ClusterError: the server did not come up, or the system starts no more programs.
@@ -291,7 +290,7 @@ class Cluster:
             _in_background(lambda worker=worker: [None for _ in worker.output])  # type: ignore[misc]
         evaluator = self._child("evaluator", "ormo_worker", self._evaluator_arguments())
         self.evaluator = evaluator
-        _in_background(lambda: _report(evaluator, evaluated))
+        self._reader = _in_background(lambda: _report(evaluator, evaluated))
 
     def _child(self, name: str, module: str, arguments: Sequence[str]) -> Child:
         try:
@@ -333,8 +332,9 @@ class Cluster:
         return [*self.workers, *([self.evaluator] if self.evaluator else [])]
 
     def all_done(self) -> bool:
-        """Whether workers and evaluator have come to their end by themselves."""
-        return all(child.ended() is not None for child in self._clients)
+        """Whether workers and evaluator have come to their end by themselves, and all evaluations are told."""
+        told = self._reader is None or not self._reader.is_alive()
+        return told and all(child.ended() is not None for child in self._clients)
 
     def stop(self) -> None:
         """Stop workers and evaluator together, then the server, which writes its checkpoint."""
@@ -353,20 +353,9 @@ class Cluster:
         for child in children:
             child.stop()
 
-    def bytes_moved(self) -> int | None:
-        """Tensor bytes between the workers and the server so far, both ways; None if its metrics don't tell."""
-        if not self.metrics_address:
-            return None
-        connection = http.client.HTTPConnection(self.metrics_address, timeout=_METRICS_SECONDS)
-        try:
-            connection.request("GET", "/metrics")
-            page = connection.getresponse().read().decode()
-        except (OSError, http.client.HTTPException):
-            return None
-        finally:
-            connection.close()
-        found = _MOVED.findall(page)
-        return sum(int(float(number)) for number in found) if found else None
+    def metrics(self) -> str:
+        """The server's metrics as they are now, as text; empty if they can't be had."""
+        return metrics_page(self.metrics_address) if self.metrics_address else ""
 
     def newest_checkpoint(self) -> Path | None:
         """The model of the run's last checkpoint."""
@@ -426,8 +415,10 @@ def _environment_of_children() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.upper() not in ours}
 
 
-def _in_background(work: Callable[[], object]) -> None:
-    threading.Thread(target=work, daemon=True).start()
+def _in_background(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
 
 
 def _report(evaluator: Child, evaluated: Callable[[dict[str, float]], None]) -> None:

@@ -1,14 +1,11 @@
 """What a worker trains: a task is a model, its data and its loss, named by an import path."""
 
-import importlib
 import inspect
 import math
 import operator
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ormo_runtime.imports import ImportPathError, imported
 from ormo_runtime.settings import UsageError
 
 # Nested tuples, lists and dicts of tensors; only the task that made the data set knows which.
@@ -164,7 +162,10 @@ def _find_factory(name: str) -> Any:
             f"there is no task named {name!r}: use one of {', '.join(BUILT_IN)}, or the import path of "
             "your own, as in 'package.module:MyTask' or 'path/to/file.py:MyTask'"
         )
-    module = _import(name, module_name)
+    try:
+        module = imported(f"the task {name!r}", module_name, program="the worker")
+    except ImportPathError as error:
+        raise TaskError(str(error)) from error
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
@@ -172,45 +173,6 @@ def _find_factory(name: str) -> Any:
             f"the task {name!r} was not found: its module ({module.__file__}) has no {attribute!r}: put "
             "the name of a Task class, or of a function that returns a task, after the colon"
         ) from error
-
-
-def _import(name: str, module_name: str) -> ModuleType:
-    _make_importable(Path.cwd())
-    if module_name.endswith(".py"):
-        return _import_file(name, Path(module_name))
-    return _import_module(name, module_name)
-
-
-def _import_module(name: str, module_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ImportError as error:
-        raise TaskError(
-            f"the task {name!r} can't be imported ({error}): start the worker in the folder that "
-            f"{module_name.split('.')[0]!r} is in, or install what is missing"
-        ) from error
-
-
-def _import_file(name: str, file: Path) -> ModuleType:
-    if not file.is_file():
-        raise TaskError(
-            f"the task {name!r} names the file {file.resolve()}, which does not exist: correct the path, "
-            f"which starts from {Path.cwd()}"
-        )
-    # By its folder and not by its location alone: loader processes have to import the module again.
-    _make_importable(file.resolve().parent)
-    module = _import_module(name, file.stem)
-    if module.__file__ is None or Path(module.__file__).resolve() != file.resolve():
-        raise TaskError(
-            f"the file of the task {name!r} can't be imported, because Python already has another module "
-            f"{file.stem!r} ({module.__file__ or 'built in'}): rename the file"
-        )
-    return module
-
-
-def _make_importable(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 
 def _check_factory(name: str, factory: Any) -> None:

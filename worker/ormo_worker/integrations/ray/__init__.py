@@ -1,0 +1,1 @@
+"""`ormo-ray`: workers, and maybe the server, as actors of a Ray cluster."""
