@@ -15,6 +15,7 @@ if find_spec("timm") and find_spec("torchvision"):
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(300))  # a program that imports two large libraries, beside others
             item.add_marker(pytest.mark.filterwarnings("ignore"))  # others' are not ours to mend
 
 

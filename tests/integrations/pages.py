@@ -24,7 +24,7 @@ def program(page: str) -> str:
     return "\n".join(blocks(text_of(f"with/{page}.md"), "python"))
 
 
-def ran(stage: Stage, code: str, *, environment: Mapping[str, str] = OFFLINE, seconds: float = 120.0) -> str:
+def ran(stage: Stage, code: str, *, environment: Mapping[str, str] = OFFLINE, seconds: float = 240.0) -> str:
     """What a program with this code prints, that has the stage's server as the pages' 127.0.0.1:50051."""
     script = stage.folder / "program.py"
     script.write_text(code.replace("127.0.0.1:50051", stage.address), encoding="utf-8")

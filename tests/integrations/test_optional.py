@@ -8,14 +8,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-# The module of a library, where it isn't called as the library is.
-MODULES = {"pytorch-lightning": "pytorch_lightning"}
 
 
 def libraries() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [Requirement(line).name for line in project["optional-dependencies"]["integrations"]]
-    return [MODULES.get(name, name) for name in names]
+    return [Requirement(line).name for line in project["optional-dependencies"]["integrations"]]
 
 
 def test_using_a_worker_imports_none_of_them() -> None:
