@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from integrations.pages import ran
 from ormo_worker import RemoteOptimizer, RunFinished, ServerSchedule
 from ormo_worker.errors import OptionRefused
 from system.programs import Stage
@@ -204,3 +205,53 @@ def test_a_module_with_another_optimizer_is_told_so(tmp_path: Path) -> None:
     module.remote = torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(OptionRefused, match="the module's optimizers are SGD: expected a RemoteOptimizer"):
         trainer(tmp_path).fit(module, DATA)
+
+
+TWO_DEVICES = """
+import lightning as L, torch
+from ormo_worker import RemoteOptimizer
+from ormo_worker.integrations.lightning import OrmoCallback
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.mse_loss(self.net(batch), batch.sum(1, keepdim=True))
+
+    def configure_optimizers(self):
+        return RemoteOptimizer(self, "127.0.0.1:50051", process_group=torch.distributed.group.WORLD)
+
+    def on_train_batch_start(self, batch, number):
+        if self.trainer.fit_loop.epoch_loop.global_step in (0, 4):
+            self.tell("starts")
+
+    def on_train_end(self):
+        self.tell("ends")
+
+    def tell(self, what):
+        total = float(sum(each.double().sum() for each in self.parameters()))
+        print(what, self.global_rank, self.trainer.global_step, total, flush=True)
+
+loader = torch.utils.data.DataLoader(list(torch.randn(64, 4)), batch_size=8)
+def trainer(**more):
+    return L.Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[OrmoCallback()], logger=False,
+                     enable_progress_bar=False, enable_model_summary=False, **more)
+first = trainer(max_epochs=1, default_root_dir="logs")
+first.fit(Net(), loader)
+trainer(max_epochs=-1).fit(Net(), loader, ckpt_path=first.checkpoint_callback.best_model_path)
+"""
+
+
+def test_two_devices_are_one_worker_also_when_they_resume(stage: Stage) -> None:
+    stage.server(learning_rate=0.01, stop_after_gradients=10)
+    printed = [line.split() for line in ran(stage, TWO_DEVICES).splitlines() if line.startswith(("starts", "ends"))]
+    totals: dict[tuple[str, str], set[str]] = {}
+    for what, _, step, total in printed:
+        totals.setdefault((what, step), set()).add(total)
+    assert len(printed) == 8  # of two ranks in two fits
+    assert {len(each) for each in totals.values()} == {1}  # the ranks never differ
+    assert totals["starts", "4"] == totals["ends", "4"]
+    assert ("ends", "10") in totals
+    assert stage.status().samples == 10 * 2 * 8
