@@ -46,7 +46,8 @@ def _usual_learning_rate(given: Mapping[str, Any]) -> float:
     # A rule that divides by second moments steps by as much whatever it is given: sums of steps or gradients.
     preset = PRESETS.get(given.get("method", ""), Method())
     rule = UPDATE_RULES.get(given.get("update_rule") or preset.rule)
-    return OUTER_LEARNING_RATE if given.get("local_steps") and rule and rule.takes_mean_of_bucket else 0.01
+    by_second_moments = rule is not None and "second_moment" in rule.vectors_of_run
+    return OUTER_LEARNING_RATE if given.get("local_steps") and not by_second_moments else 0.01
 
 
 class TrainingSettings(Settings):

@@ -54,7 +54,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Three workers, one of them slow, and an evaluator; one of the workers exports metrics of its own."""
     with staged(tmp_path_factory.mktemp("run")) as stage:
-        yield Run(stage)
+        yield Run(stage, mirror=tmp_path_factory.mktemp("mirror"))
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_unequal_workers_learn_a_language_by_local_steps_and_the_bytes_and_the_t
         evaluate_every_seconds=30,
         directory="run",
     )
-    assert told["gradients"] == PUSHES
+    assert told["pushes"] == PUSHES
     # float32, both ways, and the parameters that each worker begins with; the last ones may be for nothing.
     moved = 4 * ELEMENTS / 1e6
     assert 2 * PUSHES * moved == pytest.approx(told["moved"], abs=8 * moved + 0.1)
