@@ -10,7 +10,9 @@ Sentences may have come from another host. In text what is not printable becomes
 record is one line, and no terminal is told to do anything.
 """
 
+import contextlib
 import functools
+import json
 import logging
 import math
 import os
@@ -186,6 +188,14 @@ def announce(what: str, facts: Mapping[str, object], form: LogFormat) -> None:
     else:
         line = " ".join([what, *(f"{name}={value}" for name, value in facts.items())])
     patient(sys.stdout).write(f"{line}\n")
+
+
+def announced(line: str) -> dict[str, str]:
+    """The facts of a line that `announce` wrote, in either form; none of any other line."""
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            return {name: str(value) for name, value in json.loads(line).items()}
+    return {name: value for name, equals, value in (word.partition("=") for word in line.split()[1:]) if equals}
 
 
 def first_words(program: str, sentence: str, form: LogFormat) -> None:

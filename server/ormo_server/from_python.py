@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ormo_runtime.logs import printable
+from ormo_runtime.logs import announced, printable
 from ormo_runtime.settings import flag_of, variables_of
 from ormo_runtime.settings_loader import SettingsProblemsError, read_settings
 from ormo_server.core.errors import SettingsError
@@ -121,14 +121,14 @@ class LocalServer:
         self._stop = weakref.finalize(self, _stop, process, removed_with_it, os.getpid())
         try:
             assert process.stdout is not None
-            ready = process.stdout.readline().decode().split()
+            ready = announced(process.stdout.readline().decode())
             if not ready:
                 raise ServerFailed(f"the server did not start: {self._last_words(process.wait())}")
         except BaseException:
             process.kill()  # it has nothing to lose yet
             self._stop()
             raise
-        self.address, self.metrics_address = (word.partition("=")[2] for word in ready[1:3])
+        self.address, self.metrics_address = ready["address"], ready["metrics"]
         _running[self.directory.resolve()] = self
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+from ormo_runtime import logs
 from ormo_runtime.logs import FewOf, FewOfEach, Fields, formatter, printable
 
 
@@ -180,3 +181,18 @@ logging.getLogger("x").info("again")
     assert f"stderr was blocked: {2000 - kept} lines were left out" in told[-2]
     assert "again" in told[-1]
     assert [line[:1] for line in told[-2:]] == (["{", "{"] if form == "json" else ["2", "2"])
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_is_announced_is_read_back_whatever_its_form(
+    form: logs.LogFormat, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"address": "127.0.0.1:5", "metrics": ""}
+    logs.announce("serving", facts, form)
+    told = logs.announced(capfd.readouterr().out)
+    assert {name: told[name] for name in facts} == facts
+
+
+@pytest.mark.parametrize("line", ["", "serving\n", "{ what?\n", "what else is said\n"])
+def test_other_lines_announce_nothing(line: str) -> None:
+    assert logs.announced(line) == {}

@@ -15,6 +15,7 @@ import grpc
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_protos.v1.parameter_server_pb2_grpc import ParameterServerStub
+from ormo_runtime.logs import announced
 from system.forked import Forked
 
 # One thread each: several processes share two cores.
@@ -112,12 +113,11 @@ class Stage:
         assert server.process.stdout is not None
         ready = server.process.stdout.readline()
         if given.get("log_format") == "json":
-            said = json.loads(ready)
-            assert said["message"] == "serving"
-            self.address, self.metrics = said["address"], said["metrics"]
-            return server
-        assert ready.startswith("serving address="), server.log.read_text()
-        self.address, self.metrics = (word.partition("=")[2] for word in ready.split()[1:3])
+            assert json.loads(ready)["message"] == "serving"
+        else:
+            assert ready.startswith("serving address="), server.log.read_text()
+        told = announced(ready)
+        self.address, self.metrics = told["address"], told["metrics"]
         return server
 
     def worker(self, name: str, environment: Mapping[str, str] | None = None, **flags: Any) -> Program:

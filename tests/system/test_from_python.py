@@ -54,6 +54,12 @@ def test_a_server_serves_as_told_and_leaves_nothing(
     assert not list(tmp_path.glob("ormo-local-*"))
 
 
+def test_a_server_is_found_whatever_the_form_of_its_log(stage: Stage) -> None:
+    with ormo_server.local(log_format="json", metrics_listen="127.0.0.1:0") as address:
+        stage.address = address
+        assert stage.status().phase == stage.status().PHASE_WAITING_FOR_MODEL
+
+
 def test_a_directory_is_kept_and_goes_on_and_its_older_server_is_closed(
     stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from typing import IO, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ormo_protos.limits import MAX_SLOTS
-from ormo_runtime.logs import printable
+from ormo_runtime.logs import announced, printable
 from ormo_runtime.settings import LONGEST_SECONDS, Settings, slow_factors, variables_of
 from ormo_runtime.tracking import TRACK
 from ormo_worker.local.exported import metrics_page
@@ -302,11 +302,11 @@ class Cluster:
             ) from error
 
     def _await_server(self, server: Child) -> None:
-        ready = _fields(server.output.readline())
+        ready = announced(server.output.readline())
         if "address" not in ready:
             server.stop()
             raise ClusterError(f"the server did not start: {server.last_words(1)}")
-        self.address, self.metrics_address = str(ready["address"]), str(ready.get("metrics", ""))
+        self.address, self.metrics_address = ready["address"], ready["metrics"]
         _in_background(lambda: [None for _ in server.output])
 
     def check(self) -> None:
@@ -423,11 +423,6 @@ def _in_background(work: Callable[[], object]) -> threading.Thread:
 
 def _report(evaluator: Child, evaluated: Callable[[dict[str, float]], None]) -> None:
     for line in evaluator.output:
-        fields = _fields(line)
+        fields = announced(line)
         if "accuracy" in fields:
             evaluated({name: float(value) for name, value in fields.items()})
-
-
-def _fields(line: str) -> dict[str, str]:
-    """`a=1 b=2` in a line of output, as a dictionary."""
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
