@@ -6,6 +6,7 @@ import pytest
 
 from ormo_worker.tasks.images import import_torchvision
 from system.programs import Stage, staged
+from worker.fake_server import FakeServer
 
 if find_spec("timm") and find_spec("torchvision"):
     # Before a library does: with the torchvision of the package index beside a CPU build of torch, only this can.
@@ -23,3 +24,10 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 def stage(tmp_path: Path) -> Iterator[Stage]:
     with staged(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer().start()
+    yield fake
+    fake.stop()

@@ -1,7 +1,6 @@
 """A loop with accelerate trains as a worker."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from worker.models import line
 
 accelerate = pytest.importorskip("accelerate", reason="`make test-integrations` installs it")
 prepare: Any = importlib.import_module("ormo_worker.integrations.accelerate").prepare
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    fake = FakeServer().start()
-    yield fake
-    fake.stop()
 
 
 @pytest.fixture

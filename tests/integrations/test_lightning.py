@@ -1,7 +1,6 @@
 """Lightning's `Trainer` trains as a worker."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,6 @@ class Square(Line):
 
     def training_step(self, batch: Tensor, _: int) -> Tensor:
         return 0.5 * (self.weight**2).sum() + 0 * batch.sum()
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    fake = FakeServer().start()
-    yield fake
-    fake.stop()
 
 
 def trainer(folder: Path, *more: Any, **options: Any) -> Any:

@@ -33,13 +33,6 @@ DATA = [{"x": torch.tensor([float(number)])} for number in range(10)]
 
 
 @pytest.fixture
-def server() -> Iterator[FakeServer]:
-    fake = FakeServer().start()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
 def model() -> Line:
     return Line()
 

@@ -1,13 +1,28 @@
-"""A training loop whose gradients a test can work out."""
+"""Training whose gradients a test can work out."""
 
 import weakref
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
+
 from ormo_worker import RemoteOptimizer
 from service.wire import eventually
+from worker.fake_server import FakeServer
 from worker.models import line
 
 PATIENT_SECONDS = 30.0  # for what happens at once, but on a busy machine
+
+
+def optimizer_of(model: nn.Module, server: FakeServer, **options: Any) -> RemoteOptimizer:
+    return RemoteOptimizer(model, server.address, connect_timeout=5.0, **options)
+
+
+def backward(model: nn.Linear, factor: float = 1.0) -> torch.Tensor:
+    """A loss whose gradient is `factor`."""
+    loss = model(torch.tensor([[factor]])).sum()
+    loss.backward()
+    return loss
 
 
 class Loop:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,29 +12,7 @@ from ormo_worker import RemoteOptimizer, RunFinished, ServerSchedule
 from ormo_worker.errors import OptionRefused
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer
 from worker.models import Tied, line
-
-
-def optimizer_of(model: nn.Module, server: FakeServer, **options: Any) -> RemoteOptimizer:
-    return RemoteOptimizer(model, server.address, connect_timeout=5.0, **options)
-
-
-@pytest.fixture
-def model() -> nn.Linear:
-    return line(weight=2.0)
-
-
-@pytest.fixture
-def optimizer(server: FakeServer, model: nn.Linear) -> Iterator[RemoteOptimizer]:
-    with optimizer_of(model, server) as optimizer:
-        yield optimizer
-
-
-def backward(model: nn.Linear, factor: float = 1.0) -> torch.Tensor:
-    """A loss whose gradient is `factor`."""
-    loss = model(torch.tensor([[factor]])).sum()
-    loss.backward()
-    return loss
-
+from worker.pytorch.loops import backward, optimizer_of
 
 # The learning rate
 
