@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -82,15 +83,20 @@ def build(stage: Stage, sources: Path, venv: Path, programs: Path) -> None:
     Secrets are not mounted, as for whoever has none: pip takes the configuration of this machine.
     """
     places = {VENV: str(venv), PROGRAMS: str(programs)}
+    defaults: dict[str, str] = {}
     for one in stage.instructions:
         if one.keyword == "COPY":
             *froms, to = one.words
             _copy(froms, sources, to)
         elif one.keyword == "RUN":
-            words = [word for word in one.words if not word.startswith(("--mount=type=cache,", "--mount=type=secret,"))]
-            _run([places.get(word, word) for word in words], sources)
+            words = shlex.split(string.Template(one.value).substitute(defaults))
+            mounts = ("--mount=type=cache,", "--mount=type=secret,")
+            _run([places.get(word, word) for word in words if not word.startswith(mounts)], sources)
+        elif one.keyword == "ARG":
+            name, _, default = one.words[0].partition("=")
+            defaults[name] = default
         else:
-            assert one.keyword in ("WORKDIR", "ARG"), one
+            assert one.keyword == "WORKDIR", one
 
 
 def _copy(froms: Sequence[str], sources: Path, to: str) -> None:
