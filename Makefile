@@ -102,6 +102,19 @@ check: lint drift types test  ## all that a change must pass before it is shown 
 test-images: $(TOOLS_INSTALLED)  ## run the images' build steps and what they install, without a container engine
 	CHECK_IMAGES=1 $(TEST) tests/deploy/docker
 
+# In a network and a numbering of processes of their own, with which all ends that they start, whatever happens. The
+# folder CONTAINERS keeps what was fetched for the next time.
+CONTAINERS ?= build/containers
+.PHONY: test-containers
+test-containers: $(TOOLS_INSTALLED)  ## build the images and run, break and heal a composed run of them, as root, by an engine of its own
+	$(BIN)/python tests/deploy/platforms/trees.py $(CONTAINERS)
+	ORMO_CONTAINERS=$(abspath $(CONTAINERS)) unshare --net --pid --mount-proc --fork --kill-child \
+	    $(BIN)/python -m pytest tests/deploy/platforms $(FLAGS)
+
+.PHONY: test-cluster
+test-cluster: $(TOOLS_INSTALLED)  ## do the same in namespaces of their own on the cluster that KUBECONFIG names
+	TEST_CLUSTER=1 $(BIN)/python -m pytest tests/deploy/platforms $(FLAGS)
+
 # Not part of `make test`: they start clusters on this machine, and take minutes.
 .PHONY: test-ray
 test-ray: $(TOOLS_INSTALLED)  ## run `ormo-ray` on a Ray cluster of three nodes on this machine, one of which is killed

@@ -38,12 +38,22 @@ def test_a_user_gets_what_running_needs_and_a_line_that_says_so(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "word", ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images", "test-ray"]
+    "word",
+    ["test", "lint", "types", "chaos", "bench", "readme", "dashboards", "test-images", "test-ray", "test-cluster"],
 )
 def test_what_tests_and_checks_need_comes_with_them(tmp_path: Path, word: str) -> None:
     commands = would(word, folder=tmp_path).stdout
     assert installed(commands)[:2] == [RUNNING, f"{RUNNING},dev,deploy"]
     assert commands.count('echo "Installing') == 2
+
+
+def test_containers_are_run_where_all_that_they_start_ends_with_the_command(tmp_path: Path) -> None:
+    fetch, *run = would("test-containers", f"CONTAINERS={tmp_path}", folder=tmp_path).stdout.splitlines()[-3:]
+    assert fetch == f"{tmp_path}/venv/bin/python tests/deploy/platforms/trees.py {tmp_path}"
+    words = shlex.split("\n".join(run))
+    assert words[:2] == [f"ORMO_CONTAINERS={tmp_path}", "unshare"]
+    assert {"--net", "--pid", "--kill-child"} <= set(words)
+    assert words[-2:] == ["pytest", "tests/deploy/platforms"]
 
 
 def test_check_is_lint_drift_types_and_test_in_this_order(tmp_path: Path) -> None:

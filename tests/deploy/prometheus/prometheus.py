@@ -68,12 +68,13 @@ class Rule:
 class Prometheus:
     """A Prometheus that runs.
 
-    Attributes:
+    Args:
         url: where it answers.
+        process: its own; None in a container.
         log: the file with what it logs.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, url: str, process: subprocess.Popen[bytes] | None, log: Path) -> None:
         self.url = url
         self.log = log
         self._process = process
