@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from deploy.docker import compose
+from deploy.docker.tree import FOLDER
 from deploy.platforms.certificates import Certificates
 from deploy.platforms.checks import Ending
 from deploy.platforms.engine import Engine
@@ -56,7 +57,8 @@ class ComposeRun(Platform):
 
     def compose(self, *words: object, seconds: float = 300.0) -> str:
         """A command of `docker compose` on the file as it is, and what the tests set besides."""
-        files = ["-f", compose.PATH, "-f", self._override]
+        # Not the .env of whoever works here.
+        files = ["--env-file", FOLDER / "example.env", "-f", compose.PATH, "-f", self._override]
         return self.engine.docker("compose", *files, *words, seconds=seconds, env={"ORMO_LOG_FORMAT": "json"})
 
     def start(self) -> None:

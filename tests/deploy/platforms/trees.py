@@ -5,12 +5,15 @@ Python; the wheels that the images install lie in a folder, from which the tests
 """
 
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[3]
 PYTHON = "3.11"
@@ -19,10 +22,11 @@ _ENGINE = (
     "trixie",
     ["docker.io", "docker-cli", "docker-compose", "docker-buildx", "iptables", "prometheus", "busybox-static"],
 )
-# As the official image: a Python with pip and venv, and nothing else.
-_BASE = ("bookworm", [f"python{PYTHON}", f"python{PYTHON}-venv", "python3-pip", "python3-venv"])
-# Where the official image has its Python, and the first word of its PATH.
-_LINK = f'--customize-hook=ln -s /usr/bin/python{PYTHON} "$1/usr/local/bin/python"'
+# As the official image: a Python with pip, and what Dockerfiles call. Only unpacked, which takes a fifth of the time.
+_BASE = (
+    "bookworm",
+    [f"python{PYTHON}", "python3-pip", "base-files", "base-passwd", "coreutils", "dash", "grep", "login", "passwd"],
+)
 
 
 class Trees:
@@ -30,7 +34,7 @@ class Trees:
 
     def __init__(self, folder: Path) -> None:
         self.engine = folder / f"engine-{_digest(*_ENGINE)}"
-        self.base = folder / f"python-{_digest(*_BASE, _LINK)}.tar"
+        self.base = folder / f"python-{_digest(*_BASE)}.tar"
         self.wheels = folder / f"wheels-{_digest(_requirements(), (ROOT / 'constraints.txt').read_text())}"
 
     def fetch(self, name: str) -> Path:
@@ -38,39 +42,57 @@ class Trees:
         path: Path = getattr(self, name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, _COMMANDS[name]())
+            sys.stderr.write(f"making {path}\n")
+            aside = path.with_name(f"new-{path.name}")
+            if aside.is_dir():  # of one that was killed
+                shutil.rmtree(aside)
+            _MADE_BY[name](aside)
+            aside.rename(path)
         return path
 
 
-def _mmdebstrap(suite: str, packages: Sequence[str], *options: str) -> list[str]:
+def _make_engine(path: Path) -> None:
+    suite, packages = _ENGINE
+    # Written once, and never trusted after a power cut: not each file has to be on the disk before the next one.
+    _mmdebstrap("minbase", ["ca-certificates", *packages], "--dpkgopt=force-unsafe-io", suite, path)
+
+
+def _make_base(path: Path) -> None:
+    suite, packages = _BASE
+    _mmdebstrap("extract", packages, suite, path)
+    # What the packages' scripts would have made: the list of users, and a `python` where the official image has it.
+    with tarfile.open(path) as unpacked:
+        lists = {name: unpacked.extractfile(f"./usr/share/base-passwd/{name}.master").read() for name in _LISTS}
+    with tarfile.open(path, "a") as archive:
+        for name, content in lists.items():
+            archive.addfile(_entry(f"./etc/{name}", size=len(content)), io.BytesIO(content))
+        archive.addfile(_entry("./usr/local/bin/python", type=tarfile.SYMTYPE, linkname=f"/usr/bin/python{PYTHON}"))
+
+
+def _make_wheels(path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--python-version", PYTHON, "--only-binary", ":all:"]
+    _run(*pip, "-c", ROOT / "constraints.txt", *_requirements(), "--dest", path)
+
+
+_LISTS = ("passwd", "group")
+_MADE_BY = {"engine": _make_engine, "base": _make_base, "wheels": _make_wheels}
+
+
+def _entry(name: str, **about: Any) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    for attribute, value in about.items():
+        setattr(entry, attribute, value)
+    return entry
+
+
+def _mmdebstrap(variant: str, packages: Sequence[str], *words: object) -> None:
     if shutil.which("mmdebstrap") is None:
         sys.exit("mmdebstrap is not installed: it is a package of Debian, and of Ubuntu")
-    included = f"--include=ca-certificates,{','.join(packages)}"
-    # Written once and never trusted after a power cut: not each file has to be on the disk before the next one.
-    quickly = "--dpkgopt=force-unsafe-io"
-    return ["mmdebstrap", "--quiet", "--variant=minbase", quickly, included, *options, suite]
+    _run("mmdebstrap", "--quiet", f"--variant={variant}", f"--include={','.join(packages)}", *words)
 
 
-def _pip_download() -> list[str]:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--python-version", PYTHON, "--only-binary", ":all:"]
-    return [*pip, "-c", str(ROOT / "constraints.txt"), *_requirements(), "--dest"]
-
-
-_COMMANDS = {
-    "engine": lambda: _mmdebstrap(*_ENGINE),
-    "base": lambda: _mmdebstrap(*_BASE, _LINK),
-    "wheels": _pip_download,
-}
-
-
-def _make(path: Path, command: Sequence[str]) -> None:
-    """Have a command make what its last word is to name, whole or not at all."""
-    sys.stderr.write(f"making {path}\n")
-    aside = path.with_name(f"new-{path.name}")
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    subprocess.run([*command, str(aside)], stdout=sys.stderr, check=True)
-    aside.rename(path)
+def _run(*words: object) -> None:
+    subprocess.run(list(map(str, words)), stdout=sys.stderr, check=True)
 
 
 def _requirements() -> list[str]:
@@ -85,5 +107,5 @@ def _digest(*parts: object) -> str:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:] or _COMMANDS:
+    for name in sys.argv[2:] or _MADE_BY:
         sys.stdout.write(f"{Trees(Path(sys.argv[1])).fetch(name)}\n")
