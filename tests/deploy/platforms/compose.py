@@ -76,10 +76,6 @@ class ComposeRun(Platform):
     def pods(self, role: Role) -> list[str]:
         return self.compose("ps", "--status", "running", "--format", "{{.Name}}", role).split()
 
-    def all_services(self) -> list[str]:
-        """Prometheus too."""
-        return self.compose("ps", "--format", "{{.Name}}").split()
-
     def execute(self, pod: str, *command: str) -> str:
         return self.engine.docker("exec", pod, *command)
 

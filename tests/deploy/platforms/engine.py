@@ -45,7 +45,7 @@ class Engine:
         self.folder = folder
         self.process = process
 
-    def docker(self, *words: object, seconds: float = 600.0, env: Mapping[str, str] | None = None) -> str:
+    def docker(self, *words: object, seconds: float = 1800.0, env: Mapping[str, str] | None = None) -> str:
         """What a command of `docker` prints to stdout; AssertionError with all that it said if it fails."""
         ran = subprocess.run(
             self._client(words),

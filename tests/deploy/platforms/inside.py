@@ -1,7 +1,9 @@
 """What a process in a container sees, and does, on any platform: each is a program for `python -c` in there."""
 
 import json
-from typing import Any, Protocol
+from typing import Any
+
+from deploy.platforms.platform import Platform
 
 # Where our program is: process 1, or the child of an init or a shell that is.
 _FIND = """
@@ -52,7 +54,6 @@ print(json.dumps({
     "memory_limit_bytes": first("memory/memory.limit_in_bytes", "memory.max").strip(),
     "killed_for_memory": field(first("memory/memory.oom_control", "memory.events"), "oom_kill") or 0,
     "processes_limit": first("pids/pids.max", "pids.max").strip(),
-    "files": resource.prlimit(pid, resource.RLIMIT_NOFILE)[0],
 }))
 """
 )
@@ -67,30 +68,24 @@ _CERTIFICATE = "import ssl; print(ssl.get_server_certificate(('localhost', 50051
 Facts = dict[str, Any]
 
 
-class Inside(Protocol):
-    """Whatever runs a command in a container and returns its stdout."""
-
-    def execute(self, pod: str, *command: str) -> str: ...
-
-
-def facts(platform: Inside, pod: str) -> Facts:
+def facts(platform: Platform, pod: str) -> Facts:
     """What a program may do and use; `checks.unconfined` judges it."""
     found: Facts = json.loads(platform.execute(pod, "python", "-c", _FACTS))
     return found
 
 
-def kill(platform: Inside, pod: str) -> None:
+def kill(platform: Platform, pod: str) -> None:
     """SIGKILL of the program, as by a crash."""
     platform.execute(pod, "python", "-c", _KILL)
 
 
-def metrics(platform: Inside, pod: str) -> dict[str, float]:
+def metrics(platform: Platform, pod: str) -> dict[str, float]:
     """Those without labels."""
     lines = platform.execute(pod, "python", "-c", _METRICS).splitlines()
     pairs = (line.split() for line in lines if not line.startswith("#") and "{" not in line)
     return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
 
 
-def certificate(platform: Inside, server: str) -> str:
+def certificate(platform: Platform, server: str) -> str:
     """The one that the server shows now, as PEM."""
     return platform.execute(server, "python", "-c", _CERTIFICATE)

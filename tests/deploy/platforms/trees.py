@@ -22,10 +22,14 @@ _ENGINE = (
     "trixie",
     ["docker.io", "docker-cli", "docker-compose", "docker-buildx", "iptables", "prometheus", "busybox-static"],
 )
-# As the official image: a Python with pip, and what Dockerfiles call. Only unpacked, which takes a fifth of the time.
+# As the official image: a Python with pip, what Dockerfiles call, and PyTorch's one need besides. Only unpacked, which
+# takes a fifth of the time.
 _BASE = (
     "bookworm",
-    [f"python{PYTHON}", "python3-pip", "base-files", "base-passwd", "coreutils", "dash", "grep", "login", "passwd"],
+    [
+        *(f"python{PYTHON}", "python3-pip", "libstdc++6"),
+        *("base-files", "base-passwd", "coreutils", "dash", "grep", "login", "passwd"),
+    ],
 )
 
 
