@@ -5,7 +5,9 @@ import errno
 import os
 import resource
 import threading
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 
 from core.driving import Driver, fingerprint, run_of
 from journal.recording import checkpoint, journal_in, payload_of, recorded, replayed
-from ormo_protos.tensors import Payload
+from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
+from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.journal import Journal, StoredGradient, writer
 from ormo_server.journal.records import gradients_path, log_path
@@ -569,6 +572,66 @@ def test_after_its_end_nothing_is_taken_and_who_still_writes_may_finish(tmp_path
         journal.store(late)
     with pytest.raises(NotReady):
         journal.wait_durable(journal.position)
+    journal.release(stored)
+
+
+# Large gradients are written by threads of their own.
+
+
+def large(value: float) -> Payload:
+    """Of 1 MB."""
+    manifest = Manifest.laid_out([TensorSpec("weight", (250_000,), FLOAT32, PARAMETER)])
+    payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=False))
+    payload.parameters.fill_(value)
+    return payload
+
+
+@pytest.mark.parametrize("fsync", ["always", "off"])
+def test_large_gradients_of_many_threads_are_all_written(tmp_path: Path, fsync: Any) -> None:
+    journal = journal_in(tmp_path, fsync)
+    payloads = [large(value) for value in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        kept = list(pool.map(journal.store, payloads))
+    for stored, payload in zip(kept, payloads, strict=True):
+        written = gradients_path(tmp_path, stored.file).read_bytes()[stored.offset : stored.offset + stored.size]
+        assert written == payload.memory
+        assert stored.checksum == zlib.crc32(written)
+        journal.release(stored)
+    journal.close()
+
+
+def test_no_room_for_a_large_gradient_refuses_it_and_nothing_else(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path)
+    disk.fail("pwrite", "gradients", ROOM)
+    with pytest.raises(DiskFull, match=r"No space left on device.*: make room there"):
+        journal.store(large(1.0))
+    disk.failing.clear()
+    stored = journal.store(large(2.0))
+    assert gradients_path(tmp_path, stored.file).read_bytes()[stored.offset :] == large(2.0).memory
+    journal.release(stored)
+    journal.close()
+
+
+def test_the_end_waits_for_a_large_gradient_that_is_being_written(tmp_path: Path, disk: Disk) -> None:
+    journal = journal_in(tmp_path)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(call: str, kind: str) -> None:
+        if (call, kind) == ("pwrite", "gradients"):
+            begun.set()
+            assert go_on.wait(30)
+
+    disk.before = hold
+    with ThreadPoolExecutor(2) as pool:
+        storing = pool.submit(journal.store, large(1.0))
+        assert begun.wait(30)
+        closing = pool.submit(journal.close)
+        assert not storing.done()
+        assert not closing.done()
+        go_on.set()
+        stored = storing.result(30)
+        closing.result(30)
+    assert gradients_path(tmp_path, stored.file).read_bytes() == large(1.0).memory
     journal.release(stored)
 
 

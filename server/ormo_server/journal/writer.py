@@ -74,7 +74,7 @@ class Journal:
 
     Raises:
         OSError: the directory can't be used.
-        RuntimeError: the system has no thread for the fsync of every second.
+        RuntimeError: the system has no threads for it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._on_failure = on_failure
         self._on_commit = on_commit
-        self._gradients = GradientFiles(directory)
+        self._gradients = GradientFiles(directory, past_cache=fsync == "always")
         # Changed under the engine's lock, but for `_complained`, where a lost race means one log line too many. The
         # queue has one end under each lock: a deque's `append` and `popleft` need none.
         self.log = next_log(directory, after)
