@@ -5,24 +5,20 @@ import errno
 import os
 import resource
 import threading
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.driving import Driver, fingerprint, run_of
+from journal.disk import ROOM, Disk
 from journal.recording import checkpoint, journal_in, payload_of, recorded, replayed
-from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
-from ormo_protos.tensors import Payload, PayloadLayout
+from ormo_protos.tensors import Payload
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.journal import Journal, StoredGradient, writer
 from ormo_server.journal.records import gradients_path, log_path
 from service.wire import eventually
-
-ROOM = errno.ENOSPC
 
 
 def names(directory: Path) -> list[str]:
@@ -42,56 +38,6 @@ def steps(driver: Driver, count: int = 3) -> None:
         driver.request("a")
     for value in range(count):
         driver.exchange("a", 1.0 + value)
-
-
-def kind_of(descriptor: int) -> str:
-    kinds = {".log": "log", ".bin": "gradients"}
-    path = Path(f"/proc/self/fd/{descriptor}").readlink()
-    return "mark" if path.name.startswith("acknowledged-") else kinds.get(path.suffix, "directory")
-
-
-class Disk:
-    """Stands in for the system's calls; tells which came, on which file, and fails them when told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[str, str]] = []
-        self.failing: dict[tuple[str, str], OSError] = {}
-        self.written_at_once = 1 << 30
-        self.before: Callable[[str, str], object] = lambda call, kind: None
-        self._pwrite = os.pwrite
-        monkeypatch.setattr(os, "pwrite", self._write)
-        for call in ("fsync", "fdatasync"):
-            monkeypatch.setattr(os, call, self._synced(call, getattr(os, call)))
-
-    def fail(self, call: str, kind: str, number: int) -> None:
-        self.failing[call, kind] = OSError(number, os.strerror(number))
-
-    def _note(self, call: str, descriptor: int) -> str:
-        kind = kind_of(descriptor)
-        self.before(call, kind)
-        self.calls.append((call, kind))
-        if (call, kind) in self.failing:
-            raise self.failing[call, kind]
-        return kind
-
-    def _write(self, descriptor: int, data: Any, offset: int) -> int:
-        kind = kind_of(descriptor)
-        if ("pwrite", kind) in self.failing and self.failing["pwrite", kind].errno == ROOM:
-            self._pwrite(descriptor, bytes(data[:5]), offset)  # a disk fills up in the middle of a write
-        self._note("pwrite", descriptor)
-        return self._pwrite(descriptor, data[: self.written_at_once], offset)
-
-    def _synced(self, call: str, real: Callable[[int], None]) -> Callable[[int], None]:
-        def sync(descriptor: int) -> None:
-            self._note(call, descriptor)
-            real(descriptor)
-
-        return sync
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch)
 
 
 # When
@@ -203,7 +149,7 @@ def test_a_gradient_that_is_not_taken_yet_keeps_its_file(tmp_path: Path) -> None
     place = driver.places["a", 0]
     assert place.granted is not None
     gradient = driver.gradients[next(iter(driver.gradients))]
-    stored = journal.store(payload_of(gradient))
+    stored = journal.store(journal.begin(payload_of(gradient)))
     _, log = checkpoint(driver)
     journal.wait_durable(journal.position)
     journal.forget_before(log)
@@ -565,73 +511,13 @@ def test_after_its_end_nothing_is_taken_and_who_still_writes_may_finish(tmp_path
     driver = recorded(run_of(), journal)
     steps(driver)
     late = payload_of(driver.gradients[next(iter(driver.gradients))])
-    stored = journal.store(late)
+    stored = journal.store(journal.begin(late))
     journal.close()
     journal.close()
     with pytest.raises(NotReady, match="is closed"):
-        journal.store(late)
+        journal.store(journal.begin(late))
     with pytest.raises(NotReady):
         journal.wait_durable(journal.position)
-    journal.release(stored)
-
-
-# Large gradients are written by threads of their own.
-
-
-def large(value: float) -> Payload:
-    """Of 1 MB."""
-    manifest = Manifest.laid_out([TensorSpec("weight", (250_000,), FLOAT32, PARAMETER)])
-    payload = Payload(PayloadLayout.of(manifest, FLOAT32, with_buffers=False))
-    payload.parameters.fill_(value)
-    return payload
-
-
-@pytest.mark.parametrize("fsync", ["always", "off"])
-def test_large_gradients_of_many_threads_are_all_written(tmp_path: Path, fsync: Any) -> None:
-    journal = journal_in(tmp_path, fsync)
-    payloads = [large(value) for value in range(12)]
-    with ThreadPoolExecutor(6) as pool:
-        kept = list(pool.map(journal.store, payloads))
-    for stored, payload in zip(kept, payloads, strict=True):
-        written = gradients_path(tmp_path, stored.file).read_bytes()[stored.offset : stored.offset + stored.size]
-        assert written == payload.memory
-        assert stored.checksum == zlib.crc32(written)
-        journal.release(stored)
-    journal.close()
-
-
-def test_no_room_for_a_large_gradient_refuses_it_and_nothing_else(tmp_path: Path, disk: Disk) -> None:
-    journal = journal_in(tmp_path)
-    disk.fail("pwrite", "gradients", ROOM)
-    with pytest.raises(DiskFull, match=r"No space left on device.*: make room there"):
-        journal.store(large(1.0))
-    disk.failing.clear()
-    stored = journal.store(large(2.0))
-    assert gradients_path(tmp_path, stored.file).read_bytes()[stored.offset :] == large(2.0).memory
-    journal.release(stored)
-    journal.close()
-
-
-def test_the_end_waits_for_a_large_gradient_that_is_being_written(tmp_path: Path, disk: Disk) -> None:
-    journal = journal_in(tmp_path)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def hold(call: str, kind: str) -> None:
-        if (call, kind) == ("pwrite", "gradients"):
-            begun.set()
-            assert go_on.wait(30)
-
-    disk.before = hold
-    with ThreadPoolExecutor(2) as pool:
-        storing = pool.submit(journal.store, large(1.0))
-        assert begun.wait(30)
-        closing = pool.submit(journal.close)
-        assert not storing.done()
-        assert not closing.done()
-        go_on.set()
-        stored = storing.result(30)
-        closing.result(30)
-    assert gradients_path(tmp_path, stored.file).read_bytes() == large(1.0).memory
     journal.release(stored)
 
 
