@@ -1,6 +1,7 @@
 """What a worker says when calls end: a server that stops in order is no reason to warn, and one that vanishes is."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from ormo_worker.client import retries
 from ormo_worker.client.api import ParameterClient
 from ormo_worker.client.arguments import Observer, Patience
 from ormo_worker.client.messages import Gradient
-from ormo_worker.client.retries import CallEnded, as_call_ended
+from ormo_worker.client.retries import CallEnded, RetryLoop, SignsOfLife, TryAgain, as_call_ended
 from ormo_worker.pytorch.transfer import Staging
 from worker.fake_server import LOST, FakeServer, Fault, refuse
 from worker.models import line
@@ -141,3 +142,24 @@ def test_a_call_that_was_cancelled_here_is_no_announcement(server: FakeServer) -
     there = as_call_ended(ended.value)
     assert (here.code, here.is_farewell) == ("CANCELLED", False)
     assert (there.code, there.is_farewell) == ("CANCELLED", True)
+
+
+@pytest.mark.parametrize(
+    ("look", "warnings"), [(2, 0), (3, 1)], ids=["when the call has ended", "while it waits for another attempt"]
+)
+def test_who_is_told_to_leave_neither_warns_of_a_call_that_ended_for_it_nor_waits_as_long_as_a_server_asks(
+    caplog: pytest.LogCaptureFixture, look: int, warnings: int
+) -> None:
+    looks = iter(range(1, look + 1))
+
+    def leaves_at_that_look() -> None:
+        if next(looks) == look:
+            raise KeyboardInterrupt
+
+    def attempt() -> None:
+        raise TryAgain("as the server asks", 3600.0, "CANCELLED")
+
+    loop = RetryLoop("there", Patience(), SignsOfLife(), threading.Event(), leaves_at_that_look, Observer())
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(attempt, "trying")
+    assert len(caplog.records) == warnings

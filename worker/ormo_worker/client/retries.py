@@ -26,6 +26,7 @@ T = TypeVar("T")
 _FIRST_PAUSE_SECONDS = 0.1
 _MOST_DOUBLINGS = 20  # the longest pause is reached long before
 _SECONDS_BETWEEN_LOGS = 15.0
+_SECONDS_BETWEEN_LOOKS = 0.2
 # For so long a server that stopped in order may be away without a warning: a new pod on another node takes less.
 _SECONDS_OF_A_RESTART = 60.0
 # What is said at most once in these seconds, and how loud.
@@ -274,6 +275,7 @@ class RetryLoop:
         if self._is_over(began, within):
             self._check()
             raise self._unreachable(failure, what, within) from None
+        self._check()  # a call that was ended because this program leaves has not failed
         if not isinstance(failure, Waiting):
             self._observer.note_retry(failure.cause)
         self._log(failure, what)
@@ -282,8 +284,13 @@ class RetryLoop:
             self._shortest, min(self._longest, _FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, _MOST_DOUBLINGS))
         )
         backoff = random.uniform(self._shortest, longest)  # noqa: S311 - nobody gains by guessing it
-        # `close`, in another thread, ends the pause.
-        self._closed.wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
+        self._wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        # `close`, in another thread, ends the pause; a signal is not raised in here.
+        while (left := until - time.monotonic()) > 0 and not self._closed.wait(min(left, _SECONDS_BETWEEN_LOOKS)):
+            self._check()
 
     def _is_over(self, began: float, within: float | None) -> bool:
         passed = time.monotonic() - began
