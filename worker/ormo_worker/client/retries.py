@@ -287,10 +287,10 @@ class RetryLoop:
         self._wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
 
     def _wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
         # `close`, in another thread, ends the pause; a signal is not raised in here.
-        while (left := until - time.monotonic()) > 0 and not self._closed.wait(min(left, _SECONDS_BETWEEN_LOOKS)):
+        while seconds > 0 and not self._closed.wait(min(seconds, _SECONDS_BETWEEN_LOOKS)):
             self._check()
+            seconds -= _SECONDS_BETWEEN_LOOKS
 
     def _is_over(self, began: float, within: float | None) -> bool:
         passed = time.monotonic() - began
