@@ -181,12 +181,16 @@ def _warning(lines: logging.Formatter, name: str, sentence: str) -> str:
 
 
 def announce(what: str, facts: Mapping[str, object], form: LogFormat) -> None:
-    """Write a line to stdout that programs read: `what name=value ...`, or in JSON a record with these fields."""
+    """Write a line to stdout that programs read: `what name=value ...`, or in JSON a record with these fields.
+
+    Text has four decimals of a real number, JSON all, and `null` for NaN.
+    """
     if form == "json":
         said = {"name": what, "levelno": logging.INFO, "levelname": "INFO", "msg": what, **facts}
         line = formatter(form).format(logging.makeLogRecord(said))
     else:
-        line = " ".join([what, *(f"{name}={value}" for name, value in facts.items())])
+        written = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in facts.items()}
+        line = " ".join([what, *(f"{name}={value}" for name, value in written.items())])
     patient(sys.stdout).write(f"{line}\n")
 
 
@@ -194,7 +198,8 @@ def announced(line: str) -> dict[str, str]:
     """The facts of a line that `announce` wrote, in either form; none of any other line."""
     if line.startswith("{"):
         with contextlib.suppress(ValueError):
-            return {name: str(value) for name, value in json.loads(line).items()}
+            facts = {name: value for name, value in json.loads(line).items() if name not in _PARTS.values()}
+            return {name: "nan" if value is None else str(value) for name, value in facts.items()}
     return {name: value for name, equals, value in (word.partition("=") for word in line.split()[1:]) if equals}
 
 

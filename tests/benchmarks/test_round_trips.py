@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.round_trips import kernel, report
-from benchmarks.round_trips.contenders import NAMES, ORMO, SOCKET
+from benchmarks.round_trips.contenders import NAMES, ORMO, SOCKET, STREAM
 from benchmarks.round_trips.measure import Case, Row, measured
 from benchmarks.round_trips.place import LEARNING_RATE, Model
 from benchmarks.round_trips.team import Turn
@@ -33,6 +33,19 @@ def test_row_is_the_median_of_its_turns() -> None:
     )
     assert report.summary([mine]).splitlines()[-1] == "| 1 MB, 2 workers | 2.00 (1.00–4.00) |"
     assert report.stages(mine) == "1 MB, 2 workers, ms by stage: apply 3.00, send 2.00"
+
+
+def test_fastest_contender_from_elsewhere_is_what_ours_is_compared_with() -> None:
+    rows = [row(SOCKET, [0.1, 0.1], []), row(ORMO, [0.2, 0.3], [2.0, 3.0])]
+    assert report.beside_the_best(rows) == []
+    rows += [
+        row("pyzmq", [0.4], [4.0, 4.0]),
+        row("grpcio + protobuf", [0.1], [1.0, 2.0]),
+        row(STREAM, [0.1], [1.0, 1.0]),
+    ]
+    assert report.beside_the_best(rows) == [
+        "1 MB, 2 workers: 1.75 (1.50–2.00) times the time of grpcio + protobuf, the fastest elsewhere"
+    ]
 
 
 def test_figures_are_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ormo_server.core.inputs import Gradient, Input
 from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.snapshot import Snapshot
-from ormo_server.journal import Fsync, Journal, Reading, replay
+from ormo_server.journal import Fsync, Journal, Reading, Storing, replay
 from ormo_server.store import buffers_of
 from service.wire import int8_payload
 
@@ -54,8 +54,11 @@ class RecordedMachine(StateMachine):
     journal: Journal
     manifest = MANIFEST
 
+    def _begin(self, gradient: Gradient) -> Storing:
+        return self.journal.begin(payload_of(gradient, self.manifest))
+
     def step(self, given: Input, gradient: Gradient | None = None) -> Effects:
-        stored = None if gradient is None else self.journal.store(payload_of(gradient, self.manifest))
+        stored = None if gradient is None else self.journal.store(self._begin(gradient))
         try:
             effects = super().step(given, gradient)
             if effects.changed:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ormo_server.journal import files
-from ormo_server.journal.files import PlacedWriter, place_after
+from ormo_server.journal import gradients
+from ormo_server.journal.gradients import _LARGE_BYTES as LARGE_BYTES
+from ormo_server.journal.gradients import PlacedWriter, place_after
 
 PAGE = mmap.PAGESIZE
 
@@ -41,15 +42,25 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
 
 
 def test_large_ones_go_past_the_page_cache_but_for_their_ends(tmp_path: Path, writes: list[tuple[bool, int]]) -> None:
-    writer = PlacedWriter(tmp_path / "a")
+    writer = PlacedWriter(tmp_path / "a", LARGE_BYTES)
     if writer._direct is None:
         pytest.skip("this file system has no direct writes")
     writer.write(aligned(random_bytes(300_000)), 0)
     assert writes == [(True, 73 * PAGE), (False, 300_000 - 73 * PAGE)]
 
 
+def test_what_is_smaller_than_asked_for_goes_through_the_page_cache_in_pieces(
+    tmp_path: Path, writes: list[tuple[bool, int]]
+) -> None:
+    writer, data = PlacedWriter(tmp_path / "a", 4 << 20), random_bytes(2_500_000)
+    writer.write(aligned(data), 0)
+    # In pieces: one large write through the cache takes ten times as long.
+    assert writes == [(False, 1 << 20), (False, 1 << 20), (False, 2_500_000 - (2 << 20))]
+    assert (tmp_path / "a").read_bytes() == data
+
+
 def test_places_of_all_sizes_hold_what_was_written_to_them(tmp_path: Path) -> None:
-    dice, end, writer = random.Random(0), 0, PlacedWriter(tmp_path / "a")
+    dice, end, writer = random.Random(0), 0, PlacedWriter(tmp_path / "a", LARGE_BYTES)
     places = []
     for _ in range(40):
         size = dice.choice([36, 5000, 262_143, 262_144, 300_001, 1_081_344])
@@ -91,7 +102,7 @@ def test_where_it_cant_be_done_the_page_cache_does_it(
 
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "pwrite", pwrite)
-    writer, data = PlacedWriter(tmp_path / "a"), random_bytes(500_000)
+    writer, data = PlacedWriter(tmp_path / "a", LARGE_BYTES), random_bytes(500_000)
     writer.write(aligned(data), 0)
     assert (tmp_path / "a").read_bytes() == data
-    assert files._DIRECT == os.O_DIRECT
+    assert gradients._DIRECT == os.O_DIRECT

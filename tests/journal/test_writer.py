@@ -5,21 +5,20 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.driving import Driver, fingerprint, run_of
+from journal.disk import ROOM, Disk
 from journal.recording import checkpoint, journal_in, payload_of, recorded, replayed
 from ormo_protos.tensors import Payload
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.journal import Journal, StoredGradient, writer
 from ormo_server.journal.records import gradients_path, log_path
 from service.wire import eventually
-
-ROOM = errno.ENOSPC
 
 
 def names(directory: Path) -> list[str]:
@@ -39,56 +38,6 @@ def steps(driver: Driver, count: int = 3) -> None:
         driver.request("a")
     for value in range(count):
         driver.exchange("a", 1.0 + value)
-
-
-def kind_of(descriptor: int) -> str:
-    kinds = {".log": "log", ".bin": "gradients"}
-    path = Path(f"/proc/self/fd/{descriptor}").readlink()
-    return "mark" if path.name.startswith("acknowledged-") else kinds.get(path.suffix, "directory")
-
-
-class Disk:
-    """Stands in for the system's calls; tells which came, on which file, and fails them when told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[str, str]] = []
-        self.failing: dict[tuple[str, str], OSError] = {}
-        self.written_at_once = 1 << 30
-        self.before: Callable[[str, str], object] = lambda call, kind: None
-        self._pwrite = os.pwrite
-        monkeypatch.setattr(os, "pwrite", self._write)
-        for call in ("fsync", "fdatasync"):
-            monkeypatch.setattr(os, call, self._synced(call, getattr(os, call)))
-
-    def fail(self, call: str, kind: str, number: int) -> None:
-        self.failing[call, kind] = OSError(number, os.strerror(number))
-
-    def _note(self, call: str, descriptor: int) -> str:
-        kind = kind_of(descriptor)
-        self.before(call, kind)
-        self.calls.append((call, kind))
-        if (call, kind) in self.failing:
-            raise self.failing[call, kind]
-        return kind
-
-    def _write(self, descriptor: int, data: Any, offset: int) -> int:
-        kind = kind_of(descriptor)
-        if ("pwrite", kind) in self.failing and self.failing["pwrite", kind].errno == ROOM:
-            self._pwrite(descriptor, bytes(data[:5]), offset)  # a disk fills up in the middle of a write
-        self._note("pwrite", descriptor)
-        return self._pwrite(descriptor, data[: self.written_at_once], offset)
-
-    def _synced(self, call: str, real: Callable[[int], None]) -> Callable[[int], None]:
-        def sync(descriptor: int) -> None:
-            self._note(call, descriptor)
-            real(descriptor)
-
-        return sync
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch)
 
 
 # When
@@ -200,7 +149,7 @@ def test_a_gradient_that_is_not_taken_yet_keeps_its_file(tmp_path: Path) -> None
     place = driver.places["a", 0]
     assert place.granted is not None
     gradient = driver.gradients[next(iter(driver.gradients))]
-    stored = journal.store(payload_of(gradient))
+    stored = journal.store(journal.begin(payload_of(gradient)))
     _, log = checkpoint(driver)
     journal.wait_durable(journal.position)
     journal.forget_before(log)
@@ -562,11 +511,11 @@ def test_after_its_end_nothing_is_taken_and_who_still_writes_may_finish(tmp_path
     driver = recorded(run_of(), journal)
     steps(driver)
     late = payload_of(driver.gradients[next(iter(driver.gradients))])
-    stored = journal.store(late)
+    stored = journal.store(journal.begin(late))
     journal.close()
     journal.close()
     with pytest.raises(NotReady, match="is closed"):
-        journal.store(late)
+        journal.store(journal.begin(late))
     with pytest.raises(NotReady):
         journal.wait_durable(journal.position)
     journal.release(stored)

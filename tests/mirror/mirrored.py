@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ormo_server.mirror.buckets import Bucket, Folder
+import pytest
+
+from ormo_server.mirror.buckets import Bucket, ChangedError, Folder
 from ormo_server.mirror.copies import copies
 from ormo_server.mirror.lease import read_record
 from ormo_server.service.server import Server
@@ -20,6 +22,21 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> 
     while not condition():
         assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
         time.sleep(0.02)
+
+
+def replaces_only_what_was_read(bucket: Bucket) -> Any:
+    """Of an object x; returns the version that is there then."""
+    assert bucket.read("x") is None
+    first = bucket.replace("x", b"1", None)
+    with pytest.raises(ChangedError):
+        bucket.replace("x", b"2", None)
+    second = bucket.replace("x", b"2", first)
+    with pytest.raises(ChangedError):
+        bucket.replace("x", b"3", first)
+    there = bucket.read("x")
+    assert there is not None
+    assert (there.content, there.version) == (b"2", second)
+    return second
 
 
 def iterations_in(bucket: Bucket) -> list[int]:

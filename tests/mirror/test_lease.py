@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ormo_server.mirror.buckets import BucketError, ChangedError, Folder, Object
+from mirror.mirrored import replaces_only_what_was_read
+from ormo_server.mirror.buckets import BucketError, Folder, Object
 from ormo_server.mirror.identity import Writer, new_writer, read_writer, write_writer
 from ormo_server.mirror.lease import LEASE, HeldError, Lease, LostError, read_record
 from ormo_server.store import StoreError
@@ -236,16 +237,7 @@ def test_an_identity_that_can_not_be_read_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_folder_replaces_only_what_was_read(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    first = folder.replace("x", b"1", None)
-    with pytest.raises(ChangedError):
-        folder.replace("x", b"2", None)
-    second = folder.replace("x", b"2", first)
-    with pytest.raises(ChangedError):
-        folder.replace("x", b"3", first)
-    there = folder.read("x")
-    assert there is not None
-    assert (there.content, there.version) == (b"2", second)
+    replaces_only_what_was_read(Folder(tmp_path))
 
 
 def test_a_folder_that_is_not_there_can_not_be_read(tmp_path: Path) -> None:

@@ -189,8 +189,20 @@ def test_what_is_announced_is_read_back_whatever_its_form(
 ) -> None:
     facts = {"address": "127.0.0.1:5", "metrics": ""}
     logs.announce("serving", facts, form)
-    told = logs.announced(capfd.readouterr().out)
-    assert {name: told[name] for name in facts} == facts
+    assert logs.announced(capfd.readouterr().out) == facts
+
+
+def test_numbers_are_rounded_in_text_and_whole_in_json(capfd: pytest.CaptureFixture[str]) -> None:
+    facts = {"iteration": 7, "loss": 2 / 3, "accuracy": math.nan}
+    logs.announce("evaluation", facts, "text")
+    text = capfd.readouterr().out
+    assert text == "evaluation iteration=7 loss=0.6667 accuracy=nan\n"
+    assert logs.announced(text) == {"iteration": "7", "loss": "0.6667", "accuracy": "nan"}
+    logs.announce("evaluation", facts, "json")
+    line = capfd.readouterr().out
+    said = json.loads(line)
+    assert (said["message"], said["iteration"], said["loss"], said["accuracy"]) == ("evaluation", 7, 2 / 3, None)
+    assert logs.announced(line) == {"iteration": "7", "loss": str(2 / 3), "accuracy": "nan"}
 
 
 @pytest.mark.parametrize("line", ["", "serving\n", "{ what?\n", "what else is said\n"])

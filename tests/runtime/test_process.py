@@ -132,3 +132,37 @@ def test_a_folder_for_shared_metrics_changes_nothing_of_what_is_exported(tmp_pat
     assert not any(tmp_path.iterdir())
     assert page("a program", tmp_path / "not-there") == plain
     assert page("a library", tmp_path / "not-there") == plain
+
+
+ENDS = """
+import atexit, sys
+from ormo_runtime.process import end_with
+
+class Model:
+    def __del__(self):
+        print("taken apart")
+
+model = Model()
+
+def main():
+    atexit.register(print, "functions for the end are called")
+    print("what was printed is written", end=" ")
+    if sys.argv[1:]:
+        raise ValueError("and what was not caught is shown")
+    return 3
+
+end_with(main)
+"""
+
+
+def test_a_program_ends_with_its_code_and_takes_nothing_apart() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stdout == "what was printed is written functions for the end are called\n"
+
+
+def test_what_a_program_did_not_catch_ends_it_as_ever() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS, "raise"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "ValueError: and what was not caught is shown" in ended.stderr
+    assert ended.stdout.endswith("taken apart\n")

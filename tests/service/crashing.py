@@ -1,6 +1,7 @@
 """Servers with a journal that die as SIGKILL would have it, and what they had by then."""
 
 import contextlib
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ def crashing(directory: Path, **changes: Any) -> Iterator[Server]:
     """A server that ends without a drain or a checkpoint, as SIGKILL would have it."""
     with served(directory, **JOURNALED | changes) as server:
         yield server
+
+
+def everything_hashed(server: Server) -> tuple[Any, ...]:
+    """The same of a large model."""
+    with server.host.engine.inspect() as machine:
+        taken = snapshot.take(machine)
+        fields = {name: value for name, value in taken.fields.items() if name not in ("epoch", "waiting")}
+        return fields, {name: hashlib.sha256(tensor.numpy()).hexdigest() for name, tensor in taken.tensors.items()}
 
 
 def everything(server: Server) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from prometheus_client import generate_latest
 
 from ormo_protos.manifest import BFLOAT16, FLOAT32
@@ -18,8 +19,19 @@ from ormo_server.journal import is_journal
 from ormo_server.journal.records import log_path
 from ormo_server.service.server import Server
 from ormo_server.store import StoreError
-from service.crashing import JOURNALED, crashing, everything, trained
-from service.wire import SMALL, Refused, WireWorker, connected, eventually, payload, settings, state_of
+from service.crashing import JOURNALED, crashing, everything, everything_hashed, trained
+from service.wire import (
+    LARGE,
+    SMALL,
+    Refused,
+    WireWorker,
+    connected,
+    eventually,
+    payload,
+    settings,
+    state_of,
+    tensor_chunks,
+)
 from store.building import reseal
 
 
@@ -307,6 +319,50 @@ def _name(descriptor: int) -> str:
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
     return Fault(monkeypatch)
+
+
+# Of 12 MB: it is written while it arrives, in pieces.
+
+
+@pytest.mark.parametrize("bound", [None, 1.0], ids=["as it came", "clipped"])
+def test_a_large_gradient_comes_back_to_the_bit(tmp_path: Path, bound: float | None) -> None:
+    with crashing(tmp_path, max_gradient_norm=bound) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", LARGE)
+        worker.join()
+        gradient = payload(LARGE, 0.0)
+        gradient.parameters.copy_(torch.arange(gradient.parameters.numel()) % 1000 - 500)
+        for _ in range(2):
+            worker.pull()
+            worker.push(gradient)
+        before = everything_hashed(server)
+    with crashing(tmp_path, max_gradient_norm=bound) as again:
+        assert again.host.engine.iteration()[1] == 2
+        assert everything_hashed(again) == before
+
+
+@pytest.mark.parametrize("end", ["cut", "not finite"])
+def test_of_a_large_gradient_that_does_not_count_the_journal_keeps_nothing(tmp_path: Path, end: str) -> None:
+    with crashing(tmp_path) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", LARGE)
+        worker.join()
+        worker.pull()
+        journal, gradient = server.host.engine._journal, payload(LARGE, 1.0)
+        assert journal is not None
+        before = journal.size_bytes
+        if end == "cut":
+            stream = worker.open()
+            stream.send(worker.exchange(gradient))
+            for chunk in list(tensor_chunks(gradient))[:3]:
+                stream.send(pb.PushPullRequest(chunk=chunk))
+            eventually(lambda: journal.size_bytes > before)
+            stream.drop()
+        else:
+            gradient.parameters[-1] = float("nan")
+            with pytest.raises(Refused, match="NON_FINITE"):
+                worker.push(gradient)
+        eventually(lambda: journal.size_bytes == before)
+        worker.pull()
+        assert worker.push(payload(LARGE, 1.0)).iteration.number == 1
 
 
 def test_a_full_disk_refuses_gradients_until_there_is_room(

@@ -348,7 +348,7 @@ def diverged(directory: Path) -> WireWorker:
                 assert journal is not None
                 who = worker.name, worker.incarnation, 0, worker.request
                 given = Push(server.host.clock(), *who, ticket.number, ticket.epoch)
-                stored = journal.store(gradient)
+                stored = journal.store(journal.begin(gradient))
                 journal.append(given, machine.step(given, Gradient(gradient.parameters)).redeemed, stored)
         server.host.engine.wait_durable()
         anna.pull()

@@ -21,6 +21,7 @@ from ormo_server.core.errors import DiskFull
 from ormo_server.journal import Journal
 from ormo_server.metrics.families import STAGES
 from ormo_server.metrics.process import memory_limit_bytes, resident_bytes
+from ormo_server.metrics.view import WorkerObservation
 from ormo_server.service.figures import _MOST_NOTED
 from ormo_server.service.server import Server
 from service.wire import SMALL, Refused, WireWorker, connected, eventually, payload, refusals, served
@@ -200,6 +201,25 @@ def test_delay_of_a_worker_is_smoothed_by_a_tenth(tmp_path: Path) -> None:
         assert (worker.samples, worker.last_delay, worker.gradient_norm) == (8, 0, 3.0)
         assert worker.ticket_seconds > 0
         assert 0 <= worker.push_age_seconds < 10
+
+
+def test_training_time_of_a_worker_is_that_from_its_first_ticket_to_its_last_gradient() -> None:
+    seen = WorkerObservation()
+    passed = []
+    for now, ticket_seconds in ((10.0, 4.0), (13.0, 2.0), (12.5, 6.0), (20.0, 7.0)):
+        seen.counted(0, now, ticket_seconds, compute_seconds=1.0)
+        passed.append(seen.training_seconds)
+    assert passed == [4.0, 7.0, 7.0, 14.0]
+    assert seen.compute_seconds_sum == 4.0
+
+
+def test_training_time_of_each_worker_is_exported(tmp_path: Path) -> None:
+    with served(tmp_path) as server, connected(server) as stub:
+        race(stub)
+        for worker in ("fast", "slow"):
+            seconds = value(server, f'ormo_worker_training_seconds_total{{worker="{worker}"}}')
+            assert seconds is not None
+            assert 0 < seconds < 60
 
 
 def test_series_of_a_worker_go_with_it_and_come_back_with_it(tmp_path: Path) -> None:

@@ -54,6 +54,29 @@ def test_a_simulation_leaves_rows_delays_summary_and_plots(tmp_path: Path) -> No
     assert found["digest"][:16] in done.stdout
 
 
+def test_without_what_draws_a_simulation_ends_before_it_begins(tmp_path: Path) -> None:
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "matplotlib" else find_spec(name)
+from ormo_server.sim.cli import main
+sys.exit(main(["--directory", "run"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ormo-sim: matplotlib is not installed: pip install 'ormo-parameter-server[sim]'\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.timeout(300)  # three of them, one after the other
 def test_two_processes_with_the_same_seed_agree_to_the_last_bit(tmp_path: Path) -> None:
     for name, seed, run in (("a", "3", started), ("b", "3", started), ("c", "4", ran)):

@@ -105,8 +105,12 @@ def test_every_line_of_json_logs_says_what_it_is_about(stage: Stage) -> None:
     flags = {"log_format": "json", "log_level": "debug"}
     server = stage.server(stop_after_gradients=5, **flags)
     worker = stage.worker("w1", **flags)
+    evaluator = stage.evaluator("e", **flags)
     assert worker.wait() == 0
+    assert evaluator.wait() == 0
     assert server.terminate() == 0
+    printed = [json.loads(line) for each in (server, worker, evaluator) for line in each.printed()[1].splitlines()]
+    assert {line["message"] for line in printed} == {"evaluation"}, "the server's first line was read before"
     served = [json.loads(line) for line in server.log.read_text().splitlines()]
     trained = [json.loads(line) for line in worker.log.read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in (*served, *trained))

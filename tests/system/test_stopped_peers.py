@@ -57,3 +57,24 @@ def test_workers_go_on_when_a_stopped_server_does(stage: Stage) -> None:
     )
     assert after.iteration.epoch == before.iteration.epoch
     assert [worker.process.poll() for worker in workers] == [None, None]
+
+
+def test_workers_warn_of_a_server_that_is_killed_and_not_of_one_that_stops_in_order(stage: Stage) -> None:
+    def both_train() -> None:
+        stage.until(lambda s: [w.applied > 0 for w in s.workers] == [True, True], "both train")
+
+    def warnings() -> list[int]:
+        return [worker.log.read_text().count(" WARNING ") for worker in workers]
+
+    server = stage.server(learning_rate=0.01)
+    # A slow one is between two exchanges when the server stops, and is told nothing but that its stream has ended.
+    workers = [stage.worker("fast"), stage.worker("slow", slow_factor=20.0)]
+    both_train()
+    assert server.terminate() == 0
+    server = stage.server(learning_rate=0.01)
+    both_train()
+    assert warnings() == [0, 0]
+    server.kill()
+    stage.server(learning_rate=0.01)
+    both_train()
+    assert all(warnings())

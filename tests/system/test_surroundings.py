@@ -31,3 +31,26 @@ def test_a_run_goes_on_and_is_shown_in_strange_surroundings(stage: Stage) -> Non
     assert server.terminate() == 0
     assert "Traceback" not in server.log.read_text()
     assert any((Path(stage.folder) / FOLDER).glob("checkpoint-*/model.safetensors"))
+
+
+KEEPS = """
+from ormo_worker.tasks.digits import Digits
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+KEPT = Kept()
+"""
+
+
+def test_a_worker_that_is_told_to_leave_does_not_take_its_objects_apart_first(stage: Stage) -> None:
+    """On a busy machine that took longer than all that came before."""
+    (stage.folder / "keeps.py").write_text(KEEPS)
+    stage.server()
+    worker = stage.worker("w", {"TZ": "UTC"}, task="keeps.py:Digits")  # in a process of its own, with the end of one
+    stage.until(lambda s: any(w.applied for w in s.workers), "it trains")
+    assert worker.terminate() == 0
+    assert worker.printed() == (0, "")
+    assert "interrupted: left the run" in worker.log.read_text()
+    assert " WARNING " not in worker.log.read_text()

@@ -1,5 +1,6 @@
 """The evaluator: a reader that follows a run to its end."""
 
+import json
 import socket
 import threading
 import urllib.request
@@ -49,6 +50,18 @@ def test_one_evaluation_is_one_line(training: FakeServer, capsys: pytest.Capture
     evaluation.run(settings(training, once=True))
     assert lines_of(capsys) == ["evaluation iteration=0 loss=42.0000 accuracy=0.0000"]
     assert training.members == {}
+
+
+def test_with_json_logs_an_evaluation_is_a_record_of_numbers(
+    training: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation.run(settings(training, once=True, log_format="json"))
+    (said,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {"time", "level", "logger", "seconds"} <= said.keys()
+    assert (said["message"], said["iteration"], said["loss"], said["accuracy"], said["samples"]) == (
+        *("evaluation", 0, 42.0, 0.0),
+        training.samples,
+    )
 
 
 def test_it_evaluates_what_is_newer_until_the_run_is_over(

@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from ormo_runtime import logs
-from ormo_runtime.process import keep_freed_memory, leave_on_signals, prepare_process
+from ormo_runtime.process import end_with, keep_freed_memory, leave_on_signals, prepare_process
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, dispatch, load_settings
 from ormo_worker.processes import Place, Processes, end_with_parent
@@ -25,6 +26,11 @@ exit codes: 0 the run is over, or the worker left it on SIGINT or SIGTERM; 1 fai
 """
 FAILED_EXIT_CODE = 1
 REPLACED_EXIT_CODE = 3
+
+
+def program() -> NoReturn:
+    """What `ormo-worker` runs."""
+    end_with(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

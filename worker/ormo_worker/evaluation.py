@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ormo_protos.v1 import parameter_server_pb2 as pb
+from ormo_runtime import logs
 from ormo_runtime.process import leave_if_asked
 from ormo_runtime.tls import Credentials
 from ormo_runtime.tracking import Tracking, refuse_unusable_tracker
@@ -50,12 +50,15 @@ class Evaluation:
     score: Score
     seconds: float
 
-    def line(self) -> str:
-        """The evaluation in one line, for people and programs."""
-        return (
-            f"evaluation iteration={self.iteration} loss={self.score.mean_loss:.4f} "
-            f"accuracy={self.score.accuracy:.4f} seconds={self.seconds:.2f} samples={self.samples}"
-        )
+    def facts(self) -> dict[str, int | float]:
+        """What its line on stdout says, for people and programs."""
+        return {
+            "iteration": self.iteration,
+            "loss": self.score.mean_loss,
+            "accuracy": self.score.accuracy,
+            "seconds": self.seconds,
+            "samples": self.samples,
+        }
 
     def to_message(self) -> pb.Evaluation:
         """The evaluation, as it is reported to the server."""
@@ -94,8 +97,7 @@ def run(settings: EvaluateSettings) -> None:
             for evaluation in evaluations(
                 evaluator, client, settings.every_seconds, once=settings.once, on_status=rows.look
             ):
-                sys.stdout.write(evaluation.line() + "\n")
-                sys.stdout.flush()
+                logs.announce("evaluation", evaluation.facts(), settings.log_format)
                 metrics.note_evaluation(evaluation.iteration, evaluation.seconds)
                 score = evaluation.score
                 rows.evaluated(evaluation.iteration, evaluation.samples, score.mean_loss, score.accuracy)

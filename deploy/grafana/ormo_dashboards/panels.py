@@ -71,6 +71,11 @@ THIRD = Size(8, 8)
 FULL = Size(24, 8)
 _STAT = Size(4, 4)
 
+# Without a number of decimals Grafana writes all that a number has: 1.7345678901234e-2.
+SCIENTIFIC, SCIENTIFIC_DECIMALS = "sci", 2
+# A worker that steps once in minutes has a line all the same, and one that was away for longer has a gap.
+_BRIDGED_MILLISECONDS = 3_600_000
+
 # Colours of thresholds, from good to bad.
 GOOD, WARNING, CRITICAL = "green", "orange", "red"
 Limits = Mapping[float, str]
@@ -86,11 +91,12 @@ def lines(
     logarithmic: bool = False,
     no_value: str = "",
     interval: str = "",
+    bridged: bool = False,
 ) -> Panel:
-    """Lines over time; `limits` are drawn as dashed lines."""
+    """Lines over time; `limits` are dashed lines, and `bridged` ones go on where there is no value for a while."""
     builder = timeseries.Panel().unit(unit).line_width(1).fill_opacity(30 if stacked else 5)
     builder.show_points(looks.VisibilityMode.NEVER).axis_soft_min(0)
-    builder.legend(_legend()).tooltip(
+    builder.legend(_legend(size)).tooltip(
         common.VizTooltipOptions().mode(looks.TooltipDisplayMode.MULTI).sort(looks.SortOrder.DESCENDING)
     )
     if stacked:
@@ -102,6 +108,10 @@ def lines(
         builder.no_value(no_value)
     if interval:
         builder.interval(interval)
+    if bridged:
+        builder.span_nulls(_BRIDGED_MILLISECONDS)
+    if unit == SCIENTIFIC:
+        builder.decimals(SCIENTIFIC_DECIMALS)
     if limits:
         builder.thresholds(_thresholds(limits))
         builder.thresholds_style(common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.DASHED))
@@ -125,8 +135,8 @@ def number(
     builder.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     if shows_name:
         builder.text_mode(looks.BigValueTextMode.NAME)
-    if decimals is not None:
-        builder.decimals(decimals)
+    if decimals is not None or unit == SCIENTIFIC:
+        builder.decimals(SCIENTIFIC_DECIMALS if decimals is None else decimals)
     if no_value:
         builder.no_value(no_value)
     if limits:
@@ -141,7 +151,8 @@ def number(
 def distribution(text: Text, histogram_buckets: str, *, unit: str, size: Size = HALF) -> Panel:
     """A histogram over time; the darker a cell, the more observations fell in it."""
     builder = heatmap.Panel().calculate(False).cell_gap(1).show_legend().show_y_histogram()
-    builder.y_axis(heatmap.YAxisConfig().unit(unit).axis_placement(looks.AxisPlacement.LEFT))
+    axis = heatmap.YAxisConfig().unit(unit).axis_placement(looks.AxisPlacement.LEFT)
+    builder.y_axis(axis.decimals(SCIENTIFIC_DECIMALS) if unit == SCIENTIFIC else axis)
     builder.cell_values(heatmap.CellValues().unit("short").decimals(0))
     # Cells of no observation stay empty: else the whole panel is coloured.
     builder.filter_values(heatmap.FilterValueRange().le(1e-9)).mode(looks.TooltipDisplayMode.SINGLE)
@@ -198,9 +209,11 @@ def facts(text: Text, info: str, *, labels: Mapping[str, str], size: Size = FULL
 def with_right_axis(panel: Panel, legend_pattern: str, unit: str) -> Panel:
     """The same panel, with the lines that match drawn on an axis of their own."""
     assert panel.field_config is not None
+    properties = [DynamicConfigValue("custom.axisPlacement", "right"), DynamicConfigValue("unit", unit)]
+    if panel.field_config.defaults.decimals is not None:  # which are not meant for these lines
+        properties.append(DynamicConfigValue("decimals", 1))
     override = DashboardFieldConfigSourceOverrides(
-        matcher=MatcherConfig("byRegexp", legend_pattern),
-        properties=[DynamicConfigValue("custom.axisPlacement", "right"), DynamicConfigValue("unit", unit)],
+        matcher=MatcherConfig("byRegexp", legend_pattern), properties=properties
     )
     panel.field_config.overrides = [*panel.field_config.overrides, override]
     return panel
@@ -256,8 +269,11 @@ def _thresholds(limits: Limits) -> building.ThresholdsConfig:
     return building.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
-def _legend() -> common.VizLegendOptions:
+def _legend(size: Size) -> common.VizLegendOptions:
+    """A table below the graph: Grafana lets it have a third of the panel's height, and scrolls it.
+
+    A row is one line, however long, so a narrow panel has place for the name and one value only.
+    """
     legend = common.VizLegendOptions().display_mode(looks.LegendDisplayMode.TABLE).show_legend(True)
-    return (
-        legend.placement(looks.LegendPlacement.BOTTOM).calcs(["lastNotNull", "max"]).sort_by("Last *").sort_desc(True)
-    )
+    calculated = ["lastNotNull"] if size.width < HALF.width else ["lastNotNull", "max"]
+    return legend.placement(looks.LegendPlacement.BOTTOM).calcs(calculated).sort_by("Last *").sort_desc(True)

@@ -29,6 +29,14 @@ def mean(histogram: str, *by: str, own: bool = False) -> str:
     return f"{rate(f'{histogram}_sum', *by, own=own)} / {rate(f'{histogram}_count', *by, own=own)}"
 
 
+def share(part: str, whole: str, *by: str) -> str:
+    """What one counter rose by as a share of what another did, per run; of two that rise in the same moments.
+
+    Right however rarely they rise. What rises once in minutes has no rate: 0 most of the time, and far too much then.
+    """
+    return f"{rate(part, *by)} / ({rate(whole, *by)} > 0)"
+
+
 def quantile(share: float, histogram: str, *by: str, where: str = "") -> str:
     """The value that a share of the observations stays below, per run."""
     return f"histogram_quantile({share:g}, {rate(f'{histogram}_bucket', 'le', *by, where=where)})"

@@ -24,6 +24,7 @@ from ormo_dashboards.promql import (
     quantile,
     rate,
     series,
+    share,
 )
 from ormo_dashboards.uids import STALENESS
 
@@ -136,11 +137,11 @@ def _slowest() -> Panel:
             bad="Few updates per second with a high compute share: slow hardware or big batches. With a low one: "
             "slow network, or it waits for tickets. Last push in orange though it is not silent: its device or its "
             "data loading hangs; an alert fires if that is ten times its usual time. Restart it. No pace but a recent "
-            "push: its updates come so late that the method discards them.",
+            "push: its updates come so late that the method discards them. No compute share: no push within a minute.",
         ),
         Column(heading="updates/s", expression=rate("ormo_worker_gradients_total", *key), unit="none"),
         Column(heading="ticket to push", expression=_newest("ormo_worker_ticket_seconds"), unit="s"),
-        Column(heading="compute share", expression=rate("ormo_worker_compute_seconds_total", *key), unit="percentunit"),
+        Column(heading="compute share", expression=_compute_share(), unit="percentunit"),
         Column(heading="smoothed delay", expression=_newest("ormo_worker_smoothed_delay_iterations"), unit="none"),
         Column(heading="largest delay", expression=_newest("ormo_worker_max_delay_iterations"), unit="none"),
         Column(
@@ -157,6 +158,10 @@ def _slowest() -> Panel:
         labels={"worker": "worker", "instance": "run"},
         sort_by="updates/s",
     )
+
+
+def _compute_share() -> str:
+    return share("ormo_worker_compute_seconds_total", "ormo_worker_training_seconds_total", "worker")
 
 
 def _newest(gauge: str) -> str:
@@ -238,16 +243,17 @@ def _compute() -> Panel:
     return lines(
         Text(
             title="Compute share per worker",
-            shows="Share of the time that each worker spent computing gradients; with several slots up to their "
-            "number.",
+            shows="Share of the time between its updates that each worker spent computing them; at most 100 %, for "
+            "each slot where several compute at once.",
             normal="Above 80 %: the hardware is used.",
             bad="Low: the worker waits for transfers or tickets. "
             "Larger batches, bfloat16 on the wire or a second slot help. It never includes loading data if the loop "
             "does that outside the step.",
         ),
-        Query(rate("ormo_worker_compute_seconds_total", "worker"), _WORKER),
+        Query(_compute_share(), _WORKER),
         unit="percentunit",
         size=THIRD,
+        bridged=True,
     )
 
 

@@ -174,7 +174,7 @@ def _health() -> list[Panel]:
             ),
             Query(series("instance:ormo_unsaved_work:seconds")),
             unit="s",
-            decimals=0,
+            decimals=1,
             link_to=SERVER,
             no_value="all saved",
         ),

@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,8 @@ from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.core.ids import SlotKey
 from ormo_server.core.inputs import Input
-from ormo_server.journal.files import GradientFiles, LogFile, Mark, disk_full, kept_back, may_pass
+from ormo_server.journal.files import LogFile, Mark, disk_full, kept_back, may_pass
+from ormo_server.journal.gradients import GradientFiles, Storing
 from ormo_server.journal.records import (
     LOG_NAME,
     MARK_NAME,
@@ -50,9 +52,10 @@ _Entry = tuple[Input, Redeemed | None, StoredGradient | None] | Delivered | None
 class Journal:
     """Records a run's inputs.
 
-    Three groups of methods, by when they are called: `store` before the engine's lock is taken, since it writes a whole
-    gradient; `append`, `append_delivery` and `begin_log` under it, since their order is the order in which the core
-    took its inputs, and they only put an entry into a queue; the rest after it, since they wait for the disk.
+    Three groups of methods, by when they are called: `begin` and `store` before the engine's lock is taken, since they
+    write a whole gradient; `append`, `append_delivery` and `begin_log` under it, since their order is the order in
+    which the core took its inputs, and they only put an entry into a queue; the rest after it, since they wait for the
+    disk.
 
     A second lock, the commit lock, is held by the one thread that writes and syncs for all who wait. It is never taken
     under the engine's lock, and the engine's lock never under it, so that no update waits for the disk.
@@ -74,7 +77,7 @@ class Journal:
 
     Raises:
         OSError: the directory can't be used.
-        RuntimeError: the system has no thread for the fsync of every second.
+        RuntimeError: the system has no threads for it.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._on_failure = on_failure
         self._on_commit = on_commit
-        self._gradients = GradientFiles(directory)
+        self._gradients = GradientFiles(directory, waited_for=fsync == "always")
         # Changed under the engine's lock, but for `_complained`, where a lost race means one log line too many. The
         # queue has one end under each lock: a deque's `append` and `popleft` need none.
         self.log = next_log(directory, after)
@@ -132,17 +135,31 @@ class Journal:
 
     # Before the lock
 
-    def store(self, payload: Payload) -> StoredGradient:
-        """Write a gradient's payload; it counts once its push is taken. Give it back with `release`.
+    def begin(self, payload: Payload) -> Storing:
+        """A place for a gradient's payload, which may still be arriving; `store` ends it, or it is given up.
 
         Raises:
             DiskFull: there is no room for it.
         """
-        try:
+        with self._complaining():
             if self.size_bytes > _MOST_BOUNDS * self._max_bytes:
                 why = f"it has {self.size_bytes:,} bytes, and no checkpoint could be written"
                 raise disk_full(self._directory, why)
-            return self._gradients.store(payload)
+            return self._gradients.begin(payload)
+
+    def store(self, storing: Storing) -> StoredGradient:
+        """Return when it is written; it counts once its push is taken. Give it back with `release`.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        with self._complaining():
+            return storing.finish()
+
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        try:
+            yield
         except DiskFull as refusal:
             self._complain(refusal)
             raise

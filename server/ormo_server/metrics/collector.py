@@ -103,6 +103,12 @@ _WORKER = (
         lambda w: w.seen.compute_seconds_sum,
         counts=True,
     ),
+    _WorkerFigure(
+        "training_seconds",
+        "Time from its first ticket since it joined to its last gradient, what its compute seconds are a share of.",
+        lambda w: w.seen.training_seconds,
+        counts=True,
+    ),
     _WorkerFigure("training_loss", "Loss that it reported last.", lambda w: w.seen.last_loss),
     _WorkerFigure("gradient_norm", "Euclidean norm of its last applied gradient.", lambda w: w.seen.gradient_norm),
     _WorkerFigure(

@@ -26,6 +26,7 @@ class WorkerObservation:
         last_loss: the loss that it reported last.
         compute_seconds: how long its last gradient took, as it reported.
         compute_seconds_sum: how long all its gradients took, as it reported.
+        training_seconds: from its first ticket to its last gradient, so that it grows with the sum above.
         ticket_seconds: how long its last redeemed ticket was out.
         gradient_norm: Euclidean norm of its last applied gradient.
         local_steps: in its last applied gradient; 0 in a run without.
@@ -43,6 +44,7 @@ class WorkerObservation:
     last_loss: float | None = None
     compute_seconds: float = 0.0
     compute_seconds_sum: float = 0.0
+    training_seconds: float = 0.0
     ticket_seconds: float = 0.0
     gradient_norm: float = 0.0
     local_steps: int = 0
@@ -59,7 +61,11 @@ class WorkerObservation:
         self.max_delay = max(self.max_delay, delay)
         self.compute_seconds = compute_seconds
         self.compute_seconds_sum += compute_seconds
-        self.pushed_at = now
+        if self.pushed_at is None:
+            self.training_seconds, self.pushed_at = ticket_seconds, now
+        # Those of several slots may be counted the other way round.
+        self.training_seconds += max(0.0, now - self.pushed_at)
+        self.pushed_at = max(self.pushed_at, now)
         self.ticket_seconds = ticket_seconds
 
     def note_taken(self) -> None:

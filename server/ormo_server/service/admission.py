@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ormo_protos.int8 import scales_of
@@ -12,6 +13,7 @@ from ormo_server.core.ids import TicketKey
 from ormo_server.core.inputs import Requester
 from ormo_server.core.method import MemoryNeed, Run, memory_need
 from ormo_server.core.rules import UPDATE_RULES
+from ormo_server.journal import Storing
 from ormo_server.settings import ServerSettings
 
 
@@ -27,6 +29,7 @@ class ReceivedGradient:
         compute_seconds: as the worker measured; 0 if it did not say.
         local_steps: that it is the sum of; 0 for a gradient.
         norm: Euclidean, of the gradient; None if it has NaN or infinity. Buffers are the core's to judge.
+        storing: its way to the journal; None without one.
     """
 
     ticket: TicketKey
@@ -36,6 +39,7 @@ class ReceivedGradient:
     compute_seconds: float
     local_steps: int
     norm: float | None
+    storing: Storing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,14 @@ class Bounds:
         """Whether a finite gradient is longer than the bound."""
         return self.norm is not None and received.norm is not None and received.norm > self.norm
 
-    def clip(self, received: ReceivedGradient) -> ReceivedGradient:
-        """Scale a gradient down to the bound, in its payload."""
+    def clip(self, received: ReceivedGradient, begin_storing: Callable[[Payload], Storing | None]) -> ReceivedGradient:
+        """Scale a gradient down to the bound, in its payload, which is to be stored as it is then."""
         assert self.norm is not None
         assert received.norm is not None
+        if received.storing is not None:
+            received.storing.give_up()
         received.payload.gradient.mul_(self.norm / received.norm)
-        return replace(received, norm=self.norm)
+        return replace(received, norm=self.norm, storing=begin_storing(received.payload))
 
     def too_large(self, requester: Requester, received: ReceivedGradient) -> NormTooLarge:
         """The refusal of a longer gradient."""

@@ -30,7 +30,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member
 from ormo_server.core.vectors import all_finite
-from ormo_server.journal import Journal, StoredGradient, gradient_in
+from ormo_server.journal import Journal, StoredGradient, Storing, gradient_in
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.view import Evaluation, RunView
 from ormo_server.service.admission import Bounds, ReceivedGradient, non_finite, sent_away
@@ -89,6 +89,7 @@ class Engine:
         self._copies = copies
         self._bounds = bounds
         self._journal = journal
+        self.begin_storing: Callable[[Payload], Storing | None] = journal.begin if journal else lambda _: None
         self._trace = trace
         self._refuse_if_not_ours = refuse_if_not_ours
         self._sent_away: dict[str, int] = {}  # the incarnation of each worker whose gradients were unsound too often
@@ -233,14 +234,14 @@ class Engine:
             Superseded: a newer stream of the slot has taken over.
             OrmoError: as `Push` and `Request`, but for what `Outcome` holds.
         """
-        # Before the lock, for both walk over the gradient: scaling it down, and writing it for the journal.
+        # Before the lock, for both walk over the gradient: scaling it down, and the rest of writing it for the journal.
         too_long = received is not None and self._bounds.exceeded_by(received)
         if too_long and received is not None and self._bounds.clips:
-            received, too_long = self._bounds.clip(received), False
+            received, too_long = self._bounds.clip(received, self.begin_storing), False
             self._metrics.gradients.clipped()
         stored = None
-        if self._journal is not None and received is not None and received.norm is not None and not too_long:
-            stored = self._journal.store(received.payload)
+        if self._journal and received and received.storing and received.norm is not None and not too_long:
+            stored = self._journal.store(received.storing)
         outcome = Outcome(requester, received)
         try:
             with self._lock:
@@ -356,8 +357,7 @@ class Engine:
                 payload.parameters.copy_(state.params)
                 if payload.layout.with_buffers:
                     copy_buffers(machine, payload)
-            sent = None if known else payload
-            counted, rate = state.samples, state.learning_rate
+            sent, counted, rate = None if known else payload, state.samples, state.learning_rate
             pulled = Delivery(state.epoch, state.iteration, counted, rate, None, sent, position=position)
         (self._metrics.traffic.not_modified if known else self._metrics.traffic.read).inc()
         return pulled

@@ -16,6 +16,7 @@ from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadPayload, BadRequest, LocalSteps, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.ids import TicketKey
 from ormo_server.core.state import PushResult
+from ormo_server.journal import Storing
 from ormo_server.metrics.view import Evaluation
 from ormo_server.service.admission import ReceivedGradient
 from ormo_server.service.delivery import Delivery
@@ -91,12 +92,13 @@ def check_codes(payload: Payload) -> None:
         raise BadPayload(f"the gradient was not applied: {fault}")
 
 
-def received_gradient(message: pb.Gradient, payload: Payload, norm: float | None) -> ReceivedGradient:
+def received_gradient(
+    message: pb.Gradient, payload: Payload, norm: float | None, storing: Storing | None
+) -> ReceivedGradient:
     """A gradient whose tensors have come."""
     loss = _loss(message.loss) if message.HasField("loss") else None
-    return ReceivedGradient(
-        ticket_key(message.ticket), payload, message.samples, loss, message.compute_seconds, message.local_steps, norm
-    )
+    ticket, samples = ticket_key(message.ticket), message.samples
+    return ReceivedGradient(ticket, payload, samples, loss, message.compute_seconds, message.local_steps, norm, storing)
 
 
 def evaluation(message: pb.Evaluation) -> Evaluation:

@@ -240,7 +240,7 @@ class Servicer:
                 layout = _layout_of(exchange.next, engine) if wants else None
                 received = None
                 if pushes:
-                    received = self._transfers.receive_gradient(borrowed, engine.manifest, exchange.gradient, chunks)
+                    received = self._transfers.receive_gradient(borrowed, engine, exchange.gradient, chunks)
                 wish = borrowed.place(layout, received.payload if received else None) if layout else None
                 outcome = engine.exchange(requester, received, wish, lambda: stream.current)
             except Exception as error:
@@ -301,9 +301,7 @@ class Servicer:
             with stream.busy, self._transfers.lend(stream.caller.name) as borrowed:
                 try:
                     engine, requester = self._introduce(stream, push.requester)
-                    received = self._transfers.receive_gradient(
-                        borrowed, engine.manifest, push.gradient, chunks, "PushGradient"
-                    )
+                    received = self._transfers.receive_gradient(borrowed, engine, push.gradient, chunks, "PushGradient")
                     outcome = engine.exchange(requester, received, None, lambda: stream.current)
                 except Exception as error:
                     self._count_refused(error, push=True)

@@ -15,15 +15,16 @@ from typing import Self, TypeVar
 import torch
 
 from ormo_protos.framing import Frame, Headed
-from ormo_protos.manifest import Manifest
 from ormo_protos.tensors import Chunk, Payload, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import TooMuchInFlight
 from ormo_server.core.vectors import SquaredNorm
+from ormo_server.journal import Storing
 from ormo_server.metrics.families import Traffic
 from ormo_server.service import messages
 from ormo_server.service.admission import ReceivedGradient
 from ormo_server.service.delivery import Delivery
+from ormo_server.service.engine import Engine
 from ormo_server.service.streams import OpenStream
 
 R = TypeVar("R", pb.PushPullResponse, pb.PullParamsResponse)
@@ -182,17 +183,21 @@ class BufferPool:
 class Loans:
     """Payloads that are lent for the time of an exchange."""
 
-    __slots__ = ("_caller", "_pool", "_taken")
+    __slots__ = ("_caller", "_pool", "_storing", "_taken")
 
     def __init__(self, pool: BufferPool, caller: str) -> None:
         self._pool = pool
         self._caller = caller
         self._taken: list[Payload] = []
+        self._storing: Storing | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # First, and whatever happened: the journal's threads read what is lent.
+        if self._storing is not None:
+            self._storing.give_up()
         for payload in self._taken:
             self._pool.give(payload)
             self._pool.in_flight.end(self._caller, payload.layout.total_bytes)
@@ -211,6 +216,11 @@ class Loans:
             raise
         self._taken.append(payload)
         return payload
+
+    def mind(self, storing: Storing | None) -> Storing | None:
+        """See to it that what is not stored in the end is given up."""
+        self._storing = storing
+        return storing
 
     def place(self, layout: PayloadLayout, used: Payload | None) -> Payload:
         """Where parameters can go: the memory of a gradient that will be used before, if they fit there."""
@@ -262,24 +272,27 @@ class Transfers:
     def receive_gradient(
         self,
         borrowed: Loans,
-        manifest: Manifest,
+        engine: Engine,
         header: pb.Gradient,
         chunks: Iterator[Chunk],
         method: str = "PushPull",
     ) -> ReceivedGradient:
         """A gradient, received whole into memory that is given back with `borrowed`.
 
-        Its norm is counted as its bytes arrive, while they are still in the processor's cache.
+        Its norm is counted, and the journal given its bytes, as they arrive, while they are in the processor's cache.
 
         Raises:
-            OrmoError: as `messages.gradient_layout`, `Loans.take` and `messages.check_codes`.
+            OrmoError: as `messages.gradient_layout`, `Loans.take`, `Engine.begin_storing` and `messages.check_codes`.
             PayloadError: as `receive`.
         """
         started, checking = time.perf_counter(), 0.0
-        payload = borrowed.take(messages.gradient_layout(manifest, header, takes_int8=self.takes_int8))
+        payload = borrowed.take(messages.gradient_layout(engine.manifest, header, takes_int8=self.takes_int8))
+        storing = borrowed.mind(engine.begin_storing(payload))
         receiver, square = PayloadReceiver(payload), SquaredNorm(payload.gradient)
         for _ in self.receive(receiver, chunks, method):
             if not receiver.complete:
+                if storing is not None:
+                    storing.advance(receiver.received_bytes)
                 arrived = time.perf_counter()
                 square.count(payload.numbers_in(receiver.received_bytes))
                 checking += time.perf_counter() - arrived
@@ -290,7 +303,7 @@ class Transfers:
         checking += ended - arrived
         self._traffic.stage["receive"].observe(ended - started - checking)
         self._traffic.stage["check"].observe(checking)
-        return messages.received_gradient(header, payload, None if total is None else math.sqrt(total))
+        return messages.received_gradient(header, payload, None if total is None else math.sqrt(total), storing)
 
     def send(
         self, stream: OpenStream, head: R, delivery: Delivery, method: str, *, with_data: bool = False

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -13,30 +14,42 @@ from ormo_runtime.process import prepare_process
 from ormo_runtime.settings import UsageError
 from ormo_runtime.settings_loader import BAD_SETTINGS_EXIT_CODE, load_settings
 from ormo_server.sim.plan import Plan, Result
-from ormo_server.sim.plots import draw, plot
 from ormo_server.sim.record import Directory, Row
-from ormo_server.sim.reproduce.command import reproduce
 from ormo_server.sim.settings import SimSettings
 from ormo_server.sim.tracked import tracked
 
 _INTERRUPTED_EXIT_CODE = 130
 # An update of the bar takes as long as a push of a small model.
 _GRADIENTS_BETWEEN_UPDATES = 20
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"plot": plot, "reproduce": reproduce}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; without a command's name, simulate. Returns the exit code."""
     prepare_process()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(arguments[0]) if arguments else None
+    if find_spec("matplotlib") is None:  # now, and not when hours have been computed that are to be drawn
+        logs.last_words("ormo-sim", "matplotlib is not installed: pip install 'ormo-parameter-server[sim]'", "text")
+        return BAD_SETTINGS_EXIT_CODE
     try:
-        return simulate(arguments) if command is None else command(arguments[1:])
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except (UsageError, OSError) as error:
         logs.last_words("ormo-sim", error, "text")
         return BAD_SETTINGS_EXIT_CODE
     except KeyboardInterrupt:
         return _INTERRUPTED_EXIT_CODE
+
+
+def _run(arguments: list[str]) -> int:
+    match arguments[:1]:
+        case ["plot"]:
+            from ormo_server.sim.plots import plot
+
+            return plot(arguments[1:])
+        case ["reproduce"]:
+            from ormo_server.sim.reproduce.command import reproduce
+
+            return reproduce(arguments[1:])
+        case _:
+            return simulate(arguments)
 
 
 def simulate(argv: Sequence[str]) -> int:
@@ -57,6 +70,8 @@ def simulate(argv: Sequence[str]) -> int:
         described = {"settings": plan.settings.recorded(), **result.summary}
         directory.complete(result.record, described | _cost(result, wall_seconds))
         if settings.plots:
+            from ormo_server.sim.plots import draw
+
             draw([directory.path], directory.path)
         _show(console, directory.path, result, wall_seconds, "pushes" if settings.local_steps else "gradients")
     return 0

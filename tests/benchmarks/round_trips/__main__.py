@@ -33,13 +33,16 @@ def main() -> None:
         for row in found:
             _say(report.line(row))
     _say(f"\nTimes the socket's time:\n\n{report.summary(rows)}\n")
+    for told in report.beside_the_best(rows):
+        _say(told)
     for row in rows:
         if row.contender == ORMO:
             _say(report.stages(row))
-    _say(f"\n{kernel.HEADER}")
-    for size in [45 * MB] if options.quick else [45 * MB, 400 * MB]:
-        for update in kernel.measured(size, options.pairs):
-            _say(kernel.line(update))
+    if options.only is None:
+        _say(f"\n{kernel.HEADER}")
+        for size in [45 * MB] if options.quick else [45 * MB, 400 * MB]:
+            for update in kernel.measured(size, options.pairs):
+                _say(kernel.line(update))
     report.write_csv(rows, options.into / "bench.csv")
     report.draw(rows, options.into / "bench.png")
     _say(f"\nwritten: {options.into / 'bench.csv'}, {options.into / 'bench.png'}")
@@ -55,7 +58,12 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small case, for breakage and not for speed")
-    parser.add_argument("--only", nargs="+", metavar="BYTESxWORKERS", help="cases, such as 45000000x1; all by default")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="BYTESxWORKERS",
+        help="cases, such as 45000000x1; by default all, and the update rules besides",
+    )
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=USUAL, help="besides the socket")
     parser.add_argument("--pairs", type=int, help="turns of each contender, each after one of the socket")
     parser.add_argument("--windows", type=int, help="the same, with several workers")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.round_trips.contenders import SOCKET
+from benchmarks.round_trips.contenders import ELSEWHERE, ORMO, SOCKET
 from benchmarks.round_trips.measure import Row
 
 _COLUMNS = ("bytes", "workers", "contender", "trips", "seconds", "processor_seconds", "ratio", "peak_bytes")
@@ -41,6 +41,18 @@ def summary(rows: Sequence[Row]) -> str:
         cells = (_range(ratios[case, name]) if (case, name) in ratios else "" for name in names)
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def beside_the_best(rows: Sequence[Row]) -> list[str]:
+    """A line for each case: our time by that of the fastest that a user could take instead, turn by turn."""
+    lines = []
+    for mine in (row for row in rows if row.contender == ORMO):
+        others = [row for row in rows if row.case == mine.case and row.contender in ELSEWHERE]
+        if others:
+            best = min(others, key=lambda row: median(row.ratios))
+            beside = [own / other for own, other in zip(mine.ratios, best.ratios, strict=True)]
+            lines.append(f"{mine.case}: {_range(beside)} times the time of {best.contender}, the fastest elsewhere")
+    return lines
 
 
 def _range(ratios: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from promql_parser import parse
 
 from deploy.grafana.dashboards import FILES, GRAFANA, filled_in, load, panels, queries
 from deploy.kubernetes.rendering import overlay
+from deploy.prometheus.prometheus import program
+from ormo_protos.refusals import Reason
 from reference_pages import exported_names
 
 DEPLOY = GRAFANA.parent
@@ -53,6 +56,8 @@ def flaws(dashboard: dict[str, Any]) -> list[str]:
     found = [f"{p['title']}: no datasource" for p in shown if p.get("datasource") != DATASOURCE]
     found += [f"{p['title']}: no description" for p in shown if not p.get("description", "").count("**Bad:**")]
     found += [f"{p['title']}: no unit" for p in shown if not _units(p)]
+    found += [f"{p['title']}: numbers with all their digits" for p in shown if not _short(p)]
+    found += [f"{p['title']}: {flaw}" for p in shown if p["type"] == "timeseries" for flaw in _flaws_of_legend(p)]
     ids = [p["id"] for p in (*shown, *(p for p in dashboard["panels"] if p["type"] == "row"))]
     found += ["ids are not unique"] if len(ids) != len(set(ids)) else []
     for panel, target in ((p, t) for p in shown for t in p["targets"]):
@@ -65,6 +70,59 @@ def _units(panel: dict[str, Any]) -> bool:
         return "unit" in panel["options"]["yAxis"]
     properties = [p["id"] for o in panel["fieldConfig"]["overrides"] for p in o["properties"]]
     return "unit" in panel["fieldConfig"]["defaults"] or "unit" in properties
+
+
+def _short(panel: dict[str, Any]) -> bool:
+    """Whether numbers in scientific notation are cut: Grafana 11.6 writes all digits of 0.0173456789 otherwise."""
+    shown = panel["options"]["yAxis"] if panel["type"] == "heatmap" else panel["fieldConfig"]["defaults"]
+    return shown.get("unit") != "sci" or shown.get("decimals", 99) <= 3
+
+
+# What the longest names are, and the longest values as Grafana 11.6 writes them.
+LONGEST_LABELS = {
+    "worker": "gpu-node-17-31245-a3f9c1",
+    "instance": "10.42.0.117:9464",
+    "cause": "FAILED_PRECONDITION",
+    "grpc_code": "FAILED_PRECONDITION",
+    "grpc_method": "ServerReflectionInfo",
+    "kind": "reserved",
+    "method": "PushGradient",
+    "outcome": "discarded",
+    "reason": max(Reason, key=len),
+    "stage": "compute",
+    "work": "checkpoints",
+}
+LONGEST_VALUES = {
+    "none": "0.000123",
+    "short": "11.7 Mil",
+    "locale": "12,345,678",
+    "sci": "1.23e-2",
+    "percentunit": "0.400%",
+    "s": "1.65 weeks",
+    "bytes": "42.9 MiB",
+    "binBps": "42.9 MiB/s",
+}
+HEADINGS = {"lastNotNull": "Last *", "max": "Max"}
+# Of a laptop's screen, in Grafana's grid of 24 columns, and of its small print; a panel and a cell have edges.
+SCREEN, GRID, LETTER, EDGES, CELL, SIGN = 1440, 24, 6.5, 24, 16, 22
+
+
+def _flaws_of_legend(panel: dict[str, Any]) -> list[str]:
+    """A table below the graph, which Grafana cuts at a third of the panel's height; its rows are never cut."""
+    legend, unit = panel["options"]["legend"], panel["fieldConfig"]["defaults"]["unit"]
+    if (legend["displayMode"], legend["placement"]) != ("table", "bottom"):
+        return ["a legend that is no table below the graph"]
+    names = [
+        re.sub(r"{{(\w+)}}", lambda label: LONGEST_LABELS[label[1]], target["legendFormat"])
+        for target in panel["targets"]
+    ]
+    if any(override["properties"] for override in panel["fieldConfig"]["overrides"]):
+        names = [f"{name} (right y-axis)" for name in names]
+    value = LONGEST_VALUES.get(unit) or "12.3K " + unit.removeprefix("count:")
+    width = SIGN + CELL + LETTER * max(map(len, names))
+    width += sum(CELL + LETTER * max(len(HEADINGS[shown]), len(value)) for shown in legend["calcs"])
+    place = panel["gridPos"]["w"] * SCREEN / GRID - EDGES
+    return [f"a legend of {width:.0f} pixels where {place:.0f} are"] if width > place else []
 
 
 def _flaws_of(target: dict[str, Any]) -> list[str]:
@@ -112,9 +170,26 @@ def _name_a_datasource(panel: dict[str, Any]) -> None:
     panel["targets"][0]["datasource"] = {"type": "prometheus", "uid": "mine"}
 
 
+def _show_all_digits(panel: dict[str, Any]) -> None:
+    panel["fieldConfig"]["defaults"]["unit"] = "sci"
+
+
+def _name_lines_at_length(panel: dict[str, Any]) -> None:
+    panel["targets"][0]["legendFormat"] = (
+        "{{worker}} of {{instance}}, in the stage {{stage}} for {{reason}} and {{cause}}"
+    )
+
+
+def _list_names(panel: dict[str, Any]) -> None:
+    panel["options"]["legend"]["displayMode"] = "list"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        _show_all_digits,
+        _name_lines_at_length,
+        _list_names,
         _drop_description,
         _fix_the_run,
         _fix_the_interval,
@@ -127,6 +202,44 @@ def test_planted_flaw_is_found(spoil: Callable[[dict[str, Any]], None]) -> None:
     dashboard = copy.deepcopy(load(FILES[0]))
     spoil(next(panel for panel in panels(dashboard) if panel["type"] == "timeseries"))
     assert len(flaws(dashboard)) == 1
+
+
+def shares(panel: dict[str, Any]) -> list[str]:
+    return [target["expr"] for target in panel["targets"] if "compute_seconds" in target["expr"]]
+
+
+@pytest.mark.parametrize("step_seconds", [4, 100, 400])
+def test_a_worker_that_always_computes_has_a_share_of_100_percent_however_long_its_steps_are(
+    tmp_path: Path, step_seconds: int
+) -> None:
+    asked = [query for panel in panels(load(GRAFANA / "dashboards" / "staleness.json")) for query in shares(panel)]
+    assert len(asked) == 2, "a panel and a column of a table"
+    steps = [seconds // step_seconds for seconds in range(0, 3600, 15)]
+    labels = '{job="a", instance="b", worker="w"}'
+    counters = {"compute": 0.95 * step_seconds, "training": step_seconds}
+    tests = [
+        {"expr": f"{shown} by (worker) ({shown}_over_time(({query})[45m:15s]))", "eval_time": "1h", "exp_samples": []}
+        for query in (filled_in(each, job="a", instance="b", interval="1m") for each in asked)
+        for shown in ("min", "max")
+    ]
+    for test in tests:
+        test["expr"] = f"round({test['expr']}, 0.001)"
+        test["exp_samples"] = [{"labels": '{worker="w"}', "value": 0.95}]
+    series = [
+        {"series": f"ormo_worker_{name}_seconds_total{labels}", "values": " ".join(str(each * step) for step in steps)}
+        for name, each in counters.items()
+    ]
+    file = tmp_path / "shares.yml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "evaluation_interval": "15s",
+                "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}],
+            }
+        )
+    )
+    done = subprocess.run([program("promtool"), "test", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def unknown_metrics(expression: str) -> set[str]:

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
+from ormo_runtime import logs
 from ormo_worker.local import cli, cluster
 from ormo_worker.local.cluster import Cluster, ClusterError, LocalSettings, refuse_unusable_task
 from ormo_worker.local.exported import bytes_moved, delays_of
@@ -51,6 +53,18 @@ def test_programs_have_its_settings_as_flags_and_the_rest_of_the_environment(
     assert ours.items() >= {("ORMO_JOURNAL", "true")}
     assert not ours.keys() & {"ORMO_METRICS_LISTEN", "ORMO_CONFIG"}
     assert environment["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_evaluations_are_read_in_either_form_of_log_and_what_a_task_prints_is_not(
+    form: logs.LogFormat, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"iteration": 3, "loss": 0.5, "accuracy": 0.25, "seconds": 2.0, "samples": 96}
+    logs.announce("evaluation", facts, form)
+    lines = ["loading the data took=long\n", *capfd.readouterr().out.splitlines(keepends=True)]
+    told: list[dict[str, float]] = []
+    cluster._report(SimpleNamespace(output=lines), told.append)  # type: ignore[arg-type]
+    assert told == [facts]
 
 
 def values_of(arguments: Sequence[str], *flags: str) -> list[str | None]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ormo_protos.manifest import BFLOAT16
 from ormo_protos.refusals import Reason
+from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_worker import RemoteOptimizer
 from ormo_worker.errors import ModelUnusable, OptionRefused, RunFinished, ServerUnreachable
 from worker.fake_server import LEARNING_RATE, LOST, FakeServer
@@ -298,6 +299,8 @@ def test_a_run_that_is_over_gives_its_parameters_to_a_late_worker(
     late = line(weight=-1.0)
     with optimizer_of(late, server) as second:
         assert second.finished
+        # What a loop is set up with before it looks whether there is anything to do.
+        assert (second.rank, second.data_seed, second.settings) == (0, 0, pb.RunSettings())
     assert late.weight.item() == 2.0
 
 

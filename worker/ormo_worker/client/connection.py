@@ -149,6 +149,8 @@ class Connection:
     def end_of(self, error: grpc.RpcError) -> CallEnded:
         """What gRPC's error says of the call that raised it, which is also what is now known of the connection."""
         end = as_call_ended(error)
+        if end.is_farewell:
+            self._signs.mark_farewell()
         if end.reason:  # only the server gives one: a proxy's or gRPC's own error is no sign of life
             self.mark_alive()
         elif self._dialer.outdated:

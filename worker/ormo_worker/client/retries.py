@@ -26,6 +26,16 @@ T = TypeVar("T")
 _FIRST_PAUSE_SECONDS = 0.1
 _MOST_DOUBLINGS = 20  # the longest pause is reached long before
 _SECONDS_BETWEEN_LOGS = 15.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+# For so long a server that stopped in order may be away without a warning: a new pod on another node takes less.
+_SECONDS_OF_A_RESTART = 60.0
+# What is said at most once in these seconds, and how loud.
+_WAITS = "%s at %s: %s"
+_PARTED = "%s at %s: the server ends calls in order (%s): waiting until it is back"
+_FAILED = "%s at %s failed (%s): trying again"
+_LEVELS = {_WAITS: logging.INFO, _PARTED: logging.INFO, _FAILED: logging.WARNING}
+# How calls end while a server that has stopped in order is away, and while it starts again.
+_AWAY = {Reason.DRAINING, Reason.NOT_READY, "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
 # A server asks for some seconds; one that asks for years must not be waited for.
 _LONGEST_ASKED_SECONDS = 60.0
 
@@ -38,6 +48,7 @@ class CallEnded(Exception):
         reason: as in `ormo_protos.refusals`; empty if the status carries none, as with a lost connection.
         message: what the server or gRPC said, for people.
         retry_seconds: how long the server asks to wait; 0 if it does not say.
+        is_farewell: whether the server stops in order: it says so, or ends, itself, what would have gone on.
     """
 
     def __init__(self, code: str, reason: str, message: str, retry_seconds: float = 0.0) -> None:
@@ -46,6 +57,7 @@ class CallEnded(Exception):
         self.reason = reason
         self.message = message
         self.retry_seconds = retry_seconds
+        self.is_farewell = False
 
     @classmethod
     def of(cls, call: grpc.Call) -> Self:
@@ -59,7 +71,9 @@ class CallEnded(Exception):
             return cls("RESOURCE_EXHAUSTED", "", f"HTTP status 413: {BODY_LIMIT}")
         seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
         # Whoever answered there: what it says gets into errors, and so to the terminals of programs that are not ours.
-        return cls(call.code().name, printable(reason), printable(call.details() or "no details"), seconds)
+        end = cls(call.code().name, printable(reason), printable(call.details() or "no details"), seconds)
+        end.is_farewell = reason == Reason.DRAINING or (not reason and _is_cancelled_there(call))
+        return end
 
     @property
     def cause(self) -> str:
@@ -110,6 +124,11 @@ _ADVICE = {
 }
 
 
+def _is_cancelled_there(call: grpc.Call) -> bool:
+    """Whether the server cancelled it, as one that drains does between two exchanges; one that has died can't."""
+    return call.code() is grpc.StatusCode.CANCELLED and not cast("grpc.Future[object]", call).cancelled()
+
+
 def _details(call: grpc.Call) -> list[any_pb2.Any]:
     try:
         status = rpc_status.from_call(call)
@@ -156,6 +175,7 @@ class SignsOfLife:
     def __init__(self) -> None:
         self.any = False
         self._heard_at = time.monotonic()
+        self._farewell_at = float("-inf")
 
     @property
     def silent_seconds(self) -> float:
@@ -166,6 +186,19 @@ class SignsOfLife:
         """Note that the server is alive."""
         self._heard_at = time.monotonic()
         self.any = True
+
+    def mark_farewell(self) -> None:
+        """Note that the server stops in order."""
+        self._farewell_at = time.monotonic()
+
+    def mark_back(self) -> None:
+        """Note that it serves again: what ends now ends for another reason."""
+        self._farewell_at = float("-inf")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether it has stopped in order a moment ago, and is not back."""
+        return time.monotonic() - self._farewell_at < _SECONDS_OF_A_RESTART
 
 
 class RetryLoop:
@@ -197,7 +230,7 @@ class RetryLoop:
         self._closed = closed
         self._check = check
         self._observer = observer
-        self._logged_at: dict[int, float] = {}
+        self._logged_at: dict[str, float] = {}
 
     def run(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
         """Call `attempt` until it succeeds, with growing pauses.
@@ -225,9 +258,11 @@ class RetryLoop:
             except (TryAgain, CallEnded) as failure:
                 self._pause(failure, what, failures, began, within)
                 continue
-            # Who has read that something failed is told that it went well after all; the others never heard of it.
-            if failures > 1 and self._logged_at.get(logging.WARNING, float("-inf")) >= began:
-                _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
+            if failures > 1:
+                self._signs.mark_back()
+                # Who has read that something failed is told that it went well after all; others never heard of it.
+                if max(self._last_said(_PARTED), self._last_said(_FAILED)) >= began:
+                    _LOG.info("%s at %s succeeded after %.1f s", what, self._server, time.monotonic() - began)
             return outcome
         raise AssertionError("counting has no end")
 
@@ -240,6 +275,7 @@ class RetryLoop:
         if self._is_over(began, within):
             self._check()
             raise self._unreachable(failure, what, within) from None
+        self._check()  # a call that was ended because this program leaves has not failed
         if not isinstance(failure, Waiting):
             self._observer.note_retry(failure.cause)
         self._log(failure, what)
@@ -248,8 +284,13 @@ class RetryLoop:
             self._shortest, min(self._longest, _FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, _MOST_DOUBLINGS))
         )
         backoff = random.uniform(self._shortest, longest)  # noqa: S311 - nobody gains by guessing it
-        # `close`, in another thread, ends the pause.
-        self._closed.wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
+        self._wait(max(backoff, min(failure.retry_seconds, _LONGEST_ASKED_SECONDS)))
+
+    def _wait(self, seconds: float) -> None:
+        # `close`, in another thread, ends the pause; a signal is not raised in here.
+        while seconds > 0 and not self._closed.wait(min(seconds, _SECONDS_BETWEEN_LOOKS)):
+            self._check()
+            seconds -= _SECONDS_BETWEEN_LOOKS
 
     def _is_over(self, began: float, within: float | None) -> bool:
         passed = time.monotonic() - began
@@ -265,13 +306,18 @@ class RetryLoop:
 
     def _log(self, failure: TryAgain | CallEnded, what: str) -> None:
         """Say why another attempt follows, but not for each of them."""
-        waiting = isinstance(failure, Waiting)
-        level = logging.INFO if waiting else logging.WARNING
+        sentence = _FAILED
+        if isinstance(failure, Waiting):
+            sentence = _WAITS
+        elif failure.cause in _AWAY and self._signs.restarts:
+            sentence = _PARTED
         now = time.monotonic()
-        if not self._closed.is_set() and now - self._logged_at.get(level, float("-inf")) >= _SECONDS_BETWEEN_LOGS:
-            self._logged_at[level] = now
-            sentence = "%s at %s: %s" if waiting else "%s at %s failed (%s): trying again"
-            _LOG.log(level, sentence, what, self._server, failure)
+        if not self._closed.is_set() and now - self._last_said(sentence) >= _SECONDS_BETWEEN_LOGS:
+            self._logged_at[sentence] = now
+            _LOG.log(_LEVELS[sentence], sentence, what, self._server, failure)
+
+    def _last_said(self, sentence: str) -> float:
+        return self._logged_at.get(sentence, float("-inf"))
 
     def _unreachable(self, failure: TryAgain | CallEnded, what: str, within: float | None) -> ServerUnreachable:
         seconds = f"{self._patience_seconds() if within is None else within:g} seconds"

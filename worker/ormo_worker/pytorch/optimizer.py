@@ -330,6 +330,7 @@ class RemoteOptimizer(RunView):
         try:
             self._client.join()
         except RunFinished:
+            self._came_too_late = True
             self._finish()
         except Refused as error:
             raise self._explain(error) from None

@@ -17,6 +17,7 @@ class RunView(Grouped):
 
     iteration: int
     finished: bool
+    _came_too_late: bool = False
     _samples: int
     _client: Client
     _tally: Tally
@@ -25,18 +26,25 @@ class RunView(Grouped):
 
     @property
     def rank(self) -> int:
-        """The smallest number from 0 up that no other worker had when this one joined."""
-        return self._client.welcome.rank
+        """The smallest number from 0 up that no other worker had when this one joined; 0 if it came too late."""
+        return self._welcome.rank
 
     @property
     def data_seed(self) -> int:
-        """A number from 0 to 2**64 - 1 for the order of this worker's data: no other join has the same."""
-        return self._client.welcome.data_seed
+        """A number from 0 to 2**64 - 1 for the order of this worker's data: no other join has the same.
+
+        0 if the run was over before: there is nothing to put in order.
+        """
+        return self._welcome.data_seed
 
     @property
     def settings(self) -> pb.RunSettings:
-        """How the server trains."""
-        return self._client.welcome.settings
+        """How the server trains; nothing is set if the run was over before this worker could join."""
+        return self._welcome.settings
+
+    @property
+    def _welcome(self) -> pb.Welcome:
+        return pb.Welcome() if self._came_too_late else self._client.welcome
 
     @property
     def progress(self) -> float:

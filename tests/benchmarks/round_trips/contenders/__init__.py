@@ -5,6 +5,7 @@ from types import ModuleType
 
 SOCKET = "socket"
 ORMO = "ormo"
+STREAM = "bare gRPC stream"
 _MODULES = {
     SOCKET: "sockets",
     ORMO: "ormo",
@@ -13,11 +14,14 @@ _MODULES = {
     "torch.distributed.rpc, tuned": "torch_rpc_tuned",
     "grpcio + protobuf": "grpcio",
     "pyzmq": "zmq",
+    STREAM: "stream",
 }
 # Only when asked for.
 _MORE = {"ormo, journal": "ormo_journal", "ormo, journal without fsync": "ormo_journal_off", "ormo, TLS": "ormo_tls"}
 USUAL = tuple(_MODULES)
 NAMES = (*USUAL, *_MORE)
+# What a user could take instead: the floors, of sockets and of gRPC, do less than is needed, and the others are ours.
+ELSEWHERE = tuple(name for name in USUAL if name not in (SOCKET, STREAM) and not name.startswith(ORMO))
 
 
 def module(name: str) -> ModuleType:
