@@ -62,8 +62,11 @@ class ComposeRun(Platform):
         return self.engine.docker("compose", *files, *words, seconds=seconds, env={"ORMO_LOG_FORMAT": "json"})
 
     def start(self) -> None:
-        """Everything but Grafana, which can't be had."""
-        self._up(WORKERS, *_SERVICES)
+        """Everything but Grafana, which can't be had; AssertionError with the logs if that does not get healthy."""
+        try:
+            self._up(WORKERS, *_SERVICES)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.compose('logs', '--tail', 5)}") from None
 
     def _up(self, workers: int, *services: str) -> None:
         words = ["--detach", "--no-build", "--no-recreate", "--wait", "--scale", f"worker={workers}"]

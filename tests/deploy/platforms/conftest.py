@@ -14,8 +14,8 @@ from deploy.platforms.engine import Engine
 from deploy.platforms.images import build_all
 from deploy.platforms.platform import Platform
 
-# Compose's workers have names of their own making, so that their certificate may not be tied to names.
-_ANY_NAME = re.sub(r"^workers = .*\n", "", ACCESS.read_text(), flags=re.MULTILINE)
+# Compose's workers have ids of their own making.
+_ANY_ID = re.sub(r"^workers = .*", 'workers = ["*"]', ACCESS.read_text(), flags=re.MULTILINE)
 
 PLATFORMS = [
     *(("compose", "compose-tls") if engines.VARIABLE in os.environ else ()),
@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Platform]:
             yield cluster
         return
     docker: Engine = request.getfixturevalue("docker")
-    certificates = Certificates(docker.folder / "tls", _ANY_NAME) if form else None
+    certificates = Certificates(docker.folder / "tls", _ANY_ID) if form else None
     made = ComposeRun(docker, certificates)
     try:
         made.start()

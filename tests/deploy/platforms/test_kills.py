@@ -64,6 +64,8 @@ class _Attached:
     def wait(self, seconds: float) -> int:
         """A container's code for a signal is 128 more; a process' is the negative one."""
         code = self._client.wait(seconds)
+        assert self.stdout is not None
+        self.stdout.close()
         return 128 - code if code == 128 + signal.SIGKILL else code
 
 
