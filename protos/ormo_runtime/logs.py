@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -108,7 +107,6 @@ def set_up(level: str, form: LogFormat, about: Fields | None = None) -> None:
     for limit in (*map(FewOf, _LIMITED), FewOfEach()):
         handler.addFilter(limit)
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own, past `logging`
     if form == "json":
         logging.captureWarnings(capture=True)
         sys.excepthook = _log_uncaught

@@ -35,9 +35,9 @@ _SPELLED |= {"ε": "epsilon", "₁": "1", "₂": "2"}
 
 
 def prepare_process() -> None:
-    """Let stdout and stderr take every text in whatever encoding they have, and keep metrics in this process.
+    """Let stdout and stderr take every text in whatever encoding they have, and keep metrics and gRPC's lines out.
 
-    Comes before prometheus_client is imported, which looks once.
+    Comes before prometheus_client and gRPC are imported, which look once.
     """
     open_standard_streams()
     codecs.register_error("spelled", _spell)
@@ -46,6 +46,8 @@ def prepare_process() -> None:
             stream.reconfigure(errors="spelled")
     for variable in SHARED_VALUES:
         os.environ.pop(variable, None)
+    # gRPC's core writes lines of its own, past `logging`: one for each stranger who fails a handshake.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

@@ -1,6 +1,8 @@
 """Real programs that prove who they are to each other: training, strangers, stolen tickets, and rotation."""
 
+import json
 import re
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,12 @@ def test_a_token_is_taken_away_while_its_worker_trains(guarded: Guarded, authori
     assert TOKEN not in log
     guarded.until(lambda status: not status.workers, "its lease to end")
     assert TOKEN not in guarded.programs[0].log.read_text()
+
+
+def test_failed_handshake_of_a_stranger_is_no_line_of_grpc_s_own(guarded: Guarded) -> None:
+    server = guarded.start(log_format="json", through=["env"])  # a process that has not imported gRPC before
+    host, _, port = guarded.address.rpartition(":")
+    for _ in range(2):
+        ssl.get_server_certificate((host, int(port)))
+    assert server.terminate() == 0
+    assert all(json.loads(line)["message"] for line in server.log.read_text().splitlines())

@@ -94,7 +94,6 @@ def _evaluate(settings: EvaluateSettings) -> int:
 
 def _run_guarded(command: Callable[[], None], program: str, log_format: logs.LogFormat) -> int:
     """Run it, with errors as sentences and exit codes, and signals as a way to leave."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own lines on stderr say nothing that ours don't
     leave_on_signals()
     try:
         command()
