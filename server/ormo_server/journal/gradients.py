@@ -104,7 +104,7 @@ def _address(data: memoryview) -> int:
 
 @dataclass(eq=False, slots=True)
 class _File:
-    """A file of gradients: each place in it belongs to one gradient and is written once.
+    """A file of gradients: each place in it is one gradient's, and the next one's if it is given up.
 
     Attributes:
         number: the number in the file's name.
