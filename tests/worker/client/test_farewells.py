@@ -141,15 +141,26 @@ def test_a_server_that_stays_away_for_longer_than_a_restart_is_a_warning(
     assert said(caplog) == [FAILED]
 
 
+def wait_for_the_end(context: grpc.ServicerContext) -> None:
+    eventually(lambda: not context.is_active())
+
+
+def end_there(context: grpc.ServicerContext) -> None:
+    context.cancel()
+    wait_for_the_end(context)  # else the answer may be away first
+
+
 def test_a_call_that_was_cancelled_here_is_no_announcement(server: FakeServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
+        server.told(("status", end_there))
+        with pytest.raises(grpc.RpcError) as ended:
+            ParameterServerStub(channel).GetStatus(pb.GetStatusRequest())
+        there = as_call_ended(ended.value)
+        # In this order: a call cancelled here may come to the server all the same, and would get the other's end.
+        server.told(("status", wait_for_the_end))
         call = ParameterServerStub(channel).GetStatus.future(pb.GetStatusRequest())
         call.cancel()
         here = CallEnded.of(call)
-        server.told(("status", lambda context: context.cancel()))
-        with pytest.raises(grpc.RpcError) as ended:
-            ParameterServerStub(channel).GetStatus(pb.GetStatusRequest())
-    there = as_call_ended(ended.value)
     assert (here.code, here.is_farewell) == ("CANCELLED", False)
     assert (there.code, there.is_farewell) == ("CANCELLED", True)
 
