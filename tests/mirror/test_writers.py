@@ -1,11 +1,14 @@
 """Of several servers one writes into a mirror, each into a folder of its own; and what stays of what they wrote."""
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mirror.mirrored import SILENCE, Trainer, iterations, metric, trained, until
+from ormo_server.mirror import mirroring
 from ormo_server.mirror.buckets import BucketError, Folder
 from ormo_server.mirror.copies import copies, prune
 from ormo_server.mirror.lease import read_record
@@ -74,6 +77,20 @@ def test_as_many_copies_stay_as_checkpoints(run: Path, mirror: Path) -> None:
         until(lambda: iterations(mirror) == [3, 4], "older ones are removed")
         assert server.drain()
     assert len(list(mirror.glob("*/checkpoint-*"))) == 2, "with their folders"
+
+
+def test_the_mirror_is_given_back_when_old_copies_are_gone(
+    run: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune_slowly(*arguments: Any) -> tuple[str, ...]:
+        time.sleep(0.5)
+        return prune(*arguments)
+
+    monkeypatch.setattr(mirroring, "prune", prune_slowly)
+    with served(run, mirror=mirror, checkpoints_kept=1) as server, connected(server) as stub:
+        Trainer(server, stub).push(1).kept().push(1)
+        assert server.drain()
+        assert len(list(mirror.glob("*/checkpoint-*"))) == 1
 
 
 def test_copies_of_the_writers_before_go_once_there_are_enough_newer_ones(run: Path, mirror: Path) -> None:

@@ -63,6 +63,7 @@ class Mirroring:
         self._missing: deque[tuple[str, float]] = deque()
         self._changed = threading.Condition()
         self._finishing = self._ended = self._gave_up = False
+        self._works = False  # on a copy, or on the removal of what it makes superfluous
         self._copying = threading.Thread(target=self._copy_all, name="mirror", daemon=True)
         self._leasing = threading.Thread(target=self._keep_lease, name="mirror-lease", daemon=True)
         metrics.behind(self._behind_seconds)
@@ -222,7 +223,10 @@ class Mirroring:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
+            self._works = False
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended or (self._missing and self._lease.held), _LONGEST_PAUSE_SECONDS)
+            self._works = True
             return not self._ended
 
     def _wait_to_try_again(self, seconds: float) -> bool:
@@ -330,7 +334,9 @@ class Mirroring:
             self._finishing = True
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: not self._missing or self._gave_up or not self._lease.held, seconds - _RELEASE_SECONDS
+                # Old copies are gone by then, too: once the lease is given back, they are another's to remove.
+                lambda: not (self._missing or self._works) or self._gave_up or not self._lease.held,
+                seconds - _RELEASE_SECONDS,
             )
             left = [name for name, _ in self._missing]
         if left:
