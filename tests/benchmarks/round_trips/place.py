@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +62,22 @@ class Model:
         with self._lock:
             self._rule.apply(self._params, self._torch.from_numpy(gradient), self._landing)
             self._torch.from_numpy(out).copy_(self._params)
+
+
+# For messages of any size.
+GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+def serve_grpc(place: Place, service: str, handler: Any) -> None:
+    """Serve one method, PushPull, with nothing tuned, until killed."""
+    import grpc
+
+    server = grpc.server(futures.ThreadPoolExecutor(place.workers + 4), options=GRPC_OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"PushPull": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    serving(f"127.0.0.1:{port}")
+    server.wait_for_termination()
 
 
 def serving(address: str, metrics: str = "") -> None:

@@ -5,15 +5,12 @@ It is no contender, but the floor of all that goes over such a stream.
 
 import queue
 from collections.abc import Iterator
-from concurrent import futures
 
 import grpc
 
-from benchmarks.round_trips.place import Place, RoundTrip, serving
+from benchmarks.round_trips.place import GRPC_OPTIONS, Place, RoundTrip, serve_grpc
 from ormo_protos.limits import CHUNK_BYTES
 from ormo_runtime.process import keep_freed_memory
-
-_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 def _same(message: bytes) -> bytes:
@@ -29,13 +26,7 @@ def serve(place: Place) -> None:
         for request in requests:  # all of it first, for an answer depends on the whole gradient
             yield from [request, *(next(requests) for _ in range(messages - 1))]
 
-    server = grpc.server(futures.ThreadPoolExecutor(place.workers + 4), options=_UNLIMITED)
-    handler = grpc.stream_stream_rpc_method_handler(answer, _same, _same)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Server", {"PushPull": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    serving(f"127.0.0.1:{port}")
-    server.wait_for_termination()
+    serve_grpc(place, "bare.Server", grpc.stream_stream_rpc_method_handler(answer, _same, _same))
 
 
 def connect(place: Place) -> RoundTrip:
@@ -44,7 +35,7 @@ def connect(place: Place) -> RoundTrip:
     gradient = place.gradient().tobytes()
     messages = [gradient[at : at + CHUNK_BYTES] for at in range(0, len(gradient), CHUNK_BYTES)]
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    channel = grpc.insecure_channel(place.address, options=_UNLIMITED)
+    channel = grpc.insecure_channel(place.address, options=GRPC_OPTIONS)
     answers = channel.stream_stream("/bare.Server/PushPull", _same, _same)(iter(requests.get, None))
 
     def round_trip() -> None:
