@@ -258,6 +258,11 @@ class Manifest:
         return sizes
 
     @cached_property
+    def layouts(self) -> dict[tuple[int, bool, bool], Any]:
+        """Of its payloads, those that were asked for; `PayloadLayout.of` keeps them here, for each exchange asks."""
+        return {}
+
+    @cached_property
     def trained_sizes(self) -> tuple[int, ...]:
         """Elements of each tensor that gradients are for, in their order; aliases do not count."""
         return tuple(spec.elements for spec in self.tensors if spec.role == PARAMETER and not spec.alias_of)

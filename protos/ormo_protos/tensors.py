@@ -92,9 +92,13 @@ class PayloadLayout:
         Raises:
             PayloadError: `dtype` is none of the wire dtypes for floating-point numbers.
         """
-        torch_dtype(dtype)
-        sizes = manifest.sizes
-        return _layout(manifest, dtype, None, with_buffers, sizes["frozen"] if with_frozen else 0)
+        key = (dtype, with_buffers, with_frozen)
+        known: PayloadLayout | None = manifest.layouts.get(key)
+        if known is None:
+            torch_dtype(dtype)
+            frozen = manifest.sizes["frozen"] if with_frozen else 0
+            known = manifest.layouts[key] = _layout(manifest, dtype, None, with_buffers, frozen)
+        return known
 
     @classmethod
     def of_gradient(cls, manifest: Manifest, dtype: pb.Dtype.ValueType, *, with_buffers: bool) -> "PayloadLayout":

@@ -30,7 +30,7 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.vectors import SquaredNorm, all_finite
-from ormo_server.metrics.families import Distribution
+from ormo_server.metrics.families import Noted
 from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.security import OpenAccess
 from ormo_server.service import engine, servicer, transfers
@@ -52,11 +52,17 @@ def without_metrics() -> Iterator[None]:
     def nothing(*_: object, **__: object) -> None:
         return None
 
+    begin = Noted.__init__
+
+    def note_nothing(noted: Noted) -> None:
+        begin(noted)
+        noted.note = nothing
+
     record = WorkerObservation()
     with contextlib.ExitStack() as patches:
         for owner, name, instead in (
             (Counter, "inc", nothing),
-            (Distribution, "observe", nothing),
+            (Noted, "__init__", note_nothing),
             (Figures, "record", nothing),
             (SquaredNorm, "count", nothing),
             (SquaredNorm, "total", lambda norm: 1.0 if all_finite(norm._vector) else None),

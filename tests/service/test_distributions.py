@@ -1,14 +1,17 @@
-"""The histograms of the hot path count as those of the library do, and lose nothing."""
+"""The metrics of the hot path count as those of the library do, and lose nothing."""
 
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from ormo_server.metrics.families import _MOST_NOTED, Distribution, Distributions
+from ormo_server.metrics import Metrics
+from ormo_server.metrics.families import Distribution, Distributions, Noted, Tally
+from service.wire import SMALL, WireWorker, connected, eventually, payload, served
 
 BOUNDS = (0, 0.5, 1, 2.5, 10)
 values = st.one_of(st.sampled_from(BOUNDS), st.floats(-1, 20), st.just(float("inf")))
@@ -22,7 +25,7 @@ def test_exposition_is_that_of_the_library(first: list[float], second: list[floa
     for side, numbers in (("left", first), ("right", second)):
         library.labels(side)
         for number in numbers:
-            mine.of[side].observe(number)
+            mine.of[side].note(number)
             library.labels(side).observe(number)
     assert counts(generate_latest(ours)) == pytest.approx(counts(generate_latest(theirs)), nan_ok=True)
 
@@ -43,31 +46,51 @@ def test_without_a_label_there_is_one_series_from_the_start() -> None:
     }
 
 
-def test_what_waits_to_be_sorted_is_bounded() -> None:
-    distribution = Distribution(BOUNDS)
-    for number in range(10 * _MOST_NOTED):
-        distribution.observe(number % 2)
-        assert len(distribution._noted) < _MOST_NOTED
-    assert distribution.totals() == ([5120, 5120, 10240, 10240, 10240, 10240], 5120.0)
+def test_a_scrape_has_all_that_was_noted_whatever_the_order_of_the_metrics() -> None:
+    metrics = Metrics()
+    metrics.traffic.applied.note(1)
+    metrics.traffic.received_bytes["PushPull"].note(4096)
+    metrics.traffic.stage["apply"].note(0.25)
+    page = counts(generate_latest(metrics.registry))
+    assert page['ormo_pushes_total{outcome="applied",reason=""}'] == 1
+    assert page['ormo_received_bytes_total{method="PushPull"}'] == 4096
+    assert page['ormo_exchange_stage_seconds_sum{stage="apply"}'] == 0.25
 
 
-def test_nothing_is_lost_or_doubled_when_many_observe_and_scrape_at_once() -> None:
-    distribution, often = Distribution(BOUNDS), 20_000
+def test_what_waits_to_be_counted_is_bounded_though_nobody_scrapes(tmp_path: Path) -> None:
+    with served(tmp_path, failure_timeout_seconds=1.0) as server, connected(server) as stub:
+        worker = WireWorker(stub, "a", SMALL)
+        worker.join()
+        worker.pull()
+        worker.push(payload(SMALL, 1e-6))
+        traffic = server.metrics.traffic
+        eventually(lambda: not (traffic.received_bytes["PushGradient"]._values or traffic.stage["receive"]._values))
+        assert traffic.pulls.labels("ticket", "")._value.get() == 1
 
-    def observe() -> None:
+
+@pytest.mark.parametrize("noted", [Distribution(BOUNDS), Tally(Counter("c", "Some.", registry=None))])
+def test_nothing_is_lost_or_doubled_when_many_note_and_scrape_at_once(noted: Noted) -> None:
+    often = 20_000
+
+    def note() -> None:
         for _ in range(often):
-            distribution.observe(1)
+            noted.note(1)
 
     switches = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=observe) for _ in range(4)]
+        threads = [threading.Thread(target=note) for _ in range(4)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            distribution.totals()
+            noted.settle()
         for thread in threads:
             thread.join()
     finally:
         sys.setswitchinterval(switches)
-    assert distribution.totals() == ([0, 0, 4 * often, 4 * often, 4 * often, 4 * often], 4.0 * often)
+    total = 4.0 * often
+    if isinstance(noted, Tally):
+        assert noted.total() == total
+    else:
+        assert isinstance(noted, Distribution)
+        assert noted.totals() == ([0, 0, total, total, total, total], total)

@@ -352,4 +352,4 @@ def kept_files(directory: Path) -> list[str]:
 
 def received_bytes(server: Server) -> int:
     """Tensor bytes that a server has received, by whichever method."""
-    return int(sum(counter._value.get() for counter in server.metrics.traffic.received_bytes.values()))
+    return int(sum(tally.total() for tally in server.metrics.traffic.received_bytes.values()))

@@ -38,12 +38,13 @@ def blocks(elements: int) -> Iterator[slice]:
 def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views of the vectors, all of shape (n,), block by block: each is read from memory once for all steps on it.
 
-    Of one that is no tensor, a block is decoded when its turn comes, and is no view.
+    Of the last one, if it is no tensor, a block is decoded when its turn comes, and is no view.
     """
-    elements = vectors[0].numel()
-    if elements <= BLOCK_ELEMENTS:
+    *tensors, last = vectors
+    if last.numel() <= BLOCK_ELEMENTS:
         # Slicing is most of the cost for a small model.
-        yield tuple(vector if isinstance(vector, torch.Tensor) else vector[:elements] for vector in vectors)
+        whole = last if isinstance(last, torch.Tensor) else last[:]
+        yield (*tensors, whole)  # type: ignore[arg-type]  # the others are tensors
         return
     # Cut by PyTorch: slices made one by one in Python are what a small block costs.
     yield from zip(*(vector.split(BLOCK_ELEMENTS) for vector in vectors), strict=True)
@@ -52,13 +53,9 @@ def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
 def walk_gradient(*vectors: torch.Tensor, gradient: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
     """As `walk`, with the gradient's blocks last, which come in float32 whatever it is in."""
     for *views, block in walk(*vectors, gradient):
-        yield (*views, _in_float32(block))
-
-
-def _in_float32(block: torch.Tensor) -> torch.Tensor:
-    # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that is
-    # dear for a small model.
-    return block if block.dtype is torch.float32 else block.float()
+        # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that
+        # is dear for a small model.
+        yield (*views, block if block.dtype is torch.float32 else block.float())
 
 
 def all_finite(vector: Vector) -> bool:
@@ -96,7 +93,7 @@ class SquaredNorm:
             block = self._vector
             if total > BLOCK_ELEMENTS or not isinstance(block, torch.Tensor):
                 block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
-            self._sum += _squared(_in_float32(block))
+            self._sum += _squared(block if block.dtype is torch.float32 else block.float())  # as in `walk_gradient`
             self._counted += block.numel()
 
     def total(self) -> float | None:

@@ -39,12 +39,14 @@ class Metrics:
         streams: how many are open.
         calls: gRPC's.
         process: build, settings, memory.
+        settle: counts what the hot path has noted, as each scrape does; to be called now and then, or memory fills.
     """
 
     def __init__(self, workers_with_series: int = WORKERS_WITH_SERIES) -> None:
         self.registry = CollectorRegistry()
+        self.run = RunCollector(self.registry, workers_with_series)  # first: reading the run counts its last gradients
         families = Families(self.registry)
-        self.run = RunCollector(self.registry, workers_with_series)
+        self.settle = families.settle
         self.gradients = Gradients(families)
         self.traffic = Traffic(families)
         self.upkeep = Upkeep(families)

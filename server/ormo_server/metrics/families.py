@@ -1,11 +1,12 @@
 """All metrics of the server but the run's own figures: their names, their labels, and where they are counted.
 
-Histograms of the hot path note their values at once and sort them into buckets later. An exchange has some fifteen of
-them. Those of `prometheus_client` take a lock or two and a walk over the buckets each, 0.7 µs; noting a value takes a
-tenth of that, and numpy sorts a thousand in the time of a few.
+Metrics of the hot path note their values at once and count them later. An exchange has some twenty of them. Those of
+`prometheus_client` take a lock or two and a walk over the buckets each, 0.7 µs; noting a value takes a twentieth of
+that, and numpy sorts a thousand in the time of a few.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+from typing_extensions import override
 
 from ormo_protos.refusals import Reason
 
@@ -24,43 +26,81 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 PREFIX = "ormo_"
 # From 100 µs, a small model's update, to 30 s, a large one's way over a slow network.
 SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-# Values that may wait to be sorted, so that memory stays bounded if nobody scrapes.
-_MOST_NOTED = 1024
 
 
-class Distribution:
-    """One series of a histogram. May be observed from any thread.
+class Noted(ABC):
+    """Values that may be noted from any thread, to be counted later.
+
+    Attributes:
+        note: counts a value. The deque's own method: a call in between would take longer than what it is for.
+    """
+
+    def __init__(self) -> None:
+        values: deque[float] = deque()
+        self.note = values.append
+        self._values = values
+        self._counting = threading.Lock()  # or one thread would read what another has counted by half
+
+    def settle(self) -> None:
+        """Count what was noted. Somebody must, now and then, or memory fills."""
+        with self._counting:
+            # Never more than are there: others go on noting meanwhile.
+            values = [self._values.popleft() for _ in range(len(self._values))]
+            if values:
+                self._count(values)
+
+    @abstractmethod
+    def _count(self, values: list[float]) -> None:
+        """Count these. One thread at a time."""
+
+
+class Tally(Noted):
+    """One series of a counter.
+
+    Args:
+        counter: of the library, which has what is settled.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def total(self) -> float:
+        """The sum of all that was noted."""
+        self.settle()
+        value: float = self._counter._value.get()  # noqa: SLF001 - what it exports
+        return value
+
+    @override
+    def _count(self, values: list[float]) -> None:
+        self._counter.inc(sum(values))
+
+
+class Distribution(Noted):
+    """One series of a histogram.
 
     Args:
         bounds: upper bounds of its buckets, rising; the last one, infinity, is added.
     """
 
-    __slots__ = ("_bounds", "_counts", "_noted", "_sorting", "_sum")
-
     def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
         self._bounds = np.asarray(bounds, dtype=np.float64)
         self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
         self._sum = 0.0
-        self._noted: deque[float] = deque()
-        self._sorting = threading.Lock()
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        noted = self._noted
-        noted.append(value)
-        if len(noted) >= _MOST_NOTED:
-            self.totals()
 
     def totals(self) -> tuple[list[int], float]:
         """How many values are at most as large as each bound, infinity the last, and their sum."""
-        with self._sorting:
-            noted = self._noted
-            # Never more than are there: others go on noting meanwhile.
-            values = np.array([noted.popleft() for _ in range(len(noted))], dtype=np.float64)
-            self._sum += float(values.sum())
-            buckets = np.searchsorted(self._bounds, values, side="left")
-            self._counts += np.bincount(buckets, minlength=len(self._counts))
+        self.settle()
+        with self._counting:
             return np.cumsum(self._counts).tolist(), self._sum
+
+    @override
+    def _count(self, values: list[float]) -> None:
+        numbers = np.array(values, dtype=np.float64)
+        self._sum += float(numbers.sum())
+        buckets = np.searchsorted(self._bounds, numbers, side="left")
+        self._counts += np.bincount(buckets, minlength=len(self._counts))
 
 
 class Distributions(Collector):
@@ -106,12 +146,24 @@ class Distributions(Collector):
         return HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
 
 
-class Families:
+class Families(Collector):
     """Makes metrics in one registry. Those with known labels get all children at once, so that rates work from the
     first event."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        self._noted: list[Noted] = []
+        registry.register(self)  # before all that it makes, which is settled when it is collected
+
+    def settle(self) -> None:
+        """Count all that was noted."""
+        for each in self._noted:
+            each.settle()
+
+    @override
+    def collect(self) -> Iterable[Metric]:
+        self.settle()
+        return ()
 
     def counter(self, name: str, text: str, *labels: str, known: Iterable[Sequence[str]] = ()) -> Counter:
         """A counter; `_total` is added to its name."""
@@ -120,19 +172,27 @@ class Families:
             made.labels(*values)
         return made
 
+    def tally(self, counter: Counter) -> Tally:
+        """What counts in this series from the hot path."""
+        made = Tally(counter)
+        self._noted.append(made)
+        return made
+
     def gauge(self, name: str, text: str, *labels: str) -> Gauge:
         """A gauge."""
         return Gauge(PREFIX + name, text, labels, registry=self._registry)
 
     def histogram(self, name: str, text: str, bounds: Sequence[float]) -> Distribution:
         """A histogram with these upper bounds."""
-        return Distributions(PREFIX + name, text, bounds, self._registry).of[""]
+        return self.histograms(name, text, bounds, "", ("",))[""]
 
     def histograms(
         self, name: str, text: str, bounds: Sequence[float], label: str, known: Iterable[str]
     ) -> dict[str, Distribution]:
         """A histogram for each value of a label."""
-        return Distributions(PREFIX + name, text, bounds, self._registry, label, known).of
+        made = Distributions(PREFIX + name, text, bounds, self._registry, label, known).of
+        self._noted += made.values()
+        return made
 
 
 STAGES = ("receive", "check", "lock", "apply", "wait", "copy", "send")
@@ -182,18 +242,18 @@ class Traffic:
             STAGES,
         )
         # `labels` takes longer than what it leads to: the hot path has its children at hand.
-        self.applied = self.pushes.labels("applied", "")
-        self.discarded = self.pushes.labels("discarded", "")
-        self.repeated = self.pushes.labels("repeated", "")
-        self.ticketed = self.pulls.labels("ticket", "")
-        self.read = self.pulls.labels("reader", "")
-        self.not_modified = self.pulls.labels("not_modified", "")
+        self.applied = families.tally(self.pushes.labels("applied", ""))
+        self.discarded = families.tally(self.pushes.labels("discarded", ""))
+        self.repeated = families.tally(self.pushes.labels("repeated", ""))
+        self.ticketed = families.tally(self.pulls.labels("ticket", ""))
+        self.read = families.tally(self.pulls.labels("reader", ""))
+        self.not_modified = families.tally(self.pulls.labels("not_modified", ""))
 
     def _bytes(self, families: Families) -> None:
         received = families.counter("received_bytes", "Tensor bytes received.", "method")
         sent = families.counter("sent_bytes", "Tensor bytes sent.", "method")
-        self.received_bytes = {method: received.labels(method) for method in RECEIVING}
-        self.sent_bytes = {method: sent.labels(method) for method in SENDING}
+        self.received_bytes = {method: families.tally(received.labels(method)) for method in RECEIVING}
+        self.sent_bytes = {method: families.tally(sent.labels(method)) for method in SENDING}
 
     def push_refused(self, reason: Reason) -> None:
         """A gradient was not taken."""
@@ -254,7 +314,7 @@ class Gradients:
         self._kept_buffers = families.counter(
             "kept_buffers", "Applied gradients with NaN or infinity in a buffer, of which the server kept its own."
         )
-        self._samples = families.counter("samples", "Training samples in applied gradients.")
+        self._samples = families.tally(families.counter("samples", "Training samples in applied gradients."))
         self._local_steps = families.histogram(
             "gradient_local_steps", "Local steps in applied pseudo-gradients; of a run without, none.", _LOCAL_STEPS
         )
@@ -273,19 +333,19 @@ class Gradients:
             bucket_size: K.
             ticket_seconds: from handing its ticket out to counting it.
         """
-        self._delay.observe(delay)
-        self._relative_delay.observe(delay / bucket_size)
-        self._lag.observe(lag_buckets)
-        self._staleness.observe(ticket_seconds)
+        self._delay.note(delay)
+        self._relative_delay.note(delay / bucket_size)
+        self._lag.note(lag_buckets)
+        self._staleness.note(ticket_seconds)
 
     def applied(self, samples: int, local_steps: int, norm: float, *, buffers_kept: bool) -> None:
         """It was applied, if need be without some of its buffers."""
-        self._samples.inc(samples)
+        self._samples.note(samples)
         if local_steps:
-            self._local_steps.observe(local_steps)
+            self._local_steps.note(local_steps)
         if buffers_kept:
             self._kept_buffers.inc()
-        self._norm.observe(norm)
+        self._norm.note(norm)
 
     def lost(self, local_steps: int) -> None:
         """So many local steps can never count."""
@@ -297,7 +357,7 @@ class Gradients:
 
     def scaled(self, scale: float) -> None:
         """It was applied with so much of the learning rate."""
-        self._scale.observe(scale)
+        self._scale.note(scale)
 
 
 # A checkpoint of a large model to a slow disk takes minutes.
@@ -312,8 +372,10 @@ class Upkeep:
         self.lock_wait_seconds = families.histogram(
             "lock_wait_seconds", "Time that inputs of any kind waited for the one lock.", SECONDS
         )
-        self.lock_held_seconds = families.counter(
-            "lock_held_seconds", "Time for which the one lock was held; its rate is the share of time."
+        self.lock_held_seconds = families.tally(
+            families.counter(
+                "lock_held_seconds", "Time for which the one lock was held; its rate is the share of time."
+            )
         )
         self.joins = families.counter("joins", "Times that a worker joined.")
         self.expired_workers = families.counter("expired_workers", "Workers whose lease ran out.")
@@ -350,7 +412,7 @@ class Checkpoints:
 
     def written(self, iteration: int, size_bytes: int, seconds: float) -> None:
         """One is on the disk."""
-        self._duration.observe(seconds)
+        self._duration.note(seconds)
         self._timestamp.set_to_current_time()
         self._iteration.set(iteration)
         self._bytes.set(size_bytes)

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 
@@ -120,7 +122,7 @@ class Copies:
             for part in blocks(parameters.numel()):
                 write(parameters, part)
                 copy.advance(part.stop * parameters.element_size())
-            self._seconds.observe(time.perf_counter() - started)
+            self._seconds.note(time.perf_counter() - started)
             copy.advance(payload.layout.total_bytes)
         except Exception as error:  # noqa: BLE001 - whoever sends the payload raises it
             copy.end(error)
@@ -157,13 +159,18 @@ class Delivery:
     def chunks(self) -> Iterator[Chunk]:
         """The payload in pieces, each as soon as it is there."""
         if self.payload is None:
-            return
-        for chunk in self.payload.chunks():
-            if self.copy is not None:
-                self.copy.wait_for(chunk.offset + len(chunk.data))
-            yield chunk
+            return iter(())
+        chunks = self.payload.chunks()
+        if self.copy is not None:
+            chunks = map(partial(_wait_for, self.copy), chunks)
         if self.frozen is not None:
-            yield from frozen_chunks(self.frozen, self.payload.layout.frozen_offset)
+            chunks = chain(chunks, frozen_chunks(self.frozen, self.payload.layout.frozen_offset))
+        return chunks
+
+
+def _wait_for(copy: Copy, chunk: Chunk) -> Chunk:
+    copy.wait_for(chunk.offset + len(chunk.data))
+    return chunk
 
 
 class PeerGone(Exception):
@@ -276,7 +283,7 @@ class Waiting:
         else:
             started = time.perf_counter()
             self._machine.write_delivery(granted, payload.parameters)
-            self._copy_seconds.observe(time.perf_counter() - started)
+            self._copy_seconds.note(time.perf_counter() - started)
             if state.rule.keeps_deliveries and self._journal is not None:
                 position = self._journal.append_delivery(granted.slot, payload.layout.dtype)
         counted, rate = state.samples, state.learning_rate

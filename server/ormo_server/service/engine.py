@@ -249,6 +249,7 @@ class Engine:
                 if not is_current():
                     raise superseded(requester.slot_key)
                 self._refuse_if_sent_away(requester.worker, requester.incarnation)
+                outcome.taken_at = self._clock()
                 if received is not None:
                     self._push(outcome, received, stored, too_long=too_long)
                 if wish is not None:
@@ -274,8 +275,7 @@ class Engine:
         try:
             if received.norm is None or too_long:
                 self._refuse_gradient(requester, received)
-            outcome.pushed_at = now = self._clock()
-            given = inputs.Push(now, *requester, number, epoch, received.samples, received.local_steps)
+            given = inputs.Push(outcome.taken_at, *requester, number, epoch, received.samples, received.local_steps)
             started = time.perf_counter()
             outcome.pushed = effects = self._take(given, gradient_in(received.payload, received.norm), stored)
             outcome.apply_seconds = time.perf_counter() - started
@@ -286,7 +286,7 @@ class Engine:
             return
         if effects.redeemed is not None:
             # What decides about later inputs, so under the lock.
-            self._ticket_timeout.redeemed(now - effects.redeemed.handed_out_seconds)
+            self._ticket_timeout.redeemed(outcome.taken_at - effects.redeemed.handed_out_seconds)
             self._figures.observations.of(requester.worker).note_taken()
 
     def _refuse_gradient(self, requester: Requester, received: ReceivedGradient) -> NoReturn:
@@ -322,7 +322,7 @@ class Engine:
         waiter = Waiter(outcome.requester.slot_key, wish)
         older = self._waiting.enter(waiter)
         try:
-            outcome.requested = self._take(inputs.Request(self._clock(), *outcome.requester))
+            outcome.requested = self._take(inputs.Request(outcome.taken_at, *outcome.requester))
         except OrmoError as error:
             self._waiting.put_back(waiter, older)
             if not isinstance(error, Finished):
@@ -359,7 +359,7 @@ class Engine:
                     copy_buffers(machine, payload)
             sent, counted, rate = None if known else payload, state.samples, state.learning_rate
             pulled = Delivery(state.epoch, state.iteration, counted, rate, None, sent, position=position)
-        (self._metrics.traffic.not_modified if known else self._metrics.traffic.read).inc()
+        (self._metrics.traffic.not_modified if known else self._metrics.traffic.read).note(1)
         return pulled
 
     # Inputs and what follows from them: under the lock

@@ -36,7 +36,7 @@ class Outcome:
         waiter: for the ticket that was asked for.
         finished: instead of a ticket: the run is over.
         pushed, requested: what followed from the gradient, unless it was refused, and from the wish for a ticket.
-        pushed_at: by the run's clock.
+        taken_at: when it came to the core, by the run's clock.
         lock_seconds: how long it waited for the lock; None if it did not get it.
         apply_seconds: how long the gradient took to be applied.
         position: of the journal, up to which it is as safe as it will be.
@@ -49,7 +49,7 @@ class Outcome:
     finished: Finished | None = None
     pushed: Effects = NOTHING
     requested: Effects = NOTHING
-    pushed_at: float = 0.0
+    taken_at: float = 0.0
     lock_seconds: float | None = None
     apply_seconds: float = 0.0
     position: int = 0
@@ -62,7 +62,7 @@ class _Taken(NamedTuple):
     redeemed: Redeemed
     bucket_size: int
     learning_rate: float
-    pushed_at: float
+    taken_at: float
     apply_seconds: float
     samples: int
     local_steps: int
@@ -79,7 +79,7 @@ class _Taken(NamedTuple):
             redeemed,
             pushed.bucket_size,
             pushed.learning_rate,
-            outcome.pushed_at,
+            outcome.taken_at,
             outcome.apply_seconds,
             received.samples,
             received.local_steps,
@@ -120,7 +120,7 @@ class Figures:
         """An exchange is over, as far as the core has to do with it."""
         if outcome.lock_seconds is None:
             return  # it never came to the core
-        self._metrics.traffic.stage["lock"].observe(outcome.lock_seconds)
+        self._metrics.traffic.stage["lock"].note(outcome.lock_seconds)
         self.count((outcome.pushed, outcome.requested))
         if outcome.finished is not None:
             self._metrics.traffic.pull_refused(outcome.finished.reason)
@@ -133,7 +133,7 @@ class Figures:
         elif outcome.pushed.redeemed is not None:
             self._note_taken(outcome, outcome.received, outcome.pushed.redeemed)
         elif outcome.pushed.result is not None:
-            self._metrics.traffic.repeated.inc()
+            self._metrics.traffic.repeated.note(1)
         if _LOG.isEnabledFor(logging.DEBUG):
             _tell(outcome, outcome.received)
 
@@ -141,7 +141,7 @@ class Figures:
         """Slots got what they waited for, or will not."""
         for each in effects:
             if each.granted:
-                self._metrics.traffic.ticketed.inc(len(each.granted))
+                self._metrics.traffic.ticketed.note(len(each.granted))
             for released in each.released:
                 self._metrics.traffic.pull_refused(released.error.reason)
 
@@ -173,20 +173,20 @@ class Figures:
 
     def _count_gradient(self, taken: "_Taken") -> None:
         metrics, redeemed = self._metrics, taken.redeemed
-        metrics.traffic.stage["apply"].observe(taken.apply_seconds)
-        ticket_seconds = taken.pushed_at - redeemed.handed_out_seconds
+        metrics.traffic.stage["apply"].note(taken.apply_seconds)
+        ticket_seconds = taken.taken_at - redeemed.handed_out_seconds
         metrics.gradients.counted(redeemed.delay, redeemed.lag, taken.bucket_size, ticket_seconds)
         mine = self.observations.workers.get(taken.worker) or WorkerObservation()  # nobody's, if it has left meanwhile
-        mine.counted(redeemed.delay, taken.pushed_at, ticket_seconds, taken.compute_seconds)
+        mine.counted(redeemed.delay, taken.taken_at, ticket_seconds, taken.compute_seconds)
         if redeemed.discarded:
-            metrics.traffic.discarded.inc()
+            metrics.traffic.discarded.note(1)
             self.observations.discarded += 1
             return
         rate = taken.learning_rate
         scale = redeemed.step_size / rate if rate else None  # a schedule may end at 0: then no scale can be told
         mine.apply(taken.samples, taken.local_steps, taken.loss, taken.norm)
         self.observations.applied_with(redeemed.delay, redeemed.lag, scale)
-        metrics.traffic.applied.inc()
+        metrics.traffic.applied.note(1)
         metrics.gradients.applied(taken.samples, taken.local_steps, taken.norm, buffers_kept=redeemed.buffers_kept)
         if scale is not None:
             metrics.gradients.scaled(scale)

@@ -160,7 +160,7 @@ class RunFiles:
                 self._settings.journal_fsync,
                 int(self._settings.journal_max_bytes),
                 lambda: self._on_failure(f"the journal in {self.journal_directory} can't be written"),
-                self._metrics.journal.commit_seconds.observe,
+                self._metrics.journal.commit_seconds.note,
                 self.last_log,
             )
         except (OSError, RuntimeError) as error:

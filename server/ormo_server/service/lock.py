@@ -69,8 +69,8 @@ class MachineLock:
         waited, held = self.waited_seconds, time.perf_counter() - self._since
         self._lock.release()
         # After it: whoever is next need not wait for what people want to know.
-        self._upkeep.lock_wait_seconds.observe(waited)
-        self._upkeep.lock_held_seconds.inc(held)
+        self._upkeep.lock_wait_seconds.note(waited)
+        self._upkeep.lock_held_seconds.note(held)
 
     def fail(self, why: str) -> None:
         """The state must not be used any more. The first reason is the one that is told."""

@@ -242,6 +242,7 @@ class Server:
         return threading.Thread(target=repeat, name=work, daemon=True)
 
     def _expire(self) -> None:
+        self.metrics.settle()
         for calls in (self.streams, self._calls):
             calls.end_silent(self.settings.failure_timeout_seconds)
             calls.end_unknown(self._access)

@@ -190,8 +190,13 @@ class Servicer:
         layout = self._host.begin_offer(manifest)
         with self._transfers.in_flight.during(stream.caller.name, layout.total_bytes):
             payload = room_for(layout)
-            for _ in self._transfers.receive(PayloadReceiver(payload), messages.chunks_of(frames), "OfferModel"):
-                self._host.offers.renew(worker, incarnation, self._host.clock())
+            self._transfers.receive(
+                PayloadReceiver(payload),
+                messages.chunks_of(frames),
+                "OfferModel",
+                lambda: self._host.offers.renew(worker, incarnation, self._host.clock()),
+            )
+            self._host.offers.renew(worker, incarnation, self._host.clock())
             stream.mark_received()
             epoch, number = self._host.accept_model(worker, incarnation, manifest, payload)
         return pb.OfferModelResponse(iteration=pb.Iteration(epoch=epoch, number=number))
@@ -282,13 +287,12 @@ class Servicer:
             delivery = _with_frozen(self._wait_for_delivery(stream, engine, outcome), engine, asked)
         except Finished:
             engine.wait_durable()
-            yield _finished(engine)
-            return
+            return iter((_finished(engine),))
         head = pb.PushPullResponse()
         messages.write_delivery(head.delivery, delivery, engine.manifest)
         if result is not None:
             head.delivery.result.CopyFrom(result)
-        yield from self._transfers.send(stream, head, delivery, "PushPull", with_data=asked.takes_data)
+        return self._transfers.send(stream, head, delivery, "PushPull", with_data=asked.takes_data)
 
     @maps_errors
     def PushGradient(
@@ -359,7 +363,7 @@ class Servicer:
         try:
             delivery = at_hand or stream.wait(outcome.waiter)
         finally:
-            self._metrics.traffic.stage["wait"].observe(time.perf_counter() - started)
+            self._metrics.traffic.stage["wait"].note(time.perf_counter() - started)
         if at_hand is None or delivery.position > outcome.position:
             # Another exchange made it possible: that one's inputs must be safe, too, before anybody hears of it.
             engine.wait_durable(delivery.position)

@@ -9,7 +9,7 @@ import mmap
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 import torch
@@ -251,8 +251,16 @@ class Transfers:
         """Memory for the payloads of one exchange of this caller."""
         return Loans(self._buffers, caller)
 
-    def receive(self, receiver: PayloadReceiver, chunks: Iterator[Chunk], method: str) -> Iterator[None]:
-        """Fill a payload; yields after each chunk.
+    def receive(
+        self, receiver: PayloadReceiver, chunks: Iterator[Chunk], method: str, on_part: Callable[[], object]
+    ) -> None:
+        """Fill a payload.
+
+        Args:
+            receiver: of the payload.
+            chunks: what comes.
+            method: that it came by.
+            on_part: is called after each chunk but the last.
 
         Raises:
             PayloadError: a chunk is missing, out of place, or one too many.
@@ -263,8 +271,9 @@ class Transfers:
             if chunk is None:
                 raise receiver.missing()
             receiver.accept(chunk)
-            counter.inc(len(chunk.data))
-            yield
+            counter.note(len(chunk.data))
+            if not receiver.complete:
+                on_part()
         if method != "PushPull":  # which goes on with the next exchange
             for chunk in chunks:
                 receiver.accept(chunk)  # refuses it: all is there
@@ -289,20 +298,23 @@ class Transfers:
         payload = borrowed.take(messages.gradient_layout(engine.manifest, header, takes_int8=self.takes_int8))
         storing = borrowed.mind(engine.begin_storing(payload))
         receiver, square = PayloadReceiver(payload), SquaredNorm(payload.gradient)
-        for _ in self.receive(receiver, chunks, method):
-            if not receiver.complete:
-                if storing is not None:
-                    storing.advance(receiver.received_bytes)
-                arrived = time.perf_counter()
-                square.count(payload.numbers_in(receiver.received_bytes))
-                checking += time.perf_counter() - arrived
+
+        def use_part() -> None:
+            nonlocal checking
+            if storing is not None:
+                storing.advance(receiver.received_bytes)
+            arrived = time.perf_counter()
+            square.count(payload.numbers_in(receiver.received_bytes))
+            checking += time.perf_counter() - arrived
+
+        self.receive(receiver, chunks, method, use_part)
         arrived = time.perf_counter()
         messages.check_codes(payload)
         total = square.total()
         ended = time.perf_counter()
         checking += ended - arrived
-        self._traffic.stage["receive"].observe(ended - started - checking)
-        self._traffic.stage["check"].observe(checking)
+        self._traffic.stage["receive"].note(ended - started - checking)
+        self._traffic.stage["check"].note(checking)
         return messages.received_gradient(header, payload, None if total is None else math.sqrt(total), storing)
 
     def send(
@@ -315,10 +327,10 @@ class Transfers:
         frame: Headed[R] | Chunk | None = Headed(head) if first is None else Headed(head, first.data)
         while frame is not None:
             # Counted as it is handed over: a reader that has all it wants may never ask for the end.
-            counter.inc(len(frame.data))
+            counter.note(len(frame.data))
             yield frame
             frame = next(chunks, None)
             if frame is not None:  # the end of all shows in what the peer sends next
                 stream.touch()
         if delivery.payload is not None:
-            self._traffic.stage["send"].observe(time.perf_counter() - started)
+            self._traffic.stage["send"].note(time.perf_counter() - started)

@@ -56,7 +56,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 def sent_bytes(server: Server) -> int:
-    return int(sum(counter._value.get() for counter in server.metrics.traffic.sent_bytes.values()))
+    return int(sum(tally.total() for tally in server.metrics.traffic.sent_bytes.values()))
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
