@@ -3,7 +3,8 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import NoReturn, TypeVar
+from itertools import chain
+from typing import TypeVar
 
 from ormo_protos.framing import NOTHING, Frame, Headed
 from ormo_protos.int8 import Int8Vector
@@ -203,14 +204,14 @@ def first_of(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
 
 
 def chunks_of(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Iterator[Chunk]:
-    """The chunks that come, after what came within the head; anything else is refused."""
-    if first:
-        yield Chunk(0, first)
-    for frame in frames:
-        yield frame if isinstance(frame, Chunk) else _refuse_head(frame)
+    """The chunks that come, after what came within the head; anything else is refused. None is held once taken."""
+    within_head = [Chunk(0, first)] if first else []
+    return chain((within_head.pop() for _ in range(len(within_head))), map(_require_chunk, frames))
 
 
-def _refuse_head(frame: Headed[M] | Malformed) -> NoReturn:
+def _require_chunk(frame: Frame[M]) -> Chunk:
+    if isinstance(frame, Chunk):
+        return frame
     if isinstance(frame, Malformed):
         raise not_understood(frame)
     got = frame.message.WhichOneof("part")

@@ -264,6 +264,7 @@ class Transfers:
                 raise receiver.missing()
             receiver.accept(chunk)
             counter.inc(len(chunk.data))
+            del chunk  # 2 MiB, for as long as the next one is waited for
             yield
         if method != "PushPull":  # which goes on with the next exchange
             for chunk in chunks:
