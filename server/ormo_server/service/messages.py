@@ -204,9 +204,9 @@ def first_of(frames: Iterator[Frame[M]], wanted: str) -> Headed[M]:
 
 
 def chunks_of(frames: Iterator[Frame[M]], first: memoryview = NOTHING) -> Iterator[Chunk]:
-    """The chunks that come, after what came within the head; anything else is refused."""
-    following = map(_require_chunk, frames)
-    return chain((Chunk(0, first),), following) if first else following
+    """The chunks that come, after what came within the head; anything else is refused. None is held once taken."""
+    within_head = [Chunk(0, first)] if first else []
+    return chain((within_head.pop() for _ in range(len(within_head))), map(_require_chunk, frames))
 
 
 def _require_chunk(frame: Frame[M]) -> Chunk:

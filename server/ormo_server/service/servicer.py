@@ -11,7 +11,7 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import Manifest
 from ormo_protos.refusals import Reason
-from ormo_protos.tensors import PayloadLayout, PayloadReceiver
+from ormo_protos.tensors import Chunk, PayloadLayout, PayloadReceiver
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.errors import BadRequest, Finished, ManifestDigest, OrmoError, ProtocolVersion
 from ormo_server.core.inputs import Requester
@@ -231,16 +231,16 @@ class Servicer:
                 with stream.busy:
                     message, data = messages.require_head(frame, "exchange")
                     messages.check_exchange(message.exchange, data)
-                    yield from self._exchange(stream, message.exchange, data, frames)
+                    whole = len(data) >= message.exchange.gradient.payload_bytes
+                    chunks = messages.chunks_of(frames, data)
+                    del frame, data  # 2 MiB, for as long as the exchange goes on
+                    yield from self._exchange(stream, message.exchange, chunks, whole=whole)
                 self._streams.refuse_if_draining()
 
-    def _exchange(
-        self, stream: OpenStream, exchange: pb.Exchange, data: memoryview, more: Iterator[Frame[pb.PushPullRequest]]
-    ) -> Answers:
-        chunks, pushes, wants = messages.chunks_of(more, data), exchange.HasField("gradient"), exchange.HasField("next")
+    def _exchange(self, stream: OpenStream, exchange: pb.Exchange, chunks: Iterator[Chunk], *, whole: bool) -> Answers:
+        pushes, wants = exchange.HasField("gradient"), exchange.HasField("next")
         with self._transfers.lend(stream.caller.name) as borrowed:
             try:
-                whole = len(data) >= exchange.gradient.payload_bytes
                 engine, requester = self._introduce(stream, exchange.requester, nothing_follows=whole)
                 layout = _layout_of(exchange.next, engine) if wants else None
                 received = None

@@ -105,10 +105,13 @@ class OpenStream:
             self._waiter = None
 
     def incoming(self, frames: Iterator[F]) -> Iterator[F]:
-        """What the peer sends. Each message shows that it lives."""
-        for frame in frames:
+        """What the peer sends. Each message shows that it lives; none is held here while the next one is waited for."""
+
+        def seen(frame: F) -> F:
             self.touch()
-            yield frame
+            return frame
+
+        return map(seen, frames)
 
     def touch(self) -> None:
         """Bytes came or went: the peer lives."""
