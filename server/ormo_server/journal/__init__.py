@@ -12,13 +12,14 @@ files.
 """
 
 from ormo_server.journal.gradients import Storing
-from ormo_server.journal.records import Record, StoredGradient, next_log
+from ormo_server.journal.records import KeptGradient, Record, StoredGradient, next_log
 from ormo_server.journal.replay import Reading, UnsoundRecord, gradient_in, is_chained, is_journal, replay, told_since
 from ormo_server.journal.writer import Fsync, Journal
 
 __all__ = [
     "Fsync",
     "Journal",
+    "KeptGradient",
     "Reading",
     "Record",
     "StoredGradient",
