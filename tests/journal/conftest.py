@@ -12,4 +12,4 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 @pytest.fixture
 def in_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small gradients, too, go into files of their own, as large ones do."""
-    monkeypatch.setattr(writer, "IN_LINE_BYTES", 0)
+    monkeypatch.setitem(writer.IN_LINE_BYTES, "always", 0)

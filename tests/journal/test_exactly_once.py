@@ -76,7 +76,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         # By turns in their lines and in files: each server finds what one before it has left.
         self.lives += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer, "IN_LINE_BYTES", self.lives % 2 * writer.IN_LINE_BYTES)
+            patch.setitem(writer.IN_LINE_BYTES, "off", self.lives % 2 * writer.IN_LINE_BYTES["always"])
             self.journal: Journal = journal_in(Path(self.folder.name))
         self.machine = RecordedMachine(RUN, machine.state)
         self.machine.journal = self.journal

@@ -14,12 +14,12 @@ from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.effects import Redeemed
 from ormo_server.core.errors import DiskFull, NotReady
 from ormo_server.core.inputs import Gradient, Push
-from ormo_server.journal import KeptGradient, StoredGradient
+from ormo_server.journal import Fsync, KeptGradient, StoredGradient, writer
 from ormo_server.journal.records import LONGEST_LINE_BYTES, End, GradientInLine, Record, chain_lines, log_path, text_of
-from ormo_server.journal.writer import IN_LINE_BYTES
 from ormo_server.trace import Recorded
 
 RUN = run_of()
+LIMIT = writer.IN_LINE_BYTES["always"]
 
 
 def of_bytes(size: int) -> Payload:
@@ -45,22 +45,31 @@ def test_an_answer_waits_for_one_write_and_one_fsync(tmp_path: Path, disk: Disk)
     assert not list(tmp_path.glob("gradients-*"))
 
 
-@pytest.mark.parametrize(("size", "kind"), [(IN_LINE_BYTES, GradientInLine), (IN_LINE_BYTES + 4, StoredGradient)])
+@pytest.mark.parametrize(("size", "kind"), [(LIMIT, GradientInLine), (LIMIT + 4, StoredGradient)])
 def test_larger_ones_go_into_a_file(tmp_path: Path, size: int, kind: type[KeptGradient]) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     kept = journal.store(journal.begin(of_bytes(size)))
     assert isinstance(kept, kind)
     journal.release(kept)
     journal.close()
 
 
+@pytest.mark.parametrize("fsync", ["interval", "off"])
+def test_where_no_answer_waits_for_an_fsync_all_go_into_files(tmp_path: Path, fsync: Fsync) -> None:
+    journal = journal_in(tmp_path, fsync)
+    kept = journal.store(journal.begin(of_bytes(4)))
+    assert isinstance(kept, StoredGradient)
+    journal.release(kept)
+    journal.close()
+
+
 def test_the_largest_has_a_line_that_is_read() -> None:
-    kept = GradientInLine(payload=b"\xff" * IN_LINE_BYTES, dtype=FLOAT32, with_buffers=False)
+    kept = GradientInLine(payload=b"\xff" * LIMIT, dtype=FLOAT32, with_buffers=False)
     assert len(kept.model_dump_json()) < LONGEST_LINE_BYTES / 2
 
 
 def test_memory_that_is_used_again_before_the_line_is_written_does_not_change_it(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     payload = payload_of(Gradient(torch.tensor([1.0, 2.0, 3.0])))
     kept = journal.store(journal.begin(payload))
     payload.parameters.fill_(9.0)
@@ -70,7 +79,7 @@ def test_memory_that_is_used_again_before_the_line_is_written_does_not_change_it
 
 
 def test_its_line_has_its_bytes_and_what_they_are(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     driver = begun(recorded(RUN, journal))
     driver.exchange("a", 1.0)
     journal.wait_durable(journal.position)
@@ -101,7 +110,7 @@ def test_a_text_that_is_written_in_haste_is_that_of_the_record(kept: KeptGradien
 
 @pytest.mark.parametrize("payload", [b"", b"1234", b"\0" * 4096])
 def test_one_that_does_not_fit_the_model_is_damage(tmp_path: Path, payload: bytes) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     driver = begun(recorded(RUN, journal))
     taken, log = checkpoint(driver)
     before = fingerprint(driver.machine)
@@ -142,14 +151,14 @@ def test_no_room_keeps_its_answer_back_until_there_is_some(tmp_path: Path, disk:
 
 
 def test_after_its_end_the_journal_takes_none(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     journal.close()
     with pytest.raises(NotReady, match="is closed"):
         journal.begin(payload_of(Gradient(torch.zeros(3)), MANIFEST))
 
 
 def test_one_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path)
+    journal = journal_in(tmp_path, "always")
     before = journal.size_bytes
     storing = journal.begin(of_bytes(4096))
     storing.advance(100)

@@ -43,8 +43,8 @@ from ormo_server.store import StoreError, unsound
 @pytest.fixture(scope="module", params=["in lines", "in files"], autouse=True)
 def where_gradients_go(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in files":
-            patch.setattr(writer, "IN_LINE_BYTES", 0)
+        if request.param == "in lines":
+            patch.setitem(writer.IN_LINE_BYTES, "off", writer.IN_LINE_BYTES["always"])
         yield
 
 

@@ -368,7 +368,7 @@ def test_of_a_large_gradient_that_does_not_count_the_journal_keeps_nothing(tmp_p
 def test_a_full_disk_refuses_gradients_until_there_is_room(
     tmp_path: Path, fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "IN_LINE_BYTES", 0)
+    monkeypatch.setitem(writer.IN_LINE_BYTES, "always", 0)
     with crashing(tmp_path) as server:
         anna, _ = trained(server)
         before = state_of(server)

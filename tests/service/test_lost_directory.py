@@ -53,7 +53,7 @@ CASES = [(name, True) for name in LOSSES | LOSSES_OF_JOURNAL] + [(name, False) f
 def test_the_next_answer_is_refused_and_the_server_stops(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str, journal: bool
 ) -> None:
-    monkeypatch.setattr(writer, "IN_LINE_BYTES", 0)  # small gradients, too, go into a file
+    monkeypatch.setitem(writer.IN_LINE_BYTES, "always", 0)  # small gradients, too, go into a file
     run = tmp_path / "run"
     with crashing(run, journal=journal) as server:
         anna = trained(server)[0]

@@ -6,9 +6,13 @@ All but the text are numbers: the CRC-32 of the rest of the line; that of the li
 from 1; and how many of the log's lines had been acknowledged when it was written, 0 and below for lines of the log
 before. So a line that is lost is missed by the next one, and what it says was told to somebody is known for sure.
 
+Behind the lines there may be zeros, for lines that never came: what is written over a file's own blocks is on the disk
+sooner than what makes it longer.
+
 A log begins with an opening, which says how the log before it ends. An older server reads it as a delivery that never
 was, and refuses to go on, instead of taking all lines for a torn end. Its own logs have no opening, and lines of a
-checksum and a text.
+checksum and a text. One that knows lines like these but no gradients in them takes the first for damage: it says how
+many acknowledged entries it can't use, and keeps them.
 """
 
 import re

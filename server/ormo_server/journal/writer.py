@@ -41,8 +41,8 @@ Fsync = Literal["always", "interval", "off"]
 
 INTERVAL_SECONDS = 1.0
 # A gradient up to here stands in its line: then one write and one fsync are all that its answer waits for. Larger ones
-# would be encoded and copied under the interpreter's lock for longer than a file of their own takes.
-IN_LINE_BYTES = 16 << 10
+# are encoded for longer than that saves; and so are all where no answer waits for an fsync.
+IN_LINE_BYTES: dict[Fsync, int] = {"always": 16 << 10, "interval": 0, "off": 0}
 # A restart does so many entries again in some ten seconds: of small gradients there are many in few bytes.
 ENTRIES_BETWEEN_CHECKPOINTS = 50_000
 # While a checkpoint is written the journal goes on; beyond so many times its bound it takes no gradient.
@@ -100,7 +100,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._on_failure = on_failure
         self._on_commit = on_commit
-        self._gradients = GradientFiles(directory, waited_for=fsync == "always", in_line_bytes=IN_LINE_BYTES)
+        self._gradients = GradientFiles(directory, waited_for=fsync == "always", in_line_bytes=IN_LINE_BYTES[fsync])
         # Changed under the engine's lock, but for `_complained`, where a lost race means one log line too many. The
         # queue has one end under each lock: a deque's `append` and `popleft` need none.
         self.log = next_log(directory, after)
