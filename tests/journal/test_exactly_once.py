@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import PRESETS, Run
 from ormo_server.core.state import PushResult
 from ormo_server.core.step_size import LearningRate
-from ormo_server.journal import Journal, Reading, replay
+from ormo_server.journal import Journal, Reading, replay, writer
 
 RUN = Run(LearningRate(1.0), PRESETS["asgd"], momentum=0.0)
 WORKERS = st.integers(0, SIZE - 1)
@@ -52,6 +53,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.now = 0.0
         self.epoch = 7
+        self.lives = 0
         self.settled = 0
         self.processes: dict[str, Process] = {}
         self.former: list[Process] = []
@@ -71,7 +73,11 @@ class ExactlyOnce(RuleBasedStateMachine):
     # The server
 
     def serve(self, machine: StateMachine) -> None:
-        self.journal: Journal = journal_in(Path(self.folder.name))
+        # By turns in their lines and in files: each server finds what one before it has left.
+        self.lives += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(writer.IN_LINE_BYTES, "off", self.lives % 2 * writer.IN_LINE_BYTES["always"])
+            self.journal: Journal = journal_in(Path(self.folder.name))
         self.machine = RecordedMachine(RUN, machine.state)
         self.machine.journal = self.journal
         self.settled = 0

@@ -23,6 +23,8 @@ from ormo_server.journal import Journal, Reading, is_chained, is_journal, replay
 from ormo_server.journal.records import End, Line, gradients_path, log_path, opening, parse, record_of, seal
 from ormo_server.store import StoreError
 
+pytestmark = pytest.mark.usefixtures("in_files")
+
 RUN = run_of()
 LINES = 11
 FIRST, SECOND = 2, 3

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -33,10 +34,18 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.method import Run
 from ormo_server.core.rules import UPDATE_RULES
 from ormo_server.core.state import PushResult
-from ormo_server.journal import Reading, replay
+from ormo_server.journal import Reading, replay, writer
 from ormo_server.journal.files import Mark
-from ormo_server.journal.records import Place, gradients_path, log_path
+from ormo_server.journal.records import LONGEST_LINE_BYTES, Place, gradients_path, log_path
 from ormo_server.store import StoreError, unsound
+
+
+@pytest.fixture(scope="module", params=["in lines", "in files"], autouse=True)
+def where_gradients_go(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in lines":
+            patch.setitem(writer.IN_LINE_BYTES, "off", writer.IN_LINE_BYTES["always"])
+        yield
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,11 +229,26 @@ def test_a_line_cut_short_at_any_byte_ends_the_journal_before_it(recording: Reco
         assert fingerprint(machine) == expected
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\xff" * 70_000, b"00000000 {}\n"])
+@pytest.mark.parametrize("tail", [b"\0" * 4096 + b"f", b"\0" * 70_000 + b"{}\n", b"\xff" * 70_000, b"00000000 {}\n"])
 def test_rubbish_behind_the_last_line_is_what_a_crash_leaves(recording: Recording, tail: bytes) -> None:
     recording.write(*recording.lines, tail)
     machine, reading = recording.read()
     assert (fingerprint(machine), reading.torn, reading.lost) == (recording.end, True, "")
+
+
+@pytest.mark.parametrize("zeros", [1, 4096, LONGEST_LINE_BYTES, 200_000])
+def test_zeros_behind_the_last_line_were_written_ahead(recording: Recording, zeros: int) -> None:
+    recording.write(*recording.lines, bytes(zeros))
+    machine, reading = recording.read()
+    assert (fingerprint(machine), reading.torn, reading.lost) == (recording.end, False, "")
+
+
+@pytest.mark.parametrize("zeros", [7, 200_000])
+def test_zeros_in_the_place_of_lines_that_were_acknowledged_are_told(recording: Recording, zeros: int) -> None:
+    recording.write(*recording.lines[:10], bytes(zeros))
+    reading = recording.read()[1]
+    assert (reading.records, reading.torn) == (10, False)
+    assert f"at least {recording.inputs - 10} acknowledged entries" in reading.lost
 
 
 def test_a_damaged_line_is_told_and_nothing_after_it_is_used(recording: Recording) -> None:
@@ -238,6 +262,7 @@ def test_a_damaged_line_is_told_and_nothing_after_it_is_used(recording: Recordin
     assert f"at least {recording.inputs - 10} acknowledged entries" in reading.lost
 
 
+@pytest.mark.parametrize("where_gradients_go", ["in files"], indirect=True)
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
 def test_a_damaged_gradient_ends_the_journal_before_its_push(recording: Recording, damage: str) -> None:
     pushes = [at for at, line in enumerate(recording.lines) if b'"pushed"' in line]

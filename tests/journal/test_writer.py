@@ -20,6 +20,8 @@ from ormo_server.journal import Journal, StoredGradient, writer
 from ormo_server.journal.records import gradients_path, log_path
 from service.wire import eventually
 
+pytestmark = pytest.mark.usefixtures("in_files")
+
 
 def names(directory: Path) -> list[str]:
     """Of logs and gradients."""
@@ -55,7 +57,7 @@ def test_a_gradient_is_on_the_disk_before_its_line_and_its_line_before_the_answe
     assert disk.calls[1:] == [
         ("fdatasync", "gradients"),
         ("pwrite", "log"),
-        ("fsync", "log"),
+        ("fdatasync", "log"),
         ("pwrite", "mark"),  # which nobody waits for
     ]
 
@@ -74,7 +76,7 @@ def test_with_an_interval_all_of_it_is_on_the_disk_soon(
 ) -> None:
     monkeypatch.setattr(writer, "INTERVAL_SECONDS", 0.01)
     synced = threading.Event()
-    disk.before = lambda call, kind: synced.set() if (call, kind) == ("fsync", "log") else None
+    disk.before = lambda call, kind: synced.set() if (call, kind) == ("fdatasync", "log") else None
     journal = journal_in(tmp_path, "interval")
     driver = recorded(run_of(), journal)
     steps(driver, 1)
@@ -102,7 +104,7 @@ def test_one_write_and_one_fsync_serve_all_who_wait(tmp_path: Path, disk: Disk) 
     begun, go_on = threading.Event(), threading.Event()
 
     def hold(call: str, kind: str) -> None:
-        if (call, kind) == ("fsync", "log"):
+        if (call, kind) == ("fdatasync", "log"):
             begun.set()
             assert go_on.wait(10)
 
@@ -117,7 +119,7 @@ def test_one_write_and_one_fsync_serve_all_who_wait(tmp_path: Path, disk: Disk) 
     go_on.set()
     for thread in threads:
         thread.join(10)
-    assert disk.calls.count(("fsync", "log")) == 2
+    assert disk.calls.count(("fdatasync", "log")) == 2
 
 
 # What goes
@@ -447,10 +449,10 @@ def test_checkpoints_that_fail_leave_no_descriptors_behind(
     ("call", "kind", "number"),
     [
         ("pwrite", "log", errno.EIO),
-        ("fsync", "log", errno.EIO),
+        ("fdatasync", "log", errno.EIO),
         ("fdatasync", "gradients", errno.EIO),
         # Network file systems, quotas and late allocation find out so late that there is no room.
-        ("fsync", "log", ROOM),
+        ("fdatasync", "log", ROOM),
         ("fdatasync", "gradients", ROOM),
         ("fdatasync", "gradients", errno.EDQUOT),
     ],
@@ -480,7 +482,7 @@ def test_a_disk_that_breaks_between_answers_is_noticed(
     failed = threading.Event()
     journal = journal_in(tmp_path, "interval", on_failure=failed.set)
     steps(recorded(run_of(), journal))
-    disk.fail("fsync", "log", number)
+    disk.fail("fdatasync", "log", number)
     assert failed.wait(10)
     journal.close()
 
@@ -490,7 +492,7 @@ def test_a_log_that_could_not_be_made_safe_is_not_followed_by_another(tmp_path: 
     driver = recorded(run_of(), journal)
     steps(driver)
     checkpoint(driver)
-    disk.fail("fsync", "log", ROOM)
+    disk.fail("fdatasync", "log", ROOM)
     with pytest.raises(NotReady, match="this server stops"):
         journal.wait_durable(journal.position)
     assert not log_path(tmp_path, journal.log).exists()

@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from ormo_protos.manifest import BFLOAT16, FLOAT32
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.method import PRESETS
-from ormo_server.journal import is_journal
+from ormo_server.journal import is_journal, writer
 from ormo_server.journal.records import log_path
 from ormo_server.service.server import Server
 from ormo_server.store import StoreError
@@ -295,21 +295,21 @@ class Fault:
         self.suffix = ""
         self.held: threading.Event | None = None
         self.waiting = threading.Event()
-        real, sync = os.pwrite, os.fsync
+        real, sync = os.pwrite, os.fdatasync
 
         def pwrite(descriptor: int, data: Any, offset: int) -> int:
             if self.number and _name(descriptor).endswith(self.suffix):
                 raise OSError(self.number, os.strerror(self.number))
             return real(descriptor, data, offset)
 
-        def fsync(descriptor: int) -> None:
+        def fdatasync(descriptor: int) -> None:
             if self.held is not None and _name(descriptor).endswith(".log"):
                 self.waiting.set()
                 assert self.held.wait(30)
             sync(descriptor)
 
         monkeypatch.setattr(os, "pwrite", pwrite)
-        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
 
 
 def _name(descriptor: int) -> str:
@@ -366,8 +366,9 @@ def test_of_a_large_gradient_that_does_not_count_the_journal_keeps_nothing(tmp_p
 
 
 def test_a_full_disk_refuses_gradients_until_there_is_room(
-    tmp_path: Path, fault: Fault, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(writer.IN_LINE_BYTES, "always", 0)
     with crashing(tmp_path) as server:
         anna, _ = trained(server)
         before = state_of(server)

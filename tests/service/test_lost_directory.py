@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ormo_server.journal import writer
 from ormo_server.service.server import Server
 from ormo_server.store import DirectoryLock
 from service.crashing import JOURNALED, crashing, everything, trained
@@ -50,8 +51,9 @@ CASES = [(name, True) for name in LOSSES | LOSSES_OF_JOURNAL] + [(name, False) f
 
 @pytest.mark.parametrize(("name", "journal"), CASES)
 def test_the_next_answer_is_refused_and_the_server_stops(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, journal: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str, journal: bool
 ) -> None:
+    monkeypatch.setitem(writer.IN_LINE_BYTES, "always", 0)  # small gradients, too, go into a file
     run = tmp_path / "run"
     with crashing(run, journal=journal) as server:
         anna = trained(server)[0]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ormo_server.core.effects import Redeemed
 from ormo_server.core.inputs import Input, Join, Leave, Push, Request, Return, SetLearningRate, Withdraw
 from ormo_server.settings import ServerSettings
 from ormo_server.trace import Recorded, Refused, Start, read_trace
-from ormo_server.trace.rows import TracedSettings, line_of
+from ormo_server.trace.rows import ROWS, TracedSettings, line_of
 
 EPOCH = 2**63 + 5
 
@@ -78,6 +79,16 @@ def test_what_was_written_is_read_back_bit_for_bit(
     (segment,) = read_trace(path)
     assert segment.inputs == inputs
     assert (segment.start.epoch, segment.start.fresh, segment.start.model.parameters) == (EPOCH, True, 9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    OTHERS.map(Recorded) | st.builds(Recorded, PUSHES | PUSHES.map(lambda push: replace(push, local_steps=3)), REDEEMED)
+)
+def test_a_row_is_written_as_its_columns_say(entry: Recorded) -> None:
+    """Byte for byte as the model that reads it writes it: columns in order, and no more of them than are told."""
+    line = line_of(entry)
+    assert ROWS.validate_json(line).model_dump_json(exclude_none=True).encode() + b"\n" == line
 
 
 def test_rows_are_what_people_see_in_a_table(tmp_path: Path) -> None:

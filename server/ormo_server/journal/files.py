@@ -1,5 +1,6 @@
 """The files of a journal: logs, to which whole lines are appended, and marks; and what is wrong when one fails."""
 
+import contextlib
 import errno
 import os
 import re
@@ -11,6 +12,9 @@ from ormo_server.core.errors import DiskFull
 from ormo_server.journal.records import MARK_NAME, Place, numbered
 from ormo_server.store.files import identity, is_at, is_scarcity, reading, sync
 
+# Bounds what a log takes beside its lines: some fifty small gradients, and hundreds of lines without one.
+_AHEAD_BYTES = 256 << 10
+
 
 class LogFile:
     """A new file that grows by whole appends.
@@ -18,20 +22,25 @@ class LogFile:
     Args:
         path: where to make the file; nothing may be there yet.
         opening: the first line, as bytes.
+        ahead: write zeros behind the lines, over which the next ones go. Worth it where each append is synced: then
+            neither the file's length nor its blocks change, and nothing but the lines is to be made sure. On ext4 a
+            sync of a line takes a third of the time.
 
     Attributes:
-        size_bytes: length of the file.
+        size_bytes: length of the file, zeros left out.
 
     Raises:
         OSError: it can't be made.
     """
 
-    def __init__(self, path: Path, opening: bytes) -> None:
+    def __init__(self, path: Path, opening: bytes, *, ahead: bool) -> None:
         self._descriptor = new_file(path)
         self._path, self._identity = path, identity(self._descriptor)
-        self.size_bytes = 0
+        self._ahead = ahead
+        self.size_bytes = self._end_of_zeros = 0
         try:
-            self.append(opening)
+            # Without zeros behind it: what an older server finds in a journal that was not used is as it knows it.
+            self._append(opening)
         except OSError:
             self.close()
             path.unlink()
@@ -43,26 +52,43 @@ class LogFile:
         Raises:
             OSError: there is no room, or the disk does not take it.
         """
+        self._append(data)
+        if self._ahead and self.size_bytes > self._end_of_zeros:
+            with contextlib.suppress(OSError):  # the lines are there, and the next ones may have room
+                self._write(bytes(_AHEAD_BYTES))
+                self._end_of_zeros = self.size_bytes + _AHEAD_BYTES
+
+    def _append(self, data: bytes) -> None:
+        self._write(data)
+        self.size_bytes += len(data)
+
+    def _write(self, data: bytes) -> None:
         rest, end = memoryview(data), self.size_bytes
         try:
             while rest:
                 written = os.pwrite(self._descriptor, rest, end)
                 rest, end = rest[written:], end + written
         except OSError:
-            os.ftruncate(self._descriptor, self.size_bytes)
+            self._cut()
             raise
-        self.size_bytes = end
+
+    def _cut(self) -> None:
+        self._end_of_zeros = 0
+        os.ftruncate(self._descriptor, self.size_bytes)
 
     def sync(self) -> None:
         """Return when the whole file is on the disk; raises as `sync_or_fail` does."""
-        sync_or_fail(os.fsync, self._descriptor)
+        sync_or_fail(os.fdatasync, self._descriptor)
 
     def refuse_if_gone(self) -> None:
         """Fail if what is written here would not be found after a restart, as the function of this name says."""
         refuse_if_gone(self._path, self._identity)
 
     def close(self) -> None:
-        """Close the file; it stays on the disk."""
+        """Close the file; it stays on the disk, without the zeros."""
+        if self._end_of_zeros > self.size_bytes:
+            with contextlib.suppress(OSError):  # zeros are read over
+                self._cut()
         os.close(self._descriptor)
 
 

@@ -1,4 +1,4 @@
-"""Gradients on the disk: places in files, and what writes a payload there while it arrives."""
+"""Gradients on the disk: in their lines if they are small, else at places in files, written while they arrive."""
 
 import contextlib
 import mmap
@@ -16,7 +16,7 @@ from ormo_protos.tensors import Payload
 from ormo_runtime.process import StartedPool
 from ormo_server.core.errors import NotReady
 from ormo_server.journal.files import kept_back, new_file, refuse_if_gone, sync_or_fail
-from ormo_server.journal.records import GRADIENTS_NAME, StoredGradient, gradients_path, numbered
+from ormo_server.journal.records import GRADIENTS_NAME, GradientInLine, StoredGradient, gradients_path, numbered
 from ormo_server.store.files import identity
 
 # Gradients go to places of their own in one file, large ones past the page cache: they are read again only after a
@@ -123,7 +123,25 @@ class _File:
     unsynced: bool = False
 
 
-class Storing:
+class StoringInLine:
+    """A small payload on its way to its line: as `Storing`, but there is nothing to be done before all has come."""
+
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
+
+    def advance(self, received_bytes: int) -> None:
+        """So many bytes have come."""
+
+    def finish(self) -> GradientInLine:
+        """All has come: a copy of it, as the payload's memory is used again before the line is written."""
+        layout = self._payload.layout
+        return GradientInLine(payload=bytes(self._payload.memory), dtype=layout.dtype, with_buffers=layout.with_buffers)
+
+    def give_up(self) -> None:
+        """It will not be stored."""
+
+
+class StoringInFile:
     """A payload on its way to its place, for the one thread that receives it.
 
     Large pieces are written by threads of their own while that one computes their checksum, and receives the next.
@@ -200,6 +218,9 @@ class Storing:
             self._files.take_back(self._file, self._before, self._offset + self._payload.layout.total_bytes)
 
 
+Storing = StoringInFile | StoringInLine
+
+
 class GradientFiles:
     """Takes payloads from many threads at once.
 
@@ -210,6 +231,7 @@ class GradientFiles:
     Args:
         directory: the journal's directory, which is there.
         waited_for: whether each gradient is until it is on the disk.
+        in_line_bytes: how large a payload is at most that stands in its line, and in no file.
 
     Attributes:
         directory: as given.
@@ -219,9 +241,10 @@ class GradientFiles:
         RuntimeError: the system has no threads for it.
     """
 
-    def __init__(self, directory: Path, *, waited_for: bool) -> None:
+    def __init__(self, directory: Path, *, waited_for: bool, in_line_bytes: int) -> None:
         self.directory = directory
         self._direct_bytes = _LARGE_BYTES if waited_for else CHUNK_BYTES
+        self._in_line_bytes = in_line_bytes
         self._writers = StartedPool(_WRITERS, "gradients")
         self._next = 1 + max(numbered(directory, GRADIENTS_NAME), default=0)
         self._lock = threading.Lock()
@@ -240,6 +263,8 @@ class GradientFiles:
         size = payload.layout.total_bytes
         with self._lock:
             self._refuse_if_closed()
+            if size <= self._in_line_bytes:
+                return StoringInLine(payload)
             try:
                 file = self._current = self._current or self._new_file()
             except OSError as error:
@@ -248,7 +273,7 @@ class GradientFiles:
             file.end = offset + size
             file.users += 1
             self.size_bytes += file.end - before
-        return Storing(self, file, before, offset, payload)
+        return StoringInFile(self, file, before, offset, payload)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -6,9 +6,13 @@ All but the text are numbers: the CRC-32 of the rest of the line; that of the li
 from 1; and how many of the log's lines had been acknowledged when it was written, 0 and below for lines of the log
 before. So a line that is lost is missed by the next one, and what it says was told to somebody is known for sure.
 
+Behind the lines there may be zeros, for lines that never came: what is written over a file's own blocks is on the disk
+sooner than what makes it longer.
+
 A log begins with an opening, which says how the log before it ends. An older server reads it as a delivery that never
 was, and refuses to go on, instead of taking all lines for a torn end. Its own logs have no opening, and lines of a
-checksum and a text.
+checksum and a text. One that knows lines like these but no gradients in them takes the first for damage: it says how
+many acknowledged entries it can't use, and keeps them.
 """
 
 import re
@@ -19,8 +23,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic_core import to_json
 
-from ormo_server.trace.rows import INPUT_ROWS, Recorded, recorded_of, row_of
+from ormo_server.trace.rows import INPUT_ROWS, Recorded, columns_of, recorded_of
 
 LOG_NAME = re.compile(r"inputs-(\d{8,})\.log")
 GRADIENTS_NAME = re.compile(r"gradients-(\d{8,})\.bin")
@@ -36,11 +41,7 @@ def _read(value: Any) -> Recorded:
     return value if isinstance(value, Recorded) else recorded_of(INPUT_ROWS.validate_python(value))
 
 
-def _columns(recorded: Recorded) -> dict[str, Any]:
-    return row_of(recorded).model_dump(mode="json", exclude_none=True)
-
-
-InputOfTrace = Annotated[Recorded, PlainValidator(_read), PlainSerializer(_columns)]
+InputOfTrace = Annotated[Recorded, PlainValidator(_read), PlainSerializer(columns_of)]
 
 
 class _Line(BaseModel):
@@ -66,6 +67,22 @@ class StoredGradient(_Line):
     with_buffers: bool
 
 
+class GradientInLine(_Line):
+    """A gradient's payload that is small enough to stand in its line.
+
+    Attributes:
+        payload: its bytes; base64 in the file.
+        dtype: of the payload's first section, a wire dtype.
+        with_buffers: whether it has buffers.
+    """
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    payload: bytes
+    dtype: Count
+    with_buffers: bool
+
+
 class Delivered(_Line):
     """Parameters went out with a slot's ticket; only for update rules that keep them.
 
@@ -79,17 +96,20 @@ class Delivered(_Line):
     dtype: Count
 
 
+KeptGradient = StoredGradient | GradientInLine
+
+
 class Record(_Line):
     """One line: an input, or a delivery.
 
     Attributes:
         input: what the core was given, as a row of a trace.
-        gradient: where the payload is, if the input is a push.
+        gradient: the payload, or where it is, if the input is a push.
         delivered: what went out, if the line is a delivery.
     """
 
     input: InputOfTrace | None = None
-    gradient: StoredGradient | None = None
+    gradient: KeptGradient | None = None
     delivered: Delivered | None = None
 
     @classmethod
@@ -103,6 +123,12 @@ class Record(_Line):
     def text(self) -> bytes:
         """As it is written."""
         return self.model_dump_json(exclude_none=True).encode()
+
+
+def text_of(recorded: Recorded, gradient: KeptGradient | None) -> bytes:
+    """The text of an input's line, as `Record.text` has it, and in a third of the time."""
+    line = {"input": columns_of(recorded)}
+    return to_json(line if gradient is None else {**line, "gradient": gradient})
 
 
 def seal(record: Record) -> bytes:

@@ -27,10 +27,11 @@ from ormo_server.journal.records import (
     LONGEST_LINE_BYTES,
     Delivered,
     End,
+    GradientInLine,
+    KeptGradient,
     Line,
     Place,
     Record,
-    StoredGradient,
     gradients_path,
     log_path,
     numbered,
@@ -179,21 +180,30 @@ class Reading:
         else:
             self.torn, self.doubled = behind.anything and not behind.doubled, behind.doubled
 
-    def _payload(self, stored: StoredGradient) -> Payload | None:
+    def _payload(self, stored: KeptGradient) -> Payload | None:
         try:
             layout = PayloadLayout.of_gradient(self.manifest, stored.dtype, with_buffers=stored.with_buffers)  # type: ignore[arg-type]
         except PayloadError:
             return None
+        payload = self._payloads.get(layout) or self._payloads.setdefault(layout, Payload(layout))
+        if isinstance(stored, GradientInLine):
+            return self._from_line(stored, payload)
         if stored.size != layout.total_bytes:
             return None
         with reading(gradients_path(self.directory, stored.file)):
             file = self._opened(stored.file)
             if file is None or os.fstat(file.fileno()).st_size < stored.offset + stored.size:
                 return None
-            payload = self._payloads.get(layout) or self._payloads.setdefault(layout, Payload(layout))
             file.seek(stored.offset)
             if file.readinto(payload.memory) != stored.size or zlib.crc32(payload.memory) != stored.checksum:
                 return None
+        return payload
+
+    @staticmethod
+    def _from_line(stored: GradientInLine, payload: Payload) -> Payload | None:
+        if len(stored.payload) != len(payload.memory):
+            return None
+        payload.memory[:] = stored.payload
         return payload
 
     def _opened(self, number: int) -> BufferedReader | None:
@@ -256,6 +266,8 @@ def raw_lines(directory: Path, first: int = 0) -> Iterator[tuple[int, int, bytes
         with reading(path), path.open("rb") as file:
             number = 1
             while line := file.readline(LONGEST_LINE_BYTES):
+                if not line.strip(b"\0"):
+                    continue  # written ahead, for lines that never came
                 if number == 1 and isinstance(parse(line, 1), End):
                     number = 0
                 yield log, number, line

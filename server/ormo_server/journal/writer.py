@@ -22,6 +22,7 @@ from ormo_server.journal.records import (
     MARK_NAME,
     Delivered,
     End,
+    KeptGradient,
     Record,
     StoredGradient,
     chain_lines,
@@ -29,6 +30,7 @@ from ormo_server.journal.records import (
     next_log,
     numbered,
     opening,
+    text_of,
 )
 from ormo_server.store.files import make_directory, sync
 from ormo_server.trace.rows import Recorded
@@ -38,6 +40,9 @@ _LOG = logging.getLogger(__name__)
 Fsync = Literal["always", "interval", "off"]
 
 INTERVAL_SECONDS = 1.0
+# A gradient up to here stands in its line: then one write and one fsync are all that its answer waits for. Larger ones
+# are encoded for longer than that saves; and so are all where no answer waits for an fsync.
+IN_LINE_BYTES: dict[Fsync, int] = {"always": 16 << 10, "interval": 0, "off": 0}
 # A restart does so many entries again in some ten seconds: of small gradients there are many in few bytes.
 ENTRIES_BETWEEN_CHECKPOINTS = 50_000
 # While a checkpoint is written the journal goes on; beyond so many times its bound it takes no gradient.
@@ -46,7 +51,7 @@ _SECONDS_BETWEEN_COMPLAINTS = 10.0
 
 
 # What a line will say; None where a new log begins instead. Lines are formatted by the thread that writes them.
-_Entry = tuple[Input, Redeemed | None, StoredGradient | None] | Delivered | None
+_Entry = tuple[Input, Redeemed | None, KeptGradient | None] | Delivered | None
 
 
 class Journal:
@@ -95,7 +100,7 @@ class Journal:
         self._max_bytes = max_bytes
         self._on_failure = on_failure
         self._on_commit = on_commit
-        self._gradients = GradientFiles(directory, waited_for=fsync == "always")
+        self._gradients = GradientFiles(directory, waited_for=fsync == "always", in_line_bytes=IN_LINE_BYTES[fsync])
         # Changed under the engine's lock, but for `_complained`, where a lost race means one log line too many. The
         # queue has one end under each lock: a deque's `append` and `popleft` need none.
         self.log = next_log(directory, after)
@@ -117,7 +122,7 @@ class Journal:
         # Where each log begins, and where the one does that the last checkpoint names.
         self._begun: dict[int, int] = {}
         self._forgotten = 0
-        self._file = LogFile(log_path(directory, self.log), opening(before))
+        self._file = self._new_file(self.log, before)
         try:
             self._mark = Mark(directory, self.log)
         except OSError:
@@ -133,6 +138,9 @@ class Journal:
                 self._file.close()
                 raise
 
+    def _new_file(self, log: int, before: End) -> LogFile:
+        return LogFile(log_path(self._directory, log), opening(before), ahead=self._fsync == "always")
+
     # Before the lock
 
     def begin(self, payload: Payload) -> Storing:
@@ -147,7 +155,7 @@ class Journal:
                 raise disk_full(self._directory, why)
             return self._gradients.begin(payload)
 
-    def store(self, storing: Storing) -> StoredGradient:
+    def store(self, storing: Storing) -> KeptGradient:
         """Return when it is written; it counts once its push is taken. Give it back with `release`.
 
         Raises:
@@ -173,18 +181,18 @@ class Journal:
 
     # Under the lock
 
-    def append(self, given: Input, redeemed: Redeemed | None = None, stored: StoredGradient | None = None) -> int:
+    def append(self, given: Input, redeemed: Redeemed | None = None, stored: KeptGradient | None = None) -> int:
         """Put an input that took effect into its place in the order.
 
         Args:
             given: the input.
             redeemed: what became of it, if it is a push.
-            stored: where its gradient was written, if it is a push.
+            stored: its gradient, or where that was written, if it is a push.
 
         Returns:
             The position to wait for.
         """
-        if stored is not None:
+        if isinstance(stored, StoredGradient):
             self._gradients.pin(stored, self.log)
         return self._append((given, redeemed, stored))
 
@@ -215,9 +223,9 @@ class Journal:
 
     # After the lock
 
-    def release(self, stored: StoredGradient | None) -> None:
+    def release(self, stored: KeptGradient | None) -> None:
         """The gradient's exchange is over, whether it was taken or not."""
-        if stored is not None:
+        if isinstance(stored, StoredGradient):
             self._gradients.release(stored)
 
     def wait_durable(self, position: int) -> None:
@@ -275,9 +283,7 @@ class Journal:
             if entries:
                 # Formatted here, by the thread that waits, and not under the engine's lock. If the write fails the
                 # entries stay where they are, and the next commit begins with them.
-                lines, end = chain_lines(
-                    self._end, (_record_of(entry).text() for entry in entries if entry is not None)
-                )
+                lines, end = chain_lines(self._end, (_text_of(entry) for entry in entries if entry is not None))
                 self._file.append(lines)
                 self._end, self._last_line = end, end.place
             else:
@@ -292,7 +298,7 @@ class Journal:
         if self._fsync != "off":
             self._file.sync()
         following = self._end.turned_over()
-        after = LogFile(log_path(self._directory, following.log), opening(self._end))
+        after = self._new_file(following.log, self._end)
         self._file.close()
         self._gradients.close_idle(unsynced=self._fsync == "off")
         self._older_logs[self._end.log] = self._file.size_bytes
@@ -361,8 +367,8 @@ class Journal:
         self._gradients.close()
 
 
-def _record_of(entry: tuple[Input, Redeemed | None, StoredGradient | None] | Delivered) -> Record:
+def _text_of(entry: tuple[Input, Redeemed | None, KeptGradient | None] | Delivered) -> bytes:
     if isinstance(entry, Delivered):
-        return Record(delivered=entry)
-    given, redeemed, stored = entry
-    return Record(input=Recorded(given, redeemed), gradient=stored)
+        return Record(delivered=entry).text()
+    given, redeemed, kept = entry
+    return text_of(Recorded(given, redeemed), kept)

@@ -30,7 +30,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.snapshot import Snapshot, take
 from ormo_server.core.state import Member
 from ormo_server.core.vectors import all_finite
-from ormo_server.journal import Journal, StoredGradient, Storing, gradient_in
+from ormo_server.journal import Journal, KeptGradient, Storing, gradient_in
 from ormo_server.metrics import Metrics
 from ormo_server.metrics.view import Evaluation, RunView
 from ormo_server.service.admission import Bounds, ReceivedGradient, non_finite, sent_away
@@ -269,7 +269,7 @@ class Engine:
         return outcome
 
     def _push(
-        self, outcome: Outcome, received: ReceivedGradient, stored: StoredGradient | None, *, too_long: bool
+        self, outcome: Outcome, received: ReceivedGradient, stored: KeptGradient | None, *, too_long: bool
     ) -> None:
         requester, (epoch, number) = outcome.requester, received.ticket
         try:
@@ -364,7 +364,7 @@ class Engine:
 
     # Inputs and what follows from them: under the lock
 
-    def _take(self, given: Input, gradient: Gradient | None = None, stored: StoredGradient | None = None) -> Effects:
+    def _take(self, given: Input, gradient: Gradient | None = None, stored: KeptGradient | None = None) -> Effects:
         """Give the machine an input, and record it and pass its effects on before the next one can come."""
         effects = self._machine.step(given, gradient)
         if not effects.changed:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import or_
+from operator import attrgetter, or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from pydantic import (
     create_model,
     field_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_json
 from typing_extensions import override
 
 from ormo_protos.refusals import Reason
@@ -73,8 +73,12 @@ def _number(value: object) -> object:
     return value
 
 
+def _hexadecimal(value: int) -> str:
+    return f"0x{value:016x}"
+
+
 Count = Annotated[int, Field(ge=0)]
-Id = Annotated[int, Field(ge=0), BeforeValidator(_number), PlainSerializer(lambda value: f"0x{value:016x}")]
+Id = Annotated[int, Field(ge=0), BeforeValidator(_number), PlainSerializer(_hexadecimal)]
 
 
 class _Columns(BaseModel):
@@ -193,19 +197,30 @@ def _row_class(event: str, kind: type[Input]) -> type[Row]:
 _ROW_CLASSES = {event: _row_class(event, kind) for event, kind in _INPUTS.items()}
 
 
-def row_of(entry: Recorded) -> Row:
-    """The row of an input."""
-    event = _EVENTS[type(entry.input)]
-    columns = _values(entry.input)
+# All of an input at once: a journal's lines are formatted while answers wait for them.
+_VALUES = {
+    kind: (names, attrgetter(*names))
+    for kind in (*_EVENTS, Redeemed)
+    for names in [tuple(column.name for column in dataclasses.fields(kind))]
+}
+
+
+def columns_of(entry: Recorded) -> dict[str, Any]:
+    """The columns of an input's row as JSON has them, without those that have nothing to tell."""
+    columns = {"event": _EVENTS[type(entry.input)], **_values(entry.input)}
     if entry.redeemed is not None:
         columns |= _values(entry.redeemed)
         columns["buffers_kept"] = columns["buffers_kept"] or None
         columns["local_steps"] = columns["local_steps"] or None
-    return _ROW_CLASSES[event](**columns)
+    for name in _IDS:
+        if name in columns:
+            columns[name] = _hexadecimal(columns[name])
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def _values(record: Input | Redeemed) -> dict[str, Any]:
-    return {column.name: getattr(record, column.name) for column in dataclasses.fields(record)}
+    names, values = _VALUES[type(record)]
+    return dict(zip(names, values(record), strict=True))
 
 
 def recorded_of(row: Row) -> Recorded:
@@ -259,8 +274,7 @@ EVENTS = ("start", *_INPUTS, "refused")
 
 def line_of(entry: Start | Entry) -> bytes:
     """The line that an entry becomes."""
-    row = row_of(entry) if isinstance(entry, Recorded) else entry
-    return row.model_dump_json(exclude_none=isinstance(entry, Recorded)).encode() + b"\n"
+    return (to_json(columns_of(entry)) if isinstance(entry, Recorded) else entry.model_dump_json().encode()) + b"\n"
 
 
 _SHOWN_CHARACTERS = 80
