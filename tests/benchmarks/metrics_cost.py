@@ -30,7 +30,7 @@ from ormo_protos.framing import Frame, Headed
 from ormo_protos.manifest import FLOAT32, PARAMETER, Manifest, TensorSpec
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_server.core.vectors import SquaredNorm, all_finite
-from ormo_server.metrics.families import Noted
+from ormo_server.metrics.noted import Noted
 from ormo_server.metrics.view import Observations, WorkerObservation
 from ormo_server.security import OpenAccess
 from ormo_server.service import engine, servicer, transfers

@@ -13,7 +13,7 @@ from ormo_protos.manifest import FLOAT32
 from ormo_protos.tensors import Payload, PayloadLayout
 from ormo_server.core.rules.sgd import Sgd
 from ormo_server.core.vectors import BLOCK_ELEMENTS
-from ormo_server.metrics.families import Distribution
+from ormo_server.metrics.noted import Distribution
 from ormo_server.service.delivery import Copies
 from service.wire import LARGE, Refused, WireWorker, connected, eventually, payload, served
 

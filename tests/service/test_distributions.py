@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from ormo_server.metrics import Metrics
-from ormo_server.metrics.families import Distribution, Distributions, Noted, Tally
+from ormo_server.metrics.noted import Distribution, Distributions, Noted, Tally
 from service.wire import SMALL, WireWorker, connected, eventually, payload, served
 
 BOUNDS = (0, 0.5, 1, 2.5, 10)

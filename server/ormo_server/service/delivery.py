@@ -29,7 +29,7 @@ from ormo_server.core.machine import StateMachine
 from ormo_server.core.state import Ticket
 from ormo_server.core.vectors import blocks
 from ormo_server.journal import Journal
-from ormo_server.metrics.families import Distribution
+from ormo_server.metrics.noted import Distribution
 
 # Handing a copy to another thread costs as much as copying some 2 MiB.
 _COPIED_UNDER_LOCK = 2 * CHUNK_BYTES
