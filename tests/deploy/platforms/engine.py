@@ -101,7 +101,7 @@ def engine() -> Iterator[Engine]:
     (folder / "docker").mkdir()
     cgroup = f"ormo-{Path('/proc/self/ns/net').stat().st_ino}"
     script = Path(__file__).with_name("engine.sh")
-    words = [script, trees.engine, folder / "docker", f"/{cgroup}", ROOT, folder]
+    words = [script, trees.engine, folder / "docker", f"/{cgroup}", ROOT, trees.engine.parent]
     with (folder / "engine.log").open("wb") as log:
         process = subprocess.Popen(
             ["unshare", "--mount", "sh", *map(str, words)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
