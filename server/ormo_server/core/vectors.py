@@ -53,9 +53,13 @@ def walk(*vectors: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
 def walk_gradient(*vectors: torch.Tensor, gradient: Vector) -> Iterator[tuple[torch.Tensor, ...]]:
     """As `walk`, with the gradient's blocks last, which come in float32 whatever it is in."""
     for *views, block in walk(*vectors, gradient):
-        # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that
-        # is dear for a small model.
-        yield (*views, block if block.dtype is torch.float32 else block.float())
+        yield (*views, _in_float32(block))
+
+
+def _in_float32(block: torch.Tensor) -> torch.Tensor:
+    # PyTorch gives it back, too, but lets go of the interpreter's lock to find that out: beside other threads, that is
+    # dear for a small model.
+    return block if block.dtype is torch.float32 else block.float()
 
 
 def all_finite(vector: Vector) -> bool:
@@ -93,7 +97,7 @@ class SquaredNorm:
             block = self._vector
             if total > BLOCK_ELEMENTS or not isinstance(block, torch.Tensor):
                 block = self._vector[self._counted : self._counted + BLOCK_ELEMENTS]
-            self._sum += _squared(block if block.dtype is torch.float32 else block.float())  # as in `walk_gradient`
+            self._sum += _squared(_in_float32(block))
             self._counted += block.numel()
 
     def total(self) -> float | None:

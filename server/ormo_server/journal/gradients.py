@@ -124,7 +124,7 @@ class _File:
 
 
 class StoringInLine:
-    """A small payload on its way to its line: as `Storing`, but there is nothing to be done before all has come."""
+    """A small payload on its way to its line: as `StoringInFile`, but nothing is to be done before all has come."""
 
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
