@@ -266,7 +266,7 @@ class PayloadReceiver:
         if not self._chunks_left:
             raise PayloadError(
                 f"{chunk.offset} of {total} bytes arrived in {FREE_CHUNKS + total // BYTES_PER_CHUNK} chunks: send "
-                "fewer and larger ones, of 2 MiB"
+                f"fewer and larger ones, of {CHUNK_BYTES} bytes"
             )
         self._chunks_left -= 1
         if size <= _COPIED_AT_ONCE_BYTES:

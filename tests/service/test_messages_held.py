@@ -1,4 +1,4 @@
-"""How long the server holds a message whose bytes it has put in their place: each would be 2 MiB for each slot."""
+"""How long the server holds a message whose bytes it has put in their place: each would be a megabyte for each slot."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -258,7 +258,7 @@ class TensorChunk(_message.Message):
     offset: _builtins.int
     """Where the bytes go, from the payload's start; the end of the chunk before, 0 for the first."""
     data: _builtins.bytes
-    """1 byte to 4 MiB; senders use 2 MiB. A payload may come in 64 chunks, and one more for each 16 KiB that it has."""
+    """1 byte to 4 MiB; senders use 1.25 MiB. A payload may come in 64 chunks, and one more for each 16 KiB that it has."""
     def __init__(
         self,
         *,

@@ -19,7 +19,6 @@ from itertools import chain
 
 import torch
 
-from ormo_protos.limits import CHUNK_BYTES
 from ormo_protos.tensors import Chunk, Payload, frozen_chunks
 from ormo_runtime.process import StartedPool
 from ormo_server.core.effects import Effects, Granted, superseded
@@ -32,7 +31,7 @@ from ormo_server.journal import Journal
 from ormo_server.metrics.noted import Distribution
 
 # Handing a copy to another thread costs as much as copying some 2 MiB.
-_COPIED_UNDER_LOCK = 2 * CHUNK_BYTES
+_COPIED_UNDER_LOCK = 4 << 20
 
 
 class Copy:

@@ -233,7 +233,7 @@ class Servicer:
                     messages.check_exchange(message.exchange, data)
                     whole = len(data) >= message.exchange.gradient.payload_bytes
                     chunks = messages.chunks_of(frames, data)
-                    del frame, data  # 2 MiB, for as long as the exchange goes on
+                    del frame, data  # a megabyte, for as long as the exchange goes on
                     yield from self._exchange(stream, message.exchange, chunks, whole=whole)
                 self._streams.refuse_if_draining()
 

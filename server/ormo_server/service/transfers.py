@@ -272,7 +272,7 @@ class Transfers:
                 raise receiver.missing()
             receiver.accept(chunk)
             counter.note(len(chunk.data))
-            del chunk  # 2 MiB, for as long as the next one is waited for
+            del chunk  # a megabyte, for as long as the next one is waited for
             if not receiver.complete:
                 on_part()
         if method != "PushPull":  # which goes on with the next exchange
