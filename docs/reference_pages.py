@@ -313,7 +313,7 @@ def limits_table() -> str:
         "dimensions of a tensor": f"at most {limits.MAX_DIMENSIONS}",
         "elements of a tensor, and of a section of the payload": f"at most {limits.MAX_ELEMENTS:,}",
         "messages of an offered manifest": f"at most {parts}",
-        "a chunk": f"1 byte to {limits.MAX_CHUNK_BYTES // mib} MiB; senders use {limits.CHUNK_BYTES // mib} MiB",
+        "a chunk": f"1 byte to {limits.MAX_CHUNK_BYTES / mib:g} MiB; senders use {limits.CHUNK_BYTES / mib:g} MiB",
         "chunks of a payload": f"at most {chunks}",
         "a request that is one message": f"at most {limits.SMALL_MESSAGE_BYTES // kib} KiB",
         "any message": f"at most {limits.MAX_MESSAGE_BYTES // kib:,} KiB",

@@ -224,7 +224,7 @@ SENTENCES = {
     "MAX_DIMENSIONS": [f"none for a scalar; at most {limits.MAX_DIMENSIONS}."],
     "FREE_PARTS": [f"it may come in {limits.FREE_PARTS} messages, and one more for each"],
     "TENSORS_PER_PART": [f"messages, and one more for each {limits.TENSORS_PER_PART} tensors."],
-    "CHUNK_BYTES": [f"senders use {limits.CHUNK_BYTES / MIB} MiB."],
+    "CHUNK_BYTES": [f"senders use {limits.CHUNK_BYTES / MIB:g} MiB."],
     "MAX_CHUNK_BYTES": [
         f"1 byte to {limits.MAX_CHUNK_BYTES // MIB} MiB;",
         f"the first bytes of its gradient's payload, up to {limits.MAX_CHUNK_BYTES // MIB} MiB;",

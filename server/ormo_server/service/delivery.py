@@ -30,7 +30,7 @@ from ormo_server.core.vectors import blocks
 from ormo_server.journal import Journal
 from ormo_server.metrics.noted import Distribution
 
-# Handing a copy to another thread costs as much as copying some 2 MiB.
+# Handing a copy to another thread costs as much as copying some 2 MiB: only what is longer by far is worth it.
 _COPIED_UNDER_LOCK = 4 << 20
 
 
