@@ -166,7 +166,8 @@ def slowed(server: Server, stub: ParameterServerStub, clock: Clock) -> tuple[Wir
     return fast, slow
 
 
-BY_SPEED: dict[str, Any] = {"local_steps": H, "local_steps_by_speed": True}
+# The clock of these tests jumps by minutes, and upkeep looks at it at any moment: nobody may lose a lease for that.
+BY_SPEED: dict[str, Any] = {"local_steps": H, "local_steps_by_speed": True, "failure_timeout_seconds": 3600.0}
 
 
 def test_a_slower_worker_is_told_to_make_fewer_steps(tmp_path: Path) -> None:
