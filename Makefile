@@ -60,17 +60,18 @@ BENCH_trips = $(TRIPS_INSTALL) && cd tests && $(abspath $(BIN))/python -m benchm
 BENCH_scale = $(BIN)/python tests/benchmarks/scale.py
 BENCH_links = $(BIN)/python tests/benchmarks/links.py
 BENCH_soak = $(BIN)/python tests/benchmarks/soak.py
+BENCH_memory = $(BIN)/python tests/benchmarks/memory.py
 BENCH_sim = $(BIN)/python tests/benchmarks/sim_overhead.py
 BENCH_metrics = $(BIN)/python tests/benchmarks/metrics_cost.py
-BENCHES = trips scale links soak sim metrics
+BENCHES = trips scale links soak memory sim metrics
 
 # trips: how fast tensors travel, next to what one would use instead (FLAGS=--quick). scale: how evenly many small
 # workers are served. links: what `--in-flight 2`, bfloat16 and int8 gain on a slow link. soak: 20,000 gradients of 1
-# MB, and the server's memory stays as it is. sim: what a simulated push costs besides its gradient. metrics: what they
-# cost.
+# MB, and the server's memory stays as it is. memory: what an exchange under way takes of it. sim: what a simulated push
+# costs besides its gradient. metrics: what they cost.
 WHAT ?= trips
 .PHONY: bench
-bench: $(TOOLS_INSTALLED)  ## measure WHAT=trips (the default), scale, links, soak, sim or metrics (FLAGS=, see --help)
+bench: $(TOOLS_INSTALLED)  ## measure WHAT=trips (the default), scale, links, soak, memory, sim or metrics (FLAGS=, see --help)
 	$(if $(filter $(WHAT),$(BENCHES)),,$(error there is no WHAT=$(WHAT): use one of $(BENCHES)))
 	$(BENCH_$(WHAT)) $(FLAGS)
 

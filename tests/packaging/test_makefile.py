@@ -67,6 +67,7 @@ BENCHES = {
     "scale": "scale.py",
     "links": "links.py",
     "soak": "soak.py",
+    "memory": "memory.py",
     "sim": "sim_overhead.py",
     "metrics": "metrics_cost.py",
 }

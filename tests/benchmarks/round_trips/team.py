@@ -98,8 +98,15 @@ def team(name: str, elements: int, workers: int) -> Iterator[Team]:
     with tempfile.TemporaryDirectory(prefix="ormo-bench-") as folder, ExitStack() as stack:
         place = Place(elements, workers, 0, "", Path(folder))
         server, address, metrics = stack.enter_context(started(name, place))
-        places = [replace(place, rank=rank, address=address) for rank in range(workers)]
-        members = [stack.enter_context(_child("worker", name, each)) for each in places]
+        yield stack.enter_context(joined(name, replace(place, address=address), server, metrics))
+
+
+@contextmanager
+def joined(name: str, place: Place, server: _Process, metrics: str) -> Iterator[Team]:
+    """A contender's workers at a server that has started; each has made a round trip."""
+    with ExitStack() as stack:
+        ranks = range(place.workers)
+        members = [stack.enter_context(_child("worker", name, replace(place, rank=rank))) for rank in ranks]
         for member in members:
             assert _said(member) == "ready\n", f"a worker of {name} did not come up; its error is above"
         yield Team(name, server, metrics, members)

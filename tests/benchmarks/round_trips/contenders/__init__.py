@@ -6,6 +6,7 @@ from types import ModuleType
 SOCKET = "socket"
 ORMO = "ormo"
 STREAM = "bare gRPC stream"
+RETURNING = "ormo, memory given back"
 _MODULES = {
     SOCKET: "sockets",
     ORMO: "ormo",
@@ -17,7 +18,12 @@ _MODULES = {
     STREAM: "stream",
 }
 # Only when asked for.
-_MORE = {"ormo, journal": "ormo_journal", "ormo, journal without fsync": "ormo_journal_off", "ormo, TLS": "ormo_tls"}
+_MORE = {
+    "ormo, journal": "ormo_journal",
+    "ormo, journal without fsync": "ormo_journal_off",
+    "ormo, TLS": "ormo_tls",
+    RETURNING: "ormo_returning",
+}
 USUAL = tuple(_MODULES)
 NAMES = (*USUAL, *_MORE)
 # What a user could take instead: the floors, of sockets and of gRPC, do less than is needed, and the others are ours.

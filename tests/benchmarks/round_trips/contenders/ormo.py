@@ -10,6 +10,11 @@ from ormo_runtime.tls import Credentials
 
 def serve(place: Place, *more: str) -> None:
     """Become the server's program, with more flags if there are some."""
+    os.execv(sys.executable, [sys.executable, "-m", "ormo_server", *arguments(place, *more)])
+
+
+def arguments(place: Place, *more: str) -> list[str]:
+    """What the server's program is called with."""
     flags = {
         "--listen": "127.0.0.1:0",
         "--metrics-listen": "127.0.0.1:0",
@@ -20,8 +25,7 @@ def serve(place: Place, *more: str) -> None:
         "--checkpoint-seconds": 3600,
         "--log-level": "error",
     }
-    arguments = [*(str(word) for flag in flags.items() for word in flag), *more]
-    os.execv(sys.executable, [sys.executable, "-m", "ormo_server", "serve", *arguments])
+    return ["serve", *(str(word) for flag in flags.items() for word in flag), *more]
 
 
 def connect(place: Place, dtype: int | None = None, credentials: Credentials | None = None) -> RoundTrip:
