@@ -15,10 +15,11 @@ from ormo_worker.tasks.digits import Digits
 from system import linear_task
 from system.programs import Program, Stage, as_flags
 
+pytestmark = pytest.mark.timeout(300)  # three programs, with all that they import, on a busy machine
+
 FINISHED = pb.GetStatusResponse.PHASE_FINISHED
 
 
-@pytest.mark.timeout(300)  # 3000 gradients in two processes, on a machine that may have other things to do
 def test_training_goes_on_while_one_worker_is_killed_and_another_joins(stage: Stage) -> None:
     server = stage.server(stop_after_gradients=3000, failure_timeout_seconds=1.0, learning_rate=0.02)
     # Slowed down, so that the newcomer has time to start before the end.
