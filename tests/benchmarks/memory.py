@@ -1,10 +1,10 @@
 """How much memory the server takes for each exchange that is under way.
 
-    python tests/benchmarks/memory.py [--size BYTES --workers N --most TIMES]
+    python tests/benchmarks/memory.py [--case BYTES WORKERS MOST ...]
 
 Measured in a server that has given back what it had freed before: in any other what the offer of the model has freed is
 used first. The payload of its first exchange, which it keeps, is counted. Fails if an exchange takes more than so many
-times the model's bytes; by default of the models that the results page tells of.
+times the model's bytes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.round_trips.contenders import ORMO, RETURNING
+from benchmarks.round_trips.contenders import RETURNING
 from benchmarks.round_trips.place import Place
 from benchmarks.round_trips.team import joined, started
 from benchmarks.soak import resident
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     most: float
 
 
+# What the results page tells of.
 CASES = (Case(45_000_000, 16, 1.25), Case(400_000_000, 1, 1.1))
 
 
@@ -48,10 +49,10 @@ def times_the_model(size: int, workers: int) -> float:
         place = Place(size // 4, workers, 0, "", Path(folder))
         with started(RETURNING, place) as (server, address, metrics):
             place = replace(place, address=address)
-            with joined(ORMO, replace(place, workers=1), server, metrics):
+            with joined(RETURNING, replace(place, workers=1), server, metrics):
                 pass  # it has offered the model, and made an exchange
             held = _held(server) - size
-            with joined(ORMO, place, server, metrics) as team:
+            with joined(RETURNING, place, server, metrics) as team:
                 for _ in range(_WINDOWS):
                     team.window(_SECONDS)
                 return (team.peak_bytes() - held) / workers / size
@@ -70,12 +71,10 @@ def _held(server: subprocess.Popen[str]) -> int:
 def main() -> None:
     """Print the figures; fail if one is above its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=CASES[0].size)
-    parser.add_argument("--workers", type=int, default=CASES[0].workers)
-    parser.add_argument("--most", type=float, default=CASES[0].most)
-    asked = Case(**vars(parser.parse_args()))
+    parser.add_argument("--case", nargs=3, action="append", metavar=("BYTES", "WORKERS", "MOST"))
+    asked = [Case(int(size), int(workers), float(most)) for size, workers, most in parser.parse_args().case or ()]
     over = False
-    for case in CASES if asked == CASES[0] else (asked,):
+    for case in asked or CASES:
         found = times_the_model(case.size, case.workers)
         over |= found > case.most
         what = f"{case.workers} × {case.size / 1e6:g} MB"

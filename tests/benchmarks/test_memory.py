@@ -11,7 +11,7 @@ def test_an_exchange_takes_at_least_its_own_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "_SECONDS", 0.5)
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--size", "20000000", "--workers", "2", "--most", "0.99"])
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--case", "20000000", "2", "0.99"])
     with pytest.raises(SystemExit, match="an exchange takes more memory than that"):
         memory.main()
     assert capsys.readouterr().out.startswith("2 × 20 MB: 1.")

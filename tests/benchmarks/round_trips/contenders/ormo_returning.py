@@ -4,17 +4,18 @@ import ctypes
 import sys
 import threading
 
-from benchmarks.round_trips.contenders.ormo import arguments
-from benchmarks.round_trips.contenders.ormo import connect as connect
+from benchmarks.round_trips.contenders import ormo
 from benchmarks.round_trips.place import Place
 from ormo_runtime.process import keep_freed_memory
 from ormo_server import cli
+
+connect = ormo.connect
 
 
 def serve(place: Place) -> None:
     """Be the server's program."""
     cli.keep_freed_memory = _keep_until_told  # type: ignore[attr-defined]
-    sys.exit(cli.main(arguments(place)))
+    sys.exit(cli.main(ormo.arguments(place)))
 
 
 def _keep_until_told() -> bool:
