@@ -4,11 +4,11 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from ormo_runtime.process import end_on_signals, leave_if_asked, leave_on_signals
+from ormo_runtime.process import end_on_signals, interrupted_safely, leave_if_asked, leave_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ class Waited:
     def __init__(self) -> None:
         self.ended = threading.Event()
 
-    def cancel_open(self) -> None:
+    def end_waits(self) -> None:
         self.ended.set()
 
 
@@ -67,3 +67,96 @@ def test_a_signal_is_not_raised_where_a_lock_may_just_have_been_taken(module: st
         leave_if_asked()
     with pytest.raises(KeyboardInterrupt):
         there["wait"]()  # whoever asks twice is heard at once
+
+
+# In programs that go on.
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Sends SIGINT, which has Python's own handler, at the beginning and at the end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    leave_if_asked()  # nothing is left of it
+
+
+def test_what_is_interrupted_safely_comes_to_its_end(interrupt: Callable[[], None]) -> None:
+    waited, done = Waited(), list[str]()
+    end_on_signals(waited)
+
+    @interrupted_safely
+    def work() -> None:
+        interrupt()
+        assert waited.ended.wait(5)
+        done.append("work")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["work"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()  # as ever, outside
+
+
+def test_it_is_raised_where_what_is_interrupted_safely_looks(interrupt: Callable[[], None]) -> None:
+    @interrupted_safely
+    def outer() -> None:
+        inner()
+
+    @interrupted_safely
+    def inner() -> None:
+        interrupt()
+        leave_if_asked()
+        pytest.fail("it has not looked")
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            outer()
+
+
+def test_whoever_interrupts_twice_is_heard_at_once(interrupt: Callable[[], None]) -> None:
+    @interrupted_safely
+    def stuck() -> None:
+        interrupt()
+        interrupt()
+        pytest.fail("it was not heard")
+
+    with pytest.raises(KeyboardInterrupt):
+        stuck()
+
+
+def test_an_interruption_goes_before_the_error_that_comes_of_it(interrupt: Callable[[], None]) -> None:
+    @interrupted_safely
+    def fails() -> None:
+        interrupt()
+        raise ValueError("what it waited for was ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+
+
+def test_a_handler_of_the_programs_own_stays(interrupt: Callable[[], None]) -> None:
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    interrupted_safely(interrupt)()
+    assert came == [signal.SIGINT]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_other_threads_are_not_interrupted(interrupt: Callable[[], None]) -> None:
+    looked: list[str] = []
+
+    def look() -> None:
+        leave_if_asked()
+        looked.append("nothing was raised")
+
+    @interrupted_safely
+    def work() -> None:
+        interrupt()
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert looked == ["nothing was raised"]

@@ -11,7 +11,7 @@ from ormo_protos.parsing import Malformed
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
 from ormo_runtime.logs import printable
-from ormo_runtime.process import end_on_signals, leave_if_asked
+from ormo_runtime.process import end_on_signals, interrupted_safely, leave_if_asked
 from ormo_runtime.tls import Credentials, CredentialsError
 
 A = TypeVar("A", bound=Message)
@@ -62,12 +62,13 @@ class Asker:
         """
         return self._await_answer(self._stub.get_status, pb.GetStatusRequest())
 
-    def cancel_open(self) -> None:
+    def end_waits(self) -> None:
         """End the call that is under way, if there is one; from any thread."""
         call = self._call
         if call is not None:
             call.cancel()
 
+    @interrupted_safely
     def _await_answer(self, method: "grpc.UnaryUnaryMultiCallable[Any, A | Malformed]", request: object) -> A:
         self._call = method.future(request, timeout=self._timeout)
         try:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,8 +153,6 @@ def test_one_that_could_not_be_made_is_nothing_to_close_although_its_error_is_ke
 
 def interrupt(_: Any) -> None:
     """As Ctrl-C, or a notebook's button, while the worker waits for what the server does with its request."""
-    # Not before it waits: where gRPC has just taken a lock, Python's own handler leaves it taken for ever.
-    eventually(lambda: sys._current_frames()[threading.main_thread().ident].f_code.co_name in ("wait", "_blocking"))
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ from ormo_protos.limits import MAX_MESSAGE_BYTES
 from ormo_protos.parsing import Malformed, Parser
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.channels import Dialer, UnaryStub
-from ormo_runtime.process import end_on_signals, leave_if_asked
+from ormo_runtime.process import end_on_signals, interrupted_safely, leave_if_asked
 from ormo_runtime.timeouts import FailureDetection
 from ormo_runtime.tls import Credentials
 from ormo_worker.client.arguments import Observer, Patience
@@ -66,7 +66,7 @@ class Connection:
         self.observer = observer
         self._dialer = Dialer(server, credentials, _channel_options(patience))
         self._channels: list[grpc.Channel] = []
-        self._open: set[Cancellable] = set()
+        self._open: dict[Cancellable, int] = {}  # with the thread that waits for it
         self._lock = threading.Lock()
         self._dial()
         self._closed = threading.Event()
@@ -110,7 +110,10 @@ class Connection:
         if self._closed.is_set():
             raise ClientClosed("this client was closed: create a new one to continue")
 
-    def unary(self, method: Callable[..., T | Malformed], request: Any, seconds: float | None = None) -> T:
+    @interrupted_safely
+    def unary(
+        self, method: "grpc.UnaryUnaryMultiCallable[Any, T | Malformed]", request: Any, seconds: float | None = None
+    ) -> T:
         """Make one call with one answer, without retries.
 
         Args:
@@ -126,7 +129,12 @@ class Connection:
         if not self._signs.any:  # or a wrong address would be found out only after a time limit meant for a live server
             limit = min(limit, self.patience.connect_timeout)
         with self.errors_as_call_ended():
-            answer = method(request, timeout=limit)
+            call = method.future(request, timeout=limit)
+            self.add(call)
+            try:
+                answer = call.result()
+            finally:
+                self.remove(call)
         self.mark_alive()
         return require_well_formed(answer)
 
@@ -142,6 +150,8 @@ class Connection:
             yield
         except grpc.RpcError as error:
             raise self.end_of(error) from None
+        except grpc.FutureCancelledError:
+            raise CallEnded("CANCELLED", "", "this program has ended the call") from None
         except ValueError:
             self.check()  # gRPC's way to say that the channel is closed
             raise
@@ -200,12 +210,12 @@ class Connection:
     def add(self, call: Cancellable) -> None:
         """Have `cancel_open` end this call."""
         with self._lock:
-            self._open.add(call)
+            self._open[call] = threading.get_ident()
 
     def remove(self, call: Cancellable) -> None:
         """Leave this call alone from now on."""
         with self._lock:
-            self._open.discard(call)
+            self._open.pop(call, None)
 
     def cancel_open(self) -> None:
         """End all calls that are under way, so that whoever waits for them wakes up and tries again."""
@@ -214,11 +224,20 @@ class Connection:
         for call in calls:  # outside the lock: whoever wakes up takes its call off the list
             call.cancel()
 
+    def end_waits(self) -> None:
+        """End the calls that the main thread waits for, for a signal has come."""
+        main = threading.main_thread().ident
+        with self._lock:
+            calls = [call for call, thread in self._open.items() if thread == main]
+        for call in calls:
+            call.cancel()
+
     def stop_with(self, error: OrmoError) -> None:
         """End all calls, and fail all attempts from now on with this error."""
         self._fatal = error  # first: who wakes up asks `check` whether to try again
         self.cancel_open()
 
+    @interrupted_safely
     def close(self) -> None:
         """End all calls and the channel; may be called from any thread, and again."""
         self._closed.set()  # first, as in `stop_with`; it also ends the pauses between attempts

@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-import grpc
-
 from ormo_protos.limits import MAX_CHUNK_BYTES
 from ormo_protos.manifest import INT8, Manifest, ManifestError
 from ormo_protos.refusals import Reason
@@ -14,6 +12,7 @@ from ormo_protos.tensors import Payload
 from ormo_protos.v1 import PROTOCOL_VERSION
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields
+from ormo_runtime.process import interrupted_safely
 from ormo_runtime.settings import LONGEST_SECONDS
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import Identity
@@ -157,7 +156,7 @@ class Membership:
         try:
             answer = self._connection.unary(self._connection.stub.join, self._request)
         except CallEnded as end:
-            self._asked = False
+            self._asked = end.code == "CANCELLED"  # by an interrupt, perhaps after the server had taken it
             if end.reason != Reason.MANIFEST_DIGEST:
                 raise
             raise self._mismatch(end.message, describe_model(self._connection)) from None
@@ -240,8 +239,6 @@ class Membership:
                 with self._connection.guard(call):
                     call.result()
             self._connection.mark_alive()
-        except grpc.FutureCancelledError:
-            raise TryAgain("offering the model: nothing was sent for too long, so the call was ended") from None
         except CallEnded as end:
             requests.check()
             if end.step in (Step.JOIN, Step.SEND_AGAIN):  # whether it arrived is what the next Join tells
@@ -304,6 +301,7 @@ class Membership:
         self.finished = True
 
 
+@interrupted_safely
 def describe_model(connection: Connection) -> Manifest | None:
     """The server's manifest; None if it can't be had.
 
@@ -315,7 +313,7 @@ def describe_model(connection: Connection) -> Manifest | None:
             call = connection.tensors.describe_model(pb.DescribeModelRequest())
             with connection.guard(call):
                 return _read(require_well_formed(answer).manifest for answer in call)
-    except (CallEnded, grpc.FutureCancelledError):
+    except CallEnded:
         return None
 
 

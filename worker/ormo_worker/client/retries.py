@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from ormo_protos.refusals import ERROR_DOMAIN, Reason
 from ormo_runtime.logs import printable
+from ormo_runtime.process import interrupted_safely
 from ormo_runtime.timeouts import FailureDetection
 from ormo_worker.client.arguments import Observer, Patience, positive_seconds
 from ormo_worker.client.protocol import Step, step_after
@@ -232,6 +233,7 @@ class RetryLoop:
         self._observer = observer
         self._logged_at: dict[str, float] = {}
 
+    @interrupted_safely
     def run(self, attempt: Callable[[], T], what: str, *, within: float | None = None) -> T:
         """Call `attempt` until it succeeds, with growing pauses.
 

@@ -15,6 +15,7 @@ from ormo_protos.parsing import Malformed
 from ormo_protos.tensors import Chunk
 from ormo_protos.v1 import parameter_server_pb2 as pb
 from ormo_runtime.logs import Fields, printable
+from ormo_runtime.process import interrupted_safely
 from ormo_worker.client.arguments import Identity, Stage
 from ormo_worker.client.connection import Connection
 from ormo_worker.client.membership import Membership
@@ -95,6 +96,7 @@ class Slot:
         """Whether the last exchange had a gradient, and was given up before its result was known."""
         return self._session.fate == "lost"
 
+    @interrupted_safely
     def exchange(self, gradient: Gradient | None, *, wants_next: bool = True) -> ExchangeOutcome:
         """Push a gradient, or nothing, and wait for its result and the next parameters.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ormo_protos.limits import MAX_SAMPLES, MAX_SLOTS
 from ormo_protos.refusals import Reason
+from ormo_runtime.process import interrupted_safely
 from ormo_runtime.tls import Credentials
 from ormo_worker.client import Delivered, ExchangeOutcome, ParameterClient
 from ormo_worker.client.arguments import Identity, Patience, whole_number
@@ -263,14 +264,7 @@ class RemoteOptimizer(RunView):
         self._noted = BatchFigures()
         if self._watch.resting:
             self._watch.refuse_unfrozen()
-        if self._local is not None:
-            self._take(self._local.step(count, shown))
-            return returned
-        slot = self._pipeline.current
-        if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
-            self._apply(self._pipeline.next())
-        else:
-            self._apply(self._pipeline.swap(self._gather(slot, count, shown)))
+        self._exchange(count, shown)
         return returned
 
     def note_batch(self, *, samples: float | Tensor | None = None, loss: float | Tensor | None = None) -> None:
@@ -285,6 +279,7 @@ class RemoteOptimizer(RunView):
         """
         self._noted = BatchFigures.checked(samples, loss)
 
+    @interrupted_safely
     def reload(self) -> None:
         """Put the server's parameters back into the model, over whatever the program has loaded there since.
 
@@ -326,6 +321,7 @@ class RemoteOptimizer(RunView):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @interrupted_safely
     def _start(self) -> None:
         try:
             self._client.join()
@@ -341,6 +337,17 @@ class RemoteOptimizer(RunView):
         if self._in_flight == 1 or error.reason != Reason.BAD_REQUEST:
             return error
         return Refused(f"{error}; this worker asks for {self._in_flight} slots because of --in-flight", error.reason)
+
+    @interrupted_safely  # not the closure: it may wait in ways that nothing of ours ends
+    def _exchange(self, samples: int, loss: float | Tensor | None) -> None:
+        if self._local is not None:
+            self._take(self._local.step(samples, loss))
+            return
+        slot = self._pipeline.current
+        if slot is None:  # an earlier step was interrupted while it waited: there is no ticket for this gradient
+            self._apply(self._pipeline.next())
+        else:
+            self._apply(self._pipeline.swap(self._gather(slot, samples, loss)))
 
     def _gather(self, slot: int, samples: int, loss: float | Tensor | None) -> Gathered:
         outgoing = self._outgoing[slot]

@@ -9,13 +9,14 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from typing_extensions import override
 
 from ormo_protos.tensors import Payload
 from ormo_runtime.logs import Fields
+from ormo_runtime.process import end_on_signals, leave_if_asked
 from ormo_worker.client import ExchangeOutcome, Gradient, Slot
 from ormo_worker.client.arguments import Observer
 from ormo_worker.errors import ClientClosed
@@ -168,7 +169,7 @@ class OneAtATime(Pipeline):
 
     @override
     def finish(self, gathered: Gathered) -> None:
-        self._last = _SlotThread(self._slot, self._done)
+        self._last = _SlotThread(self._slot, self._done.put)
         self._last.start()
         self._last.give(gathered, last=True)
 
@@ -210,9 +211,10 @@ class InFlight(Pipeline):
         self.under_way = 0
         self._slots = slots
         self._observer = observer
-        self._done: queue.SimpleQueue[ExchangeOutcome | _Failed] = queue.SimpleQueue()
-        self._threads = tuple(_SlotThread(slot, self._done) for slot in slots)
+        self._done: queue.SimpleQueue[ExchangeOutcome | _Failed | None] = queue.SimpleQueue()
+        self._threads = tuple(_SlotThread(slot, self._done.put) for slot in slots)
         self._failure: Exception | None = None
+        end_on_signals(self)
 
     @override
     def start(self) -> ExchangeOutcome:
@@ -242,7 +244,8 @@ class InFlight(Pipeline):
     @override
     def next(self) -> ExchangeOutcome:
         if self._failure is None:
-            done = self._done.get()
+            while (done := self._done.get()) is None:
+                leave_if_asked()
             if isinstance(done, ExchangeOutcome):
                 return self._note(done)
             self._failure = done.error  # for good: that slot has given its exchange up
@@ -279,7 +282,7 @@ class InFlight(Pipeline):
             done = self._done.get()
             if isinstance(done, ExchangeOutcome):
                 yield self._note(done)
-            elif done.had_gradient:
+            elif done is not None and done.had_gradient:
                 self.under_way -= 1
                 done.log()
 
@@ -290,6 +293,10 @@ class InFlight(Pipeline):
         )
         for thread in self._threads:
             thread.stop()
+
+    def end_waits(self) -> None:
+        """Have `next` look whether a signal has come; the slots' threads go on with what they have."""
+        self._done.put(None)
 
     def _note(self, outcome: ExchangeOutcome) -> ExchangeOutcome:
         if outcome.fate is not None:
@@ -324,10 +331,10 @@ class _SlotThread:
 
     Args:
         slot: used by this thread alone once it has started.
-        done: where the outcomes go, in the order in which the exchanges end.
+        done: takes the outcomes, in the order in which the exchanges end.
     """
 
-    def __init__(self, slot: Slot, done: "queue.SimpleQueue[ExchangeOutcome | _Failed]") -> None:
+    def __init__(self, slot: Slot, done: Callable[[ExchangeOutcome | _Failed], None]) -> None:
         self._slot = slot
         self._done = done
         self._given: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
@@ -356,7 +363,7 @@ class _SlotThread:
 
     def _run(self) -> None:
         while (given := self._given.get()) is not None:
-            self._done.put(self._exchange(given))
+            self._done(self._exchange(given))
             given.over.set()  # not before: whoever has waited for it finds the outcome in the queue
 
     def _exchange(self, given: "_Given") -> ExchangeOutcome | _Failed:
