@@ -217,6 +217,7 @@ class StartedPool(ThreadPoolExecutor):
 #
 # Where the main thread is can be told from its stack alone. The simpler way, to raise nothing at the first signal and
 # have our loops look, would leave a stop unheeded while a task loads its data or sleeps: these have no loop of ours.
+# It is right for a function that has: `interrupted_safely`.
 
 
 _SECONDS_BETWEEN_CALLS = 0.5
@@ -276,7 +277,7 @@ def interrupted_safely(function: Callable[P, T]) -> Callable[P, T]:
             or _signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         ):
             return function(*args, **kwargs)
-        _asked.clear()
+        _asked.clear()  # a second signal may have come at the very end of the call before
         try:
             _signal.signal(signal.SIGINT, _interrupt_later)
             returned = function(*args, **kwargs)

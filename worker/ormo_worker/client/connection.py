@@ -217,20 +217,20 @@ class Connection:
         with self._lock:
             self._open.pop(call, None)
 
-    def cancel_open(self) -> None:
-        """End all calls that are under way, so that whoever waits for them wakes up and tries again."""
+    def cancel_open(self, thread: int | None = None) -> None:
+        """End all calls that are under way, so that whoever waits for them wakes up and tries again.
+
+        Args:
+            thread: identity of the one whose calls these are; None for all.
+        """
         with self._lock:
-            calls = list(self._open)
+            calls = [call for call, waiting in self._open.items() if thread in (None, waiting)]
         for call in calls:  # outside the lock: whoever wakes up takes its call off the list
             call.cancel()
 
     def end_waits(self) -> None:
         """End the calls that the main thread waits for, for a signal has come."""
-        main = threading.main_thread().ident
-        with self._lock:
-            calls = [call for call, thread in self._open.items() if thread == main]
-        for call in calls:
-            call.cancel()
+        self.cancel_open(threading.main_thread().ident)
 
     def stop_with(self, error: OrmoError) -> None:
         """End all calls, and fail all attempts from now on with this error."""

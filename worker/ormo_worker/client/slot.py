@@ -147,8 +147,8 @@ class Slot:
         fate: Fate | None = "lost"
         try:
             self.close()
-            # A new stream, for the old one may have broken unnoticed; and one that nobody knows of, for after a signal
-            # all others are ended again and again.
+            # A new stream, for the old one may have broken unnoticed; and one that `cancel_open` does not know of, for
+            # there is no other attempt.
             self._stream = _Stream(self._connection)
             outcome = self._attempt(gradient)
             fate = outcome.fate
